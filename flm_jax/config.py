@@ -1,0 +1,216 @@
+"""The model's configuration, and the shapes of the Tele-FLM series.
+
+`ModelConfig` is all that decides what the network computes; training, data and growth have their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from flm_jax.signature import Signature
+
+REMAT_POLICIES = ("none", "dots", "full")
+ATTENTION = ("plain", "cudnn")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Tele-FLM form: Llama's forward pass with an input and an output multiplier.
+
+    Attributes:
+      embed: width of the residual stream (D).
+      layers: number of blocks (L).
+      heads: query heads (N).
+      mlp: width of the SwiGLU product (F).
+      vocab: number of token ids, the embedding's rows (V).
+      kv_heads: key and value heads (K); must divide `heads`. None: as many as `heads`.
+      head_dim: width of one head (H), even. None: `embed / heads`.
+      tied: whether the logits reuse the embedding; then there is no head parameter.
+      norm_eps: added to the mean square in RMSNorm.
+      norm_width: the width that RMSNorm divides the sum of squares by. None: `embed`. Zero growth keeps the width it
+        grew from here, which makes it exact at any ratio: the new entries are zero and add nothing to the sum.
+      rope_theta: base of the rotary frequencies (half-split layout).
+      input_mult: multiplies the embedding's output.
+      output_mult: multiplies the logits, before division by `embed / base_width`.
+      base_width: width at which muP's multipliers are 1.
+      init_std: standard deviation of matrix-like parameters at the base width; it falls with the root of fan-in.
+      init_std_vector: standard deviation of vector-like parameters (embedding, head), at every width.
+      compute_dtype: dtype of activations. Norms, softmax and logits are at least float32.
+      param_dtype: dtype of parameters.
+      remat: what the backward pass recomputes: none, dots (keep matrix products without batch), full (keep nothing).
+      attention: kernel: plain, or cudnn on NVIDIA GPUs.
+      scan_unroll: layers a step of the scan over layers; `layers` unrolls it.
+    """
+
+    embed: int
+    layers: int
+    heads: int
+    mlp: int
+    vocab: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    tied: bool = False
+    norm_eps: float = 1e-5
+    norm_width: float | None = None
+    rope_theta: float = 10_000.0
+    input_mult: float = 1.0
+    output_mult: float = 1.0
+    base_width: int = 256
+    init_std: float = 0.024
+    init_std_vector: float = 4e-3
+    compute_dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "plain"
+    scan_unroll: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("embed", "layers", "heads", "mlp", "vocab"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"ModelConfig.{name} must be a positive integer, got {value!r}.")
+        if self.head_dim is None:
+            if self.embed % self.heads:
+                raise ValueError(
+                    f"ModelConfig: embed={self.embed} is not divisible by heads={self.heads}; choose a width that is "
+                    f"a multiple of {self.heads}, such as {round(self.embed / self.heads) * self.heads}, or give head_dim."
+                )
+            object.__setattr__(self, "head_dim", self.embed // self.heads)
+        if self.kv_heads is None:
+            object.__setattr__(self, "kv_heads", self.heads)
+        if self.k_heads < 1 or self.heads % self.k_heads:
+            raise ValueError(
+                f"ModelConfig: kv_heads={self.kv_heads} must divide heads={self.heads}: every key head "
+                "serves the same number of query heads."
+            )
+        if self.h_dim < 2 or self.h_dim % 2:
+            raise ValueError(f"ModelConfig: head_dim={self.head_dim} must be even, for rotary pairs.")
+        for name, allowed in (("remat", REMAT_POLICIES), ("attention", ATTENTION)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"ModelConfig.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}."
+                )
+
+    @property
+    def k_heads(self) -> int:
+        """Number of key and value heads (`kv_heads`, resolved)."""
+        assert self.kv_heads is not None
+        return self.kv_heads
+
+    @property
+    def h_dim(self) -> int:
+        """Width of one head (`head_dim`, resolved)."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Size of every axis that a signature may name."""
+        return {
+            "embed": self.embed,
+            "heads": self.heads,
+            "kv_heads": self.k_heads,
+            "head_dim": self.h_dim,
+            "mlp": self.mlp,
+            "vocab": self.vocab,
+            "layers": self.layers,
+        }
+
+    @property
+    def base_sizes(self) -> Mapping[str, float]:
+        """Axis sizes of muP's base model: `base_width` wide, heads that fill it, an MLP of 8/3 of it."""
+        heads = self.base_width / self.h_dim
+        return {
+            "embed": self.base_width,
+            "heads": heads,
+            "kv_heads": heads,
+            "head_dim": self.h_dim,
+            "mlp": self.base_width * 8 / 3,
+        }
+
+    @property
+    def effective_norm_width(self) -> float:
+        """What RMSNorm divides the sum of squares by."""
+        return float(self.embed if self.norm_width is None else self.norm_width)
+
+    @property
+    def logits_mult(self) -> float:
+        """The effective output multiplier: 0.03125 for Tele-FLM-52B, 0.025 for Tele-FLM-1T."""
+        return self.output_mult * self.base_width / self.embed
+
+    @property
+    def compute(self) -> jnp.dtype:
+        """`compute_dtype` as a dtype."""
+        return jnp.dtype(self.compute_dtype)
+
+    def forward_mult(self, signature: Signature) -> float:
+        """The constant that the forward pass multiplies this parameter's product by."""
+        if "vocab" in signature.reads:
+            return self.input_mult
+        return self.logits_mult if "vocab" in signature.writes else 1.0
+
+    def std(self, signature: Signature) -> float:
+        """Initial standard deviation (Tele-FLM, 2404.16645, Table 4: 4.242e-3 at 52B is 0.024 at the base width)."""
+        if not signature.is_matrix_like:
+            return self.init_std_vector
+        return self.init_std / signature.width_mult(self.sizes, self.base_sizes) ** 0.5
+
+    def replace(self, **changes: object) -> ModelConfig:
+        """This configuration with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def tele_flm_52b() -> ModelConfig:
+    """Tele-FLM-52B (2404.16645, Tables 3 and 4; read in the paper). 52.85 B parameters.
+
+    The vocabulary is the padded one (81,920; the tokenizer has 80,000 entries): the parameter count confirms it.
+    """
+    return ModelConfig(embed=8192, layers=64, heads=64, mlp=21_824, vocab=81_920)
+
+
+def tele_flm_102b() -> ModelConfig:
+    """The 102B stage of 2407.02783. 102.24 B parameters.
+
+    The shape is recalled and agrees with the published size; no released configuration confirms it. Its output
+    multiplier is not public: at 1.0 the effective one is 0.025, the value that the 1T stage was released with.
+    """
+    return ModelConfig(embed=10_240, layers=80, heads=80, mlp=27_264, vocab=81_920)
+
+
+def tele_flm_1t() -> ModelConfig:
+    """Tele-FLM-1T (shape and effective multiplier 0.025 from the released configuration). 1,083.8 B parameters."""
+    return ModelConfig(embed=20_480, layers=140, heads=160, mlp=98_304, vocab=81_920, output_mult=2.0)
+
+
+def _small(embed: int, layers: int, mlp: int, vocab: int) -> ModelConfig:
+    # Head width and base width shrink with the model, so that muP's multipliers keep the order they have at full size.
+    return ModelConfig(
+        embed=embed,
+        layers=layers,
+        heads=embed // 24,
+        mlp=mlp,
+        vocab=vocab,
+        base_width=24,
+        init_std=0.2,
+        init_std_vector=0.02,
+        compute_dtype="float32",
+    )
+
+
+def small_52b(vocab: int = 2048) -> ModelConfig:
+    """Tele-FLM-52B in small: layers / 16, width and MLP / 85.3, for one laptop."""
+    return _small(96, 4, 256, vocab)
+
+
+def small_102b(vocab: int = 2048) -> ModelConfig:
+    """Tele-FLM-102B in small: 1.25 times as wide and as deep as `small_52b`."""
+    return _small(120, 5, 320, vocab)
+
+
+def small_1t(vocab: int = 2048) -> ModelConfig:
+    """Tele-FLM-1T in small: 2.5 times as wide as `small_52b`, 9 layers (8.75 rounded), the MLP 4.8 widths."""
+    return _small(240, 9, 1152, vocab)

@@ -1,0 +1,67 @@
+"""Sampling text, with a key-value cache."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from flm_jax.attention import Cache
+from flm_jax.config import ModelConfig
+from flm_jax.model import Masks, Params, Transformer
+
+
+def empty_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
+    """A cache for `length` positions, in the compute dtype."""
+    shape = (cfg.layers, batch, length, cfg.k_heads, cfg.h_dim)
+    return Cache(jnp.zeros(shape, cfg.compute), jnp.zeros(shape, cfg.compute), jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "steps", "temperature"))
+def generate(
+    cfg: ModelConfig,
+    params: Params,
+    prompt_BT: jax.Array,
+    steps: int,
+    key: jax.Array,
+    temperature: float = 1.0,
+    masks: Masks | None = None,
+) -> jax.Array:
+    """Continues prompts of equal length.
+
+    Args:
+      cfg: the model.
+      params: its parameters.
+      prompt_BT: (B, T) int32, T at least 1.
+      steps: tokens to add.
+      key: for sampling.
+      temperature: divides the logits; 0 takes the likeliest token.
+      masks: growth masks, during their ramp.
+
+    Returns:
+      (B, steps) int32.
+    """
+    model = Transformer(cfg)
+    B, T = prompt_BT.shape
+
+    def choose(logits_BV: jax.Array, key: jax.Array) -> jax.Array:
+        if temperature == 0:
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
+
+    def forward(tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        logits_BTV, cache = model.apply({"params": params}, tokens_BT, masks=masks, cache=cache)
+        return logits_BTV[:, -1], cache
+
+    def step(carry: tuple[jax.Array, Cache], key: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
+        token_B, cache = carry
+        logits_BV, cache = forward(token_B[:, None], cache)
+        token_B = choose(logits_BV, key)
+        return (token_B, cache), token_B
+
+    keys = jax.random.split(key, steps)
+    logits_BV, cache = forward(prompt_BT, empty_cache(cfg, B, T + steps))
+    first_B = choose(logits_BV, keys[0])
+    _, rest_SB = jax.lax.scan(step, (first_B, cache), keys[1:])
+    return jnp.concatenate([first_B[None], rest_SB]).T

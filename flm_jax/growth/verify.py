@@ -1,0 +1,120 @@
+"""What is equal after a growth, how closely, and where the first difference is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax.config import ModelConfig
+from flm_jax.growth import masks as growth_masks
+from flm_jax.growth.grow import Growth, axis_maps, mask_flags
+from flm_jax.growth.operators import REGISTRY
+from flm_jax.model import Masks, Params, Transformer
+
+
+class GrowthError(RuntimeError):
+    """A growth did not keep what its method promises."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The measured difference between a model and what it grew into, at the growth, in float32.
+
+    Attributes:
+      preserving: whether the method promises that nothing changes.
+      max_abs_logit_diff: largest difference of a logit.
+      max_rel_logit_diff: that, over the largest logit before.
+      layer_diffs: for every layer after, the largest difference of its output on old entries, over the largest
+        output before; compared with the old layer that it stands for.
+    """
+
+    preserving: bool
+    max_abs_logit_diff: float
+    max_rel_logit_diff: float
+    layer_diffs: tuple[float, ...]
+
+    def first_difference(self, tolerance: float) -> str:
+        """The first place where the two models part, in words."""
+        for layer, diff in enumerate(self.layer_diffs):
+            if not diff <= tolerance:
+                return f"layer {layer} of the grown model is the first that differs (relative {diff:.2e})"
+        return "all layers agree; the difference arises in the final norm, the head or the logit multiplier"
+
+    def check(self, tolerance: float) -> None:
+        """Raises `GrowthError` if the method promises preservation and the logits differ by more than `tolerance`."""
+        if self.preserving and not self.max_rel_logit_diff <= tolerance:
+            raise GrowthError(
+                f"The grown model differs: logits by {self.max_rel_logit_diff:.2e} relative, more than the tolerance "
+                f"of {tolerance:.0e}; {self.first_difference(tolerance)}."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "layer_diffs": list(self.layer_diffs)}
+
+
+def masks_at_start(old: ModelConfig, new: ModelConfig, growth: Growth) -> Masks | None:
+    """The masks under which the grown model is compared and starts; None for methods without."""
+    flags = mask_flags(old, new, growth)
+    widths = (old.effective_norm_width, new.effective_norm_width)
+    return growth_masks.at(flags, 0.0, widths) if flags else None
+
+
+def forward(
+    cfg: ModelConfig, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array | None, masks: Masks | None
+) -> tuple[jax.Array, jax.Array]:
+    """Logits (B, T, V) and the output of every layer (L, B, T, D)."""
+    (logits_BTV, _), state = Transformer(cfg).apply(
+        {"params": params}, tokens_BT, segments_BT, masks, mutable=["intermediates"]
+    )
+    return logits_BTV, state["intermediates"]["blocks"]["hidden_BTD"][0]
+
+
+def compare(
+    old: ModelConfig,
+    old_params: Params,
+    new: ModelConfig,
+    new_params: Params,
+    growth: Growth,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+) -> Verification:
+    """Measures a growth on some tokens, in float32 (float64 if that is the parameters' dtype).
+
+    Args:
+      old: the configuration before.
+      old_params: its parameters.
+      new: the configuration after, from `grown_config`.
+      new_params: its parameters.
+      growth: the plan that led from one to the other.
+      tokens_BT: int32 token ids.
+      segments_BT: int32, equal within a document.
+    """
+    dtype = str(jnp.promote_types(old.param_dtype, jnp.float32))
+    maps = axis_maps(old, new, growth)
+    logits = jax.jit(forward, static_argnums=0)
+    before, hidden = logits(old.replace(compute_dtype=dtype), old_params, tokens_BT, segments_BT, None)
+    masks = masks_at_start(old, new, growth)
+    after, grown_hidden = logits(new.replace(compute_dtype=dtype), new_params, tokens_BT, segments_BT, masks)
+
+    # A fresh layer adds nothing yet: its output is that of the last old layer below it.
+    stands_for = np.arange(new.layers)
+    if "layers" in maps:
+        span = maps["layers"].span
+        stands_for = span.source[np.maximum.accumulate(np.where(span.fresh, 0, np.arange(new.layers)))]
+    kept = np.arange(new.embed) if "embed" not in maps else np.flatnonzero(~maps["embed"].span.fresh)
+
+    @jax.jit
+    def differences(a: jax.Array, b: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+        absolute = jnp.max(jnp.abs(a - b))
+        expected, found = x[stands_for], y[..., kept]
+        per_layer = jnp.max(jnp.abs(expected - found), axis=(1, 2, 3)) / jnp.max(jnp.abs(expected), axis=(1, 2, 3))
+        return absolute, absolute / jnp.max(jnp.abs(a)), per_layer
+
+    absolute, relative, per_layer = jax.device_get(differences(before, after, hidden, grown_hidden))
+    preserving = all(REGISTRY[growth.method_of(axis)].preserving for axis in maps)
+    return Verification(preserving, float(absolute), float(relative), tuple(float(x) for x in per_layer))

@@ -1,0 +1,67 @@
+"""Next-token cross-entropy, in chunks of time so that the logits of a large vocabulary are never whole in memory."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from flm_jax.config import ModelConfig
+from flm_jax.model import Masks, Params, Transformer
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log p(target), (B, T), in nats, in the dtype of the logits."""
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+
+
+def loss_sum(
+    cfg: ModelConfig,
+    params: Params,
+    inputs_BT: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    segments_BT: jax.Array,
+    masks: Masks | None = None,
+    chunks: int = 1,
+) -> jax.Array:
+    """The weighted sum of the losses of all tokens, (), in nats; divide by the sum of the weights for the mean.
+
+    Args:
+      cfg: the model.
+      params: its parameters.
+      inputs_BT: int32 token ids.
+      targets_BT: int32, the token that follows each input.
+      weights_BT: float32, 0 where a token does not count.
+      segments_BT: int32, equal within a document.
+      masks: growth masks.
+      chunks: the head runs on T / chunks positions at a time, recomputed in the backward pass; 1: all at once.
+
+    Raises:
+      ValueError: `chunks` does not divide T.
+    """
+    model = Transformer(cfg)
+    T = inputs_BT.shape[1]
+    if T % chunks:
+        raise ValueError(f"loss chunks={chunks} must divide the context of {T} tokens.")
+    x_BTD, _ = model.apply({"params": params}, inputs_BT, segments_BT, masks, method="hidden")
+
+    def of_chunk(x_BtD: jax.Array, targets_Bt: jax.Array, weights_Bt: jax.Array) -> jax.Array:
+        logits_BtV = model.apply({"params": params}, x_BtD, method="logits")
+        return jnp.sum(cross_entropy(logits_BtV, targets_Bt) * weights_Bt)
+
+    if chunks == 1:
+        return of_chunk(x_BTD, targets_BT, weights_BT)
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, T // chunks, *x.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(jax.checkpoint(lambda xs: of_chunk(*xs)), (split(x_BTD), split(targets_BT), split(weights_BT)))
+    return jnp.sum(parts)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Bits a byte of text (2404.16645): a loss in nats a token, over the bytes a token stands for, over ln 2."""
+    return loss / bytes_per_token / math.log(2)

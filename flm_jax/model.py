@@ -1,0 +1,256 @@
+"""The Transformer, top to bottom: what Tele-FLM computes (2404.16645, section 2; 2407.02783).
+
+Pre-norm blocks of attention with rotary positions and SwiGLU, RMSNorm, one more norm after the last block, no biases,
+an input multiplier on the embedding and an output multiplier on the logits. Growth masks enter here and nowhere else.
+
+Shapes: B batch, T time, D embed, N heads, K kv_heads, H head_dim, F mlp, L layers, V vocab.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+
+from flm_jax.attention import Cache, attend, attention_mask, rotary_tables, rotate
+from flm_jax.config import ModelConfig
+from flm_jax.sharding import constrain
+from flm_jax.signature import Declared, Signature, draw
+
+Params = Any
+
+
+class Masks(NamedTuple):
+    """Growth masks (MSG, 2305.02869): 1 on old entries, a ramp from 0 to 1 on new ones; None where nothing is masked.
+
+    Attributes:
+      embed_D: on the residual stream: whatever is written into it, and its norms.
+      norm_width: (), what the norms divide by while `embed_D` ramps.
+      heads_N: on the outputs of heads.
+      mlp_F: on the SwiGLU product.
+      layers_L: on whole blocks: y = x + m (block(x) - x).
+    """
+
+    embed_D: jax.Array | None = None
+    norm_width: jax.Array | None = None
+    heads_N: jax.Array | None = None
+    mlp_F: jax.Array | None = None
+    layers_L: jax.Array | None = None
+
+
+class Shared(NamedTuple):
+    """What every block reads besides the residual stream."""
+
+    rotary: tuple[jax.Array, jax.Array]
+    mask_BTS: jax.Array
+    masks: Masks
+    cache_length: jax.Array | None
+
+
+def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`x` times a mask over its last axes, in the dtype of `x`."""
+    return x if mask is None else x * mask.astype(x.dtype)
+
+
+def parameter(module: nn.Module, cfg: ModelConfig, name: str, text: str) -> jax.Array:
+    """Declares a parameter by its signature, and returns it in the compute dtype (a gain: at least float32)."""
+    signature = Signature.parse(text)
+
+    def init(key: jax.Array) -> Declared:
+        value = draw(
+            signature, key, signature.shape(cfg.sizes), std=cfg.std(signature), dtype=jnp.dtype(cfg.param_dtype)
+        )
+        return Declared(value=value, signature=signature)
+
+    value = module.param(name, init)
+    return value.astype(jnp.promote_types(cfg.compute, jnp.float32) if signature.gains else cfg.compute)
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(sum(x^2) / width + eps) * scale, computed in at least float32."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
+        """(B, T, D) -> (B, T, D); under a mask m: x * rsqrt(sum(m x^2) / sum(m) + eps) * scale * m."""
+        scale_D = parameter(self, self.cfg, "scale", "embed")
+        x = x_BTD.astype(scale_D.dtype)
+        square_BT1 = jnp.sum(masked(x * x, masks.embed_D), axis=-1, keepdims=True)
+        width = self.cfg.effective_norm_width if masks.norm_width is None else masks.norm_width.astype(x.dtype)
+        y = masked(x * jax.lax.rsqrt(square_BT1 / width + self.cfg.norm_eps) * scale_D, masks.embed_D)
+        return y.astype(x_BTD.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention over the documents of a window; grouped queries where `kv_heads` < `heads`."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, cache: Any, shared: Shared) -> tuple[jax.Array, Any]:
+        """(B, T, D) -> (B, T, D), and this layer's slice of the cache with the new keys and values, if there is one."""
+        cfg = self.cfg
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, parameter(self, cfg, "query", "embed -> heads head_dim"))
+        k_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "key", "embed -> kv_heads head_dim"))
+        v_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "value", "embed -> kv_heads head_dim"))
+        q_BTNH = constrain(rotate(q_BTNH, shared.rotary), "batch", "time", "heads", "head_dim")
+        k_BSKH = constrain(rotate(k_BSKH, shared.rotary), "batch", "time", "kv_heads", "head_dim")
+        if cache is not None:
+            start = (0, shared.cache_length, 0, 0)
+            k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH.astype(cache[0].dtype), start)
+            v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), start)
+            cache = (k_BSKH, v_BSKH)
+        o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, cfg.attention)
+        if shared.masks.heads_N is not None:
+            o_BTNH = masked(o_BTNH, shared.masks.heads_N[:, None])
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, parameter(self, cfg, "out", "heads head_dim -> embed"))
+        return masked(y_BTD, shared.masks.embed_D), cache
+
+
+class Mlp(nn.Module):
+    """SwiGLU (2002.05202): down(silu(gate x) * up x)."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
+        """(B, T, D) -> (B, T, D)."""
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, parameter(self, self.cfg, "gate", "embed -> mlp"))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, parameter(self, self.cfg, "up", "embed -> mlp"))
+        h_BTF = constrain(masked(jax.nn.silu(gate_BTF) * up_BTF, masks.mlp_F), "batch", "time", "mlp")
+        y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, parameter(self, self.cfg, "down", "mlp -> embed"))
+        return masked(y_BTD, masks.embed_D)
+
+
+class Block(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then + mlp(norm(.))."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, layer_mask: Any, cache: Any, shared: Shared) -> tuple[jax.Array, Any]:
+        """One step of the scan over layers: the residual stream is carried, the cache goes through slice by slice."""
+        attended_BTD, cache = Attention(self.cfg, name="attention")(
+            RMSNorm(self.cfg, name="attention_norm")(x_BTD, shared.masks), cache, shared
+        )
+        y_BTD = x_BTD + attended_BTD
+        y_BTD = y_BTD + Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(y_BTD, shared.masks), shared.masks)
+        if layer_mask is not None:
+            # Where the mask is 1 the block's own output is taken, so that old layers are not rounded twice.
+            m = layer_mask.astype(y_BTD.dtype)
+            y_BTD = jnp.where(m < 1, x_BTD + m * (y_BTD - x_BTD), y_BTD)
+        y_BTD = constrain(y_BTD, "batch", "time", "residual")
+        self.sow("intermediates", "hidden_BTD", y_BTD)
+        return y_BTD, cache
+
+
+REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+class Transformer(nn.Module):
+    """The decoder. `hidden` then `logits`; calling it does both."""
+
+    cfg: ModelConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.embedding_VD = parameter(self, cfg, "embedding", "vocab -> embed")
+        block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            out_axes=0,
+            length=cfg.layers,
+            unroll=cfg.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg)
+        self.final_norm = RMSNorm(cfg)
+        if not cfg.tied:
+            self.head_DV = parameter(self, cfg, "head", "embed -> vocab")
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        masks: Masks | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """The residual stream after the last norm, (B, T, D), and the cache, extended by T positions.
+
+        Args:
+          tokens_BT: int32 token ids.
+          segments_BT: int32, equal within a document; None: one document a row. Not with a cache.
+          masks: growth masks; None, the ordinary program, has no trace of them.
+          cache: keys and values of the positions before these; None: these are the first.
+        """
+        cfg, masks = self.cfg, masks or Masks()
+        time = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        layer_cache = length = None
+        if cache is None:
+            segments_1T = jnp.zeros_like(time) if segments_BT is None else segments_BT
+            positions, mask_BTS = time, attention_mask(time, time, segments_1T, segments_1T)
+        else:
+            length, layer_cache = cache.length, (cache.key_LBSKH, cache.value_LBSKH)
+            positions = time + length
+            keys_1S = jnp.arange(cache.key_LBSKH.shape[2], dtype=jnp.int32)[None]
+            mask_BTS = attention_mask(positions, keys_1S, jnp.zeros_like(positions), jnp.zeros_like(keys_1S))
+        rotary = rotary_tables(positions, cfg.h_dim, cfg.rope_theta, cfg.compute)
+        x_BTD = masked(self.embedding_VD[tokens_BT] * cfg.input_mult, masks.embed_D)
+        x_BTD = constrain(x_BTD, "batch", "time", "residual")
+        shared = Shared(rotary, mask_BTS, masks, length)
+        x_BTD, layer_cache = self.blocks(x_BTD, masks.layers_L, layer_cache, shared)
+        if cache is not None:
+            cache = Cache(*layer_cache, cache.length + tokens_BT.shape[1])
+        return self.final_norm(x_BTD, masks), cache
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits (B, T, V) of hidden states, in at least float32."""
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        head_DV = self.embedding_VD.T if self.cfg.tied else self.head_DV
+        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=wide)
+        return logits_BTV * self.cfg.logits_mult
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        masks: Masks | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Logits (B, T, V) and the extended cache; arguments as for `hidden`."""
+        x_BTD, cache = self.hidden(tokens_BT, segments_BT, masks, cache)
+        return self.logits(x_BTD), cache
+
+
+def init(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Fresh parameters, each with its signature (`Declared`); jit it with shardings for a large model."""
+    return Transformer(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Fresh parameters as a plain tree of arrays."""
+    return meta.unbox(init(cfg, key))
+
+
+def declared(cfg: ModelConfig) -> tuple[Params, Params]:
+    """Shapes (`jax.ShapeDtypeStruct`) and signatures of all parameters, without making any."""
+    boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    is_box = lambda x: isinstance(x, Declared)  # noqa: E731
+    return meta.unbox(boxed), jax.tree.map(lambda box: box.signature, boxed, is_leaf=is_box)
+
+
+def apply(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    masks: Masks | None = None,
+) -> jax.Array:
+    """Logits (B, T, V) of token ids (B, T); arguments as for `Transformer.hidden`."""
+    return Transformer(cfg).apply({"params": params}, tokens_BT, segments_BT, masks)[0]

@@ -1,0 +1,133 @@
+"""AdamW with muP's multipliers, and learning-rate schedules.
+
+The learning rate is applied in the train step, from the step within the stage, so that the optimizer's own state is
+moments and one count: nothing in it has to be rewound when the model grows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from flm_jax.config import ModelConfig
+from flm_jax.sharding import param_shardings, replicated
+from flm_jax.signature import Signature
+
+SCHEDULES = ("wsd", "cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How one stage is optimised.
+
+    Attributes:
+      learning_rate: peak rate at the base width; matrix-like parameters get it divided by their width multiplier.
+      schedule: wsd (warm up, stay, decay linearly), cosine, linear, constant; all but the last end at `final_rate`.
+      warmup_steps: linear warm-up at the start of the stage, from `warmup_from`.
+      warmup_from: fraction of the peak that the warm-up starts at: 0 for a first stage, more after a growth.
+      decay_steps: steps of decay at the end of the stage (wsd).
+      final_rate: fraction of the peak at the end.
+      b1: decay of Adam's first moment.
+      b2: decay of Adam's second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled, multiplied by the rate at the base width; gains are exempt.
+      clip: largest global norm of the gradient; 0 for no clipping.
+    """
+
+    learning_rate: float = 1e-3
+    schedule: str = "wsd"
+    warmup_steps: int = 0
+    warmup_from: float = 0.0
+    decay_steps: int = 0
+    final_rate: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"OptimizerConfig.schedule={self.schedule!r}: use one of {', '.join(SCHEDULES)}.")
+        if self.decay_steps and self.schedule != "wsd":
+            raise ValueError(f"OptimizerConfig.decay_steps={self.decay_steps} belongs to wsd, not {self.schedule}.")
+
+
+def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The rate at each step of a stage of `steps` steps, at the base width.
+
+    Raises:
+        ValueError: warm-up and decay together are longer than the stage.
+    """
+    if cfg.warmup_steps + cfg.decay_steps > steps:
+        raise ValueError(
+            f"Warm-up ({cfg.warmup_steps} steps) and decay ({cfg.decay_steps}) are longer than the stage ({steps})."
+        )
+    peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_rate
+    rest = steps - cfg.warmup_steps
+    flat = optax.constant_schedule(peak)
+    parts: list[tuple[int, optax.Schedule]] = []
+    if cfg.warmup_steps:
+        parts.append((cfg.warmup_steps, optax.linear_schedule(peak * cfg.warmup_from, peak, cfg.warmup_steps)))
+    if cfg.schedule == "wsd":
+        parts.append((rest - cfg.decay_steps, flat))
+        if cfg.decay_steps:
+            parts.append((cfg.decay_steps, optax.linear_schedule(peak, final, cfg.decay_steps)))
+    elif cfg.schedule == "cosine":
+        parts.append((rest, optax.cosine_decay_schedule(peak, max(rest, 1), alpha=cfg.final_rate)))
+    elif cfg.schedule == "linear":
+        parts.append((rest, optax.linear_schedule(peak, final, max(rest, 1))))
+    else:
+        parts.append((rest, flat))
+    ends = [sum(length for length, _ in parts[: i + 1]) for i in range(len(parts) - 1)]
+    return optax.join_schedules([part for _, part in parts], ends)
+
+
+def scale_by_width(signatures: Any, model: ModelConfig) -> optax.GradientTransformation:
+    """Divides the updates of matrix-like parameters by their width multiplier (muP for Adam, 2203.03466, Table 8)."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        del params
+        scaled = jax.tree.map(
+            lambda sig, u: u / sig.width_mult(model.sizes, model.base_sizes) if sig.is_matrix_like else u,
+            signatures,
+            updates,
+        )
+        return scaled, state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def optimizer(cfg: OptimizerConfig, model: ModelConfig, signatures: Any) -> optax.GradientTransformation:
+    """AdamW up to its sign and rate: the parameters' step is minus the rate times what this returns.
+
+    Weight decay is added after muP's division, which is the published rule (decay times the width multiplier) under a
+    rate divided by it: every decaying parameter shrinks by the same fraction a step, whatever its width.
+    """
+    decays = jax.tree.map(Signature.decays.fget, signatures)
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
+        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        scale_by_width(signatures, model),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decays) if cfg.weight_decay else optax.identity(),
+    )
+
+
+def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """Shapes and shardings of the optimizer's state: moments live where their parameters do, counts everywhere."""
+    state = jax.eval_shape(tx.init, shapes)
+    where = param_shardings(signatures, shapes, mesh)
+    shardings = optax.tree_utils.tree_map_params(
+        tx, lambda _, place: place, state, where, transform_non_params=lambda _: replicated(mesh)
+    )
+    return state, shardings
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Root of the sum of squares over all leaves, () float32 or wider."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree)))

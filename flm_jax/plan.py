@@ -1,0 +1,75 @@
+"""What a configuration costs: parameters, FLOPs, bytes. Arithmetic only; nothing is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flm_jax.config import ModelConfig
+from flm_jax.model import declared
+from flm_jax.signature import Signature
+
+
+def leaves(cfg: ModelConfig) -> Iterator[tuple[str, jax.ShapeDtypeStruct, Signature]]:
+    """Path, shape and signature of every parameter."""
+    shapes, signatures = declared(cfg)
+    for (path, like), sig in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(signatures), strict=True):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), like, sig
+
+
+def param_count(cfg: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(math.prod(like.shape) for _, like, _ in leaves(cfg))
+
+
+def forward_flops_per_token(cfg: ModelConfig, context: int) -> int:
+    """FLOPs of one token's forward pass in a window of `context` tokens.
+
+    Two for every weight that multiplies it (all but gains and the embedding, which is looked up; a tied head counts),
+    and 4 L T N H for attention: scores and weighted values against every position of the window, masked or not, which
+    is what the plain kernel computes. Norms, rotary positions, softmax and SiLU are left out.
+    """
+    weights = sum(math.prod(like.shape) for _, like, sig in leaves(cfg) if sig.reads and "vocab" not in sig.reads)
+    if cfg.tied:
+        weights += cfg.embed * cfg.vocab
+    return 2 * weights + 4 * cfg.layers * context * cfg.heads * cfg.h_dim
+
+
+def train_flops_per_token(cfg: ModelConfig, context: int) -> int:
+    """FLOPs of one token's training: forward, and twice that backward. What remat recomputes is not counted."""
+    return 3 * forward_flops_per_token(cfg, context)
+
+
+def state_bytes(cfg: ModelConfig) -> int:
+    """Bytes of parameters, gradients and two moments, all in the parameters' dtype; activations come on top."""
+    return 4 * param_count(cfg) * jnp.dtype(cfg.param_dtype).itemsize
+
+
+def count(number: float) -> str:
+    """A count with a metric suffix: 52.85 B."""
+    for size, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.4g} {suffix}"
+    return f"{number:.4g}"
+
+
+def shape_line(cfg: ModelConfig) -> str:
+    """A configuration's shape in one line."""
+    kv = f" ({cfg.k_heads} kv)" if cfg.k_heads != cfg.heads else ""
+    return f"{cfg.layers} layers x {cfg.embed} wide, {cfg.heads}{kv} heads of {cfg.h_dim}, MLP {cfg.mlp}, vocabulary {cfg.vocab}"
+
+
+def param_table(cfg: ModelConfig) -> str:
+    """One line a parameter: path, signature, shape, initial deviation, width multiplier."""
+    rows: list[tuple[Any, ...]] = [("parameter", "signature", "shape", "std", "width mult")]
+    for path, like, sig in leaves(cfg):
+        std = "ones" if sig.gains else f"{cfg.std(sig):.4g}"
+        mult = f"{sig.width_mult(cfg.sizes, cfg.base_sizes):.4g}" if sig.is_matrix_like else "-"
+        rows.append((path, str(sig), "x".join(map(str, like.shape)), std, mult))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, f"{count(param_count(cfg))} parameters"])

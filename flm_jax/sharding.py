@@ -1,0 +1,141 @@
+"""Where arrays live: one mesh, one ordered list of rules from axis names to mesh axes.
+
+Shapes first, then shardings, then values: nothing is ever made on one device and moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flm_jax.signature import Signature
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Every axis that a parameter or an activation names stands here; the first rule of a name applies. Widths that the
+# residual stream never shares with the batch go to `tensor`; the residual width itself, in parameters, to `fsdp`.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("time", ()),
+    ("layers", ()),
+    ("vocab", ("tensor",)),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("head_dim", ()),
+    ("mlp", ("tensor",)),
+    ("embed", ("fsdp",)),
+    ("residual", ()),
+)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, for all that are left.
+
+    Attributes:
+      data: replicas of the parameters, each with its own share of the batch.
+      fsdp: shares of parameters, gradients and moments; the batch is split over these too.
+      tensor: shares of heads, MLP and vocabulary inside one layer.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def shape(self, devices: int) -> tuple[int, int, int]:
+        """Devices along (data, fsdp, tensor).
+
+        Raises:
+            ValueError: the sizes do not multiply to `devices`.
+        """
+        given = [self.data, self.fsdp, self.tensor]
+        rest = 1
+        for size in given:
+            rest *= size if size != -1 else 1
+        if given.count(-1) > 1 or any(size == 0 or size < -1 for size in given):
+            raise ValueError(f"{self}: sizes are positive, and at most one is -1 (all the devices that are left).")
+        if -1 in given and devices % rest == 0:
+            given[given.index(-1)] = devices // rest
+        if given[0] * given[1] * given[2] != devices:
+            raise ValueError(
+                f"{self} does not fit {devices} devices: data x fsdp x tensor must be {devices}, "
+                "and -1 stands for what the others leave."
+            )
+        return given[0], given[1], given[2]
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over `devices` (default: all)."""
+    devices = jax.devices() if devices is None else devices
+    shape = (config or MeshConfig()).shape(len(devices))
+    # Linen's transforms know nothing of explicitly sharded types.
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes that an array axis is split over.
+
+    Raises:
+        ValueError: no rule covers `axis`.
+    """
+    for name, mesh in RULES:
+        if name == axis:
+            return mesh
+    raise ValueError(f"No sharding rule covers axis {axis!r}; add it to RULES (even as ()) in sharding.py.")
+
+
+def spec(axes: Sequence[str]) -> PartitionSpec:
+    """The partition spec of an array with these axes."""
+    return PartitionSpec(*(mesh_axes(axis) or None for axis in axes))
+
+
+def sharding(signature: Signature, mesh: Mesh, shape: tuple[int, ...], path: str = "") -> NamedSharding:
+    """Where a parameter of this signature and shape lives on `mesh`.
+
+    Raises:
+        ValueError: an axis is not divisible by the devices it is split over; the message names sizes that are.
+    """
+    for axis, size in zip(signature.axes, shape, strict=True):
+        parts = 1
+        for name in mesh_axes(axis):
+            parts *= mesh.shape[name]
+        if size % parts:
+            below = size - size % parts
+            fits = f"{below} and {below + parts}" if below else f"{parts}"
+            raise ValueError(
+                f"{path or 'A parameter'} ({signature}): axis {axis!r} of size {size} cannot be split over "
+                f"{'x'.join(mesh_axes(axis))}={parts} devices; the nearest sizes that work are {fits}."
+            )
+    return NamedSharding(mesh, spec(signature.axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(signatures: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Tree of shardings for a tree of signatures and the matching tree of `jax.ShapeDtypeStruct`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, sig, like: sharding(sig, mesh, like.shape, jax.tree_util.keystr(path, simple=True, separator="/")),
+        signatures,
+        shapes,
+    )
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s that know where they will live."""
+    return jax.tree.map(
+        lambda like, where: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=where), shapes, shardings
+    )
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Tells the compiler how an activation is split, under `jax.set_mesh`; nothing elsewhere."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))

@@ -1,0 +1,172 @@
+"""A parameter's signature: what it reads and what it writes.
+
+Every parameter is declared with one line, such as ``embed -> heads head_dim`` for the query projection, ``embed`` for
+the scale of a norm, ``vocab -> embed`` for the token embedding. From that line, and nothing else, follow its shape,
+its initial standard deviation, its muP class (and so its learning rate and weight decay), its sharding, and how it
+grows. Code that needs to treat parameters differently asks their signatures; there is no table of parameter names.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.core import meta
+
+Sizes = Mapping[str, float]
+
+
+class Kind(enum.Enum):
+    """What an axis is to the network, which decides how a change in its size can be made invisible."""
+
+    RESIDUAL = "residual"  # the stream that blocks write into and read through a norm
+    INNER = "inner"  # lives between a writer and a reader inside one block
+    STACK = "stack"  # blocks, one after the other
+    OUTSIDE = "outside"  # fixed by the data
+
+
+KINDS: Mapping[str, Kind] = {
+    "embed": Kind.RESIDUAL,
+    "heads": Kind.INNER,
+    "kv_heads": Kind.INNER,
+    "head_dim": Kind.INNER,
+    "mlp": Kind.INNER,
+    "layers": Kind.STACK,
+    "vocab": Kind.OUTSIDE,
+}
+
+STACK_AXIS = "layers"
+
+
+class Role(enum.Enum):
+    """What a parameter does on one of its axes."""
+
+    READER = "reader"
+    WRITER = "writer"
+    GAIN = "gain"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What one parameter reads, writes or scales, by axis names; `stacked` when there is one slice a layer."""
+
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    gains: tuple[str, ...] = ()
+    stacked: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Signature:
+        """Parses ``"embed -> heads head_dim"``, ``"embed"`` (a gain), or ``"layers: embed -> mlp"`` (stacked).
+
+        Raises:
+            ValueError: an axis has no entry in `KINDS`, or the arrow is misplaced.
+        """
+        body, stacked = text, False
+        if ":" in text:
+            prefix, body = text.split(":", 1)
+            if prefix.strip() != STACK_AXIS:
+                raise ValueError(f"Signature {text!r}: only {STACK_AXIS!r} may stand before a colon.")
+            stacked = True
+        sides = [tuple(side.split()) for side in body.split("->")]
+        if len(sides) > 2 or not any(sides):
+            raise ValueError(f"Signature {text!r}: expected 'reads -> writes', or axis names alone for a gain.")
+        for axis in (axis for side in sides for axis in side):
+            if axis not in KINDS or KINDS[axis] is Kind.STACK:
+                known = ", ".join(name for name, kind in KINDS.items() if kind is not Kind.STACK)
+                raise ValueError(f"Signature {text!r}: unknown axis {axis!r}; known axes are {known}.")
+        if len(sides) == 1:
+            return cls(gains=sides[0], stacked=stacked)
+        return cls(reads=sides[0], writes=sides[1], stacked=stacked)
+
+    def __str__(self) -> str:
+        body = " ".join(self.gains) if self.gains else f"{' '.join(self.reads)} -> {' '.join(self.writes)}"
+        return f"{STACK_AXIS}: {body}" if self.stacked else body
+
+    def stack(self, stacked: bool = True) -> Signature:
+        """The signature of this parameter with (or without) one slice a layer."""
+        return replace(self, stacked=stacked)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axis names in the order of the array's dimensions."""
+        return (*((STACK_AXIS,) if self.stacked else ()), *self.gains, *self.reads, *self.writes)
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The array's shape for these axis sizes."""
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def role(self, axis: str) -> Role:
+        """What the parameter does on `axis`.
+
+        Along the stack a parameter counts as a writer when it writes the residual stream: silencing those slices, and
+        no others, makes a new layer the identity.
+        """
+        if self.gains:
+            return Role.GAIN
+        if KINDS[axis] is Kind.STACK:
+            return Role.WRITER if any(KINDS[a] is Kind.RESIDUAL for a in self.writes) else Role.READER
+        return Role.READER if axis in self.reads else Role.WRITER
+
+    @property
+    def is_matrix_like(self) -> bool:
+        """Whether both sides grow with the model's width (muP, 2203.03466, Table 8); else it is vector-like."""
+        inside = (Kind.RESIDUAL, Kind.INNER)
+        return all(any(KINDS[a] in inside for a in side) for side in (self.reads, self.writes))
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: to what multiplies activations, not to gains."""
+        return not self.gains
+
+    def width_mult(self, sizes: Sizes, base: Sizes) -> float:
+        """muP's width multiplier: fan-in over fan-in at the base width, for matrix-like parameters; otherwise 1.
+
+        The initial standard deviation falls with its root, the learning rate with itself. Where Tele-FLM has one
+        number for the whole model (hidden width / 256), fan-in gives each matrix its own; the two agree on every shape
+        whose MLP is 8/3 of its width.
+        """
+        if not self.is_matrix_like:
+            return 1.0
+        return math.prod(sizes[a] for a in self.reads) / math.prod(base[a] for a in self.reads)
+
+
+class Declared(struct.PyTreeNode, meta.AxisMetadata[Any]):
+    """A parameter's value and its signature, as Flax carries them out of `init`; `nn.scan` stacks the signature."""
+
+    value: Any
+    signature: Signature = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        """The bare array."""
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Declared:
+        """The same declaration around another value."""
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Declared:
+        """Called by `nn.scan` when it stacks the parameter over layers."""
+        if index != 0 or params.get(meta.PARTITION_NAME) != STACK_AXIS:
+            raise ValueError(f"Parameters are stacked on dimension 0, named {STACK_AXIS!r}; got {index}, {params}.")
+        return self.replace(signature=self.signature.stack())
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Declared:
+        """Called by `nn.scan` when it takes one layer's slice."""
+        del index, params
+        return self.replace(signature=self.signature.stack(False))
+
+
+def draw(
+    signature: Signature, key: jax.Array, shape: tuple[int, ...], *, std: float, dtype: jnp.dtype
+) -> jax.Array:
+    """Fresh values: ones for a gain, else a normal of standard deviation `std`, truncated at three of them."""
+    if signature.gains:
+        return jnp.ones(shape, dtype)
+    return (std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)).astype(dtype)
