@@ -29,7 +29,7 @@ def rotary_tables(positions_BT: jax.Array, head_dim: int, theta: float, dtype: j
     """Cosines and sines, (B, T, 1, H/2), of RoPE (2104.09864) with frequencies theta^(-2i/H)."""
     wide = jnp.promote_types(dtype, jnp.float32)
     frequency_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
-    angle_BT1H = positions_BT[:, :, None, None].astype(wide) * frequency_H
+    angle_BT1H = positions_BT[:, :, None, None].astype(wide) * frequency_H[None, None, None]
     return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
 
 

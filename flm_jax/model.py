@@ -50,9 +50,14 @@ class Shared(NamedTuple):
     cache_length: jax.Array | None
 
 
+def times(x: jax.Array, last: jax.Array) -> jax.Array:
+    """`x` times something over its last axes, in the dtype of `x`; nothing else is broadcast in this project."""
+    return x * jnp.expand_dims(last.astype(x.dtype), range(x.ndim - last.ndim))
+
+
 def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`x` times a mask over its last axes, in the dtype of `x`."""
-    return x if mask is None else x * mask.astype(x.dtype)
+    """`x` times a growth mask over its last axes; `x` itself where nothing is masked."""
+    return x if mask is None else times(x, mask)
 
 
 def parameter(module: nn.Module, cfg: ModelConfig, name: str, text: str) -> jax.Array:
@@ -81,8 +86,8 @@ class RMSNorm(nn.Module):
         x = x_BTD.astype(scale_D.dtype)
         square_BT1 = jnp.sum(masked(x * x, masks.embed_D), axis=-1, keepdims=True)
         width = self.cfg.effective_norm_width if masks.norm_width is None else masks.norm_width.astype(x.dtype)
-        y = masked(x * jax.lax.rsqrt(square_BT1 / width + self.cfg.norm_eps) * scale_D, masks.embed_D)
-        return y.astype(x_BTD.dtype)
+        y = masked(x * jax.lax.rsqrt(square_BT1 / width + self.cfg.norm_eps), masks.embed_D)
+        return times(y, scale_D).astype(x_BTD.dtype)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,29 @@
+"""Function-preserving growth, as pure functions.
+
+>>> from flm_jax.growth import Growth, compare, grow, grown_config
+>>> plan = Growth(method="zero")
+>>> new = grown_config(old, target, plan)                     # target: any larger ModelConfig
+>>> new_params = grow(params, old, new, plan, jax.random.key(0))
+>>> compare(old, params, new, new_params, plan, tokens_BT).max_rel_logit_diff
+"""
+
+from flm_jax.growth.grow import Growth, axis_maps, grow, grow_moments, grow_optimizer, grown_config, mask_flags
+from flm_jax.growth.operators import REGISTRY, Operator, register
+from flm_jax.growth.verify import GrowthError, Verification, compare, masks_at_start
+
+__all__ = [
+    "REGISTRY",
+    "Growth",
+    "GrowthError",
+    "Operator",
+    "Verification",
+    "axis_maps",
+    "compare",
+    "grow",
+    "grow_moments",
+    "grow_optimizer",
+    "grown_config",
+    "mask_flags",
+    "masks_at_start",
+    "register",
+]

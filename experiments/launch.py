@@ -1,0 +1,145 @@
+"""What the launchers share: gin files to configured objects, and errors to one sentence."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gin
+
+from flm_jax import config, optimizer, sharding
+from flm_jax import recipe as recipes
+from flm_jax import train as library
+from flm_jax.checkpoint import CheckpointError
+from flm_jax.data import corpora, source, train_vocabulary
+from flm_jax.growth import Growth, GrowthError
+from flm_jax.dry_run import dry_run as describe
+from flm_jax.recipe import Recipe, Run
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a user's input can cause: one sentence is enough. Anything else is our error, and shows where.
+EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, library.NonFiniteError)
+_registered: set[str] = set()
+
+
+def register() -> None:
+    """Makes the library's configurations known to gin, under their own names; the library itself knows no gin."""
+    known: list[Callable[..., Any]] = [
+        config.ModelConfig,
+        config.tele_flm_52b,
+        config.tele_flm_102b,
+        config.tele_flm_1t,
+        config.small_52b,
+        config.small_102b,
+        config.small_1t,
+        optimizer.OptimizerConfig,
+        sharding.MeshConfig,
+        recipes.Stage,
+        recipes.Recipe,
+        recipes.Run,
+        Growth,
+        source.DataConfig,
+        corpora.StandardLibrary,
+        corpora.TextFolder,
+        corpora.Jsonl,
+        corpora.Tfds,
+        corpora.SeqioTask,
+        train_vocabulary.Bytes,
+        train_vocabulary.SentencePiece,
+    ]
+    for configurable in known:
+        if configurable.__name__ not in _registered:
+            gin.external_configurable(configurable, module="flm_jax")
+            _registered.add(configurable.__name__)
+
+
+
+
+def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
+    """Parses gin files (found from here or from the project's root) and bindings.
+
+    Raises:
+        ValueError: a file does not exist, or does not parse.
+    """
+    register()
+    gin.add_config_file_search_path(str(ROOT))
+    for name in gin_files:
+        if not any((base / name).is_file() for base in (Path.cwd(), ROOT)):
+            raise ValueError(f"There is no gin file {name!r}, neither here nor in {ROOT}.")
+    try:
+        gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings), print_includes_and_imports=False)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"The gin configuration does not parse: {error}") from error
+
+
+def check_all_used() -> None:
+    """Refuses bindings that nothing read: a mistyped scope, or a macro that no value uses.
+
+    gin itself refuses unknown functions and parameters, but stays silent about these.
+
+    Raises:
+        ValueError: names the bindings.
+    """
+    # gin offers both only as text; the dictionaries have been the same since its first release.
+    given, used = gin.config._CONFIG, gin.config._OPERATIVE_CONFIG
+
+    def is_used(scope: str, selector: str, name: str) -> bool:
+        return any(
+            selector == other and name in parameters and f"{where}/".startswith(f"{scope}/" if scope else "")
+            for (where, other), parameters in used.items()
+        )
+
+    unused = [
+        scope if selector == "gin.macro" else f"{scope}/{selector.split('.')[-1]}.{name}".lstrip("/")
+        for (scope, selector), parameters in given.items()
+        for name in parameters
+        if not is_used(scope, selector, name)
+    ]
+    if unused:
+        raise ValueError(f"Nothing uses these gin bindings: {', '.join(unused)}; check their names and scopes.")
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Prints one sentence, and exits with status 1."""
+    # gin appends the calls that it was in; the sentence itself comes first.
+    text = " ".join(str(error).split("\n  In call to configurable")[0].split())
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(1)
+
+
+@gin.configurable(module="flm_jax")
+def train(recipe: Recipe = gin.REQUIRED, run: Run | None = None) -> tuple[Recipe, Run]:
+    """What `experiments/train.py` runs: the one function that gin configures."""
+    return recipe, run or Run()
+
+
+def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool) -> None:
+    """Builds the recipe, and trains it, or only says what it would be."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        parse(gin_files, gin_bindings)
+        recipe, run = train()
+        check_all_used()
+        if dry_run:
+            for section in describe(recipe, run):
+                print(section, flush=True)
+            return
+        assert workdir is not None
+        config = gin.operative_config_str()
+        if library.train(recipe, run, workdir, records={"config.gin": config, "git.txt": git_state()}) is None:
+            print(f"Stopped; everything is saved in {workdir}. Run the same command to go on.")
+    except EXPECTED as error:
+        fail(error)
+
+
+def git_state() -> str:
+    """The commit that this is, and what is changed on top of it; empty outside a git checkout."""
+    try:
+        call = [["git", "-C", str(ROOT), *args] for args in (["rev-parse", "HEAD"], ["diff", "HEAD", "--stat"])]
+        return "\n".join(subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in call)
+    except (OSError, subprocess.CalledProcessError):
+        return ""

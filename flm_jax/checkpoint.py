@@ -1,0 +1,667 @@
+"""Checkpoints: the one door to orbax.
+
+A directory of checkpoints holds one directory a step:
+
+    100/manifest.json      what must be in the others, see `flm_jax.integrity`
+    100/meta.json          what the caller says about the step: data position, provenance, configuration
+    100/blobs/             small files as bytes, such as a vocabulary
+    100/arrays/            the leaves, written by orbax as nested dictionaries named by leaf path
+
+A step is written as `100.partial` and renamed to `100` when every byte of it is on disk, so a step that has
+its name is complete; one that is deleted is first renamed to `100.deleted`. What orbax gets wrong and this
+module makes good: it checks no values, counts any directory with a number for a name as a step, restores into
+other shapes and dtypes when not told them, and goes on after a save has failed.
+
+Several processes may write one checkpoint together, on a file system that all of them see; the first of them
+writes all but the arrays, holds the lock, commits and deletes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import fcntl
+import json
+import logging
+import operator
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from flm_jax import integrity
+from flm_jax.integrity import (
+    CheckpointError,
+    DamagedError,
+    Leaf,
+    Manifest,
+    NoCheckpointError,
+    PyTree,
+    leaf_paths,
+    read_manifest,
+)
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "DamagedError",
+    "NoCheckpointError",
+    "Report",
+    "Restored",
+    "leaf_paths",
+    "read_manifest",
+    "verify",
+]
+
+_log = logging.getLogger(__name__)
+
+_META = "meta.json"
+_ARRAYS = "arrays"
+_LOCK = ".lock"
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(partial|deleted)")
+_BLOB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_BARRIER_MS = 600_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back: `state` has the structure, shapes, dtypes and shardings that were asked for."""
+
+    step: int
+    state: PyTree
+    meta: Mapping[str, Any]
+    blobs: Mapping[str, bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        directory: the step's directory.
+        step: its step.
+        leaves: how many arrays were read and compared.
+        bytes: the size of all files.
+        problems: one sentence for each damaged file or leaf, naming it.
+    """
+
+    directory: str
+    step: int
+    leaves: int
+    bytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is as it was saved."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        found = "\n  ".join(self.problems) or "intact"
+        return f"{self.directory}: {self.leaves} leaves, {self.bytes} bytes: {found}"
+
+
+class Checkpoints:
+    """The checkpoints in one directory; a context manager.
+
+    One writer at a time may have a directory open; any number of readers may (`read_only`).
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int = 2,
+        keep_steps: Collection[int] = (),
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """Opens a directory, and for writing makes it, locks it and clears what a killed run left in it.
+
+        Args:
+            directory: where the steps are, on a POSIX file system.
+            keep: how many of the newest steps are kept.
+            keep_steps: steps that are kept besides.
+            read_only: takes no lock and changes nothing.
+
+        Raises:
+            CheckpointError: another writer has the directory open.
+            ValueError: `keep` is not positive.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}: the newest checkpoint is never deleted")
+        self.directory = Path(directory).absolute()
+        self._keep, self._keep_steps = keep, frozenset(keep_steps)
+        self._primary = jax.process_index() == 0
+        self._read_only = read_only
+        self._lock: IO[str] | None = None
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._writing: str | None = None
+        self._ignored: set[tuple[str, str]] = set()
+        self._refused: set[int] = set()  # steps whose damage only reading the values showed
+        if not read_only and self._primary:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(self.directory)
+            for entry in sorted(self.directory.iterdir()):
+                if _LEFTOVER.fullmatch(entry.name) and entry.is_dir():
+                    _log.warning("%s: removed, a killed run left it unfinished", entry)
+                    shutil.rmtree(entry)
+        # Weights hardly compress; leaving it out halves the time of a save.
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+        )
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        meta: Mapping[str, Any],
+        signatures: Mapping[str, str] | None = None,
+        blobs: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Saves a state; returns when it is copied off the devices, so that the next step may donate it.
+
+        Waits for the save before it. What fails later is raised by `check`, `wait`, `close` or the next
+        `save`, whichever comes first.
+
+        Args:
+            step: must be above every step that can be restored.
+            state: a pytree of arrays.
+            meta: anything that JSON can hold; tuples come back as lists.
+            signatures: by leaf path, recorded in the manifest.
+            blobs: file contents by plain file name.
+
+        Raises:
+            CheckpointError: this save cannot be begun, or the one before it failed.
+            TypeError: `meta` is not JSON.
+        """
+        if self._read_only:
+            raise CheckpointError(f"{self.directory} was opened read_only")
+        self.wait()
+        step = operator.index(step)
+        newest = max(self._trusted(), default=-1)
+        if step <= newest:
+            raise CheckpointError(
+                f"{self.directory}: step {step} cannot be saved, step {newest} is already there"
+            )
+        leaves = {path: _array(path, leaf) for path, leaf in leaf_paths(state).items()}
+        signatures, blobs = dict(signatures or {}), dict(blobs or {})
+        if not leaves:
+            raise CheckpointError(f"{self.directory}: step {step} cannot be saved, the state has no arrays")
+        if unknown := sorted(signatures.keys() - leaves.keys()):
+            raise CheckpointError(f"signatures are given for leaves that the state does not have: {unknown}")
+        if wrong := sorted(name for name in blobs if not _BLOB.fullmatch(name)):
+            raise CheckpointError(f"blobs need plain file names, not {wrong}")
+        files = {_META: (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()}
+        files |= {f"blobs/{name}": bytes(content) for name, content in blobs.items()}
+        described = {
+            path: Leaf(tuple(leaf.shape), leaf.dtype.name, signatures.get(path, ""), "")
+            for path, leaf in leaves.items()
+        }
+        self._writing = f"{step}.partial"
+        partial = self.directory / self._writing
+        try:
+            if self._primary:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            # The copies to the host are meant; a train loop may forbid those that are not.
+            with jax.transfer_guard("allow"):
+                lanes = {path: integrity.checksum(leaf) for path, leaf in leaves.items()}
+                # Orbax refuses arrays without elements; their shape and dtype are all there is to keep.
+                stored = _nest({path: leaf for path, leaf in leaves.items() if leaf.size})
+                if stored:
+                    self._orbax.save(partial / _ARRAYS, args=ocp.args.PyTreeSave(stored))
+        except Exception as error:
+            self._abandon(partial)
+            raise CheckpointError(f"{self.directory}: saving step {step} failed: {error}") from error
+        self._pending = self._worker.submit(self._finish, step, described, lanes, files)
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background, once; does not wait.
+
+        Raises:
+            CheckpointError: the save failed, and its step does not exist.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until what was saved is committed.
+
+        Raises:
+            CheckpointError: the save failed, and its step does not exist.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and gives the lock back. May be called twice.
+
+        Raises:
+            CheckpointError: the last save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._orbax.close()
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+
+    def steps(self) -> list[int]:
+        """The steps whose files are all there in full, oldest first; tells what else it finds, once each."""
+        return self._scan()[0]
+
+    def latest(self) -> int | None:
+        """The newest of `steps`, or None.
+
+        None also where every checkpoint is damaged: a program that would then begin anew should call
+        `restore` and begin only upon NoCheckpointError.
+        """
+        return max(self.steps(), default=None)
+
+    def restore(
+        self, abstract: PyTree, step: int | None = None, *, partial: bool = False, unverified: bool = False
+    ) -> Restored:
+        """Reads a checkpoint, on any mesh, and checks every bit of it.
+
+        Args:
+            abstract: the structure asked for, of `jax.ShapeDtypeStruct`; where one has no sharding, its array
+                goes to the default device.
+            step: which one; if None, the newest that is whole, and each damaged one before it is told loudly.
+            partial: the checkpoint may hold more leaves than are asked for; only these are read.
+            unverified: with an explicit step, reads a directory that has no manifest, and so no checksums.
+
+        Returns:
+            The state, and the meta and blobs that were saved with it.
+
+        Raises:
+            NoCheckpointError: there is no such step; if step is None, there is nothing that could be one.
+            DamagedError: the step is damaged; if step is None, every one is. The message names the file or
+                leaf.
+            CheckpointError: leaves, shapes or dtypes do not fit: the message names each leaf and both shapes.
+        """
+        self.wait()
+        wanted = {path: _target(path, leaf) for path, leaf in leaf_paths(abstract).items()}
+        if step is not None:
+            return self._restore(abstract, wanted, operator.index(step), partial, unverified)
+        if unverified:
+            raise CheckpointError("unverified=True needs an explicit step")
+        good, bad = self._scan()
+        for candidate in reversed(good):
+            try:
+                return self._restore(abstract, wanted, candidate, partial, False)
+            except DamagedError as error:
+                self._refused.add(candidate)
+                bad.append(candidate)
+                _log.error("%s: step %d is REFUSED, using an older one: %s", self.directory, candidate, error)
+        if bad:
+            raise DamagedError(f"{self.directory}: no step can be restored, these are damaged: {sorted(bad)}")
+        raise NoCheckpointError(f"{self.directory} holds no checkpoint")
+
+    def discard_after(self, step: int) -> None:
+        """Deletes every step above this one: after a rewind they are no longer the run's past.
+
+        Raises:
+            CheckpointError: the directory was opened read_only, or the last save failed.
+        """
+        if self._read_only:
+            raise CheckpointError(f"{self.directory} was opened read_only")
+        self.wait()
+        if self._primary:
+            self._delete(newer for newer in self.steps() if newer > step)
+        self._barrier(f"discard_{step}")
+
+    def _trusted(self) -> list[int]:
+        return [step for step in self.steps() if step not in self._refused]
+
+    def _scan(self) -> tuple[list[int], list[int]]:
+        """Returns the steps that look whole, and those that do not but hold something."""
+        good, bad = [], []
+        entries = self.directory.iterdir() if self.directory.is_dir() else ()
+        for entry in sorted(entry for entry in entries if entry.is_dir()):
+            if entry.name == self._writing:
+                continue
+            if not _STEP.fullmatch(entry.name):
+                unfinished = _LEFTOVER.fullmatch(entry.name)
+                self._ignore(
+                    entry, "a save or deletion did not finish" if unfinished else "it is not named for a step"
+                )
+            elif not any(entry.iterdir()):
+                self._ignore(entry, "it is empty")
+            elif faults := _structure(entry):
+                bad.append(int(entry.name))
+                self._ignore(entry, faults[0])
+            else:
+                good.append(int(entry.name))
+        return sorted(good), sorted(bad)
+
+    def _ignore(self, entry: Path, reason: str) -> None:
+        if (entry.name, reason) not in self._ignored:
+            self._ignored.add((entry.name, reason))
+            damaged = _STEP.fullmatch(entry.name) and (entry / integrity.MANIFEST).exists()
+            _log.log(logging.ERROR if damaged else logging.WARNING, "%s is ignored: %s", entry, reason)
+
+    def _finish(
+        self,
+        step: int,
+        leaves: Mapping[str, Leaf],
+        lanes: Mapping[str, jax.Array],
+        files: Mapping[str, bytes],
+    ) -> None:
+        """Runs on the worker thread: waits for orbax, writes the rest, commits."""
+        partial = self.directory / f"{step}.partial"
+        try:
+            self._orbax.wait_until_finished()
+            checksums = integrity.digests(lanes)
+            if self._primary:
+                for name, content in files.items():
+                    (partial / name).parent.mkdir(exist_ok=True)
+                    (partial / name).write_bytes(content)
+                written = sorted(path for path in partial.rglob("*") if path.is_file())
+                manifest = Manifest(
+                    step,
+                    {
+                        path: dataclasses.replace(leaf, checksum=checksums[path])
+                        for path, leaf in leaves.items()
+                    },
+                    {str(path.relative_to(partial)): integrity.describe_file(path) for path in written},
+                )
+                (partial / integrity.MANIFEST).write_bytes(integrity.dump_manifest(manifest))
+                self._commit(step, partial)
+        except BaseException as error:
+            self._abandon(partial)
+            raise CheckpointError(f"{self.directory}: saving step {step} failed: {error}") from error
+        self._writing = None
+        if self._primary:
+            self._prune()
+        self._barrier(f"commit_{step}")
+
+    def _commit(self, step: int, partial: Path) -> None:
+        for path in [*partial.rglob("*"), partial]:  # a name must not be on disk before what it names
+            _fsync(path)
+        final = self.directory / str(step)
+        if final.exists():
+            # Not one that can be restored, or save() would have refused; but never delete what cannot be
+            # read.
+            aside = next(
+                path
+                for path in (self.directory / f"{step}.damaged-{i}" for i in range(1, 1_000_000))
+                if not path.exists()
+            )
+            final.rename(aside)
+            _log.warning("%s was in the way of the new step %d and is now %s", final, step, aside.name)
+        partial.rename(final)
+        _fsync(self.directory)
+        self._refused.discard(step)
+
+    def _abandon(self, partial: Path) -> None:
+        # What a full disk holds of an unfinished step would keep it full.
+        if self._primary:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._writing = None
+
+    def _prune(self) -> None:
+        try:
+            trusted = self._trusted()
+            self._delete(step for step in trusted[: -self._keep] if step not in self._keep_steps)
+        except OSError as error:  # the save itself has succeeded
+            _log.warning("%s: old checkpoints could not be deleted: %s", self.directory, error)
+
+    def _delete(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            doomed = self.directory / f"{step}.deleted"
+            (self.directory / str(step)).rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _barrier(self, name: str) -> None:
+        sync = ocp.multihost.get_barrier_sync_fn()  # does nothing in a single process
+        sync(key=f"flm_jax_{self.directory}_{name}", timeout_ms=_BARRIER_MS)
+
+    def _restore(
+        self,
+        abstract: PyTree,
+        wanted: Mapping[str, jax.ShapeDtypeStruct],
+        step: int,
+        partial: bool,
+        unverified: bool,
+    ) -> Restored:
+        step_dir = self.directory / str(step)
+        if not step_dir.is_dir():
+            raise NoCheckpointError(f"{self.directory} holds no step {step}, it holds {self.steps()}")
+        if (step_dir / integrity.MANIFEST).exists():
+            manifest = read_manifest(step_dir)
+        elif unverified:
+            _log.error(
+                "%s has no manifest and is read UNVERIFIED: a damaged value would not be seen", step_dir
+            )
+            manifest = _unverified_manifest(self._orbax, step_dir)
+        else:
+            raise DamagedError(
+                f"{step_dir} has no {integrity.MANIFEST}; unverified=True reads it without any check"
+            )
+        integrity.compare(manifest.leaves, wanted, where=str(step_dir), partial=partial)
+        if faults := integrity.file_faults(step_dir, manifest, contents=True):
+            raise DamagedError("; ".join(faults[:3]))
+        arrays = _read(self._orbax, step_dir, manifest, wanted)
+        if wrong := _wrong_leaves(manifest, arrays):
+            raise DamagedError(
+                f"{step_dir}: the values of {', '.join(wrong[:3])} ({len(wrong)} leaves) have changed"
+            )
+        state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
+        try:
+            meta = json.loads((step_dir / _META).read_bytes()) if _META in manifest.files else {}
+            names = [name for name in manifest.files if name.startswith("blobs/")]
+            blobs = {name.removeprefix("blobs/"): (step_dir / name).read_bytes() for name in names}
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{step_dir}: {error}") from error
+        return Restored(step, state, meta, blobs)
+
+
+def verify(directory: str | Path, step: int | None = None) -> Report:
+    """Checks every bit of one checkpoint without a model, one leaf in memory at a time.
+
+    Args:
+        directory: a directory of steps.
+        step: which one; if None, the newest, be it damaged.
+
+    Returns:
+        What was found.
+
+    Raises:
+        NoCheckpointError: there is no such step.
+    """
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        if step is None:
+            step = max((s for found in checkpoints._scan() for s in found), default=None)
+        step_dir = checkpoints.directory / str(step)
+        if step is None or not step_dir.is_dir():
+            raise NoCheckpointError(
+                f"{directory} holds no checkpoint" + (f" of step {step}" if step is not None else "")
+            )
+        size = sum(path.stat().st_size for path in step_dir.rglob("*") if path.is_file())
+        try:
+            manifest = read_manifest(step_dir)
+        except CheckpointError as error:
+            return Report(str(step_dir), step, 0, size, (str(error),))
+        problems = integrity.file_faults(step_dir, manifest, contents=True)
+        with jax.enable_x64(True):  # or 8-byte leaves would be read as 4-byte ones
+            for path, leaf in manifest.leaves.items():
+                wanted = {path: _target(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))}
+                try:
+                    arrays = _read(checkpoints._orbax, step_dir, manifest, wanted)
+                except DamagedError as error:
+                    problems.append(f"{path}: {error}")
+                else:
+                    problems += [
+                        f"{step_dir}: the values of {name} have changed"
+                        for name in _wrong_leaves(manifest, arrays)
+                    ]
+    return Report(str(step_dir), step, len(manifest.leaves), size, tuple(problems))
+
+
+def _structure(step_dir: Path) -> list[str]:
+    try:
+        return integrity.file_faults(step_dir, read_manifest(step_dir), contents=False)
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def _take_lock(directory: Path) -> IO[str]:
+    # Not deleted afterwards: a lock file that comes and goes can be held twice.
+    lock = (directory / _LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise CheckpointError(f"{directory} is being written by another run (process {holder})") from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _array(path: str, leaf: Any) -> jax.Array:
+    """Takes an array; NumPy's own are copied, as their owner may change them while they are written."""
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        raise CheckpointError(
+            f"{path}: only arrays can be saved, not {type(leaf).__name__}; jnp.asarray makes one"
+        )
+    integrity.check_dtype(path, leaf.dtype)
+    if isinstance(leaf, jax.Array):
+        return leaf
+    array = jax.device_put(leaf.copy())
+    if array.dtype != leaf.dtype:
+        raise CheckpointError(
+            f"{path}: {leaf.dtype} would be saved as {array.dtype}, as jax_enable_x64 is off"
+        )
+    return array
+
+
+def _target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise CheckpointError(
+            f"{path}: a jax.ShapeDtypeStruct is needed to restore into, not {type(leaf).__name__}"
+        )
+    sharding = getattr(leaf, "sharding", None) or jax.device_put(np.zeros((), np.int32)).sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes nested dictionaries of leaf paths, which orbax keeps as they are, unlike named tuples."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = (part.replace("%", "%25").replace(".", "%2E") for part in path.split("/"))
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf  # orbax joins names with dots, so one within a name would be ambiguous
+    return tree
+
+
+def _read(
+    orbax: ocp.AsyncCheckpointer,
+    step_dir: Path,
+    manifest: Manifest,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """Reads the wanted leaves; shapes, dtypes and shardings are always told to orbax, and compared after."""
+    stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
+    arrays = {
+        path: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        for path, leaf in wanted.items()
+        if not leaf.size
+    }
+    if stored:
+        arguments = {
+            path: ocp.ArrayRestoreArgs(
+                sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
+            )
+            for path, leaf in stored.items()
+        }
+        try:
+            restored = orbax.restore(
+                step_dir / _ARRAYS,
+                args=ocp.args.PyTreeRestore(
+                    item=_nest(stored),
+                    restore_args=_nest(arguments),
+                    partial_restore=len(stored)
+                    < sum(0 not in leaf.shape for leaf in manifest.leaves.values()),
+                ),
+            )
+        except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the checkpoint
+            raise
+        except Exception as error:
+            what = str(error).partition("\n")[0] or repr(error)
+            raise DamagedError(f"{step_dir / _ARRAYS} cannot be read: {what}") from error
+        # `stored` and the nested dictionaries have the same leaves, but not always in the same order.
+        for path in stored:
+            node = restored
+            for part in path.split("/"):
+                node = node[part.replace("%", "%25").replace(".", "%2E")]
+            arrays[path] = node
+    for path, leaf in wanted.items():
+        found = arrays[path]
+        # Where orbax's own metadata are damaged, it may give back the question in place of the answer.
+        if not isinstance(found, jax.Array) or (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
+            what = type(found).__name__
+            if hasattr(found, "shape") and hasattr(found, "dtype"):
+                what += " " + integrity.describe(found.shape, found.dtype)
+            raise DamagedError(f"{step_dir / _ARRAYS}: {path} was read as {what}")
+    return arrays
+
+
+def _wrong_leaves(manifest: Manifest, arrays: Mapping[str, jax.Array]) -> list[str]:
+    known = {path: array for path, array in arrays.items() if manifest.leaves[path].checksum}
+    with jax.transfer_guard("allow"):
+        found = integrity.digests({path: integrity.checksum(array) for path, array in known.items()})
+    return [path for path in known if found[path] != manifest.leaves[path].checksum]
+
+
+def _unverified_manifest(orbax: ocp.AsyncCheckpointer, step_dir: Path) -> Manifest:
+    """What orbax itself says of a directory that has no manifest: shapes and dtypes, and no checksums."""
+    try:
+        tree = orbax.metadata(step_dir / _ARRAYS).item_metadata.tree
+        leaves = {
+            path.replace("%2E", ".").replace("%25", "%"): Leaf(
+                tuple(leaf.shape), np.dtype(leaf.dtype).name, "", ""
+            )
+            for path, leaf in leaf_paths(tree).items()
+        }
+    except Exception as error:
+        raise DamagedError(f"{step_dir / _ARRAYS} cannot be read: {error}") from error
+    files = [path for path in (step_dir / _META, *(step_dir / "blobs").glob("*")) if path.is_file()]
+    return Manifest(
+        int(step_dir.name),
+        leaves,
+        {str(path.relative_to(step_dir)): integrity.describe_file(path) for path in files},
+    )

@@ -1,0 +1,222 @@
+"""Batches by number: which windows come when is a pure function of seed and position.
+
+The position is the number of windows consumed so far, over all hosts: nothing else needs saving, the batch
+size may change between calls, and any number of hosts sees the batches that one host would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from flm_jax.data.permutation import permute
+from flm_jax.data.store import TokenStore
+
+
+class Batch(NamedTuple):
+    """Rows of T = context tokens and what follows each.
+
+    Attributes:
+      inputs_BT: int32 token ids.
+      targets_BT: int32, the token after each input.
+      weights_BT: float32, 1 where the target counts, 0 in rows that only fill a batch.
+      segments_BT: int32, how many documents have ended before each input in its row; attention stays within
+        equal numbers.
+    """
+
+    inputs_BT: np.ndarray  # noqa: N815 - the shape suffix
+    targets_BT: np.ndarray  # noqa: N815 - the shape suffix
+    weights_BT: np.ndarray  # noqa: N815 - the shape suffix
+    segments_BT: np.ndarray  # noqa: N815 - the shape suffix
+
+
+class TokenBatches(Protocol):
+    """The contract between data and training: an endless stream that can say where it is."""
+
+    def next(self, batch_size: int) -> Batch:
+        """This host's rows of the next global batch of `batch_size` windows."""
+        ...
+
+    def state(self) -> bytes:
+        """Everything needed to continue exactly here."""
+        ...
+
+    def restore(self, state: bytes) -> None:
+        """Continues where `state()` was taken; ValueError if that was other data, seed or context."""
+        ...
+
+
+def make_batch(windows: np.ndarray, eos_id: int, rows: int | None = None) -> Batch:
+    """A batch from windows.
+
+    Args:
+      windows: int32 (n, context + 1).
+      eos_id: the id that ends a document.
+      rows: fill up to so many rows with padding of weight 0.
+    """
+    real = len(windows)
+    if rows is not None and rows > real:
+        windows = np.concatenate([windows, np.zeros((rows - real, windows.shape[1]), np.int32)])
+    inputs_BT, targets_BT = windows[:, :-1], windows[:, 1:]
+    ends_BT = inputs_BT == eos_id
+    weights_BT = np.ones(inputs_BT.shape, np.float32)
+    weights_BT[real:] = 0
+    segments_BT = (np.cumsum(ends_BT, axis=1) - ends_BT).astype(
+        np.int32
+    )  # the end belongs to the document it ends
+    return Batch(np.ascontiguousarray(inputs_BT), np.ascontiguousarray(targets_BT), weights_BT, segments_BT)
+
+
+def host_rows(batch_size: int, host: int, hosts: int) -> slice:
+    """The rows of a global batch that one host reads.
+
+    Raises:
+      ValueError: the batch does not divide, or there is no such host.
+    """
+    if not 0 <= host < hosts:
+        raise ValueError(f"host {host} of {hosts}: hosts are numbered from 0 to {hosts - 1}")
+    if batch_size < 1 or batch_size % hosts:
+        raise ValueError(f"a global batch of {batch_size} windows does not divide among {hosts} hosts")
+    share = batch_size // hosts
+    return slice(host * share, (host + 1) * share)
+
+
+def pack_state(identity: dict[str, Any], **rest: Any) -> bytes:
+    """A state as JSON bytes: what it belongs to, and where it is."""
+    return json.dumps({"identity": identity, **rest}).encode()
+
+
+def unpack_state(state: bytes, identity: dict[str, Any]) -> dict[str, Any]:
+    """Reads a state back.
+
+    Raises:
+      ValueError: not a state, or one of another identity, naming what differs.
+    """
+    try:
+        record = json.loads(state)
+        theirs = dict(record["identity"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"not the state of a data iterator: {bytes(state)[:40]!r}") from None
+    for key in sorted(identity.keys() | theirs.keys()):
+        if theirs.get(key) != identity.get(key):
+            raise ValueError(
+                f"the saved data position was taken with {key} = {theirs.get(key)!r}, "
+                f"and this run has {key} = {identity.get(key)!r}: it cannot continue there"
+            )
+    return record
+
+
+class StoreBatches:
+    """Endless shuffled batches from a store: every epoch holds each window once, in its own order."""
+
+    def __init__(
+        self, store: TokenStore, split: str, context: int, seed: int, host: int = 0, hosts: int = 1
+    ) -> None:
+        """Starts at position 0.
+
+        Args:
+          store: an open store.
+          split: 'train' or 'heldout'.
+          context: tokens a row.
+          seed: of the order; another seed, another order.
+          host: this process's number.
+          hosts: how many share each global batch, in contiguous blocks of rows.
+
+        Raises:
+          ValueError: the split has no window of this context, or there is no such host.
+        """
+        host_rows(hosts, host, hosts)
+        self._store, self._split, self._context, self._seed = store, split, context, seed
+        self._host, self._hosts = host, hosts
+        self._windows = store.num_windows(split, context)
+        self.position = 0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.position // self._windows
+
+    def order(self, positions: np.ndarray) -> np.ndarray:
+        """The window read at each position, int64: the pure function that all else rests on."""
+        epochs, within = np.divmod(np.asarray(positions, np.int64), self._windows)
+        chosen = np.empty(within.shape, np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            chosen[here] = permute(within[here], self._windows, self._seed, int(epoch))
+        return chosen
+
+    def next(self, batch_size: int) -> Batch:
+        """This host's rows of the next global batch, (batch_size / hosts, context) each.
+
+        Raises:
+          ValueError: batch_size does not divide among the hosts.
+        """
+        rows = host_rows(batch_size, self._host, self._hosts)
+        indices = self.order(np.arange(self.position + rows.start, self.position + rows.stop))
+        batch = make_batch(self._store.windows(self._split, indices, self._context), self._store.eos_id)
+        self.position += batch_size
+        return batch
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "kind": "store",
+            "store": self._store.digest,
+            "split": self._split,
+            "context": self._context,
+            "seed": self._seed,
+        }
+
+    def state(self) -> bytes:
+        """The position, with what it belongs to; the same on every host, and good for any number of hosts."""
+        return pack_state(self._identity(), position=self.position)
+
+    def restore(self, state: bytes) -> None:
+        """Goes to a saved position.
+
+        Raises:
+          ValueError: the state of another store, split, context or seed, or no state at all.
+        """
+        position = unpack_state(state, self._identity()).get("position")
+        if not isinstance(position, int) or position < 0:
+            raise ValueError(f"the saved data position is {position!r}, and should be a count of windows")
+        self.position = position
+
+
+def in_batches(windows: Iterable[np.ndarray], batch_size: int, eos_id: int) -> Iterator[Batch]:
+    """Windows (context + 1,) in order, the last batch filled up with rows of weight 0."""
+    if batch_size < 1:
+        raise ValueError(f"a batch of {batch_size} windows")
+    gathered: list[np.ndarray] = []
+    for window in windows:
+        gathered.append(window)
+        if len(gathered) == batch_size:
+            yield make_batch(np.stack(gathered), eos_id)
+            gathered = []
+    if gathered:
+        yield make_batch(np.stack(gathered), eos_id, rows=batch_size)
+
+
+def heldout_batches(
+    store: TokenStore, context: int, batch_size: int, windows: int, split: str = "heldout"
+) -> Iterator[Batch]:
+    """The same held-out windows each time, in order, spread evenly over the split.
+
+    Args:
+      store: an open store.
+      context: tokens a row.
+      batch_size: rows of every batch; the last is filled up with rows of weight 0.
+      windows: how many; all of them where the split holds fewer.
+      split: which.
+
+    Raises:
+      ValueError: the split has no window of this context, or windows or batch_size is below 1.
+    """
+    total = store.num_windows(split, context)
+    if windows < 1 or batch_size < 1:
+        raise ValueError(f"{windows} held-out windows in batches of {batch_size}: both must be at least 1")
+    wanted = min(windows, total)
+    indices = np.arange(wanted, dtype=np.int64) * total // wanted
+    return in_batches((store.window(split, int(i), context) for i in indices), batch_size, store.eos_id)

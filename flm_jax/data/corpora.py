@@ -1,0 +1,139 @@
+"""Where documents come from: frozen dataclasses that gin can build.
+
+A text corpus promises three things: `documents(split)` yields text in one fixed order, `digest()` identifies
+names, contents and split, and `describe()` says what it is in JSON. The file kinds live in `text.py`; here
+are those that TFDS and seqio read, and the names of all.
+
+Importing this module costs nothing: TensorFlow is loaded only when a `Tfds` or `SeqioTask` is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from flm_jax.data.text import (
+    SPLITS,
+    FileCorpus,
+    Jsonl,
+    StandardLibrary,
+    TextFolder,
+    check_split,
+    describe_fields,
+)
+
+__all__ = [
+    "SPLITS",
+    "Corpus",
+    "FileCorpus",
+    "Jsonl",
+    "SeqioTask",
+    "StandardLibrary",
+    "TextCorpus",
+    "TextFolder",
+    "Tfds",
+]
+
+
+class Corpus(Protocol):
+    """What every corpus can say about itself without being read by TensorFlow."""
+
+    def digest(self) -> str:
+        """A sha256 (hex) that changes whenever the documents or their split do."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON-able description for people: kind and fields."""
+        ...
+
+
+class TextCorpus(Corpus, Protocol):
+    """A corpus that brings text and no vocabulary of its own."""
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of one split, in a fixed order."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """A TensorFlow Datasets builder, by its name ('wiki40b/en:1.3.0'); `field` holds the text.
+
+    Splits may be slices: train_split='train[5%:]', heldout_split='train[:5%]'.
+    """
+
+    name: str
+    field: str = "text"
+    data_dir: str | None = None
+    train_split: str = "train"
+    heldout_split: str = "validation"
+
+    def _recorded(self) -> list[Path]:
+        """The dataset_info.json of each prepared version that the name can mean."""
+        place = self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        name, _, version = self.name.partition(":")
+        return sorted((Path(place).expanduser() / name).glob(f"{version or '*.*.*'}/dataset_info.json"))
+
+    def digest(self) -> str:
+        """The sha256 over the builder's name, version and splits (shards, bytes) and this object's fields.
+
+        Where exactly one prepared version lies on disk its record is read directly; otherwise TFDS is asked.
+        """
+        recorded = self._recorded()
+        if len(recorded) == 1:
+            info = json.loads(recorded[0].read_text())
+        else:
+            from flm_jax.data import tasks
+
+            info = tasks.tfds_info(self)
+        kept = {key: info.get(key) for key in ("name", "configName", "version", "splits")}
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "data_dir"}
+        return hashlib.sha256(json.dumps(["Tfds", fields, kept], sort_keys=True).encode()).hexdigest()
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of one split, read by TFDS in its fixed order."""
+        check_split(split)
+        from flm_jax.data import tasks
+
+        return tasks.tfds_documents(self, split)
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and fields."""
+        return describe_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqioTask:
+    """A seqio task or mixture that `module` registers when imported; it brings its own vocabulary."""
+
+    name: str
+    module: str | None = None
+    train_split: str = "train"
+    heldout_split: str = "validation"
+    feature: str = "targets"
+
+    def digest(self) -> str:
+        """The sha256 over the fields and the source of `module`.
+
+        What the task reads is its own affair and cannot be known without running it: change `module`, or
+        clear the cache, when its data changed behind its back.
+        """
+        try:
+            spec = importlib.util.find_spec(self.module) if self.module else None
+        except ModuleNotFoundError as error:
+            raise ValueError(f"SeqioTask: the module {self.module!r} cannot be imported: {error}") from None
+        source = (
+            Path(spec.origin).read_bytes() if spec and spec.origin and Path(spec.origin).is_file() else b""
+        )
+        fields = [*dataclasses.asdict(self).items(), hashlib.sha256(source).hexdigest()]
+        return hashlib.sha256(json.dumps(["SeqioTask", fields]).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and fields."""
+        return describe_fields(self)

@@ -1,0 +1,80 @@
+"""From corpus to token store: once, by seqio; from then on the store alone is read, without TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+
+from flm_jax.data import train_vocabulary
+from flm_jax.data.corpora import SPLITS, Corpus, SeqioTask
+from flm_jax.data.store import FORMAT, STORE_FILE, TokenStore
+from flm_jax.data.store_writer import StoreWriter
+from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary
+
+_log = logging.getLogger(__name__)
+
+
+def store_path(corpus: Corpus, vocabulary_config: VocabularyConfig, cache_dir: str | Path) -> Path:
+    """Where the store of this corpus and vocabulary lies: its name changes whenever its content would."""
+    kind = type(vocabulary_config).__name__
+    vocabulary = [train_vocabulary.FORMAT, kind, dataclasses.asdict(vocabulary_config)]
+    if isinstance(corpus, SeqioTask):
+        vocabulary = []  # it brings its own
+    key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), vocabulary]).encode()).hexdigest()
+    return Path(cache_dir).expanduser() / f"{type(corpus).__name__.lower()}-{key[:16]}"
+
+
+def prepare(
+    corpus: Corpus,
+    vocabulary_config: VocabularyConfig,
+    cache_dir: str | Path,
+    progress: bool = True,
+    max_shard_tokens: int = 2**27,
+) -> TokenStore:
+    """Opens the store of a corpus, having made it if it is not there.
+
+    Every document is read once, in a fixed order. Of a seqio mixture the store holds each task's documents
+    once: mixing rates act only when it is streamed.
+
+    Args:
+      corpus: any of `corpora`.
+      vocabulary_config: what to tokenise with; a SeqioTask brings its own vocabulary instead.
+      cache_dir: where stores and vocabularies are kept.
+      progress: show a bar on a terminal.
+      max_shard_tokens: see StoreWriter.
+
+    Returns:
+      The store, checked against its sha256 sums.
+
+    Raises:
+      ValueError, FileNotFoundError: the corpus cannot be read, the vocabulary cannot be trained, a split is
+        empty, or the store that is there is damaged; the message names the file.
+    """
+    path = store_path(corpus, vocabulary_config, cache_dir)
+    if (path / STORE_FILE).exists():
+        return TokenStore.open(path)
+    if path.exists():
+        raise FileNotFoundError(f"{path} holds no {STORE_FILE}: delete the folder to prepare the store again")
+    from tqdm import tqdm
+
+    from flm_jax.data import tasks
+
+    began = time.monotonic()
+    source = tasks.resolve(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
+    if source.is_mixture:
+        _log.warning("the store holds each task of a mixture once; its rates act only with streamed=True")
+    with StoreWriter(path, source.vocabulary, corpus.digest(), corpus.describe(), max_shard_tokens) as writer:
+        for split in SPLITS:
+            hidden = None if progress else True  # None: hidden where there is no terminal
+            with tqdm(desc=f"tokenising {split}", unit="B", unit_scale=True, disable=hidden) as bar:
+                for tokens, text_bytes in source.documents(split):
+                    writer.append(split, tokens, text_bytes)
+                    bar.update(text_bytes)
+        store = writer.close()
+    counts = json.dumps(store.describe()["splits"])
+    _log.info("prepared %s in %.1f s: %s", path, time.monotonic() - began, counts)
+    return store

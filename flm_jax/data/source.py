@@ -1,0 +1,177 @@
+"""The front door: one config, one call, and training has its data.
+
+data = open_data(DataConfig(corpus=StandardLibrary(), context=512))
+batches = data.train()
+batch = batches.next(64)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from flm_jax.data.batches import Batch, StoreBatches, TokenBatches, heldout_batches
+from flm_jax.data.corpora import Corpus, StandardLibrary
+from flm_jax.data.prepare import prepare
+from flm_jax.data.store import TokenStore, canonical_digest
+from flm_jax.data.train_vocabulary import SentencePiece, VocabularyConfig, build_vocabulary
+from flm_jax.data.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+      corpus: where documents come from.
+      vocabulary: how they are tokenised; a SeqioTask brings its own instead.
+      context: tokens a row.
+      streamed: read by seqio during training instead of from a token store.
+      seed: of the order.
+      cache_dir: where stores and vocabularies are kept.
+    """
+
+    corpus: Corpus = dataclasses.field(default_factory=StandardLibrary)
+    vocabulary: VocabularyConfig = dataclasses.field(default_factory=SentencePiece)
+    context: int = 256
+    streamed: bool = False
+    seed: int = 0
+    cache_dir: str = "~/.cache/flm_jax"
+
+
+class Data(Protocol):
+    """Data that is ready to be read."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the ids mean."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of held-out text a token: bits a byte = nats a token / ln 2 / this."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """A sha256 (hex) that identifies the documents, their split and their tokens."""
+        ...
+
+    def train(self, host: int = 0, hosts: int = 1) -> TokenBatches:
+        """A fresh stream of training batches, at its start."""
+        ...
+
+    def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
+        """The same held-out windows each time, at most `windows`, the last batch filled up with weight 0."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, JSON-able, for a checkpoint's or report's record."""
+        ...
+
+
+class StoreData:
+    """Data in a token store."""
+
+    def __init__(self, store: TokenStore, context: int, seed: int) -> None:
+        """Wraps an open store; see DataConfig for context and seed."""
+        self.store, self._context, self._seed = store, context, seed
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """See Data."""
+        return self.store.vocabulary
+
+    @property
+    def bytes_per_token(self) -> float:
+        """See Data; over the whole held-out split."""
+        return self.store.text_bytes_per_token("heldout")
+
+    @property
+    def digest(self) -> str:
+        """See Data; the store's."""
+        return self.store.digest
+
+    def train(self, host: int = 0, hosts: int = 1) -> StoreBatches:
+        """See Data; hosts together read what one host would."""
+        return StoreBatches(self.store, "train", self._context, self._seed, host, hosts)
+
+    def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
+        """See Data; spread evenly over the held-out split."""
+        return heldout_batches(self.store, self._context, batch_size, windows)
+
+    def describe(self) -> dict[str, Any]:
+        """See Data."""
+        return {"read": "store", "context": self._context, "seed": self._seed, **self.store.describe()}
+
+
+class StreamData:
+    """Data read by seqio on the fly."""
+
+    def __init__(self, corpus: Corpus, vocabulary: Vocabulary, context: int, seed: int) -> None:
+        """Loads TensorFlow and resolves the task; see DataConfig."""
+        from flm_jax.data import tasks
+
+        self._corpus, self._context, self._seed = corpus, context, seed
+        self.vocabulary = vocabulary
+        self._source = tasks.resolve(corpus, vocabulary)
+
+    @functools.cached_property
+    def bytes_per_token(self) -> float:
+        """See Data; over the first million held-out tokens."""
+        from flm_jax.data import streaming
+
+        return streaming.heldout_bytes_per_token(self._source)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """See Data; of corpus and vocabulary, as the tokens are never all seen."""
+        return canonical_digest({"corpus": self._corpus.digest(), "vocabulary": self.vocabulary.digest})
+
+    def train(self, host: int = 0, hosts: int = 1) -> TokenBatches:
+        """See Data; each host reads documents of its own."""
+        from flm_jax.data import streaming
+
+        return streaming.SeqioBatches(
+            self._corpus, self.vocabulary, "train", self._context, self._seed, host=host, hosts=hosts
+        )
+
+    def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
+        """See Data; the first windows of the held-out documents."""
+        from flm_jax.data import streaming
+
+        return streaming.heldout_stream(self._source, self._context, batch_size, windows)
+
+    def describe(self) -> dict[str, Any]:
+        """See Data."""
+        vocabulary = {key: value for key, value in self.vocabulary.spec().items() if key != "model"}
+        return {
+            "read": "stream",
+            "context": self._context,
+            "seed": self._seed,
+            "digest": self.digest,
+            "vocabulary": vocabulary,
+            "corpus": {**self._corpus.describe(), "digest": self._corpus.digest()},
+        }
+
+
+def open_data(config: DataConfig, progress: bool = True) -> Data:
+    """Opens the data of a config, preparing it first where that is needed.
+
+    Args:
+      config: what to train on.
+      progress: show a bar on a terminal while preparing.
+
+    Returns:
+      Data in a store, opened without TensorFlow where the store exists; or, streamed, data read by seqio.
+
+    Raises:
+      ValueError, FileNotFoundError: as `prepare` and `build_vocabulary` raise them.
+    """
+    if config.streamed:
+        vocabulary = build_vocabulary(config.vocabulary, config.corpus, config.cache_dir)
+        return StreamData(config.corpus, vocabulary, config.context, config.seed)
+    store = prepare(config.corpus, config.vocabulary, config.cache_dir, progress)
+    return StoreData(store, config.context, config.seed)

@@ -1,0 +1,237 @@
+"""The token store: tokens on disk, read by number, with a checksum over everything.
+
+    store.json         format, dtype, vocabulary and corpus digests, splits, shards, and the digest of it all
+    vocabulary.json    the vocabulary's spec, self-contained
+    train-00000.bin    tokens, little-endian uint16 (uint32 above 65,536 ids): the documents, each ended by eos
+    train.idx          little-endian uint64: where each document starts, and the end of the last
+
+Window i of a split is the context + 1 tokens from i * context on: neighbours share one token, so every token
+but the first is predicted exactly once an epoch. Reading needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flm_jax.data.files import sha256_file
+from flm_jax.data.vocabulary import Vocabulary, from_spec
+
+FORMAT = 1
+STORE_FILE = "store.json"
+VOCABULARY_FILE = "vocabulary.json"
+
+
+def canonical_digest(record: Any) -> str:
+    """The sha256 (hex) of a JSON-able value."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def data_digest(record: dict[str, Any]) -> str:
+    """What identifies a store's data: all but the corpus's description, which holds paths."""
+    return canonical_digest(
+        {key: record[key] for key in ("format", "dtype", "vocabulary", "corpus", "splits")}
+    )
+
+
+def _check_file(path: Path, size: int, sha256: str, verify: bool) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the token store lacks {path}: delete the store's folder and prepare it again"
+        )
+    found = path.stat().st_size
+    if found != size:
+        raise ValueError(
+            f"{path} is {found} bytes long and should be {size}: delete the store and prepare it again"
+        )
+    if verify and sha256_file(path) != sha256:
+        raise ValueError(
+            f"{path} was altered (its sha256 is not the recorded one): delete the store and prepare it again"
+        )
+
+
+class TokenStore:
+    """A store opened for reading; `open` is the way in."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        """Takes a record that `open` has checked."""
+        self.path = path
+        self._record = record
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> TokenStore:
+        """Opens a store, having checked it.
+
+        Args:
+          path: the store's folder.
+          verify: read every file against its sha256 (1.7 GB/s); sizes are checked either way.
+
+        Raises:
+          FileNotFoundError: no store there, or a file of it is missing.
+          ValueError: a file is truncated or altered, or the format is another one. Both name the file.
+        """
+        path = Path(path).expanduser()
+        manifest = path / STORE_FILE
+        if not manifest.is_file():
+            raise FileNotFoundError(f"there is no token store at {path}: {manifest} is missing")
+        try:
+            record = json.loads(manifest.read_bytes())
+            seal = record.pop("seal")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{manifest} is damaged: delete the store and prepare it again") from None
+        if canonical_digest(record) != seal:
+            raise ValueError(
+                f"{manifest} was altered (its seal does not match): delete the store and prepare it again"
+            )
+        if record["format"] != FORMAT:
+            raise ValueError(f"{manifest} has format {record['format']}; this version reads format {FORMAT}")
+        _check_file(path / VOCABULARY_FILE, *record["vocabulary_file"], verify)
+        width = np.dtype(record["dtype"]).itemsize
+        for split, about in record["splits"].items():
+            _check_file(path / f"{split}.idx", 8 * (about["documents"] + 1), about["index_sha256"], verify)
+            for shard in about["shards"]:
+                _check_file(path / shard["file"], shard["tokens"] * width, shard["sha256"], verify)
+        return cls(path, record)
+
+    @property
+    def digest(self) -> str:
+        """A sha256 (hex) that two stores share only if they hold the same tokens, vocabulary and splits."""
+        return data_digest(self._record)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary the tokens were made with."""
+        return from_spec(json.loads((self.path / VOCABULARY_FILE).read_bytes()))
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends every document."""
+        return int(self._record["vocabulary"]["eos_id"])
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self._record["splits"])
+
+    def describe(self) -> dict[str, Any]:
+        """What is in the store, JSON-able: counts a split, vocabulary, corpus, digest."""
+        counts = {
+            split: {key: about[key] for key in ("tokens", "documents", "text_bytes")}
+            for split, about in self._record["splits"].items()
+        }
+        return {
+            "digest": self.digest,
+            "splits": counts,
+            "vocabulary": self._record["vocabulary"],
+            "corpus": {**self._record["description"], "digest": self._record["corpus"]},
+        }
+
+    def _about(self, split: str) -> dict[str, Any]:
+        if split not in self._record["splits"]:
+            raise ValueError(f"{self.path} has no split {split!r}: it has {', '.join(self.splits)}")
+        return self._record["splits"][split]
+
+    def num_tokens(self, split: str) -> int:
+        """Tokens of a split, document ends included."""
+        return int(self._about(split)["tokens"])
+
+    def num_documents(self, split: str) -> int:
+        """Documents of a split."""
+        return int(self._about(split)["documents"])
+
+    def text_bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes of text a token, document ends counted as tokens: bits a byte = bits a token / this.
+
+        Raises:
+          ValueError: the split is empty.
+        """
+        if not self.num_tokens(split):
+            raise ValueError(f"the split {split!r} of {self.path} holds no token")
+        return float(self._about(split)["text_bytes"] / self.num_tokens(split))
+
+    @functools.cached_property
+    def _shards(self) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
+        """For each split its memory-mapped shards and where each starts, with the end last."""
+        dtype = np.dtype(self._record["dtype"])
+        mapped = {}
+        for split, about in self._record["splits"].items():
+            shards = [
+                np.memmap(self.path / shard["file"], dtype=dtype, mode="r") for shard in about["shards"]
+            ]
+            starts = np.cumsum([0] + [shard["tokens"] for shard in about["shards"]], dtype=np.int64)
+            mapped[split] = (shards, starts)
+        return mapped
+
+    def tokens(self, split: str, positions: np.ndarray) -> np.ndarray:
+        """The tokens at the given positions, int32, of the positions' shape.
+
+        Raises:
+          IndexError: a position outside [0, num_tokens).
+        """
+        total = self.num_tokens(split)
+        if positions.size and not (positions.min() >= 0 and positions.max() < total):
+            raise IndexError(
+                f"positions {positions.min()} to {positions.max()} of {split!r}, which has {total} tokens"
+            )
+        shards, starts = self._shards[split]
+        flat = positions.ravel()
+        shard_of = np.searchsorted(starts, flat, side="right") - 1
+        found = np.empty(flat.shape, np.int32)
+        for number in np.unique(shard_of):
+            chosen = shard_of == number
+            found[chosen] = shards[number][flat[chosen] - starts[number]]
+        return found.reshape(positions.shape)
+
+    @functools.cached_property
+    def _indexes(self) -> dict[str, np.ndarray]:
+        return {split: np.memmap(self.path / f"{split}.idx", dtype="<u8", mode="r") for split in self.splits}
+
+    def document(self, split: str, number: int) -> np.ndarray:
+        """The tokens of one document, int32, its end included.
+
+        Raises:
+          IndexError: there is no such document.
+        """
+        if not 0 <= number < self.num_documents(split):
+            raise IndexError(f"document {number} of {split!r}, which has {self.num_documents(split)}")
+        start, end = (int(offset) for offset in self._indexes[split][number : number + 2])
+        return self.tokens(split, np.arange(start, end))
+
+    def num_windows(self, split: str, context: int) -> int:
+        """How many windows of context + 1 tokens the split holds, `context` apart.
+
+        Raises:
+          ValueError: not one; or a context below 1.
+        """
+        if context < 1:
+            raise ValueError(f"context is {context}: a window predicts at least 1 token")
+        windows = (self.num_tokens(split) - 1) // context
+        if windows < 1:
+            raise ValueError(
+                f"the split {split!r} of {self.path} holds {self.num_tokens(split)} tokens: fewer than "
+                f"context + 1 = {context + 1}; choose a shorter context or a larger corpus"
+            )
+        return windows
+
+    def windows(self, split: str, indices: np.ndarray, context: int) -> np.ndarray:
+        """Windows by number, int32 (n, context + 1).
+
+        Raises:
+          IndexError: an index outside [0, num_windows).
+        """
+        total = self.num_windows(split, context)
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not (indices.min() >= 0 and indices.max() < total):
+            raise IndexError(
+                f"windows {indices.min()} to {indices.max()} of {split!r}, which has {total} of {context}"
+            )
+        return self.tokens(split, indices[:, None] * context + np.arange(context + 1))
+
+    def window(self, split: str, index: int, context: int) -> np.ndarray:
+        """One window, int32 (context + 1,)."""
+        return self.windows(split, np.array([index]), context)[0]

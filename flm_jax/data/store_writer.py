@@ -1,0 +1,183 @@
+"""Write a token store: into a hidden folder beside its place, renamed once everything is on the disk.
+
+A run that is killed leaves no store, only the hidden folder, which nothing reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from flm_jax.data.corpora import SPLITS
+from flm_jax.data.files import draft_of, sync_write
+from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, TokenStore, canonical_digest
+from flm_jax.data.vocabulary import Vocabulary, spec_bytes
+
+
+class _Split:
+    """One split being written: the shard that is open, and what is known of those that are full."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, limit: int) -> None:
+        self.folder, self.name, self.dtype, self.limit = folder, name, dtype, limit
+        self.shards: list[dict[str, Any]] = []
+        self.offsets = [0]
+        self.text_bytes = 0
+        self._file: BinaryIO | None = None
+        self._sha = hashlib.sha256()
+        self._tokens = 0
+
+    def append(self, tokens: np.ndarray, text_bytes: int) -> None:
+        self.offsets.append(self.offsets[-1] + len(tokens))
+        self.text_bytes += text_bytes
+        while len(tokens):
+            if self._file is None:
+                self._file = (self.folder / f"{self.name}-{len(self.shards):05d}.bin").open("wb")
+                self._sha, self._tokens = hashlib.sha256(), 0
+            now, tokens = np.split(tokens, [self.limit - self._tokens])
+            content = now.astype(self.dtype).tobytes()
+            self._file.write(content)
+            self._sha.update(content)
+            self._tokens += len(now)
+            if self._tokens == self.limit:
+                self._end_shard()
+
+    def _end_shard(self) -> None:
+        if self._file is not None:
+            name = Path(self._file.name).name
+            self._file.flush()
+            os.fsync(self._file.fileno())  # a rename may reach the disk before the content does
+            self._file.close()
+            self._file = None
+            self.shards.append({"file": name, "tokens": self._tokens, "sha256": self._sha.hexdigest()})
+
+    def finish(self) -> dict[str, Any]:
+        self._end_shard()
+        index = np.array(self.offsets, "<u8").tobytes()
+        sync_write(self.folder / f"{self.name}.idx", index)
+        return {
+            "tokens": self.offsets[-1],
+            "documents": len(self.offsets) - 1,
+            "text_bytes": self.text_bytes,
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+            "shards": self.shards,
+        }
+
+    def abandon(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class StoreWriter:
+    """Writes one store; as a context manager it finishes on success and leaves nothing behind on an error."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        vocabulary: Vocabulary,
+        corpus_digest: str,
+        description: dict[str, Any],
+        max_shard_tokens: int = 2**27,
+    ) -> None:
+        """Starts a store.
+
+        Args:
+          path: the folder that will hold it.
+          vocabulary: what the tokens mean; its spec is written beside them.
+          corpus_digest: identifies the documents.
+          description: JSON-able, for people.
+          max_shard_tokens: a shard is closed when it holds so many (2^27 tokens of 2 bytes are 256 MiB).
+
+        Raises:
+          ValueError: max_shard_tokens below 1.
+        """
+        if max_shard_tokens < 1:
+            raise ValueError(f"max_shard_tokens is {max_shard_tokens}: a shard holds at least 1 token")
+        self.path = Path(path).expanduser()
+        self._vocabulary, self._corpus_digest, self._description = vocabulary, corpus_digest, description
+        self._dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
+        self._draft = draft_of(self.path)
+        self._draft.mkdir(parents=True)
+        self._splits = {name: _Split(self._draft, name, self._dtype, max_shard_tokens) for name in SPLITS}
+
+    def append(self, split: str, tokens: np.ndarray, text_bytes: int) -> None:
+        """Adds a document.
+
+        Args:
+          split: 'train' or 'heldout'.
+          tokens: its ids, integers (n,); the end of document is added where it is missing.
+          text_bytes: length of its text in UTF-8.
+
+        Raises:
+          ValueError: an unknown split, or an id outside the vocabulary.
+        """
+        if split not in self._splits:
+            raise ValueError(f"there is no split {split!r}: a store has {' and '.join(self._splits)}")
+        tokens = np.asarray(tokens)
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self._vocabulary.size):
+            number = len(self._splits[split].offsets) - 1
+            raise ValueError(
+                f"document {number} of {split!r} has ids from {tokens.min()} to "
+                f"{tokens.max()}; the vocabulary has {self._vocabulary.size}"
+            )
+        if not tokens.size or tokens[-1] != self._vocabulary.eos_id:
+            tokens = np.append(tokens, self._vocabulary.eos_id)
+        self._splits[split].append(tokens, text_bytes)
+
+    def close(self) -> TokenStore:
+        """Puts the store in its place and opens it; where another process was first, theirs is opened.
+
+        Raises:
+          ValueError: one of the splits got no document.
+        """
+        splits = {name: split.finish() for name, split in self._splits.items()}
+        for name, about in splits.items():
+            if not about["documents"]:
+                self.abandon()
+                raise ValueError(f"the corpus has no document in its split {name!r}: {self._description}")
+        spec = spec_bytes(self._vocabulary)
+        sync_write(self._draft / VOCABULARY_FILE, spec)
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "dtype": self._dtype.str,
+            "vocabulary": {
+                "kind": self._vocabulary.kind,
+                "size": self._vocabulary.size,
+                "eos_id": self._vocabulary.eos_id,
+                "digest": self._vocabulary.digest,
+            },
+            "vocabulary_file": [len(spec), hashlib.sha256(spec).hexdigest()],
+            "corpus": self._corpus_digest,
+            "description": self._description,
+            "splits": splits,
+        }
+        record["seal"] = canonical_digest(record)
+        sync_write(self._draft / STORE_FILE, (json.dumps(record, indent=1) + "\n").encode())
+        try:
+            self._draft.rename(self.path)
+        except OSError:
+            if not (self.path / STORE_FILE).is_file():
+                raise
+            self.abandon()
+        return TokenStore.open(self.path)
+
+    def abandon(self) -> None:
+        """Removes what was written so far."""
+        for split in self._splits.values():
+            split.abandon()
+        shutil.rmtree(self._draft, ignore_errors=True)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.abandon()

@@ -1,0 +1,207 @@
+"""Batches from seqio on the fly: for data too large, or too freshly mixed, to be put in a store first.
+
+Documents are concatenated and cut into windows of context + 1 tokens, `context` apart, exactly as the store
+does it. seqio's packing would pad every row and cut every document off at the row's length; this way no token
+is lost or wasted, the two ways of reading are interchangeable, and between two batches only the rest of one
+document has to be remembered.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flm_jax.data.batches import Batch, host_rows, in_batches, make_batch, pack_state, unpack_state
+from flm_jax.data.corpora import Corpus
+from flm_jax.data.tasks import Source, load_tensorflow, resolve
+from flm_jax.data.vocabulary import Vocabulary
+
+
+class SeqioBatches:
+    """Endless batches of a seqio task or mixture, read while training, that resume exactly.
+
+    Each host reads documents of its own, so a position belongs to its host, and the number of hosts is part
+    of the data.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        vocabulary: Vocabulary | None,
+        split: str,
+        context: int,
+        seed: int,
+        shuffle_buffer: int | None = None,
+        host: int = 0,
+        hosts: int = 1,
+    ) -> None:
+        """Starts reading.
+
+        Args:
+          corpus: any of `corpora`.
+          vocabulary: what to tokenise with; None for a SeqioTask, which brings its own.
+          split: 'train' or 'heldout'.
+          context: tokens a row.
+          seed: of the order of documents, and of a mixture's draws.
+          shuffle_buffer: documents among which seqio shuffles; they are part of every saved position. None
+            for the default of `tasks.register_task`; a task of others keeps its own.
+          host: this process's number.
+          hosts: how many share each global batch.
+
+        Raises:
+          ValueError: no such split, task or host.
+        """
+        host_rows(hosts, host, hosts)
+        if context < 1:
+            raise ValueError(f"context is {context}: a window predicts at least 1 token")
+        self._source = resolve(corpus, vocabulary, shuffle_buffer)
+        self._context, self._host, self._hosts = context, host, hosts
+        self._eos_id = self._source.vocabulary.eos_id
+        self._identity = {
+            "kind": "stream",
+            "corpus": corpus.digest(),
+            "vocabulary": self._source.vocabulary.digest,
+            "split": split,
+            "context": context,
+            "seed": seed,
+            "shuffle_buffer": shuffle_buffer,
+            "host": f"{host} of {hosts}",
+        }
+        _, seqio = load_tensorflow()
+        self._dataset = self._source.dataset(
+            split,
+            shuffle=True,
+            seed=seed,
+            num_epochs=None,
+            shard_info=seqio.ShardInfo(index=host, num_shards=hosts) if hosts > 1 else None,
+        )
+        self._iterator: Any = iter(self._dataset)
+        self._rest = np.zeros(0, np.int32)
+        self.position = 0
+
+    def next(self, batch_size: int) -> Batch:
+        """This host's rows of the next global batch, (batch_size / hosts, context) each.
+
+        Raises:
+          ValueError: batch_size does not divide among the hosts, or there is no document to read.
+        """
+        rows = host_rows(batch_size, self._host, self._hosts)
+        number = rows.stop - rows.start
+        parts, length = [self._rest], len(self._rest)
+        while length < number * self._context + 1:
+            example = next(self._iterator, None)
+            if example is None:
+                raise ValueError(
+                    f"{self._source.task.name} gives host {self._host} of {self._hosts} no document: "
+                    "use fewer hosts or a larger corpus"
+                )
+            parts.append(ended(example[self._source.feature].numpy(), self._eos_id))
+            length += len(parts[-1])
+        tokens = np.concatenate(parts)
+        self._rest = tokens[number * self._context :]
+        self.position += batch_size
+        return make_batch(cut(tokens, number, self._context), self._eos_id)
+
+    def state(self) -> bytes:
+        """The position as JSON bytes: tf.data's own checkpoint and the rest of the document being cut.
+
+        tf.data writes out what it has read ahead and its shuffle buffer, so this takes up to a few MB, and no
+        longer to restore late in the data than early.
+        """
+        tf, _ = load_tensorflow()
+        with tempfile.TemporaryDirectory() as folder:
+            tf.train.Checkpoint(iterator=self._iterator).write(f"{folder}/position")
+            files = {path.name: _pack(path.read_bytes()) for path in sorted(Path(folder).iterdir())}
+        rest = _pack(self._rest.astype("<i4").tobytes())
+        return pack_state(self._identity, position=self.position, rest=rest, iterator=files)
+
+    def restore(self, state: bytes) -> None:
+        """Continues at a saved position.
+
+        Raises:
+          ValueError: the state of other data, seed, context or host, or no state at all.
+        """
+        record = unpack_state(state, self._identity)
+        tf, _ = load_tensorflow()
+        try:
+            position = int(record["position"])
+            rest = np.frombuffer(_unpack(record["rest"]), "<i4").astype(np.int32)
+            files = {Path(name).name: _unpack(content) for name, content in record["iterator"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
+            raise ValueError(f"the saved data position is damaged: {error!r}") from None
+        iterator = iter(self._dataset)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            try:
+                tf.train.Checkpoint(iterator=iterator).read(f"{folder}/position").assert_consumed()
+            except (tf.errors.OpError, AssertionError) as error:
+                raise ValueError(f"the saved data position cannot be read back: {error}") from None
+        self.position, self._rest, self._iterator = position, rest, iterator
+
+
+def _pack(content: bytes) -> str:
+    return base64.b64encode(zlib.compress(content, 1)).decode()
+
+
+def _unpack(content: str) -> bytes:
+    return zlib.decompress(base64.b64decode(content, validate=True))
+
+
+def ended(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    """A document's tokens, int32 (n,), with its end added where it is missing."""
+    tokens = np.asarray(tokens, np.int32).ravel()
+    return tokens if tokens.size and tokens[-1] == eos_id else np.append(tokens, np.int32(eos_id))
+
+
+def cut(tokens: np.ndarray, number: int, context: int) -> np.ndarray:
+    """The first `number` windows of a run of tokens, (number, context + 1), `context` apart."""
+    return tokens[np.arange(number)[:, None] * context + np.arange(context + 1)]
+
+
+def heldout_windows(source: Source, context: int, windows: int) -> Iterator[np.ndarray]:
+    """The first windows of the held-out documents in their fixed order, each (context + 1,)."""
+    rest = np.zeros(0, np.int32)
+    left = windows
+    for tokens, _ in source.documents("heldout"):
+        rest = np.concatenate([rest, ended(tokens, source.vocabulary.eos_id)])
+        number = min(left, (len(rest) - 1) // context)
+        yield from cut(rest, number, context)
+        rest, left = rest[number * context :], left - number
+        if left == 0:
+            return
+
+
+def heldout_stream(source: Source, context: int, batch_size: int, windows: int) -> Iterator[Batch]:
+    """The first `windows` held-out windows in fixed order, the last batch filled up with rows of weight 0.
+
+    Raises:
+      ValueError: the held-out documents do not fill one window, or windows or batch_size is below 1.
+    """
+    if windows < 1 or batch_size < 1:
+        raise ValueError(f"{windows} held-out windows in batches of {batch_size}: both must be at least 1")
+    found = heldout_windows(source, context, windows)
+    first = next(found, None)
+    if first is None:
+        raise ValueError(f"the held-out documents of {source.task.name} hold fewer than {context + 1} tokens")
+    return in_batches(itertools.chain([first], found), batch_size, source.vocabulary.eos_id)
+
+
+def heldout_bytes_per_token(source: Source, most_tokens: int = 1_000_000) -> float:
+    """UTF-8 bytes of text a token over the first held-out documents, document ends counted as tokens."""
+    tokens_read = bytes_read = 0
+    for tokens, text_bytes in source.documents("heldout"):
+        tokens_read += len(ended(tokens, source.vocabulary.eos_id))
+        bytes_read += text_bytes
+        if tokens_read >= most_tokens:
+            break
+    if not tokens_read:
+        raise ValueError(f"{source.task.name} has no held-out document")
+    return bytes_read / tokens_read

@@ -1,0 +1,310 @@
+"""The seqio side: corpora as seqio tasks, and tasks of others as corpora.
+
+TensorFlow loads inside these functions only.
+
+Documents are read by tf.data operations that can be checkpointed (lists of files, TextLineDataset, TFDS), so
+that a stream resumes exactly; `streaming.py` relies on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from flm_jax.data.corpora import Corpus, FileCorpus, Jsonl, SeqioTask, Tfds, check_split
+from flm_jax.data.text import name_hash
+from flm_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+
+
+def load_tensorflow() -> tuple[Any, Any]:
+    """Imports TensorFlow and seqio, with the accelerators left to JAX.
+
+    Returns:
+      The modules (tensorflow, seqio).
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up notes say nothing about the data
+    import seqio
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # TensorFlow was already in use: its owner has chosen
+        tf.config.set_visible_devices([], "GPU")
+    return tf, seqio
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A seqio task or mixture, ready to be read.
+
+    Attributes:
+      task: the seqio.Task or seqio.Mixture.
+      vocabulary: ours, with the ids of the task's own.
+      feature: which output feature holds the tokens.
+      splits: 'train' and 'heldout' to the task's names for them.
+      eos: whether a document without an end gets one.
+    """
+
+    task: Any
+    vocabulary: Vocabulary
+    feature: str
+    splits: Mapping[str, str]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether several tasks are mixed."""
+        _, seqio = load_tensorflow()
+        return isinstance(self.task, seqio.Mixture)
+
+    def dataset(self, split: str, **options: Any) -> Any:
+        """The tf.data.Dataset of one split's documents, in a fixed order unless shuffled.
+
+        Args:
+          split: 'train' or 'heldout'.
+          **options: for seqio: shuffle, seed, num_epochs, shard_info.
+        """
+        check_split(split)
+        if self.splits[split] not in self.task.splits:
+            known = ", ".join(sorted(self.task.splits))
+            raise ValueError(f"{self.task.name} has no split {self.splits[split]!r}: it has {known}")
+        tf, _ = load_tensorflow()
+        # Cached in memory, a small dataset would be written whole into every saved position.
+        options = {"num_epochs": 1, "shuffle": False, **options, "try_in_mem_cache": False}
+        if self.is_mixture:
+            options["copy_pretokenized"] = True
+        dataset = self.task.get_dataset(sequence_length=None, split=self.splits[split], **options)
+        deterministic = tf.data.Options()
+        deterministic.deterministic = True
+        return dataset.with_options(deterministic)
+
+    def documents(self, split: str) -> Iterator[tuple[np.ndarray, int]]:
+        """Each document's tokens, int (n,), and the length of its text in bytes."""
+        pretokenized = f"{self.feature}_pretokenized"
+        for example in self.dataset(split).as_numpy_iterator():
+            tokens = np.asarray(example[self.feature]).ravel()
+            if "text_bytes" in example:
+                length = int(example["text_bytes"])
+            elif isinstance(example.get(pretokenized), bytes):
+                length = len(example[pretokenized])
+            else:
+                length = len(self.vocabulary.decode(tokens).encode())
+            yield tokens, length
+
+
+def resolve(
+    corpus: Corpus, vocabulary: Vocabulary | None = None, shuffle_buffer: int | None = None
+) -> Source:
+    """The seqio source of a corpus.
+
+    Args:
+      corpus: any of ours.
+      vocabulary: for every corpus but a SeqioTask, which brings its own.
+      shuffle_buffer: see register_task.
+
+    Raises:
+      ValueError: an unknown task, module, feature, or a vocabulary that is neither SentencePiece nor bytes; a
+        text corpus without a vocabulary.
+    """
+    _, seqio = load_tensorflow()
+    if not isinstance(corpus, SeqioTask):
+        if vocabulary is None:
+            raise ValueError(f"{corpus} holds text: it needs a vocabulary")
+        task = seqio.TaskRegistry.get(register_task(corpus, vocabulary, shuffle_buffer))
+        return Source(task, vocabulary, "targets", {"train": "train", "heldout": "heldout"})
+    if corpus.module:
+        try:
+            importlib.import_module(corpus.module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"SeqioTask: the module {corpus.module!r} cannot be imported: {error}") from None
+    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    if corpus.name not in known:
+        close = difflib.get_close_matches(corpus.name, known, n=3, cutoff=0.4) or known[:3]
+        raise ValueError(
+            f"no seqio task or mixture {corpus.name!r} is registered"
+            f"{f' by {corpus.module}' if corpus.module else ' (module is not set)'}; "
+            f"close to it: {', '.join(map(repr, close)) or 'none at all'}"
+        )
+    task = seqio.get_mixture_or_task(corpus.name)
+    if corpus.feature not in task.output_features:
+        raise ValueError(
+            f"{corpus.name} has no feature {corpus.feature!r}: it has {', '.join(task.output_features)}"
+        )
+    own = from_seqio(task.output_features[corpus.feature].vocabulary, corpus.name)
+    splits = {"train": corpus.train_split, "heldout": corpus.heldout_split}
+    return Source(task, own, corpus.feature, splits)
+
+
+def from_seqio(vocabulary: Any, name: str) -> Vocabulary:
+    """Our vocabulary with the ids of a seqio one.
+
+    Raises:
+      ValueError: a kind that has no counterpart here.
+    """
+    _, seqio = load_tensorflow()
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return ByteVocabulary(extra_ids=vocabulary.extra_ids)
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return SentencePieceVocabulary(model=vocabulary.sp_model)  # its extra ids are pieces of this model
+    raise ValueError(
+        f"{name} has a {type(vocabulary).__name__}: SentencePieceVocabulary and ByteVocabulary can be read"
+    )
+
+
+def to_seqio(vocabulary: Vocabulary) -> Any:
+    """The seqio vocabulary with the ids of ours."""
+    tf, seqio = load_tensorflow()
+    if isinstance(vocabulary, ByteVocabulary):
+        return seqio.ByteVocabulary(extra_ids=vocabulary.size - 259)
+    assert isinstance(vocabulary, SentencePieceVocabulary)
+    # seqio wants a file; one in TensorFlow's memory cannot be left behind, moved or altered.
+    path = f"ram://flm_jax/{vocabulary.digest}.model"
+    with tf.io.gfile.GFile(path, "wb") as file:
+        file.write(vocabulary.model)
+    return seqio.SentencePieceVocabulary(path)
+
+
+def register_task(corpus: Corpus, vocabulary: Vocabulary, shuffle_buffer_size: int | None = None) -> str:
+    """Registers a text corpus as a seqio task with one output feature, 'targets', ended by eos.
+
+    Args:
+      corpus: a text corpus.
+      vocabulary: what tokenises it.
+      shuffle_buffer_size: documents among which seqio shuffles when asked to. By default 1 for one-file
+        documents, whose files are shuffled all at once, and 1,024 otherwise.
+
+    Returns:
+      The task's name, the same for the same documents and vocabulary; it also carries `text_bytes`, each
+      document's length.
+    """
+    tf, seqio = load_tensorflow()
+    if shuffle_buffer_size is None:
+        shuffle_buffer_size = 1 if isinstance(corpus, FileCorpus) else 1024
+    key = json.dumps(
+        [corpus.digest(), corpus.describe(), vocabulary.digest, shuffle_buffer_size], sort_keys=True
+    )
+    name = f"flm_jax_{type(corpus).__name__.lower()}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if name in seqio.TaskRegistry.names():
+        return name
+
+    def measured(dataset: Any) -> Any:
+        text = corpus.field if isinstance(corpus, Tfds) else "targets"
+        return dataset.map(
+            lambda example: {"targets": example[text], "text_bytes": tf.strings.length(example[text])},
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    if isinstance(corpus, Tfds):
+        _check_tfds(corpus)
+        splits = {"train": corpus.train_split, "heldout": corpus.heldout_split}
+        source = seqio.TfdsDataSource(tfds_name=corpus.name, tfds_data_dir=corpus.data_dir, splits=splits)
+    else:
+        assert isinstance(corpus, FileCorpus | Jsonl)
+        read = _read_files if isinstance(corpus, FileCorpus) else _read_lines
+        source = seqio.FunctionDataSource(functools.partial(read, corpus), splits=["train", "heldout"])
+    seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=[
+            measured,
+            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+            seqio.preprocessors.append_eos,
+        ],
+        output_features={"targets": seqio.Feature(vocabulary=to_seqio(vocabulary), add_eos=True)},
+        shuffle_buffer_size=shuffle_buffer_size,
+    )
+    return name
+
+
+def _read_files(corpus: FileCorpus, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
+    tf, _ = load_tensorflow()
+    paths = [str(path) for path in corpus.files(split)]
+    dataset = tf.data.Dataset.from_tensor_slices(tf.constant(paths, tf.string))
+    if shuffle_files:
+        dataset = dataset.shuffle(max(len(paths), 1), seed=seed)  # names are small: all of them at once
+    return dataset.map(lambda path: {"targets": tf.io.read_file(path)}, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _read_lines(corpus: Jsonl, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
+    tf, _ = load_tensorflow()
+    border = corpus.border()
+    files = corpus.files()
+    dataset = tf.data.Dataset.from_tensor_slices(
+        (tf.constant([name for name, _ in files]), tf.constant([str(path) for _, path in files]))
+    )
+    if shuffle_files:
+        dataset = dataset.shuffle(len(files), seed=seed)
+
+    def parse(name: bytes, path: bytes, number: int, line: bytes) -> tuple[bool, bytes]:
+        text = corpus.parse(line, f"{path.decode()}:{number + 1}")
+        heldout = name_hash(f"{name.decode()}:{number + 1}") < border
+        return bool(text) and heldout == (split == "heldout"), text.encode()
+
+    def lines(name: Any, path: Any) -> Any:
+        numbered = tf.data.TextLineDataset(path).enumerate()
+        return numbered.map(
+            # Declared free of state, or the position of the stream could not be saved.
+            lambda number, line: tf.numpy_function(
+                parse, [name, path, number, line], (tf.bool, tf.string), stateful=False
+            )
+        )
+
+    return (
+        dataset.flat_map(lines)
+        .filter(lambda keep, _: tf.ensure_shape(keep, []))
+        .map(lambda _, text: {"targets": tf.ensure_shape(text, [])})
+    )
+
+
+def _builder(corpus: Tfds) -> Any:
+    load_tensorflow()
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(corpus.name, data_dir=corpus.data_dir)
+    except tfds.core.registered.DatasetNotFoundError:
+        place = corpus.data_dir or "TFDS's own folder"
+        raise ValueError(
+            f"Tfds: no dataset {corpus.name!r}, neither known to TFDS nor prepared in {place}"
+        ) from None
+
+
+def _check_tfds(corpus: Tfds) -> Any:
+    builder = _builder(corpus)
+    for field, split in (("train_split", corpus.train_split), ("heldout_split", corpus.heldout_split)):
+        base = split.partition("[")[0]
+        if builder.info.splits and base not in builder.info.splits:
+            raise ValueError(
+                f"Tfds: {corpus.name} has no split {base!r} for {field}: it has "
+                f"{', '.join(builder.info.splits)}; "
+                "a slice of one will do, as in 'train[:5%]'"
+            )
+    if corpus.field not in builder.info.features:
+        raise ValueError(
+            f"Tfds: {corpus.name} has no field {corpus.field!r}: it has {', '.join(builder.info.features)}"
+        )
+    return builder
+
+
+def tfds_info(corpus: Tfds) -> dict[str, Any]:
+    """The record of a prepared TFDS dataset (downloaded and prepared if need be)."""
+    builder = _builder(corpus)
+    builder.download_and_prepare()
+    record: dict[str, Any] = builder.info.as_json and json.loads(builder.info.as_json)
+    return record
+
+
+def tfds_documents(corpus: Tfds, split: str) -> Iterator[str]:
+    """The texts of one split of a TFDS dataset, in a fixed order."""
+    builder = _check_tfds(corpus)
+    builder.download_and_prepare()
+    name = corpus.train_split if split == "train" else corpus.heldout_split
+    for example in builder.as_dataset(split=name, shuffle_files=False).as_numpy_iterator():
+        yield example[corpus.field].decode("utf-8")

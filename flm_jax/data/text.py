@@ -1,0 +1,253 @@
+"""Text in files: the standard library, a folder, JSON lines; and the rule that holds documents out.
+
+The held-out side is chosen by a hash of each document's name, so it stays the same when other documents are
+added or the folder moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "heldout")
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless `split` is one of SPLITS."""
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}: a corpus has {' and '.join(map(repr, SPLITS))}")
+
+
+def describe_fields(corpus: Any) -> dict[str, Any]:
+    """Kind and fields of a corpus, JSON-able."""
+    return {"kind": type(corpus).__name__, **dataclasses.asdict(corpus)}
+
+
+def name_hash(name: str) -> int:
+    """A 64-bit hash of a document's name, the same in every process (Python's own is not)."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+
+
+def heldout_border(names: Iterable[str], percent: float) -> int:
+    """The border below which a document's `name_hash` puts it on the held-out side.
+
+    Args:
+      names: every document's name.
+      percent: share of the documents wanted on the held-out side, 0 < percent < 100.
+
+    Returns:
+      A border in [0, 2^64], moved just enough that neither side is empty when there are two documents or
+      more.
+
+    Raises:
+      ValueError: percent is out of range.
+    """
+    if not 0 < percent < 100:
+        raise ValueError(f"heldout_percent is {percent}: a held-out side needs a share between 0 and 100")
+    hashes = sorted(map(name_hash, names))
+    border = int(percent / 100 * 2**64)
+    if len(hashes) > 1:
+        border = min(max(border, hashes[0] + 1), hashes[-1])
+    return border
+
+
+class FileCorpus:
+    """One document a file; such corpora differ in which files, and in what an unreadable one means."""
+
+    heldout_percent: float
+
+    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
+        """Every document's (name, path, UTF-8 bytes), sorted by name; empty files are left out."""
+        raise NotImplementedError
+
+    def files(self, split: str) -> list[Path]:
+        """The files of one split, sorted by name.
+
+        Raises:
+          ValueError: an unknown split, or a corpus without a single document.
+        """
+        check_split(split)
+        found = [(name, path) for name, path, _ in self.contents()]
+        if not found:
+            raise ValueError(f"{self} holds no document: every file it names is empty or unreadable")
+        border = heldout_border((name for name, _ in found), self.heldout_percent)
+        return [path for name, path in found if (name_hash(name) < border) == (split == "heldout")]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The text of each file of one split, byte for byte: line ends are kept as they are."""
+        for path in self.files(split):
+            yield path.read_bytes().decode("utf-8")
+
+    def digest(self) -> str:
+        """The sha256 over kind, held-out share, names and contents; the folder's own place does not count."""
+        whole = hashlib.sha256(f"{type(self).__name__} {self.heldout_percent!r}".encode())
+        for name, _, text in self.contents():
+            whole.update(json.dumps([name, len(text)]).encode() + hashlib.sha256(text).digest())
+        return whole.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and fields."""
+        return describe_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class StandardLibrary(FileCorpus):
+    """The Python sources of the interpreter's standard library: 31 MB of text on every machine, offline.
+
+    Files that are not UTF-8 (the library keeps a few as tests of its own) are left out.
+    """
+
+    heldout_percent: float = 5.0
+
+    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
+        """Every readable, non-empty *.py file outside site-packages."""
+        root = Path(sysconfig.get_path("stdlib"))
+        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+            inside = path.relative_to(root)
+            if {"site-packages", "dist-packages", "__pycache__"} & set(inside.parts):
+                continue
+            try:
+                text = path.read_bytes()
+                text.decode("utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if text:
+                yield inside.as_posix(), path, text
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, fields and the interpreter's version."""
+        return {**describe_fields(self), "python": sys.version.split()[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFolder(FileCorpus):
+    """The UTF-8 files under `path` that match `pattern`, one document each."""
+
+    path: str
+    pattern: str = "**/*.txt"
+    heldout_percent: float = 5.0
+
+    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
+        """Every non-empty matching file.
+
+        Raises:
+          FileNotFoundError: no such folder, or no matching file in it.
+          ValueError: a file that is not UTF-8.
+        """
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise FileNotFoundError(f"TextFolder: there is no folder {root}")
+        paths = sorted(
+            (p for p in root.glob(self.pattern) if p.is_file()), key=lambda p: p.relative_to(root).as_posix()
+        )
+        if not paths:
+            raise FileNotFoundError(f"TextFolder: no file in {root} matches the pattern {self.pattern!r}")
+        for path in paths:
+            text = path.read_bytes()
+            try:
+                text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            if text:
+                yield path.relative_to(root).as_posix(), path, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Jsonl:
+    """JSON lines: each line of a file, or of every *.jsonl in a folder, has a document in its `field`."""
+
+    path: str
+    field: str = "text"
+    heldout_percent: float = 5.0
+
+    def files(self) -> list[tuple[str, Path]]:
+        """(name, path) of each file, sorted by name.
+
+        Raises:
+          FileNotFoundError: no such file or folder, or a folder without *.jsonl files.
+        """
+        root = Path(self.path).expanduser()
+        if root.is_file():
+            return [(root.name, root)]
+        if not root.is_dir():
+            raise FileNotFoundError(f"Jsonl: there is no file or folder {root}")
+        paths = sorted(root.rglob("*.jsonl"))
+        if not paths:
+            raise FileNotFoundError(f"Jsonl: no *.jsonl file in {root}")
+        return [(path.relative_to(root).as_posix(), path) for path in paths]
+
+    def parse(self, line: bytes, where: str) -> str:
+        """The document on one line; '' for a blank line or an empty document.
+
+        Args:
+          line: the line's bytes.
+          where: file:line, for the error.
+
+        Raises:
+          ValueError: not JSON, not an object, no such field, or a field that is not text.
+        """
+        if not line.strip():
+            return ""
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+        if not isinstance(record, dict) or self.field not in record:
+            found = (
+                f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            )
+            raise ValueError(f"{where} has no field {self.field!r}: found {found}")
+        text = record[self.field]
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{where}: the field {self.field!r} is {type(text).__name__}, and should be text"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # "\ud800" is JSON, and no text
+            raise ValueError(f"{where}: the field {self.field!r} holds half of a surrogate pair") from None
+        return text
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Every non-empty document with its name, file:line."""
+        for name, path in self.files():
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if text := self.parse(line, f"{path}:{number}"):
+                        yield f"{name}:{number}", text
+
+    def border(self) -> int:
+        """The held-out border of this corpus.
+
+        Raises:
+          ValueError: there is not a single document.
+        """
+        names = [name for name, _ in self.lines()]
+        if not names:
+            raise ValueError(f"Jsonl: {self.path} holds no document")
+        return heldout_border(names, self.heldout_percent)
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of one split, in the order of files and lines."""
+        check_split(split)
+        border = self.border()
+        for name, text in self.lines():
+            if (name_hash(name) < border) == (split == "heldout"):
+                yield text
+
+    def digest(self) -> str:
+        """The sha256 over kind, held-out share, names and texts."""
+        whole = hashlib.sha256(f"{type(self).__name__} {self.heldout_percent!r}".encode())
+        for name, text in self.lines():
+            whole.update(json.dumps([name, text]).encode())
+        return whole.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and fields."""
+        return describe_fields(self)

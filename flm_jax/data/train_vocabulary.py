@@ -1,0 +1,174 @@
+"""Train a vocabulary on a corpus, once: SentencePiece BPE with byte fallback, kept in a cache.
+
+Everything here is deterministic: the sample of chunks is chosen by hash, not by chance; the trainer runs on
+one thread (the model file records the number of threads, and one suffices: 8 MB take two seconds).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import heapq
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from flm_jax.data.corpora import Corpus, SeqioTask, TextCorpus
+from flm_jax.data.files import atomic_write, sha256_file
+from flm_jax.data.vocabulary import (
+    EOS_ID,
+    PAD_ID,
+    UNK_ID,
+    ByteVocabulary,
+    SentencePieceVocabulary,
+    Vocabulary,
+)
+
+CHUNK = 2048  # characters given to the trainer at once: several lines, so that it sees newlines
+FORMAT = 1  # part of the cache key: raise it when training changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """One id a byte: nothing to train."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePiece:
+    """A BPE vocabulary trained on the training split.
+
+    Attributes:
+      size: number of ids, the 3 special ones and the 256 bytes included.
+      sample_bytes: how many bytes of text the trainer sees at most; 8 MB take about 2 s on one core.
+    """
+
+    size: int = 2048
+    sample_bytes: int = 8_000_000
+
+
+VocabularyConfig = Bytes | SentencePiece
+
+
+def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | Path) -> Vocabulary:
+    """The vocabulary of a corpus: trained, from the cache, or the one that a seqio task brings.
+
+    Args:
+      config: what to build; ignored for a SeqioTask, which brings its own.
+      corpus: where the training split's text comes from.
+      cache_dir: where a trained model is kept, as `vocabulary-KEY.model` with its sha256 in
+        `vocabulary-KEY.json`.
+
+    Raises:
+      ValueError: too small a size or too little text; or a cached model that was altered, by name.
+    """
+    if isinstance(corpus, SeqioTask):
+        from flm_jax.data import tasks
+
+        return tasks.resolve(corpus).vocabulary
+    if isinstance(config, Bytes):
+        return ByteVocabulary()
+    key = hashlib.sha256(
+        json.dumps([FORMAT, corpus.digest(), dataclasses.astuple(config)]).encode()
+    ).hexdigest()[:16]
+    model_path = Path(cache_dir).expanduser() / f"vocabulary-{key}.model"
+    record_path = model_path.with_suffix(".json")
+    if model_path.is_file() and record_path.is_file():
+        try:
+            recorded = json.loads(record_path.read_text())["sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{record_path} is damaged: delete it to train the vocabulary again") from None
+        if sha256_file(model_path) != recorded:
+            raise ValueError(
+                f"{model_path} was altered: its sha256 is not the one in {record_path.name}; delete both"
+            )
+        return SentencePieceVocabulary(model_path)
+    text_corpus: TextCorpus = corpus  # type: ignore[assignment]  # every other corpus has documents
+    model = train(config, text_corpus.documents("train"))
+    vocabulary = SentencePieceVocabulary(model=model)
+    atomic_write(model_path, model)
+    record = {"sha256": vocabulary.digest, "config": dataclasses.asdict(config), "corpus": corpus.describe()}
+    atomic_write(record_path, (json.dumps(record, indent=1) + "\n").encode())
+    return vocabulary
+
+
+def chunks(documents: Iterable[str], limit: int = CHUNK) -> Iterator[str]:
+    """Cuts documents into pieces of at most `limit` characters, at line ends where there are any."""
+    for document in documents:
+        start = 0
+        while start < len(document):
+            end = min(start + limit, len(document))
+            if end < len(document):
+                end = document.rfind("\n", start, end) + 1 or end
+            yield document[start:end]
+            start = end
+
+
+def sample(pieces: Iterable[str], sample_bytes: int) -> list[str]:
+    """Pieces chosen by the hash of their number, whole, up to `sample_bytes` of UTF-8, in their order.
+
+    One pass, and never more than the sample in memory: the heap lets go of the largest hash when it is full.
+    """
+    heap: list[tuple[int, int, str, int]] = []
+    total = 0
+    for number, piece in enumerate(pieces):
+        rank = int.from_bytes(hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest(), "little")
+        length = len(piece.encode())
+        heapq.heappush(heap, (-rank, number, piece, length))
+        total += length
+        while total > sample_bytes and len(heap) > 1:
+            total -= heapq.heappop(heap)[3]
+    return [piece for _, _, piece, _ in sorted(heap, key=lambda entry: entry[1])]
+
+
+def train(config: SentencePiece, documents: Iterable[str]) -> bytes:
+    """Trains SentencePiece BPE; the same documents and config give the same bytes.
+
+    Text is taken as it is: no normalisation, no added or removed spaces, runs of spaces (indentation) may
+    become one piece, digits stay apart. Newlines merge with the punctuation before them; a tab, which no
+    piece may hold, is its byte.
+
+    Args:
+      config: size and sample.
+      documents: the training documents.
+
+    Returns:
+      The model file.
+
+    Raises:
+      ValueError: no text, or a size that the text cannot fill or that has no room for the bytes.
+    """
+    import sentencepiece
+
+    sampled = sample(chunks(documents), config.sample_bytes)
+    if not sampled:
+        raise ValueError("there is no training text to train a vocabulary on")
+    writer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sampled),
+            model_writer=writer,
+            model_type="bpe",
+            vocab_size=config.size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            bos_id=-1,
+            max_sentence_length=8 * CHUNK,  # bytes: a chunk of 4-byte characters is not skipped
+            input_sentence_size=0,  # all of it: the sample is ours
+            shuffle_input_sentence=False,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"no SentencePiece vocabulary of {config.size} ids from {sum(map(len, sampled))} characters "
+            f"(it holds 3 special ids, 256 bytes and the characters first): {error}"
+        ) from None
+    return writer.getvalue()

@@ -1,0 +1,97 @@
+"""What a person sees while it runs: the progress bar, TensorBoard events, and how to stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from flm_jax.recipe import ResolvedStage
+
+
+class Progress:
+    """A bar with ETA, loss and tokens/s, and scalars in event files, for one stage."""
+
+    def __init__(self, events: Path, stage: ResolvedStage, context: int, flops_per_token: int, start: int) -> None:
+        """Starts at step `start`; `context` and `flops_per_token` turn steps into tokens and FLOP/s."""
+        # Imported here: neither is needed to use the library without a terminal.
+        from tensorboardX import SummaryWriter
+        from tqdm import tqdm
+
+        self._stage = stage.stage
+        self._tokens_per_step = stage.stage.batch_size * context
+        self._flops_per_token = flops_per_token
+        # What a killed run wrote after its last checkpoint is written again, and hidden by the purge.
+        self._writer = SummaryWriter(str(events / stage.directory), purge_step=start + 1)
+        interval = 0.2 if sys.stderr.isatty() else 20.0
+        self._bar = tqdm(
+            total=self._stage.steps, initial=start, desc=self._stage.name, unit="step", mininterval=interval, smoothing=0.1
+        )
+        self._since = (start, time.perf_counter())
+        self._rate = 0.0
+        self._eval = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._writer.close()
+
+    def step(self, step: int, metrics: Mapping[str, float], write: bool) -> None:
+        """One finished step; its metrics go to the event file if `write`."""
+        first, since = self._since
+        if write or step == first + 1:
+            now = time.perf_counter()
+            # The first step of a start compiles; it says nothing of the speed.
+            self._rate = (step - first) * self._tokens_per_step / (now - since) if step > first + 1 else 0.0
+            self._since = (step, now)
+        self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}{self._eval}, {self._rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(step - self._bar.n)
+        if write:
+            tokens = step * self._tokens_per_step
+            extra = {"tokens": tokens, "tokens_per_second": self._rate, "flops": tokens * self._flops_per_token}
+            extra["flops_per_second"] = self._rate * self._flops_per_token
+            for name, value in {**metrics, **extra}.items():
+                self._writer.add_scalar(f"train/{name}", value, step)
+
+    def evaluated(self, step: int, record: Mapping[str, Any]) -> None:
+        """A held-out measurement; the time it took is not counted as training."""
+        self._eval = f", held out {record['loss']:.3f}"
+        for name in ("loss", "bits_per_byte"):
+            self._writer.add_scalar(f"heldout/{name}", record[name], step)
+        self._since = (step, time.perf_counter())
+
+
+class Interrupts:
+    """While active, SIGINT and SIGTERM ask for a stop after the current step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # Not the main thread, as in some notebooks: signals are somebody else's there.
+                break
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.requested = signal.Signals(number).name
+        signal.signal(number, self._before[number])
+        print(f"\n{self.requested}: saving after this step; once more to stop at once.", file=sys.stderr, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

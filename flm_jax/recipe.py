@@ -1,0 +1,219 @@
+"""What is to be computed (`Recipe`, its `Stage`s) and how it is run (`Run`).
+
+A work directory belongs to one recipe: every number in it follows from the recipe, and going on with another one is
+refused. A run's settings, such as the mesh or how often to save, may change from one start to the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flm_jax.config import ModelConfig
+from flm_jax.data.source import DataConfig
+from flm_jax.growth.grow import Growth, axis_maps, grown_config, mask_flags
+from flm_jax.optimizer import OptimizerConfig, schedule
+from flm_jax.sharding import MeshConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model, trained for some steps.
+
+    Attributes:
+      name: for reports and directories.
+      model: its configuration.
+      steps: optimizer steps.
+      batch_size: windows a step, over all hosts.
+      optimizer: how.
+      growth: how it grows from the stage before; None for the first stage, which is initialised.
+      accumulate: parts that a batch is split into, one after the other.
+    """
+
+    name: str
+    model: ModelConfig
+    steps: int
+    batch_size: int
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    growth: Growth | None = None
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run from the first stage to the last: what decides every number.
+
+    Attributes:
+      stages: in order; the first is initialised, the others grow.
+      data: corpus, vocabulary, context.
+      seed: for initialisation and for what growth draws.
+      loss_chunks: parts of a window that the head runs on, one at a time.
+      tolerance: largest relative difference of logits that a preserving growth may show, in float32.
+      eval_windows: held-out windows that the loss is measured on.
+      eval_every: steps between measurements; each stage also measures at its start and end.
+    """
+
+    stages: tuple[Stage, ...]
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 0
+    loss_chunks: int = 1
+    tolerance: float = 1e-5
+    eval_windows: int = 256
+    eval_every: int = 50
+
+    def __post_init__(self) -> None:
+        # gin gives lists.
+        object.__setattr__(self, "stages", tuple(self.stages))
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a recipe is run: nothing here changes what is computed, but for rounding on another mesh.
+
+    Attributes:
+      mesh: how devices are laid out.
+      checkpoint_every: steps between checkpoints; each stage also saves at its start and end.
+      keep: checkpoints of a stage that are kept, besides its first and last.
+      log_every: steps between lines in the event files.
+      max_bad_steps: non-finite steps in a row, each skipped, before the run stops.
+      prompt: beginning of the sample of text at the end.
+      sample_tokens: length of that sample.
+    """
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint_every: int = 100
+    keep: int = 2
+    log_every: int = 10
+    max_bad_steps: int = 3
+    prompt: str = "def "
+    sample_tokens: int = 120
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage in its place, with the configuration that its model really has.
+
+    Attributes:
+      index: place in the recipe.
+      stage: as the recipe gives it, but for `stage.model`, which is the grown configuration.
+      before: the stage before, or None.
+    """
+
+    index: int
+    stage: Stage
+    before: ResolvedStage | None
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """The model."""
+        return self.stage.model
+
+    @property
+    def directory(self) -> str:
+        """Name of its checkpoint directory."""
+        return f"{self.index}_{self.stage.name}"
+
+    @property
+    def ramp_steps(self) -> int:
+        """Steps at the start of the stage that run with masks."""
+        if self.stage.growth is None or self.before is None:
+            return 0
+        return self.stage.growth.ramp_steps if mask_flags(self.before.cfg, self.cfg, self.stage.growth) else 0
+
+
+def resolve(recipe: Recipe) -> tuple[ResolvedStage, ...]:
+    """Checks a recipe and gives every stage the configuration that its growth leads to.
+
+    Raises:
+        ValueError: the sentence names the stage, the field, and what would be right.
+    """
+    if not recipe.stages:
+        raise ValueError("Recipe.stages is empty; a recipe has at least one stage.")
+    resolved: list[ResolvedStage] = []
+    for index, stage in enumerate(recipe.stages):
+        before = resolved[-1] if resolved else None
+        try:
+            resolved.append(ResolvedStage(index, _resolve_model(stage, before), before))
+        except ValueError as error:
+            raise ValueError(f"Stage {stage.name!r}: {error}") from error
+    if len({s.stage.name for s in resolved}) < len(resolved):
+        raise ValueError(f"Stage names must differ: {', '.join(s.stage.name for s in resolved)}.")
+    return tuple(resolved)
+
+
+def _resolve_model(stage: Stage, before: ResolvedStage | None) -> Stage:
+    if stage.steps < 1 or stage.batch_size < 1 or stage.accumulate < 1:
+        raise ValueError(
+            f"steps={stage.steps}, batch_size={stage.batch_size} and accumulate={stage.accumulate} must be positive."
+        )
+    if stage.batch_size % stage.accumulate:
+        raise ValueError(f"accumulate={stage.accumulate} must divide batch_size={stage.batch_size}.")
+    schedule(stage.optimizer, stage.steps)
+    if before is None:
+        if stage.growth is not None:
+            raise ValueError("the first stage is initialised, so its growth must be None.")
+        return stage
+    if stage.growth is None:
+        raise ValueError(f"it follows {before.stage.name!r} and must say how it grows: give it a Growth.")
+    model = grown_config(before.cfg, stage.model, stage.growth)
+    masked = mask_flags(before.cfg, model, stage.growth)
+    if masked and not 0 < stage.growth.ramp_steps <= stage.steps:
+        raise ValueError(
+            f"its growth masks {', '.join(masked)}; ramp_steps={stage.growth.ramp_steps} must lie between 1 and the "
+            f"stage's {stage.steps} steps, so that the masks are gone at its end."
+        )
+    if not masked and stage.growth.ramp_steps and axis_maps(before.cfg, model, stage.growth):
+        raise ValueError(f"ramp_steps={stage.growth.ramp_steps}, but growing by {stage.growth.name} masks nothing.")
+    return dataclasses.replace(stage, model=model)
+
+
+def as_dict(value: Any) -> Any:
+    """A configuration as JSON-able data; dataclasses carry the name of their class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {str(k): as_dict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_dict(v) for v in value]
+    return value
+
+
+def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    """Where two such structures differ: ``stages.0.steps: 100 there, 200 here``."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from differences(x, y, f"{path}.{i}")
+    elif a != b:
+        yield f"{path}: {a!r} there, {b!r} here"
+
+
+def claim(workdir: Path, recipe: Recipe) -> None:
+    """Makes the work directory this recipe's, or checks that it is.
+
+    Raises:
+        ValueError: it holds another recipe; the message names the differing fields. Nothing is written.
+    """
+    mine, file = as_dict(recipe), workdir / "recipe.json"
+    if file.exists():
+        found = list(differences(json.loads(file.read_text()), json.loads(json.dumps(mine))))
+        if found:
+            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+            raise ValueError(
+                f"{workdir} belongs to another recipe: {'; '.join(found[:3])}{more}. Nothing was changed; use another "
+                "--workdir for this one."
+            )
+        return
+    if workdir.exists() and any(p.name != "recipe.json.tmp" for p in workdir.iterdir()):
+        raise ValueError(f"{workdir} holds files but no recipe.json, so it is not a work directory; use another one.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / "recipe.json.tmp"
+    temporary.write_text(json.dumps(mine, indent=1) + "\n")
+    temporary.replace(file)

@@ -1,0 +1,159 @@
+"""The report of a run: report.json for programs, report.md and loss.png for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flm_jax import plan
+from flm_jax.config import ModelConfig
+from flm_jax.recipe import ResolvedStage, as_dict
+
+
+def growth_lines(record: Mapping[str, Any]) -> str:
+    """What a growth did, in a few lines for the terminal."""
+    before, after = (_config(record[name]) for name in ("config_before", "config_after"))
+    return "\n".join(
+        [
+            f"Growth to {record['stage']!r} by {record['method']}: "
+            f"{plan.count(record['params_before'])} -> {plan.count(record['params_after'])} parameters",
+            f"  before: {plan.shape_line(before)}",
+            f"  after:  {plan.shape_line(after)}",
+            f"  max |difference| of logits: {record['max_abs_logit_diff']:.2e} "
+            f"(relative {record['max_rel_logit_diff']:.2e})",
+            f"  held-out loss: {record['eval_loss_before']:.6f} -> {record['eval_loss_after']:.6f}",
+        ]
+    )
+
+
+def _config(data: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(**{k: v for k, v in data.items() if k != "class"})
+
+
+def summary(
+    stages: Sequence[ResolvedStage], history: Mapping[str, Any], data: Mapping[str, Any], context: int, sample: str
+) -> dict[str, Any]:
+    """The report as data. `tokens` and `flops` are each stage's own; the `total` ones count every stage before too."""
+    rows, tokens, flops = [], 0, 0
+    for s in stages:
+        own = s.stage.steps * s.stage.batch_size * context
+        own_flops = own * plan.train_flops_per_token(s.cfg, context)
+        tokens, flops = tokens + own, flops + own_flops
+        evals = [e for e in history["evals"] if e["stage"] == s.stage.name]
+        rows.append(
+            {
+                "name": s.stage.name,
+                "config": as_dict(s.cfg),
+                "params": plan.param_count(s.cfg),
+                "steps": s.stage.steps,
+                "batch_size": s.stage.batch_size,
+                "tokens": own,
+                "flops": own_flops,
+                "total_tokens": tokens,
+                "total_flops": flops,
+                "eval_loss": evals[-1]["loss"],
+                "eval_bits_per_byte": evals[-1]["bits_per_byte"],
+            }
+        )
+    growths = [{k: v for k, v in g.items() if not k.startswith("config_")} for g in history["growths"]]
+    return {
+        "stages": rows,
+        "growths": growths,
+        "evals": history["evals"],
+        "skipped_steps": history["skipped"],
+        "data": data,
+        "context": context,
+        "sample": sample,
+    }
+
+
+def curve(result: Mapping[str, Any]) -> list[tuple[str, list[float], list[float]]]:
+    """By stage: its name, FLOPs since the run began, and held-out loss at those points."""
+    lines, base = [], 0
+    for row in result["stages"]:
+        points = [(base + e["flops"], e["loss"]) for e in result["evals"] if e["stage"] == row["name"]]
+        lines.append((row["name"], [float(x) for x, _ in points], [float(y) for _, y in points]))
+        base = row["total_flops"]
+    return lines
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Held-out loss against FLOPs over all stages, growths marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    lines = curve(result)
+    for (name, xs, ys), row in zip(lines, result["stages"], strict=True):
+        axes.plot(xs, ys, marker="o", markersize=3, label=f"{name}: {plan.count(row['params'])} parameters")
+    for (_, xs, ys), growth in zip(lines[1:], result["growths"], strict=True):
+        axes.axvline(xs[0], color="grey", linewidth=0.8, linestyle="--")
+        axes.annotate(
+            f"grown by {growth['method']}", (xs[0], ys[0]), xytext=(6, 28), textcoords="offset points", fontsize=9, color="dimgrey"
+        )
+    axes.set_xlabel("training FLOPs, every stage counted")
+    axes.set_ylabel("held-out loss (nats a token)")
+    # The first point of all is the loss of a random model; showing it whole would flatten all the rest.
+    losses = sorted(y for _, _, ys in lines for y in ys)
+    if len(losses) > 4:
+        axes.set_ylim(losses[0] - 0.15, losses[-2] + 0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The report for people."""
+    lines = ["# Report", "", "![held-out loss](loss.png)", "", "## Stages", ""]
+    lines += ["| stage | shape | parameters | steps | tokens | FLOPs | held-out loss | bits a byte |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['name']} | {plan.shape_line(_config(r['config']))} | {plan.count(r['params'])} | {r['steps']} | "
+        f"{plan.count(r['tokens'])} | {r['flops']:.3g} | {r['eval_loss']:.4f} | {r['eval_bits_per_byte']:.3f} |"
+        for r in result["stages"]
+    ]
+    last = result["stages"][-1]
+    lines += ["", f"In all {plan.count(last['total_tokens'])} tokens and {last['total_flops']:.3g} FLOPs."]
+    if result["growths"]:
+        lines += ["", "## Growths", "", "Measured at the growth, in float32, before any step of the larger model.", ""]
+        lines += ["| to | method | parameters | max abs diff of logits | relative | held-out loss before | after |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        lines += [
+            f"| {g['stage']} | {g['method']} | {plan.count(g['params_before'])} -> {plan.count(g['params_after'])} | "
+            f"{g['max_abs_logit_diff']:.2e} | {g['max_rel_logit_diff']:.2e} | {g['eval_loss_before']:.6f} | "
+            f"{g['eval_loss_after']:.6f} |"
+            for g in result["growths"]
+        ]
+    lines += ["", "## Data", "", "```json", json.dumps(result["data"], indent=1), "```"]
+    lines += ["", "## Sample", "", "```", result["sample"], "```", ""]
+    return "\n".join(lines)
+
+
+def write(
+    workdir: Path,
+    stages: Sequence[ResolvedStage],
+    history: Mapping[str, Any],
+    data: Mapping[str, Any],
+    bytes_per_token: float,
+    context: int,
+    sample: str,
+) -> dict[str, Any]:
+    """Writes report.json, report.md and loss.png into the work directory, and says where they are."""
+    result = {**summary(stages, history, data, context, sample), "bytes_per_token": bytes_per_token}
+    (workdir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    (workdir / "report.md").write_text(markdown(result))
+    plot(result, workdir / "loss.png")
+    print("\nSample of the last model:\n" + "\n".join("  | " + line for line in sample.splitlines()))
+    last = result["stages"][-1]
+    print(f"\nHeld-out loss {last['eval_loss']:.4f} ({last['eval_bits_per_byte']:.3f} bits a byte).")
+    for name, what in (
+        ("report.md", "the report"),
+        ("report.json", "the same for programs"),
+        ("loss.png", "held-out loss against FLOPs"),
+        ("events", "TensorBoard: tensorboard --logdir"),
+        ("checkpoints", "one directory a stage"),
+    ):
+        print(f"  {str(workdir / name):<40} {what}")
+    return result

@@ -1,0 +1,156 @@
+"""The train state and one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from flm_jax.config import ModelConfig
+from flm_jax.growth import masks as growth_masks
+from flm_jax.growth.grow import grow, grow_optimizer, mask_flags
+from flm_jax.loss import loss_sum
+from flm_jax.model import Masks, Params, declared, init_params
+from flm_jax.optimizer import global_norm, optimizer, schedule, state_shardings
+from flm_jax.recipe import ResolvedStage
+from flm_jax.sharding import abstract, param_shardings, replicated
+
+
+class TrainState(struct.PyTreeNode):
+    """All that training changes.
+
+    Attributes:
+      step: () int32, steps done in this stage.
+      params: parameters.
+      opt_state: moments, and their count, which goes on from stage to stage.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+class Metrics(struct.PyTreeNode):
+    """What one step reports; () float32 each, `bad` is 1 for a step that was skipped because it was not finite."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    update_norm: jax.Array
+    param_norm: jax.Array
+    learning_rate: jax.Array
+    mask: jax.Array
+    bad: jax.Array
+
+
+class StageProgram:
+    """The functions of one stage: shapes first, then shardings, then values.
+
+    Attributes:
+      abstract_state: shapes and shardings of its `TrainState`.
+      signatures: tree of the parameters' signatures.
+    """
+
+    def __init__(self, stage: ResolvedStage, mesh: Mesh, chunks: int) -> None:
+        self.stage, self.mesh, self.chunks = stage, mesh, chunks
+        self.shapes, self.signatures = declared(stage.cfg)
+        self.tx = optimizer(stage.stage.optimizer, stage.cfg, self.signatures)
+        opt_shapes, opt_shardings = state_shardings(self.tx, self.signatures, self.shapes, mesh)
+        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), self.shapes, opt_shapes)
+        params = param_shardings(self.signatures, self.shapes, mesh)
+        self.shardings = TrainState(replicated(mesh), params, opt_shardings)
+        self.abstract_state = abstract(shapes, self.shardings)
+        self.rate = schedule(stage.stage.optimizer, stage.stage.steps)
+
+    def initialiser(self) -> Any:
+        """Jitted: key -> the state of a first stage."""
+
+        def initialise(key: jax.Array) -> TrainState:
+            params = init_params(self.stage.cfg, key)
+            return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+
+        return jax.jit(initialise, out_shardings=self.shardings)
+
+    def grower(self) -> Any:
+        """Jitted: the state at the end of the stage before, key -> the state at the start of this one."""
+        before, plan = self.stage.before, self.stage.stage.growth
+        assert before is not None and plan is not None
+        old, new = before.cfg, self.stage.cfg
+
+        def grow_state(state: TrainState, key: jax.Array) -> TrainState:
+            return TrainState(
+                step=jnp.zeros((), jnp.int32),
+                params=grow(state.params, old, new, plan, key),
+                opt_state=grow_optimizer(state.opt_state, old, new, plan),
+            )
+
+        return jax.jit(grow_state, out_shardings=self.shardings)
+
+    def masks(self, step: int | jax.Array) -> Masks | None:
+        """The growth masks after `step` steps; None from the end of the ramp on, where they leave the program."""
+        if isinstance(step, int) and step >= self.stage.ramp_steps:
+            return None
+        before, plan = self.stage.before, self.stage.stage.growth
+        assert before is not None and plan is not None
+        widths = (before.cfg.effective_norm_width, self.stage.cfg.effective_norm_width)
+        value = growth_masks.ramp(step, self.stage.ramp_steps)
+        return growth_masks.at(mask_flags(before.cfg, self.stage.cfg, plan), value, widths)
+
+    def stepper(self, masked: bool) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+        """Jitted: state, batch -> the next state (the given one is donated) and metrics.
+
+        A step whose loss or gradient is not finite changes nothing but the count of steps.
+        """
+        cfg, parts = self.stage.cfg, self.stage.stage.accumulate
+
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            masks = self.masks(state.step) if masked else None
+            total = jnp.sum(batch.weights_BT)
+            loss, grads = _accumulated(cfg, state.params, batch, masks, self.chunks, parts)
+            loss, grads = loss / total, jax.tree.map(lambda g: g / total, grads)
+            updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+            rate = jnp.asarray(self.rate(state.step), jnp.float32)
+            updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
+            grad_norm = global_norm(grads)
+            good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old),
+                (optax.apply_updates(state.params, updates), opt_state),
+                (state.params, state.opt_state),
+            )
+            metrics = Metrics(
+                loss=loss,
+                grad_norm=grad_norm,
+                update_norm=global_norm(updates),
+                param_norm=global_norm(state.params),
+                learning_rate=rate,
+                mask=growth_masks.ramp(state.step, self.stage.ramp_steps) if masked else jnp.ones(()),
+                bad=1.0 - good,
+            )
+            return TrainState(state.step + 1, params, opt_state), metrics
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+
+
+def _accumulated(
+    cfg: ModelConfig, params: Params, batch: Any, masks: Masks | None, chunks: int, parts: int
+) -> tuple[jax.Array, Params]:
+    """Summed loss and its gradient over a batch, `parts` rows of it at a time."""
+
+    def value(params: Params, rows: Any) -> jax.Array:
+        return loss_sum(cfg, params, rows.inputs_BT, rows.targets_BT, rows.weights_BT, rows.segments_BT, masks, chunks)
+
+    if parts == 1:
+        return jax.value_and_grad(value)(params, batch)
+    # Row i goes to part i mod parts, so that every device keeps its own rows.
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+    def add(carry: tuple[jax.Array, Params], rows: Any) -> tuple[tuple[jax.Array, Params], None]:
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(value)(params, rows)), None
+
+    zero = jnp.zeros((), jnp.promote_types(cfg.compute, jnp.float32))
+    return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), split)[0]

@@ -1,0 +1,306 @@
+"""Train, grow, train, grow, train: one loop, top to bottom.
+
+The order of decisions:
+
+1. The recipe is checked, and the work directory is made its own (or refused).
+2. The data is opened; it must be what the work directory has been trained on.
+3. The newest good checkpoint, of the latest stage that has one, decides where to go on.
+4. A stage that has no checkpoint yet starts: the first from an initialisation, every other one by growing the last
+   state of the stage before. A growth is verified before anything is spent on it, then saved as the stage's step 0
+   with its provenance, so that it is applied once and never on resume.
+5. The loop: a step is dispatched; while the devices run it, the metrics of the one before are looked at and the next
+   batch is read; then the loss is measured and the state saved, when they are due.
+6. After the last stage: the report.
+
+Whatever is needed to go on exactly is in the checkpoint: state, data position, and the history of measurements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flm_jax import plan, report
+from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, Restored
+from flm_jax.data.batches import TokenBatches
+from flm_jax.data.source import Data, open_data
+from flm_jax.evaluate import make_eval, put_batch
+from flm_jax.generate import generate
+from flm_jax.growth.verify import compare
+from flm_jax.loss import bits_per_byte
+from flm_jax.progress import Interrupts, Progress
+from flm_jax.recipe import Recipe, ResolvedStage, Run, as_dict, claim, differences, resolve
+from flm_jax.sharding import make_mesh
+from flm_jax.step import Metrics, StageProgram, TrainState
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def train(
+    recipe: Recipe, run: Run, workdir: str | Path, records: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
+    """Runs a recipe in a work directory, from wherever it was left.
+
+    Args:
+      recipe: what to compute.
+      run: how to run it.
+      workdir: belongs to this recipe; made if missing.
+      records: texts to keep beside the results, by file name: the configuration as given, the state of the code.
+
+    Returns:
+      The report (also written to the work directory), or None when a signal stopped the run after a save.
+
+    Raises:
+      ValueError: the recipe is wrong, or the work directory or its data are another's. Nothing is overwritten.
+      GrowthError: a growth did not preserve what its method promises.
+      NonFiniteError: the loss or its gradient is no number, `run.max_bad_steps` times in a row.
+      CheckpointError: a checkpoint cannot be written or does not fit.
+    """
+    workdir = Path(workdir).expanduser()
+    stages = resolve(recipe)
+    mesh = make_mesh(run.mesh)
+    programs = [StageProgram(stage, mesh, recipe.loss_chunks) for stage in stages]
+    claim(workdir, recipe)
+    data = open_data(recipe.data)
+    _check_data(workdir, stages, data)
+    tables = "\n\n".join(f"{s.stage.name}\n{plan.param_table(s.cfg)}" for s in stages)
+    for name, text in {"parameters.txt": tables, **(records or {})}.items():
+        (workdir / name).write_text(text + "\n")
+    with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
+        stores = [
+            stack.enter_context(
+                Checkpoints(workdir / "checkpoints" / s.directory, keep=run.keep, keep_steps=(0, s.stage.steps))
+            )
+            for s in stages
+        ]
+        first, restored = _newest(programs, stores)
+        state: TrainState | None = None
+        history: dict[str, list[Any]] = {"evals": [], "growths": [], "skipped": []}
+        position: bytes | None = None
+        if restored is not None:
+            state, history = restored.state, json.loads(json.dumps(restored.meta["history"]))
+            position = restored.blobs["data"]
+        interrupts = stack.enter_context(Interrupts())
+        for program, store in list(zip(programs, stores, strict=True))[first:]:
+            fresh_stage = restored is None or program.stage.index > first
+            worker = _StageRun(recipe, run, workdir, data, program, store, history, position)
+            state = worker.run(worker.start(state) if fresh_stage else state, interrupts)
+            position = worker.batches.state()
+            if interrupts.requested:
+                return None
+        assert state is not None
+        sample = _sample(programs[-1], state, data, run, recipe.seed)
+        return report.write(workdir, stages, history, data.describe(), data.bytes_per_token, recipe.data.context, sample)
+
+
+class _StageRun:
+    """One stage of one start of the program: what its start and its loop share."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Run,
+        workdir: Path,
+        data: Data,
+        program: StageProgram,
+        store: Checkpoints,
+        history: dict[str, list[Any]],
+        position: bytes | None,
+    ) -> None:
+        self.recipe, self.settings, self.workdir, self.data = recipe, run, workdir, data
+        self.program, self.store, self.history = program, store, history
+        self.stage: ResolvedStage = program.stage
+        self.mesh: Mesh = program.mesh
+        self.batches: TokenBatches = data.train()
+        if position is not None:
+            self.batches.restore(position)
+        self.evaluate = make_eval(self.stage.cfg, self.mesh, recipe.loss_chunks)
+        self.flops_per_token = plan.train_flops_per_token(self.stage.cfg, recipe.data.context)
+
+    def start(self, state: TrainState | None) -> TrainState:
+        """The state at step 0, measured and saved: initialised, or grown from the stage before and verified."""
+        key = jax.random.fold_in(jax.random.key(self.recipe.seed), self.stage.index)
+        provenance: dict[str, Any] = {"seed": self.recipe.seed, "key": self.stage.index}
+        if self.stage.before is None:
+            state = self.program.initialiser()(key)
+        else:
+            assert state is not None
+            state, record = self._grow(state, key)
+            provenance |= record
+        self._measure(0, state)
+        self._save(0, state, provenance)
+        self.store.wait()
+        return state
+
+    def _grow(self, state: TrainState, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+        before, growth = self.stage.before, self.stage.stage.growth
+        assert before is not None and growth is not None
+        grown = self.program.grower()(state, key)
+        rows = next(iter(self.data.heldout(self.stage.stage.batch_size, self.stage.stage.batch_size)))
+        batch = put_batch(rows, self.mesh)
+        verification = compare(
+            before.cfg, state.params, self.stage.cfg, grown.params, growth, batch.inputs_BT, batch.segments_BT
+        )
+        verification.check(self.recipe.tolerance)
+        loss_before = make_eval(before.cfg, self.mesh, self.recipe.loss_chunks)(state.params, self._heldout())
+        loss_after = self.evaluate(grown.params, self._heldout(), self.program.masks(0))
+        source = self.store.directory.parent / before.directory / str(before.stage.steps)
+        record = {
+            "stage": self.stage.stage.name,
+            "method": growth.name,
+            "plan": as_dict(growth),
+            "source": f"{before.directory}/{before.stage.steps}",
+            "source_digest": hashlib.sha256((source / "manifest.json").read_bytes()).hexdigest(),
+            "config_before": as_dict(before.cfg),
+            "config_after": as_dict(self.stage.cfg),
+            "params_before": plan.param_count(before.cfg),
+            "params_after": plan.param_count(self.stage.cfg),
+            **verification.as_dict(),
+            "eval_loss_before": loss_before,
+            "eval_loss_after": loss_after,
+        }
+        self.history["growths"].append(record)
+        print(report.growth_lines(record), flush=True)
+        return grown, record
+
+    def run(self, state: TrainState, interrupts: Interrupts) -> TrainState:
+        """Trains from the state's step to the end of the stage, or to a signal; the result is saved."""
+        stage, settings = self.stage.stage, self.settings
+        step, bad_in_a_row = int(state.step), 0
+        pending: tuple[int, Metrics] | None = None
+        masked, stepper = None, None
+        with Progress(self.workdir / "events", self.stage, self.recipe.data.context, self.flops_per_token, step) as show:
+
+            def look(at: int, metrics: Metrics) -> None:
+                nonlocal bad_in_a_row
+                values = {f: float(x) for f, x in vars(jax.device_get(metrics)).items()}
+                show.step(at, values, write=at % settings.log_every == 0 or at == stage.steps)
+                bad_in_a_row = bad_in_a_row + 1 if values["bad"] else 0
+                if values["bad"]:
+                    self.history["skipped"].append({"stage": stage.name, "step": at})
+                    log.warning("Stage %s, step %d: loss or gradient is not finite; skipped.", stage.name, at)
+                if bad_in_a_row >= settings.max_bad_steps:
+                    raise NonFiniteError(
+                        f"Stage {stage.name!r}: {bad_in_a_row} steps in a row, up to step {at}, had a loss or gradient "
+                        f"that is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}). None of them "
+                        "was applied. Lower the learning rate, or look at the data."
+                    )
+
+            while step < stage.steps and not interrupts.requested:
+                if masked != (step < self.stage.ramp_steps):
+                    masked = step < self.stage.ramp_steps
+                    stepper = self.program.stepper(masked)
+                batch = put_batch(self.batches.next(stage.batch_size), self.mesh)
+                assert stepper is not None
+                with jax.transfer_guard("disallow"):
+                    state, metrics = stepper(state, batch)
+                step += 1
+                if pending is not None:
+                    look(*pending)
+                pending = (step, metrics)
+                self.store.check()
+                due_eval = step % self.recipe.eval_every == 0 or step == stage.steps
+                due_save = step % settings.checkpoint_every == 0 or step == stage.steps
+                if due_eval or due_save or interrupts.requested:
+                    look(*pending)
+                    pending = None
+                if due_eval:
+                    show.evaluated(step, self._measure(step, state))
+                if due_save or interrupts.requested:
+                    self._save(step, state, None)
+            self.store.wait()
+        return state
+
+    def _heldout(self) -> Any:
+        return self.data.heldout(self.stage.stage.batch_size, self.recipe.eval_windows)
+
+    def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
+        """Held-out loss at this point of the run, entered into the history."""
+        loss = self.evaluate(state.params, self._heldout(), self.program.masks(step))
+        tokens = step * self.stage.stage.batch_size * self.recipe.data.context
+        record = {
+            "stage": self.stage.stage.name,
+            "step": step,
+            "tokens": tokens,
+            "flops": tokens * self.flops_per_token,
+            "loss": loss,
+            "bits_per_byte": bits_per_byte(loss, self.data.bytes_per_token),
+        }
+        self.history["evals"].append(record)
+        return record
+
+    def _save(self, step: int, state: TrainState, provenance: dict[str, Any] | None) -> None:
+        signatures = {f"params/{path}": str(sig) for path, _, sig in plan.leaves(self.stage.cfg)}
+        meta = {
+            "stage": self.stage.stage.name,
+            "model": as_dict(self.stage.cfg),
+            "ramp_steps": self.stage.ramp_steps,
+            "data": self.data.describe(),
+            "history": self.history,
+            "provenance": provenance,
+        }
+        self.store.discard_after(step - 1)
+        self.store.save(step, state, signatures=signatures, meta=meta, blobs={"data": self.batches.state()})
+
+
+def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[int, Restored | None]:
+    """The stage to go on with, and its newest good checkpoint; (0, None) when there is none at all."""
+    damaged: list[str] = []
+    for program, store in reversed(list(zip(programs, stores, strict=True))):
+        try:
+            restored = store.restore(program.abstract_state)
+        except NoCheckpointError:
+            continue
+        except DamagedError as error:
+            log.error("Stage %s is begun again from the one before: %s", program.stage.stage.name, error)
+            damaged.append(str(error))
+            continue
+        print(f"Going on with stage {program.stage.stage.name!r} at step {restored.step}.", flush=True)
+        return program.stage.index, restored
+    if damaged:
+        raise CheckpointError(f"No checkpoint of any stage can be restored: {'; '.join(damaged)}")
+    return 0, None
+
+
+def _check_data(workdir: Path, stages: tuple[ResolvedStage, ...], data: Data) -> None:
+    """The vocabulary must fit the model, and the data must be what the work directory was begun with."""
+    for s in stages:
+        if data.vocabulary.size > s.cfg.vocab:
+            raise ValueError(
+                f"Stage {s.stage.name!r}: the vocabulary has {data.vocabulary.size} tokens, the model's embedding only "
+                f"{s.cfg.vocab}; set its vocab to {data.vocabulary.size} or more."
+            )
+    file, mine = workdir / "data.json", data.describe()
+    if file.exists():
+        found = list(differences(json.loads(file.read_text()), json.loads(json.dumps(mine))))
+        if found:
+            raise ValueError(
+                f"{workdir} was begun with other data: {'; '.join(found[:3])}. Nothing was changed; bring that data back, or "
+                "use another --workdir."
+            )
+        return
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(mine, indent=1) + "\n")
+    temporary.replace(file)
+
+
+def _sample(program: StageProgram, state: TrainState, data: Data, run: Run, seed: int) -> str:
+    """A prompt and its continuation by the last model."""
+    ids = data.vocabulary.encode(run.prompt)
+    prompt = np.asarray([ids or [data.vocabulary.eos_id]], np.int32)
+    key = jax.random.fold_in(jax.random.key(seed), 0x5A)
+    tokens = generate(program.stage.cfg, state.params, prompt, run.sample_tokens, key, temperature=0.7)
+    return run.prompt + data.vocabulary.decode([int(t) for t in jax.device_get(tokens)[0]])
