@@ -119,7 +119,7 @@ def train(recipe: Recipe = gin.REQUIRED, run: Run | None = None) -> tuple[Recipe
 
 def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool) -> None:
     """Builds the recipe, and trains it, or only says what it would be."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     try:
         parse(gin_files, gin_bindings)
         recipe, run = train()

@@ -191,26 +191,26 @@ def _small(embed: int, layers: int, mlp: int, vocab: int) -> ModelConfig:
     return ModelConfig(
         embed=embed,
         layers=layers,
-        heads=embed // 24,
+        heads=embed // 16,
         mlp=mlp,
         vocab=vocab,
-        base_width=24,
-        init_std=0.2,
+        base_width=16,
+        init_std=0.25,
         init_std_vector=0.02,
         compute_dtype="float32",
     )
 
 
 def small_52b(vocab: int = 2048) -> ModelConfig:
-    """Tele-FLM-52B in small: layers / 16, width and MLP / 85.3, for one laptop."""
-    return _small(96, 4, 256, vocab)
+    """Tele-FLM-52B in small, for one laptop: layers / 16, width / 128, the MLP 2.7 widths."""
+    return _small(64, 4, 172, vocab)
 
 
 def small_102b(vocab: int = 2048) -> ModelConfig:
     """Tele-FLM-102B in small: 1.25 times as wide and as deep as `small_52b`."""
-    return _small(120, 5, 320, vocab)
+    return _small(80, 5, 216, vocab)
 
 
 def small_1t(vocab: int = 2048) -> ModelConfig:
     """Tele-FLM-1T in small: 2.5 times as wide as `small_52b`, 9 layers (8.75 rounded), the MLP 4.8 widths."""
-    return _small(240, 9, 1152, vocab)
+    return _small(160, 9, 768, vocab)

@@ -53,7 +53,7 @@ def _stage(recipe: Recipe, stage: ResolvedStage, program: StageProgram) -> str:
         f"\nStage {s.name!r}: {plan.shape_line(stage.cfg)}{grows}\n"
         f"  {s.steps} steps of {s.batch_size} x {context} tokens: {plan.count(tokens)} tokens, "
         f"{_flops(recipe, stage):.3g} FLOPs ({plan.train_flops_per_token(stage.cfg, context):.3g} a token)\n"
-        f"  parameters, gradients and moments: {plan.count(per_device)}bytes a device; activations come on top\n"
+        f"  parameters, gradients and moments: {plan.count(per_device)}B a device; activations come on top\n"
         + "\n".join("  " + line for line in plan.param_table(stage.cfg).splitlines())
     )
 

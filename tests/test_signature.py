@@ -60,7 +60,7 @@ def test_initial_deviation_falls_with_the_root_of_fan_in():
         # Truncation at three deviations leaves 0.987 of one.
         assert float(jnp.std(x)) == pytest.approx(0.987 * expected, rel=0.03)
     down = signatures["blocks"]["mlp"]["down"]
-    assert cfg.std(down) == pytest.approx(cfg.init_std * (24 * 8 / 3 / cfg.mlp) ** 0.5)
+    assert cfg.std(down) == pytest.approx(cfg.init_std * (16 * 8 / 3 / cfg.mlp) ** 0.5)
 
 
 def test_published_width_multiplier_at_52b():

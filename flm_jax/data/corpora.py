@@ -89,9 +89,9 @@ class Tfds:
         if len(recorded) == 1:
             info = json.loads(recorded[0].read_text())
         else:
-            from flm_jax.data import tasks
+            from flm_jax.data import reading
 
-            info = tasks.tfds_info(self)
+            info = reading.tfds_info(self)
         kept = {key: info.get(key) for key in ("name", "configName", "version", "splits")}
         fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "data_dir"}
         return hashlib.sha256(json.dumps(["Tfds", fields, kept], sort_keys=True).encode()).hexdigest()
@@ -99,9 +99,9 @@ class Tfds:
     def documents(self, split: str) -> Iterator[str]:
         """The documents of one split, read by TFDS in its fixed order."""
         check_split(split)
-        from flm_jax.data import tasks
+        from flm_jax.data import reading
 
-        return tasks.tfds_documents(self, split)
+        return reading.tfds_documents(self, split)
 
     def describe(self) -> dict[str, Any]:
         """Kind and fields."""

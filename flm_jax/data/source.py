@@ -38,7 +38,8 @@ class DataConfig:
     context: int = 256
     streamed: bool = False
     seed: int = 0
-    cache_dir: str = "~/.cache/flm_jax"
+    # Not "identity": the same data in another folder is the same recipe.
+    cache_dir: str = dataclasses.field(default="~/.cache/flm_jax", metadata={"identity": False})
 
 
 class Data(Protocol):

@@ -2,7 +2,7 @@
 
     store.json         format, dtype, vocabulary and corpus digests, splits, shards, and the digest of it all
     vocabulary.json    the vocabulary's spec, self-contained
-    train-00000.bin    tokens, little-endian uint16 (uint32 above 65,536 ids): the documents, each ended by eos
+    train-00000.bin    tokens, little-endian uint16 (uint32 above 65,536 ids): documents, each ended by eos
     train.idx          little-endian uint64: where each document starts, and the end of the last
 
 Window i of a split is the context + 1 tokens from i * context on: neighbours share one token, so every token
@@ -90,7 +90,8 @@ class TokenStore:
             )
         if record["format"] != FORMAT:
             raise ValueError(f"{manifest} has format {record['format']}; this version reads format {FORMAT}")
-        _check_file(path / VOCABULARY_FILE, *record["vocabulary_file"], verify)
+        size, sha256 = record["vocabulary_file"]
+        _check_file(path / VOCABULARY_FILE, size, sha256, verify)
         width = np.dtype(record["dtype"]).itemsize
         for split, about in record["splits"].items():
             _check_file(path / f"{split}.idx", 8 * (about["documents"] + 1), about["index_sha256"], verify)
@@ -158,7 +159,8 @@ class TokenStore:
     def _shards(self) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
         """For each split its memory-mapped shards and where each starts, with the end last."""
         dtype = np.dtype(self._record["dtype"])
-        mapped = {}
+        mapped: dict[str, tuple[list[np.ndarray], np.ndarray]] = {}
+        shards: list[np.ndarray]
         for split, about in self._record["splits"].items():
             shards = [
                 np.memmap(self.path / shard["file"], dtype=dtype, mode="r") for shard in about["shards"]

@@ -20,7 +20,8 @@ import numpy as np
 
 from flm_jax.data.batches import Batch, host_rows, in_batches, make_batch, pack_state, unpack_state
 from flm_jax.data.corpora import Corpus
-from flm_jax.data.tasks import Source, load_tensorflow, resolve
+from flm_jax.data.reading import load_tensorflow
+from flm_jax.data.tasks import Source, resolve
 from flm_jax.data.vocabulary import Vocabulary
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,7 +48,10 @@ class Vocabulary(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; padding and end-of-document ids leave nothing behind."""
+        """The text of token ids.
+
+        Padding and end-of-document ids leave nothing behind; ids outside the vocabulary become U+FFFD.
+        """
         ...
 
     def spec(self) -> dict[str, Any]:
@@ -55,12 +59,14 @@ class Vocabulary(Protocol):
         ...
 
 
-def _checked(ids: Iterable[int], size: int) -> list[int]:
-    checked = [int(i) for i in ids]
-    for i in checked:
-        if not 0 <= i < size:
-            raise ValueError(f"token id {i} is outside the vocabulary, whose ids run from 0 to {size - 1}")
-    return checked
+# What an id stands for that the vocabulary lacks: an embedding may be padded, and a young model samples such ids.
+REPLACEMENT = "\ufffd"
+
+
+def _runs(ids: Iterable[int], size: int) -> Iterator[tuple[bool, list[int]]]:
+    """Runs of ids that lie in the vocabulary, and of ids that do not."""
+    for known, run in itertools.groupby(map(int, ids), lambda i: 0 <= i < size):
+        yield known, list(run)
 
 
 class ByteVocabulary:
@@ -83,12 +89,13 @@ class ByteVocabulary:
         return [byte + 3 for byte in text.encode("utf-8")]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8 are dropped, as a sample of a model may hold some.
-
-        Raises:
-          ValueError: an id outside the vocabulary.
-        """
-        return bytes(i - 3 for i in _checked(ids, self.size) if 3 <= i < 259).decode("utf-8", errors="ignore")
+        """The text; bytes that are no UTF-8 are dropped, as a sample of a model may hold some."""
+        return "".join(
+            bytes(i - 3 for i in run if 3 <= i < 259).decode("utf-8", "ignore")
+            if known
+            else REPLACEMENT * len(run)
+            for known, run in _runs(ids, self.size)
+        )
 
     def spec(self) -> dict[str, Any]:
         """See Vocabulary.spec."""
@@ -148,12 +155,11 @@ class SentencePieceVocabulary:
         return [int(i) for i in self._processor.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids.
-
-        Raises:
-          ValueError: an id outside the vocabulary.
-        """
-        return str(self._processor.decode(_checked(ids, self.size)))
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return "".join(
+            str(self._processor.decode(run)) if known else REPLACEMENT * len(run)
+            for known, run in _runs(ids, self.size)
+        )
 
     def spec(self) -> dict[str, Any]:
         """See Vocabulary.spec; `model` is the model file, compressed, in base 64."""
