@@ -33,6 +33,7 @@ class Progress:
         )
         self._since = (start, time.perf_counter())
         self._rate = 0.0
+        self._compiling = True
         self._eval = ""
 
     def __enter__(self) -> Self:
@@ -47,10 +48,12 @@ class Progress:
     def step(self, step: int, metrics: Mapping[str, float], write: bool) -> None:
         """One finished step; its metrics go to the event file if `write`."""
         first, since = self._since
-        if write or step == first + 1:
-            now = time.perf_counter()
+        if self._compiling:
             # The first step of a start compiles; it says nothing of the speed.
-            self._rate = (step - first) * self._tokens_per_step / (now - since) if step > first + 1 else 0.0
+            self._compiling, self._since = False, (step, time.perf_counter())
+        elif write or not self._rate:
+            now = time.perf_counter()
+            self._rate = (step - first) * self._tokens_per_step / (now - since)
             self._since = (step, now)
         self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}{self._eval}, {self._rate:,.0f} tokens/s", refresh=False)
         self._bar.update(step - self._bar.n)

@@ -172,9 +172,16 @@ def _resolve_model(stage: Stage, before: ResolvedStage | None) -> Stage:
 
 
 def as_dict(value: Any) -> Any:
-    """A configuration as JSON-able data; dataclasses carry the name of their class."""
+    """A configuration as JSON-able data; dataclasses carry the name of their class.
+
+    Fields with the metadata ``{"identity": False}``, such as where a cache is kept, are left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: as_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: as_dict(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.metadata.get("identity", True)
+        }
         return {"class": type(value).__name__, **fields}
     if isinstance(value, dict):
         return {str(k): as_dict(v) for k, v in value.items()}

@@ -32,9 +32,13 @@ def tokens(shape=(2, 12), seed=0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, shape, dtype=np.int32)
 
 
+init = jax.jit(model.init_params, static_argnums=0)
+apply = jax.jit(model.apply, static_argnums=0)
+
+
 def params(cfg: ModelConfig, seed: int = 0):
     """Initial parameters with norm scales that are not 1, as after training."""
-    values = model.init_params(cfg, jax.random.key(seed))
+    values = init(cfg, jax.random.key(seed))
     _, signatures = model.declared(cfg)
     rng = np.random.default_rng(seed)
     return jax.tree.map(

@@ -25,7 +25,7 @@ def test_equals_a_numpy_decoder_written_in_loops(changes, x64):
     cfg = small.config(compute_dtype="float64", param_dtype="float64", **changes)
     params, tokens = small.params(cfg), small.tokens((1, 9))
     segments = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2]], np.int32)
-    logits = model.apply(cfg, params, tokens, segments)[0]
+    logits = small.apply(cfg, params, tokens, segments)[0]
     np.testing.assert_allclose(logits, reference.forward(cfg, params, tokens[0], segments[0]), rtol=1e-11, atol=1e-13)
 
 
@@ -35,10 +35,10 @@ def test_no_position_depends_on_a_later_one_or_on_another_document():
     segments = np.array([[0, 0, 0, 0, 1, 1, 1, 1]], np.int32)
 
     def logits(embeddings_VD, tokens):
-        return model.apply(cfg, {**params, "embedding": embeddings_VD}, tokens, segments)[0]
+        return small.apply(cfg, {**params, "embedding": embeddings_VD}, tokens, segments)[0]
 
     tokens = np.arange(8, dtype=np.int32)[None]  # every position has an embedding row of its own
-    jacobian_TVRD = jax.jacrev(logits)(params["embedding"], tokens)
+    jacobian_TVRD = jax.jit(jax.jacrev(logits))(params["embedding"], tokens)
     seen_TR = np.abs(np.asarray(jacobian_TVRD)).max(axis=(1, 3))[:, :8] > 0
     t, r = np.indices((8, 8))
     expected = (r <= t) & (segments[0][r] == segments[0][t])
@@ -54,8 +54,9 @@ def test_scan_unrolled_and_rematerialised_give_the_same_loss_and_gradient(change
         x, y = tokens[:, :-1], tokens[:, 1:]
         return loss_sum(cfg, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x))
 
-    plain = jax.value_and_grad(loss, argnums=1)(cfg, params)
-    other = jax.value_and_grad(loss, argnums=1)(cfg.replace(**changes), params)
+    value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+    plain = value_and_grad(cfg, params)
+    other = value_and_grad(cfg.replace(**changes), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), plain, other)
 
 
@@ -76,14 +77,14 @@ def test_scan_equals_a_python_loop_over_blocks():
         x, _ = model.Block(one).apply({"params": block}, x, None, None, shared)
     hidden = model.RMSNorm(one).apply({"params": params["final_norm"]}, x, model.Masks())
     logits = hidden @ params["head"] * cfg.logits_mult
-    np.testing.assert_allclose(model.apply(cfg, params, tokens), logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(small.apply(cfg, params, tokens), logits, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_stays_close_to_float32():
     cfg = small_52b(vocab=small.VOCAB)
     params, tokens = small.params(cfg), small.tokens((4, 32))
-    wide = model.apply(cfg, params, tokens)
-    narrow = model.apply(cfg.replace(compute_dtype="bfloat16"), params, tokens)
+    wide = small.apply(cfg, params, tokens)
+    narrow = small.apply(cfg.replace(compute_dtype="bfloat16"), params, tokens)
     assert narrow.dtype == jnp.float32
     assert float(jnp.max(jnp.abs(wide - narrow)) / jnp.max(jnp.abs(wide))) < 0.05
     assert not np.array_equal(wide, narrow)
@@ -93,7 +94,7 @@ def test_logits_of_an_untrained_model_have_muP_size_at_every_width():
     deviations = []
     for heads in (4, 16):
         cfg = small.config(embed=8 * heads, heads=heads, mlp=20 * heads, init_std=0.25, init_std_vector=1.0)
-        deviations.append(float(jnp.std(model.apply(cfg, model.init_params(cfg, jax.random.key(0)), small.tokens()))))
+        deviations.append(float(jnp.std(small.apply(cfg, small.params(cfg), small.tokens()))))
     # The head's fan-in grows by 4 and the multiplier falls by 4: the logits shrink by the root, as muP has it.
     assert 0.35 < deviations[1] / deviations[0] < 0.7
 
@@ -108,8 +109,8 @@ def test_loss_in_chunks_is_the_loss(chunks):
     def loss(params, chunks):
         return loss_sum(cfg, params, x, y, weights, jnp.zeros_like(x), chunks=chunks)
 
-    whole = jax.value_and_grad(loss)(params, 1)
-    parts = jax.value_and_grad(loss)(params, chunks)
+    whole = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, 1)
+    parts = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, chunks)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), whole, parts)
     with pytest.raises(ValueError, match="chunks=5 must divide the context of 12"):
         loss(params, 5)
@@ -118,10 +119,10 @@ def test_loss_in_chunks_is_the_loss(chunks):
 def test_a_token_at_a_time_through_the_cache_equals_all_at_once():
     cfg = small.config(heads=4, kv_heads=2)
     params, tokens = small.params(cfg), small.tokens((2, 9))
-    whole = model.apply(cfg, params, tokens)
-    decoder, cache, parts = model.Transformer(cfg), empty_cache(cfg, 2, 12), []
+    whole = small.apply(cfg, params, tokens)
+    decode, cache, parts = jax.jit(model.Transformer(cfg).apply), empty_cache(cfg, 2, 12), []
     for piece in (tokens[:, :4], *[tokens[:, i : i + 1] for i in range(4, 9)]):
-        logits, cache = decoder.apply({"params": params}, piece, cache=cache)
+        logits, cache = decode({"params": params}, piece, cache=cache)
         parts.append(logits)
     np.testing.assert_allclose(whole, jnp.concatenate(parts, axis=1), rtol=1e-4, atol=1e-5)
 
@@ -132,7 +133,7 @@ def test_greedy_generation_takes_the_likeliest_token_each_time():
     out = generate(cfg, params, prompt, 5, jax.random.key(0), temperature=0)
     rows = prompt
     for _ in range(5):
-        rows = np.concatenate([rows, np.argmax(model.apply(cfg, params, rows)[:, -1:], -1).astype(np.int32)], axis=1)
+        rows = np.concatenate([rows, np.argmax(small.apply(cfg, params, rows)[:, -1:], -1).astype(np.int32)], axis=1)
     np.testing.assert_array_equal(out, rows[:, 4:])
 
 
@@ -154,7 +155,7 @@ def test_52b_initial_deviation_is_the_published_one():
 def test_flops_count_what_xla_counts():
     cfg = small.config(layers=1, embed=32, mlp=96, heads=4, vocab=512)
     tokens = jnp.zeros((1, 64), jnp.int32)
-    compiled = jax.jit(lambda p, t: model.apply(cfg, p, t)).lower(small.params(cfg), tokens).compile()
+    compiled = small.apply.lower(cfg, small.params(cfg), tokens).compile()
     measured = compiled.cost_analysis()["flops"]
     assert measured == pytest.approx(64 * forward_flops_per_token(cfg, 64), rel=0.15)
 

@@ -40,7 +40,7 @@ def test_every_parameter_of_the_model_is_declared_with_the_shape_it_has():
     cfg = small.config(heads=4, kv_heads=2)
     shapes, signatures = model.declared(cfg)
     assert jax.tree.map(lambda s: s.shape(cfg.sizes), signatures) == jax.tree.map(lambda x: x.shape, shapes)
-    assert jax.tree.map(jnp.shape, model.init_params(cfg, jax.random.key(0))) == jax.tree.map(lambda x: x.shape, shapes)
+    assert jax.tree.map(jnp.shape, small.init(cfg, jax.random.key(0))) == jax.tree.map(lambda x: x.shape, shapes)
 
 
 def test_roles_and_muP_classes():
@@ -54,7 +54,7 @@ def test_roles_and_muP_classes():
 
 def test_initial_deviation_falls_with_the_root_of_fan_in():
     cfg = small_1t(vocab=small.VOCAB)
-    params, signatures = model.init_params(cfg, jax.random.key(0)), model.declared(cfg)[1]
+    params, signatures = small.init(cfg, jax.random.key(0)), model.declared(cfg)[1]
     for x, sig in zip(jax.tree.leaves(params), jax.tree.leaves(signatures), strict=True):
         expected = 0 if sig.gains else cfg.std(sig)
         # Truncation at three deviations leaves 0.987 of one.
@@ -122,9 +122,9 @@ def test_muP_divides_updates_of_matrices_and_spares_gains_from_decay():
     grads = jax.tree.map(jnp.ones_like, params)
     plain = OptimizerConfig(clip=0.0, eps=0.0)
     tx = optimizer(plain, cfg, signatures)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     decaying = optimizer(OptimizerConfig(clip=0.0, eps=0.0, weight_decay=0.5), cfg, signatures)
-    decayed, _ = decaying.update(grads, decaying.init(params), params)
+    decayed, _ = jax.jit(decaying.update)(grads, decaying.init(params), params)
 
     def check(sig, w, u, d):
         np.testing.assert_allclose(u, 1 / sig.width_mult(cfg.sizes, cfg.base_sizes), rtol=1e-5)

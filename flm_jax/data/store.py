@@ -39,6 +39,11 @@ def data_digest(record: dict[str, Any]) -> str:
     )
 
 
+def render(record: dict[str, Any]) -> bytes:
+    """The bytes of store.json."""
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
 def _check_file(path: Path, size: int, sha256: str, verify: bool) -> None:
     if not path.is_file():
         raise FileNotFoundError(
@@ -80,11 +85,13 @@ class TokenStore:
         if not manifest.is_file():
             raise FileNotFoundError(f"there is no token store at {path}: {manifest} is missing")
         try:
-            record = json.loads(manifest.read_bytes())
+            content = manifest.read_bytes()
+            record = json.loads(content)
+            whole = render(record) == content  # not one byte less or more, where JSON would not mind
             seal = record.pop("seal")
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{manifest} is damaged: delete the store and prepare it again") from None
-        if canonical_digest(record) != seal:
+        if not whole or canonical_digest(record) != seal:
             raise ValueError(
                 f"{manifest} was altered (its seal does not match): delete the store and prepare it again"
             )

@@ -6,7 +6,6 @@ A run that is killed leaves no store, only the hidden folder, which nothing read
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from flm_jax.data.corpora import SPLITS
 from flm_jax.data.files import draft_of, sync_write
-from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, TokenStore, canonical_digest
+from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, TokenStore, canonical_digest, render
 from flm_jax.data.vocabulary import Vocabulary, spec_bytes
 
 
@@ -158,7 +157,7 @@ class StoreWriter:
             "splits": splits,
         }
         record["seal"] = canonical_digest(record)
-        sync_write(self._draft / STORE_FILE, (json.dumps(record, indent=1) + "\n").encode())
+        sync_write(self._draft / STORE_FILE, render(record))
         try:
             self._draft.rename(self.path)
         except OSError:

@@ -1,0 +1,324 @@
+"""Reading through seqio: every kind of corpus, in a store and on the fly, and streams that resume exactly."""
+
+import functools
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from flm_jax.data import reading, streaming, tasks
+from flm_jax.data.corpora import Jsonl, SeqioTask, TextFolder, Tfds
+from flm_jax.data.prepare import prepare, store_path
+from flm_jax.data.source import DataConfig, StoreData, StreamData, open_data
+from flm_jax.data.streaming import SeqioBatches
+from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
+
+TEXTS = [f"document {i}:\n\tdef f{i}(x):\n        return 'é' * {i}\n" * (1 + i % 5) for i in range(40)]
+BPE = SentencePiece(size=300)
+CONTEXT = 16
+
+TASK_MODULE = """
+import seqio
+import tensorflow as tf
+
+TEXTS = {"train": [f"task text {i} " * (i % 4 + 1) for i in range(30)], "validation": ["held out " * 30]}
+VOCABULARY = @VOCABULARY
+
+
+def read(split, shuffle_files, seed=None):
+    return tf.data.Dataset.from_tensor_slices({"targets": TEXTS[split]})
+
+
+for name in ("one_@SUFFIX", "two_@SUFFIX"):
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(read, splits=["train", "validation"]),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features={"targets": seqio.Feature(vocabulary=VOCABULARY, add_eos=True)},
+    )
+seqio.MixtureRegistry.add("both_@SUFFIX", [("one_@SUFFIX", 1), ("two_@SUFFIX", 3)])
+"""
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    """A module that registers tasks over a SentencePiece model with extra ids, and another over bytes."""
+    root = tmp_path_factory.mktemp("modules")
+    vocabulary = build_vocabulary(BPE, TextFolder(str(_texts(root / "texts"))), root)
+    (root / "own.model").write_bytes(vocabulary.model)
+    for suffix, code in {
+        "pieces": f"seqio.SentencePieceVocabulary({str(root / 'own.model')!r}, extra_ids=10)",
+        "bytes": "seqio.ByteVocabulary(extra_ids=0)",
+        "passed": "seqio.PassThroughVocabulary(100)",
+    }.items():
+        content = TASK_MODULE.replace("@VOCABULARY", code).replace("@SUFFIX", suffix)
+        if suffix == "passed":
+            content = content.replace("seqio.preprocessors.tokenize, seqio.preprocessors.append_eos", "")
+        (root / f"registered_{suffix}.py").write_text(content)
+    sys.path.insert(0, str(root))
+    yield root
+    sys.path.remove(str(root))
+
+
+def _texts(root):
+    root.mkdir()
+    for i, text in enumerate(TEXTS):
+        (root / f"{i}.txt").write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory, module):
+    """One corpus of each kind, over the same texts where it can be."""
+    import tensorflow_datasets as tfds
+
+    root = tmp_path_factory.mktemp("corpora")
+    folder = TextFolder(str(_texts(root / "texts")), heldout_percent=20)
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in TEXTS)
+    (root / "lines.jsonl").write_text(lines)
+    tf, _ = reading.load_tensorflow()
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="little",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": tf.int64}),
+        split_datasets={
+            split: tf.data.Dataset.from_tensor_slices({"text": part, "n": list(range(len(part)))})
+            for split, part in (("train", TEXTS[:30]), ("validation", TEXTS[30:]))
+        },
+        data_dir=root / "tfds",
+    )
+    return {
+        "folder": folder,
+        "jsonl": Jsonl(str(root / "lines.jsonl"), field="body", heldout_percent=20),
+        "tfds": Tfds("little", data_dir=str(root / "tfds")),
+        "task": SeqioTask("one_pieces", "registered_pieces"),
+        "mixture": SeqioTask("both_bytes", "registered_bytes"),
+    }
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+KINDS = ("folder", "jsonl", "tfds", "task", "mixture")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [Bytes(), BPE], ids=["bytes", "pieces"])
+def test_store_holds_the_documents(corpora, cache, kind, config):
+    corpus = corpora[kind]
+    store = prepare(corpus, config, cache, progress=False, max_shard_tokens=500)
+    vocabulary = store.vocabulary
+    for split in ("train", "heldout"):
+        documents = [store.document(split, i).tolist() for i in range(store.num_documents(split))]
+        if hasattr(corpus, "documents"):
+            texts = list(corpus.documents(split))
+            # seqio tokenised in C++: the same ids as our own, document by document, in the same order
+            assert documents == [[*vocabulary.encode(text), vocabulary.eos_id] for text in texts]
+        else:
+            texts = [vocabulary.decode(document) for document in documents]
+            assert len(texts) == {"task": 1, "mixture": 2}[kind] * (30 if split == "train" else 1)
+        total = sum(len(text.encode()) for text in texts)
+        assert store.text_bytes_per_token(split) == pytest.approx(total / store.num_tokens(split))
+    again = prepare(corpus, config, cache, progress=False)
+    assert again.digest == store.digest and again.path == store.path == store_path(corpus, config, cache)
+    if kind in ("folder", "jsonl", "tfds"):
+        assert Counter(TEXTS) == Counter([*corpus.documents("train"), *corpus.documents("heldout")])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_resumes_exactly(corpora, cache, kind):
+    vocabulary = build_vocabulary(BPE, corpora[kind], cache)
+    fresh = functools.partial(
+        SeqioBatches, corpora[kind], vocabulary, "train", CONTEXT, seed=5, shuffle_buffer=7
+    )
+    one = fresh()
+    for size in (4, 8, 4, 2, 4, 4, 4):
+        one.next(size)
+    state = one.state()
+    expected = [one.next(size) for size in (4, 2, 400, 8, 4)]  # 400 windows: over the end of an epoch
+    two = fresh()
+    two.next(6)  # where it was before does not matter
+    two.restore(state)
+    assert two.position == 30
+    for batch, size in zip(expected, (4, 2, 400, 8, 4), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(two.next(size), batch, strict=True))
+    one.restore(state)  # and back in the same object
+    assert np.array_equal(one.next(4).inputs_BT, expected[0].inputs_BT)
+    assert not np.array_equal(fresh().next(4).inputs_BT, expected[0].inputs_BT)
+
+
+def test_a_stream_reads_what_the_store_holds(corpora, cache):
+    corpus = corpora["folder"]
+    store = prepare(corpus, BPE, cache, progress=False)
+    stream = SeqioBatches(corpus, store.vocabulary, "train", CONTEXT, seed=0)
+    needed = store.num_tokens("train")
+    batch = stream.next(needed // CONTEXT + 1)
+    tokens = batch.inputs_BT.ravel()[:needed]  # one epoch: windows follow one another without gap or overlap
+    assert np.array_equal(tokens[1:], batch.targets_BT.ravel()[: needed - 1])
+    split = np.split(tokens, np.flatnonzero(tokens == store.eos_id) + 1)[:-1]
+    stored = [store.document("train", i) for i in range(store.num_documents("train"))]
+    assert Counter(map(bytes, split)) == Counter(map(bytes, stored))
+    assert [bytes(document) for document in split] != [bytes(document) for document in stored]  # shuffled
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "tfds"])
+def test_hosts_read_documents_of_their_own(corpora, kind):
+    vocabulary = build_vocabulary(Bytes(), corpora[kind], "")
+    source = tasks.resolve(corpora[kind], vocabulary)
+    _, seqio = reading.load_tensorflow()
+    seen = []
+    for host in range(3):
+        dataset = source.dataset("train", shard_info=seqio.ShardInfo(index=host, num_shards=3))
+        seen.append(Counter(bytes(example["targets"]) for example in dataset.as_numpy_iterator()))
+    everything = Counter(bytes(tokens) for tokens, _ in source.documents("train"))
+    assert sum(seen, Counter()) == everything and all(seen)
+    two = SeqioBatches(corpora[kind], vocabulary, "train", CONTEXT, 0, host=1, hosts=3)
+    assert two.next(6).inputs_BT.shape == (2, CONTEXT)
+
+
+def test_a_stream_refuses(corpora):
+    corpus, vocabulary = corpora["folder"], build_vocabulary(Bytes(), corpora["folder"], "")
+    stream = SeqioBatches(corpus, vocabulary, "train", CONTEXT, 0)
+    for name, theirs in {
+        "seed": SeqioBatches(corpus, vocabulary, "train", CONTEXT, 1),
+        "split": SeqioBatches(corpus, vocabulary, "heldout", CONTEXT, 0),
+        "host": SeqioBatches(corpus, vocabulary, "train", CONTEXT, 0, host=1, hosts=2),
+    }.items():
+        with pytest.raises(ValueError, match=f"taken with {name} = "):
+            stream.restore(theirs.state())
+    state = json.loads(stream.state())
+    for broken in (
+        {"rest": "AAAA"},
+        {"iterator": {}},
+        {"iterator": {"position.index": "eA=="}},
+        {"iterator": 5},
+    ):
+        with pytest.raises(ValueError, match="data position"):
+            stream.restore(json.dumps({**state, **broken}).encode())
+    with pytest.raises(ValueError, match="7 windows does not divide among 2 hosts"):
+        SeqioBatches(corpus, vocabulary, "train", CONTEXT, 0, host=1, hosts=2).next(7)
+    with pytest.raises(ValueError, match="gives host 40 of 41 no document"):
+        SeqioBatches(corpus, vocabulary, "train", CONTEXT, 0, host=40, hosts=41).next(41)
+    with pytest.raises(ValueError, match="needs a vocabulary"):
+        SeqioBatches(corpus, None, "train", CONTEXT, 0)
+
+
+def test_seqio_tasks_bring_their_vocabulary(corpora, cache):
+    _, seqio = reading.load_tensorflow()
+    for corpus in (corpora["task"], corpora["mixture"]):
+        source = tasks.resolve(corpus)
+        theirs = source.task.output_features["targets"].vocabulary
+        assert source.vocabulary.size == theirs.vocab_size and source.vocabulary.eos_id == theirs.eos_id
+        assert source.vocabulary.encode(TEXTS[7]) == list(theirs.encode(TEXTS[7]))
+        assert build_vocabulary(BPE, corpus, cache).digest == source.vocabulary.digest
+    for vocabulary in (build_vocabulary(Bytes(), corpora["folder"], cache), source.vocabulary):
+        assert tasks.from_seqio(tasks.to_seqio(vocabulary), "x").digest == vocabulary.digest
+    assert tasks.to_seqio(source.vocabulary) == seqio.ByteVocabulary()
+
+
+def test_unknown_names_are_answered_with_what_is_known(corpora, module):
+    for corpus, message in {
+        SeqioTask(
+            "one_piece", "registered_pieces"
+        ): "registered by registered_pieces; close to it: 'one_pieces'",
+        SeqioTask("one_pieces", "no_such_module"): "'no_such_module' cannot be imported",
+        SeqioTask("one_pieces", "registered_pieces", feature="inputs"): "no feature 'inputs': it has targets",
+        SeqioTask("one_passed", "registered_passed"): "has a PassThroughVocabulary",
+        SeqioTask(
+            "one_pieces", "registered_pieces", heldout_split="test"
+        ): "no split 'test': it has train, valid",
+        Tfds("littel", data_dir=corpora["tfds"].data_dir): "no dataset 'littel'",
+        Tfds("little", field="body", data_dir=corpora["tfds"].data_dir): "no field 'body': it has",
+        Tfds("little", heldout_split="test", data_dir=corpora["tfds"].data_dir): "no split 'test' .* slice",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            prepare(corpus, Bytes(), module / "cache", progress=False)
+    assert not (module / "cache").exists() or not list((module / "cache").iterdir())
+
+
+def test_tfds_digest_needs_no_tensorflow_and_agrees_with_it(corpora, monkeypatch):
+    corpus = corpora["tfds"]
+    by_record = corpus.digest()
+    monkeypatch.setattr(Tfds, "_recorded", lambda _: [])
+    assert corpus.digest() == by_record
+    assert Tfds("little", data_dir=corpus.data_dir, train_split="train[:50%]").digest() != by_record
+
+
+def test_jsonl_keeps_every_byte(tmp_path):
+    texts = ["ends in nul\0", "\0", "line\r\n", "\u2028 é \U0001f600", " "]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\r\n" for text in texts))
+    corpus = Jsonl(str(tmp_path), heldout_percent=40)
+    store = prepare(corpus, Bytes(), tmp_path / "cache", progress=False)
+    for split in ("train", "heldout"):
+        stored = [
+            store.vocabulary.decode(store.document(split, i)) for i in range(store.num_documents(split))
+        ]
+        assert stored == list(corpus.documents(split))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_front_door(corpora, cache, streamed):
+    config = DataConfig(corpora["jsonl"], BPE, context=CONTEXT, streamed=streamed, cache_dir=str(cache))
+    data = open_data(config, progress=False)
+    assert isinstance(data, StreamData if streamed else StoreData)
+    batch = data.train().next(4)
+    assert batch.inputs_BT.shape == (4, CONTEXT) and batch.inputs_BT.max() < data.vocabulary.size
+    one, two = list(data.heldout(3, 7)), list(data.heldout(3, 7))
+    assert [part.weights_BT[:, 0].sum() for part in one] == [3, 3, 1]
+    assert all(np.array_equal(a.inputs_BT, b.inputs_BT) for a, b in zip(one, two, strict=True))
+    assert json.loads(json.dumps(data.describe()))["digest"] == data.digest
+    store = prepare(corpora["jsonl"], BPE, cache)
+    assert data.bytes_per_token == store.text_bytes_per_token("heldout") and data.vocabulary.digest
+    if streamed:  # in order from the first held-out token on, as the store would number them
+        first = store.windows("heldout", np.arange(3), CONTEXT)
+        assert np.array_equal(one[0].inputs_BT, first[:, :-1]) and np.array_equal(
+            one[0].targets_BT, first[:, 1:]
+        )
+        with pytest.raises(ValueError, match="fewer than"):
+            streaming.heldout_stream(tasks.resolve(corpora["jsonl"], data.vocabulary), 10**6, 2, 2)
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+for name in ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"):
+    sys.modules[name] = None  # importing it now fails
+from flm_jax.data import batches, corpora, prepare, reading, source, store, streaming, tasks, text, train_vocabulary
+data = source.open_data(source.DataConfig(corpora.{corpus!r}, {config}, context=16, cache_dir={cache!r}))
+reader = data.train()
+reader.next(4)
+reader.restore(reader.state())
+print(data.digest, reader.next(4).inputs_BT.sum(), len(list(data.heldout(2, 4))), data.vocabulary.decode([300, 70]) != "")
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", "tfds", "task"])
+def test_a_prepared_store_needs_no_tensorflow(corpora, cache, module, kind):
+    store = prepare(corpora[kind], BPE, cache, progress=False)
+    code = WITHOUT_TENSORFLOW.format(
+        corpus=corpora[kind], config="train_vocabulary.SentencePiece(size=300)", cache=str(cache)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": f"{module}:."},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == store.digest
+
+
+def test_a_damaged_store_is_refused_and_not_made_again(corpora, tmp_path):
+    store = prepare(corpora["folder"], Bytes(), tmp_path, progress=False)
+    shard = store.path / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"train-00000\.bin is \d+ bytes long and should be"):
+        prepare(corpora["folder"], Bytes(), tmp_path)
+    (store.path / "store.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no store\.json"):
+        prepare(corpora["folder"], Bytes(), tmp_path)
