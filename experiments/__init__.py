@@ -1,0 +1,1 @@
+"""Launchers: parse flags, parse gin, call one function."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +17,8 @@ from flm_jax import recipe as recipes
 from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.data import corpora, source, train_vocabulary
-from flm_jax.growth import Growth, GrowthError
 from flm_jax.dry_run import dry_run as describe
+from flm_jax.growth import Growth, GrowthError
 from flm_jax.recipe import Recipe, Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +58,6 @@ def register() -> None:
             _registered.add(configurable.__name__)
 
 
-
-
 def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     """Parses gin files (found from here or from the project's root) and bindings.
 
@@ -72,7 +71,7 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
             raise ValueError(f"There is no gin file {name!r}, neither here nor in {ROOT}.")
     try:
         gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings), print_includes_and_imports=False)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"The gin configuration does not parse: {error}") from error
 
 

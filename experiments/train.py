@@ -16,7 +16,9 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
-_GIN_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "A gin binding, such as 'Recipe.seed = 1'; the last wins.")
+_GIN_BINDINGS = flags.DEFINE_multi_string(
+    "gin_bindings", [], "A gin binding, such as 'Recipe.seed = 1'; the last wins."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; belongs to one recipe.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print parameters, FLOPs and memory, lower every stage, train nothing.")
 

@@ -25,7 +25,9 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def rotary_tables(positions_BT: jax.Array, head_dim: int, theta: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def rotary_tables(
+    positions_BT: jax.Array, head_dim: int, theta: float, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, (B, T, 1, H/2), of RoPE (2104.09864) with frequencies theta^(-2i/H)."""
     wide = jnp.promote_types(dtype, jnp.float32)
     frequency_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
@@ -41,7 +43,9 @@ def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x_BTNH.dtype)
 
 
-def attention_mask(query_BT: jax.Array, key_BS: jax.Array, query_segment_BT: jax.Array, key_segment_BS: jax.Array) -> jax.Array:
+def attention_mask(
+    query_BT: jax.Array, key_BS: jax.Array, query_segment_BT: jax.Array, key_segment_BS: jax.Array
+) -> jax.Array:
     """(B, T, S) bool: a query sees keys at its own position or before, in its own document."""
     causal = query_BT[:, :, None] >= key_BS[:, None, :]
     same = query_segment_BT[:, :, None] == key_segment_BS[:, None, :]

@@ -154,9 +154,7 @@ class Checkpoints:
                     _log.warning("%s: removed, a killed run left it unfinished", entry)
                     shutil.rmtree(entry)
         # Weights hardly compress; leaving it out halves the time of a save.
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
-        )
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def __enter__(self) -> Checkpoints:
@@ -198,9 +196,7 @@ class Checkpoints:
         step = operator.index(step)
         newest = max(self._trusted(), default=-1)
         if step <= newest:
-            raise CheckpointError(
-                f"{self.directory}: step {step} cannot be saved, step {newest} is already there"
-            )
+            raise CheckpointError(f"{self.directory}: step {step} cannot be saved, step {newest} is already there")
         leaves = {path: _array(path, leaf) for path, leaf in leaf_paths(state).items()}
         signatures, blobs = dict(signatures or {}), dict(blobs or {})
         if not leaves:
@@ -343,9 +339,7 @@ class Checkpoints:
                 continue
             if not _STEP.fullmatch(entry.name):
                 unfinished = _LEFTOVER.fullmatch(entry.name)
-                self._ignore(
-                    entry, "a save or deletion did not finish" if unfinished else "it is not named for a step"
-                )
+                self._ignore(entry, "a save or deletion did not finish" if unfinished else "it is not named for a step")
             elif not any(entry.iterdir()):
                 self._ignore(entry, "it is empty")
             elif faults := _structure(entry):
@@ -380,10 +374,7 @@ class Checkpoints:
                 written = sorted(path for path in partial.rglob("*") if path.is_file())
                 manifest = Manifest(
                     step,
-                    {
-                        path: dataclasses.replace(leaf, checksum=checksums[path])
-                        for path, leaf in leaves.items()
-                    },
+                    {path: dataclasses.replace(leaf, checksum=checksums[path]) for path, leaf in leaves.items()},
                     {str(path.relative_to(partial)): integrity.describe_file(path) for path in written},
                 )
                 (partial / integrity.MANIFEST).write_bytes(integrity.dump_manifest(manifest))
@@ -451,22 +442,16 @@ class Checkpoints:
         if (step_dir / integrity.MANIFEST).exists():
             manifest = read_manifest(step_dir)
         elif unverified:
-            _log.error(
-                "%s has no manifest and is read UNVERIFIED: a damaged value would not be seen", step_dir
-            )
+            _log.error("%s has no manifest and is read UNVERIFIED: a damaged value would not be seen", step_dir)
             manifest = _unverified_manifest(self._orbax, step_dir)
         else:
-            raise DamagedError(
-                f"{step_dir} has no {integrity.MANIFEST}; unverified=True reads it without any check"
-            )
+            raise DamagedError(f"{step_dir} has no {integrity.MANIFEST}; unverified=True reads it without any check")
         integrity.compare(manifest.leaves, wanted, where=str(step_dir), partial=partial)
         if faults := integrity.file_faults(step_dir, manifest, contents=True):
             raise DamagedError("; ".join(faults[:3]))
         arrays = _read(self._orbax, step_dir, manifest, wanted)
         if wrong := _wrong_leaves(manifest, arrays):
-            raise DamagedError(
-                f"{step_dir}: the values of {', '.join(wrong[:3])} ({len(wrong)} leaves) have changed"
-            )
+            raise DamagedError(f"{step_dir}: the values of {', '.join(wrong[:3])} ({len(wrong)} leaves) have changed")
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
         try:
             meta = json.loads((step_dir / _META).read_bytes()) if _META in manifest.files else {}
@@ -513,8 +498,7 @@ def verify(directory: str | Path, step: int | None = None) -> Report:
                     problems.append(f"{path}: {error}")
                 else:
                     problems += [
-                        f"{step_dir}: the values of {name} have changed"
-                        for name in _wrong_leaves(manifest, arrays)
+                        f"{step_dir}: the values of {name} have changed" for name in _wrong_leaves(manifest, arrays)
                     ]
     return Report(str(step_dir), step, len(manifest.leaves), size, tuple(problems))
 
@@ -553,25 +537,19 @@ def _fsync(path: Path) -> None:
 def _array(path: str, leaf: Any) -> jax.Array:
     """Takes an array; NumPy's own are copied, as their owner may change them while they are written."""
     if not isinstance(leaf, jax.Array | np.ndarray):
-        raise CheckpointError(
-            f"{path}: only arrays can be saved, not {type(leaf).__name__}; jnp.asarray makes one"
-        )
+        raise CheckpointError(f"{path}: only arrays can be saved, not {type(leaf).__name__}; jnp.asarray makes one")
     integrity.check_dtype(path, leaf.dtype)
     if isinstance(leaf, jax.Array):
         return leaf
     array = jax.device_put(leaf.copy())
     if array.dtype != leaf.dtype:
-        raise CheckpointError(
-            f"{path}: {leaf.dtype} would be saved as {array.dtype}, as jax_enable_x64 is off"
-        )
+        raise CheckpointError(f"{path}: {leaf.dtype} would be saved as {array.dtype}, as jax_enable_x64 is off")
     return array
 
 
 def _target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise CheckpointError(
-            f"{path}: a jax.ShapeDtypeStruct is needed to restore into, not {type(leaf).__name__}"
-        )
+        raise CheckpointError(f"{path}: a jax.ShapeDtypeStruct is needed to restore into, not {type(leaf).__name__}")
     sharding = getattr(leaf, "sharding", None) or jax.device_put(np.zeros((), np.int32)).sharding
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -603,9 +581,7 @@ def _read(
     }
     if stored:
         arguments = {
-            path: ocp.ArrayRestoreArgs(
-                sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
-            )
+            path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
             for path, leaf in stored.items()
         }
         try:
@@ -614,8 +590,7 @@ def _read(
                 args=ocp.args.PyTreeRestore(
                     item=_nest(stored),
                     restore_args=_nest(arguments),
-                    partial_restore=len(stored)
-                    < sum(0 not in leaf.shape for leaf in manifest.leaves.values()),
+                    partial_restore=len(stored) < sum(0 not in leaf.shape for leaf in manifest.leaves.values()),
                 ),
             )
         except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the checkpoint
@@ -652,9 +627,7 @@ def _unverified_manifest(orbax: ocp.AsyncCheckpointer, step_dir: Path) -> Manife
     try:
         tree = orbax.metadata(step_dir / _ARRAYS).item_metadata.tree
         leaves = {
-            path.replace("%2E", ".").replace("%25", "%"): Leaf(
-                tuple(leaf.shape), np.dtype(leaf.dtype).name, "", ""
-            )
+            path.replace("%2E", ".").replace("%25", "%"): Leaf(tuple(leaf.shape), np.dtype(leaf.dtype).name, "", "")
             for path, leaf in leaf_paths(tree).items()
         }
     except Exception as error:

@@ -77,7 +77,8 @@ class ModelConfig:
             if self.embed % self.heads:
                 raise ValueError(
                     f"ModelConfig: embed={self.embed} is not divisible by heads={self.heads}; choose a width that is "
-                    f"a multiple of {self.heads}, such as {round(self.embed / self.heads) * self.heads}, or give head_dim."
+                    f"a multiple of {self.heads}, such as {max(round(self.embed / self.heads), 1) * self.heads}, or "
+                    "give head_dim."
                 )
             object.__setattr__(self, "head_dim", self.embed // self.heads)
         if self.kv_heads is None:

@@ -46,8 +46,11 @@ def _stage(recipe: Recipe, stage: ResolvedStage, program: StageProgram) -> str:
     # A gradient as large as the parameters lives beside the state during a step.
     resident = jax.tree.leaves((program.abstract_state, program.abstract_state.params))
     per_device = sum(math.prod(like.sharding.shard_shape(like.shape)) * like.dtype.itemsize for like in resident)
-    grows = "" if s.growth is None else f"\n  grows by {s.growth.name}" + (
-        f", masks ramp over {stage.ramp_steps} steps" if stage.ramp_steps else ""
+    grows = (
+        ""
+        if s.growth is None
+        else f"\n  grows by {s.growth.name}"
+        + (f", masks ramp over {stage.ramp_steps} steps" if stage.ramp_steps else "")
     )
     return (
         f"\nStage {s.name!r}: {plan.shape_line(stage.cfg)}{grows}\n"

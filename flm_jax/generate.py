@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,8 @@ def generate(
         return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
 
     def forward(tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        logits_BTV, cache = model.apply({"params": params}, tokens_BT, masks=masks, cache=cache)
-        return logits_BTV[:, -1], cache
+        out: Any = model.apply({"params": params}, tokens_BT, masks=masks, cache=cache)
+        return out[0][:, -1], out[1]
 
     def step(carry: tuple[jax.Array, Cache], key: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
         token_B, cache = carry

@@ -81,6 +81,11 @@ class Manifest:
     leaves: Mapping[str, Leaf]
     files: Mapping[str, File]
 
+    @property
+    def state_digest(self) -> str:
+        """A sha256 (hex) of the leaves: equal for equal states, however their files are laid out."""
+        return hashlib.sha256(_canonical({p: dataclasses.asdict(leaf) for p, leaf in self.leaves.items()})).hexdigest()
+
 
 def describe(shape: tuple[int, ...], dtype: Any) -> str:
     """Writes a shape and dtype as 'float32[8, 64]'."""
@@ -105,9 +110,7 @@ def leaf_paths(tree: PyTree) -> dict[str, Any]:
         parts = [_key_name(key) for key in keys]
         path = "/".join(parts)
         if not parts or any(not part or "/" in part for part in parts):
-            raise CheckpointError(
-                f"the leaf at {jax.tree_util.keystr(keys)!r} needs non-empty keys without '/'"
-            )
+            raise CheckpointError(f"the leaf at {jax.tree_util.keystr(keys)!r} needs non-empty keys without '/'")
         if path in leaves:
             raise CheckpointError(f"two leaves have the path {path!r}")
         leaves[path] = leaf
@@ -198,9 +201,7 @@ def checksum(x: jax.Array) -> jax.Array:
         uint32[2], not waited for; `digests` makes text of it.
     """
     sharding = x.sharding
-    replicated = (
-        NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    )
+    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
     return _jitted(replicated)(x)
 
 
@@ -221,9 +222,7 @@ def check_dtype(path: str, dtype: Any) -> None:
         raise CheckpointError(f"{path}: the dtype {dtype} cannot be saved{hint}")
 
 
-def compare(
-    saved: Mapping[str, Leaf], wanted: Mapping[str, Any], *, where: str, partial: bool = False
-) -> None:
+def compare(saved: Mapping[str, Leaf], wanted: Mapping[str, Any], *, where: str, partial: bool = False) -> None:
     """Compares what a checkpoint holds with what is asked of it, before anything is read.
 
     Args:
@@ -244,9 +243,7 @@ def compare(
         elif str(saved[path]) != asked:
             faults.append(f"{path}: the checkpoint has {saved[path]}, the model has {asked}")
     if not partial:
-        faults += [
-            f"{path}: the checkpoint has {saved[path]}, the model lacks it" for path in saved.keys() - wanted
-        ]
+        faults += [f"{path}: the checkpoint has {saved[path]}, the model lacks it" for path in saved.keys() - wanted]
     if faults:
         faults.sort()
         more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
@@ -284,10 +281,7 @@ def read_manifest(step_dir: str | Path) -> Manifest:
         # slack in it.
         document = json.loads(raw)
         content = document["content"]
-        whole = (
-            raw == _canonical(document)
-            and document["sha256"] == hashlib.sha256(_canonical(content)).hexdigest()
-        )
+        whole = raw == _canonical(document) and document["sha256"] == hashlib.sha256(_canonical(content)).hexdigest()
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -297,9 +291,7 @@ def read_manifest(step_dir: str | Path) -> Manifest:
     if content["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}, this program reads format {FORMAT}")
     if str(content["step"]) != path.parent.resolve().name:
-        raise DamagedError(
-            f"{path} is the manifest of step {content['step']}: the directory was renamed or copied"
-        )
+        raise DamagedError(f"{path} is the manifest of step {content['step']}: the directory was renamed or copied")
     leaves = {
         name: Leaf(tuple(leaf["shape"]), leaf["dtype"], leaf["signature"], leaf["checksum"])
         for name, leaf in content["leaves"].items()

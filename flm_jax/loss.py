@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def loss_sum(
     x_BTD, _ = model.apply({"params": params}, inputs_BT, segments_BT, masks, method="hidden")
 
     def of_chunk(x_BtD: jax.Array, targets_Bt: jax.Array, weights_Bt: jax.Array) -> jax.Array:
-        logits_BtV = model.apply({"params": params}, x_BtD, method="logits")
+        logits_BtV: Any = model.apply({"params": params}, x_BtD, method="logits")
         return jnp.sum(cross_entropy(logits_BtV, targets_Bt) * weights_Bt)
 
     if chunks == 1:

@@ -66,11 +66,15 @@ def parameter(module: nn.Module, cfg: ModelConfig, name: str, text: str) -> jax.
 
     def init(key: jax.Array) -> Declared:
         value = draw(
-            signature, key, signature.shape(cfg.sizes), std=cfg.std(signature), dtype=jnp.dtype(cfg.param_dtype)
+            signature,
+            key,
+            signature.shape(cfg.sizes),
+            std=cfg.std(signature),
+            dtype=jnp.dtype(cfg.param_dtype),
         )
         return Declared(value=value, signature=signature)
 
-    value = module.param(name, init)
+    value: Any = module.param(name, init)
     return value.astype(jnp.promote_types(cfg.compute, jnp.float32) if signature.gains else cfg.compute)
 
 
@@ -105,7 +109,7 @@ class Attention(nn.Module):
         q_BTNH = constrain(rotate(q_BTNH, shared.rotary), "batch", "time", "heads", "head_dim")
         k_BSKH = constrain(rotate(k_BSKH, shared.rotary), "batch", "time", "kv_heads", "head_dim")
         if cache is not None:
-            start = (0, shared.cache_length, 0, 0)
+            start: Any = (0, shared.cache_length, 0, 0)
             k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH.astype(cache[0].dtype), start)
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), start)
             cache = (k_BSKH, v_BSKH)
@@ -162,6 +166,7 @@ class Transformer(nn.Module):
     cfg: ModelConfig
 
     def setup(self) -> None:
+        """Declares the embedding, the stacked blocks, the last norm and the head."""
         cfg = self.cfg
         self.embedding_VD = parameter(self, cfg, "embedding", "vocab -> embed")
         block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
@@ -196,7 +201,8 @@ class Transformer(nn.Module):
         """
         cfg, masks = self.cfg, masks or Masks()
         time = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        layer_cache = length = None
+        layer_cache: Any = None
+        length = None
         if cache is None:
             segments_1T = jnp.zeros_like(time) if segments_BT is None else segments_BT
             positions, mask_BTS = time, attention_mask(time, time, segments_1T, segments_1T)
@@ -206,12 +212,14 @@ class Transformer(nn.Module):
             keys_1S = jnp.arange(cache.key_LBSKH.shape[2], dtype=jnp.int32)[None]
             mask_BTS = attention_mask(positions, keys_1S, jnp.zeros_like(positions), jnp.zeros_like(keys_1S))
         rotary = rotary_tables(positions, cfg.h_dim, cfg.rope_theta, cfg.compute)
-        x_BTD = masked(self.embedding_VD[tokens_BT] * cfg.input_mult, masks.embed_D)
+        # The table is gathered over the width before the look-up, so that rows come out as the batch is split.
+        table_VD = constrain(self.embedding_VD, "vocab", "residual")
+        x_BTD = masked(table_VD[tokens_BT] * cfg.input_mult, masks.embed_D)
         x_BTD = constrain(x_BTD, "batch", "time", "residual")
         shared = Shared(rotary, mask_BTS, masks, length)
         x_BTD, layer_cache = self.blocks(x_BTD, masks.layers_L, layer_cache, shared)
         if cache is not None:
-            cache = Cache(*layer_cache, cache.length + tokens_BT.shape[1])
+            cache = Cache(layer_cache[0], layer_cache[1], cache.length + tokens_BT.shape[1])
         return self.final_norm(x_BTD, masks), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

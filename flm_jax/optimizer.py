@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
 from flm_jax.sharding import param_shardings, replicated
-from flm_jax.signature import Signature
 
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
 
@@ -109,7 +108,7 @@ def optimizer(cfg: OptimizerConfig, model: ModelConfig, signatures: Any) -> opta
     Weight decay is added after muP's division, which is the published rule (decay times the width multiplier) under a
     rate divided by it: every decaying parameter shrinks by the same fraction a step, whatever its width.
     """
-    decays = jax.tree.map(Signature.decays.fget, signatures)
+    decays = jax.tree.map(lambda sig: sig.decays, signatures)
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
         optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
@@ -130,4 +129,6 @@ def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: A
 
 def global_norm(tree: Any) -> jax.Array:
     """Root of the sum of squares over all leaves, () float32 or wider."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree)))
+    return jnp.sqrt(
+        sum(jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree))
+    )

@@ -60,7 +60,8 @@ def count(number: float) -> str:
 def shape_line(cfg: ModelConfig) -> str:
     """A configuration's shape in one line."""
     kv = f" ({cfg.k_heads} kv)" if cfg.k_heads != cfg.heads else ""
-    return f"{cfg.layers} layers x {cfg.embed} wide, {cfg.heads}{kv} heads of {cfg.h_dim}, MLP {cfg.mlp}, vocabulary {cfg.vocab}"
+    blocks = f"{cfg.layers} layers x {cfg.embed} wide, {cfg.heads}{kv} heads of {cfg.h_dim}"
+    return f"{blocks}, MLP {cfg.mlp}, vocabulary {cfg.vocab}"
 
 
 def param_table(cfg: ModelConfig) -> str:

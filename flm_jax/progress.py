@@ -29,7 +29,12 @@ class Progress:
         self._writer = SummaryWriter(str(events / stage.directory), purge_step=start + 1)
         interval = 0.2 if sys.stderr.isatty() else 20.0
         self._bar = tqdm(
-            total=self._stage.steps, initial=start, desc=self._stage.name, unit="step", mininterval=interval, smoothing=0.1
+            total=self._stage.steps,
+            initial=start,
+            desc=self._stage.name,
+            unit="step",
+            mininterval=interval,
+            smoothing=0.1,
         )
         self._since = (start, time.perf_counter())
         self._rate = 0.0
@@ -59,7 +64,11 @@ class Progress:
         self._bar.update(step - self._bar.n)
         if write:
             tokens = step * self._tokens_per_step
-            extra = {"tokens": tokens, "tokens_per_second": self._rate, "flops": tokens * self._flops_per_token}
+            extra = {
+                "tokens": tokens,
+                "tokens_per_second": self._rate,
+                "flops": tokens * self._flops_per_token,
+            }
             extra["flops_per_second"] = self._rate * self._flops_per_token
             for name, value in {**metrics, **extra}.items():
                 self._writer.add_scalar(f"train/{name}", value, step)
@@ -91,7 +100,11 @@ class Interrupts:
         del frame
         self.requested = signal.Signals(number).name
         signal.signal(number, self._before[number])
-        print(f"\n{self.requested}: saving after this step; once more to stop at once.", file=sys.stderr, flush=True)
+        print(
+            f"\n{self.requested}: saving after this step; once more to stop at once.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -33,7 +33,11 @@ def _config(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def summary(
-    stages: Sequence[ResolvedStage], history: Mapping[str, Any], data: Mapping[str, Any], context: int, sample: str
+    stages: Sequence[ResolvedStage],
+    history: Mapping[str, Any],
+    data: Mapping[str, Any],
+    context: int,
+    sample: str,
 ) -> dict[str, Any]:
     """The report as data. `tokens` and `flops` are each stage's own; the `total` ones count every stage before too."""
     rows, tokens, flops = [], 0, 0
@@ -91,7 +95,12 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     for (_, xs, ys), growth in zip(lines[1:], result["growths"], strict=True):
         axes.axvline(xs[0], color="grey", linewidth=0.8, linestyle="--")
         axes.annotate(
-            f"grown by {growth['method']}", (xs[0], ys[0]), xytext=(6, 28), textcoords="offset points", fontsize=9, color="dimgrey"
+            f"grown by {growth['method']}",
+            (xs[0], ys[0]),
+            xytext=(6, 28),
+            textcoords="offset points",
+            fontsize=9,
+            color="dimgrey",
         )
     axes.set_xlabel("training FLOPs, every stage counted")
     axes.set_ylabel("held-out loss (nats a token)")
@@ -117,7 +126,13 @@ def markdown(result: Mapping[str, Any]) -> str:
     last = result["stages"][-1]
     lines += ["", f"In all {plan.count(last['total_tokens'])} tokens and {last['total_flops']:.3g} FLOPs."]
     if result["growths"]:
-        lines += ["", "## Growths", "", "Measured at the growth, in float32, before any step of the larger model.", ""]
+        lines += [
+            "",
+            "## Growths",
+            "",
+            "Measured at the growth, in float32, before any step of the larger model.",
+            "",
+        ]
         lines += ["| to | method | parameters | max abs diff of logits | relative | held-out loss before | after |"]
         lines += ["|---|---|---|---|---|---|---|"]
         lines += [
@@ -142,7 +157,7 @@ def write(
 ) -> dict[str, Any]:
     """Writes report.json, report.md and loss.png into the work directory, and says where they are."""
     result = {**summary(stages, history, data, context, sample), "bytes_per_token": bytes_per_token}
-    (workdir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    (workdir / "report.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     (workdir / "report.md").write_text(markdown(result))
     plot(result, workdir / "loss.png")
     print("\nSample of the last model:\n" + "\n".join("  | " + line for line in sample.splitlines()))
@@ -155,5 +170,5 @@ def write(
         ("events", "TensorBoard: tensorboard --logdir"),
         ("checkpoints", "one directory a stage"),
     ):
-        print(f"  {str(workdir / name):<40} {what}")
+        print(f"  {workdir / name!s:<40} {what}")
     return result

@@ -126,7 +126,7 @@ class Signature:
         return not self.gains
 
     def width_mult(self, sizes: Sizes, base: Sizes) -> float:
-        """muP's width multiplier: fan-in over fan-in at the base width, for matrix-like parameters; otherwise 1.
+        """MuP's width multiplier: fan-in over fan-in at the base width, for matrix-like parameters; otherwise 1.
 
         The initial standard deviation falls with its root, the learning rate with itself. Where Tele-FLM has one
         number for the whole model (hidden width / 256), fan-in gives each matrix its own; the two agree on every shape
@@ -163,9 +163,7 @@ class Declared(struct.PyTreeNode, meta.AxisMetadata[Any]):
         return self.replace(signature=self.signature.stack(False))
 
 
-def draw(
-    signature: Signature, key: jax.Array, shape: tuple[int, ...], *, std: float, dtype: jnp.dtype
-) -> jax.Array:
+def draw(signature: Signature, key: jax.Array, shape: tuple[int, ...], *, std: float, dtype: jnp.dtype) -> jax.Array:
     """Fresh values: ones for a gain, else a normal of standard deviation `std`, truncated at three of them."""
     if signature.gains:
         return jnp.ones(shape, dtype)

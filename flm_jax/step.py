@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ class TrainState(struct.PyTreeNode):
       opt_state: moments, and their count, which goes on from stage to stage.
     """
 
-    step: jax.Array
+    step: Any
     params: Params
     opt_state: Any
 
@@ -100,7 +99,7 @@ class StageProgram:
         value = growth_masks.ramp(step, self.stage.ramp_steps)
         return growth_masks.at(mask_flags(before.cfg, self.stage.cfg, plan), value, widths)
 
-    def stepper(self, masked: bool) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    def stepper(self, masked: bool) -> Any:
         """Jitted: state, batch -> the next state (the given one is donated) and metrics.
 
         A step whose loss or gradient is not finite changes nothing but the count of steps.

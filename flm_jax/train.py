@@ -18,7 +18,6 @@ Whatever is needed to go on exactly is in the checkpoint: state, data position, 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -30,7 +29,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flm_jax import plan, report
-from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, Restored
+from flm_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedError,
+    NoCheckpointError,
+    Restored,
+    read_manifest,
+)
 from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data, open_data
 from flm_jax.evaluate import make_eval, put_batch
@@ -97,13 +103,18 @@ def train(
         for program, store in list(zip(programs, stores, strict=True))[first:]:
             fresh_stage = restored is None or program.stage.index > first
             worker = _StageRun(recipe, run, workdir, data, program, store, history, position)
-            state = worker.run(worker.start(state) if fresh_stage else state, interrupts)
+            if fresh_stage:
+                state = worker.start(state)
+            assert state is not None
+            state = worker.run(state, interrupts)
             position = worker.batches.state()
             if interrupts.requested:
                 return None
         assert state is not None
         sample = _sample(programs[-1], state, data, run, recipe.seed)
-        return report.write(workdir, stages, history, data.describe(), data.bytes_per_token, recipe.data.context, sample)
+        return report.write(
+            workdir, stages, history, data.describe(), data.bytes_per_token, recipe.data.context, sample
+        )
 
 
 class _StageRun:
@@ -155,7 +166,8 @@ class _StageRun:
             before.cfg, state.params, self.stage.cfg, grown.params, growth, batch.inputs_BT, batch.segments_BT
         )
         verification.check(self.recipe.tolerance)
-        loss_before = make_eval(before.cfg, self.mesh, self.recipe.loss_chunks)(state.params, self._heldout())
+        evaluate_before = make_eval(before.cfg, self.mesh, self.recipe.loss_chunks)
+        loss_before = evaluate_before(state.params, self._heldout(), None)
         loss_after = self.evaluate(grown.params, self._heldout(), self.program.masks(0))
         source = self.store.directory.parent / before.directory / str(before.stage.steps)
         record = {
@@ -163,7 +175,7 @@ class _StageRun:
             "method": growth.name,
             "plan": as_dict(growth),
             "source": f"{before.directory}/{before.stage.steps}",
-            "source_digest": hashlib.sha256((source / "manifest.json").read_bytes()).hexdigest(),
+            "source_digest": read_manifest(source).state_digest,
             "config_before": as_dict(before.cfg),
             "config_after": as_dict(self.stage.cfg),
             "params_before": plan.param_count(before.cfg),
@@ -182,7 +194,9 @@ class _StageRun:
         step, bad_in_a_row = int(state.step), 0
         pending: tuple[int, Metrics] | None = None
         masked, stepper = None, None
-        with Progress(self.workdir / "events", self.stage, self.recipe.data.context, self.flops_per_token, step) as show:
+        with Progress(
+            self.workdir / "events", self.stage, self.recipe.data.context, self.flops_per_token, step
+        ) as show:
 
             def look(at: int, metrics: Metrics) -> None:
                 nonlocal bad_in_a_row
@@ -194,8 +208,8 @@ class _StageRun:
                     log.warning("Stage %s, step %d: loss or gradient is not finite; skipped.", stage.name, at)
                 if bad_in_a_row >= settings.max_bad_steps:
                     raise NonFiniteError(
-                        f"Stage {stage.name!r}: {bad_in_a_row} steps in a row, up to step {at}, had a loss or gradient "
-                        f"that is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}). None of them "
+                        f"Stage {stage.name!r}: {bad_in_a_row} steps in a row, up to step {at}, had a loss or "
+                        f"gradient that is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}). None of them "
                         "was applied. Lower the learning rate, or look at the data."
                     )
 
@@ -288,8 +302,8 @@ def _check_data(workdir: Path, stages: tuple[ResolvedStage, ...], data: Data) ->
         found = list(differences(json.loads(file.read_text()), json.loads(json.dumps(mine))))
         if found:
             raise ValueError(
-                f"{workdir} was begun with other data: {'; '.join(found[:3])}. Nothing was changed; bring that data back, or "
-                "use another --workdir."
+                f"{workdir} was begun with other data: {'; '.join(found[:3])}. Nothing was changed; bring that data "
+                "back, or use another --workdir."
             )
         return
     temporary = file.with_suffix(".tmp")

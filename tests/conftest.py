@@ -1,8 +1,22 @@
 """Eight simulated devices for every test, and JAX's quiet mistakes made loud."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+# Set before JAX is imported; the test runner's worker processes inherit what its first process has set.
+if "FLM_JAX_TESTS" not in os.environ:
+    os.environ["FLM_JAX_TESTS"] = "1"
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+    # A run that is resumed five times compiles the same programs five times.
+    cache = tempfile.mkdtemp(prefix="flm_jax_compiled_")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# XLA has as many threads as cores; on two of them, the collectives of eight simulated devices wait for each other
+# for ever now and then. This is the variable that it reads.
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile thousands of tiny programs and run each once: less optimisation halves the time. The growths of a real
 # run, optimised, are checked by the run itself. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the optimised programs.

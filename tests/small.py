@@ -42,7 +42,9 @@ def params(cfg: ModelConfig, seed: int = 0):
     _, signatures = model.declared(cfg)
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x, sig: x * rng.uniform(0.5, 1.5, x.shape).astype(x.dtype) if sig.gains else x, values, signatures
+        lambda x, sig: x * rng.uniform(0.5, 1.5, x.shape).astype(x.dtype) if sig.gains else x,
+        values,
+        signatures,
     )
 
 

@@ -78,9 +78,7 @@ def raw(x: Any) -> tuple:
 
 def assert_same(found: Any, wanted: Any) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    assert {k: raw(v) for k, v in leaf_paths(found).items()} == {
-        k: raw(v) for k, v in leaf_paths(wanted).items()
-    }
+    assert {k: raw(v) for k, v in leaf_paths(found).items()} == {k: raw(v) for k, v in leaf_paths(wanted).items()}
 
 
 ABSTRACT = abstract_of(numpy_state(0))
@@ -190,9 +188,7 @@ def test_signs_swaps_and_zeroed_blocks_change_the_checksum():
 def test_checksum_does_not_depend_on_the_sharding(dtype):
     x = np.random.default_rng(1).integers(0, 2, (16, 8)).astype(jnp.dtype(dtype))
     shardings = [NamedSharding(mesh_of(8), spec) for spec in (P(), P("data"), P(None, "data"))]
-    shardings += [
-        NamedSharding(mesh_of(2, 4), spec) for spec in (P("data", "model"), P("model"), P(("data", "model")))
-    ]
+    shardings += [NamedSharding(mesh_of(2, 4), spec) for spec in (P("data", "model"), P("model"), P(("data", "model")))]
     assert {checksum(jax.device_put(x, sharding)) for sharding in shardings} == {reference(x)}
 
 
@@ -202,9 +198,7 @@ def test_checksum_does_not_depend_on_the_sharding(dtype):
 def test_round_trip_of_state_meta_blobs_and_signatures(tmp_path):
     signatures = {"params/w": "embed -> mlp"}
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(
-            7, state_at(7), meta={"data": {"window": 3}}, signatures=signatures, blobs={"a.gin": b"x"}
-        )
+        checkpoints.save(7, state_at(7), meta={"data": {"window": 3}}, signatures=signatures, blobs={"a.gin": b"x"})
         checkpoints.wait()
         restored = checkpoints.restore(ABSTRACT)
         assert checkpoints.latest() == 7
@@ -312,9 +306,7 @@ def test_steps_only_go_up_unless_discarded(tmp_path):
         assert_same(checkpoints.restore(ABSTRACT).state, numpy_state(22))
 
 
-@pytest.mark.parametrize(
-    "leaf", [3, 1.5, np.float32(1), "x", jax.random.key(0), np.complex64([1]), np.float64([1])]
-)
+@pytest.mark.parametrize("leaf", [3, 1.5, np.float32(1), "x", jax.random.key(0), np.complex64([1]), np.float64([1])])
 def test_only_arrays_are_saved(tmp_path, leaf):
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(CheckpointError, match="params/w: "):
@@ -536,9 +528,7 @@ def test_without_a_manifest_only_when_asked_for_by_name(damaged, caplog):
         assert_same(restored.state, {name: leaf for name, leaf in numpy_state(2).items() if name != "none"})
         assert restored.meta == {"step": 2} and "UNVERIFIED" in caplog.text
         wrong = {**without_empty, "key": jax.ShapeDtypeStruct((3,), jnp.uint32)}
-        with pytest.raises(
-            CheckpointError, match=r"key: the checkpoint has uint32\[2\], the model has uint32\[3\]"
-        ):
+        with pytest.raises(CheckpointError, match=r"key: the checkpoint has uint32\[2\], the model has uint32\[3\]"):
             checkpoints.restore(wrong, 2, unverified=True)
 
 
@@ -597,9 +587,7 @@ def test_full_disk_is_raised_and_the_last_checkpoint_is_intact(tmp_path, seen_by
 def test_a_failed_commit_is_raised_and_the_same_step_can_be_saved(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         with monkeypatch.context() as patch:
-            patch.setattr(
-                integrity, "dump_manifest", lambda _: (_ for _ in ()).throw(OSError(28, "No space left"))
-            )
+            patch.setattr(integrity, "dump_manifest", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
             checkpoints.save(1, state_at(1), meta={})
             with pytest.raises(CheckpointError, match="No space left"):
                 checkpoints.wait()

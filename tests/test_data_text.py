@@ -21,9 +21,7 @@ def folder(tmp_path):
     root = tmp_path / "texts"
     (root / "deep").mkdir(parents=True)
     for i in range(20):
-        (root / ("deep" if i % 2 else ".") / f"{i}.txt").write_text(
-            f"document {i}\n" + CODE * 8, encoding="utf-8"
-        )
+        (root / ("deep" if i % 2 else ".") / f"{i}.txt").write_text(f"document {i}\n" + CODE * 8, encoding="utf-8")
     return root
 
 
@@ -174,6 +172,13 @@ def test_any_ids_decode(bpe, ids):
         assert decoded.count("\ufffd") >= sum(not 0 <= i < vocabulary.size for i in ids)
 
 
+@given(st.text(), st.text())
+def test_texts_join_where_their_ids_do(bpe, one, two):
+    one, two = one.replace("\u2581", "_"), two.replace("\u2581", "_")
+    for vocabulary in (ByteVocabulary(), bpe):  # a prompt and its continuation: no space comes between
+        assert vocabulary.decode(vocabulary.encode(one) + vocabulary.encode(two)) == one + two
+
+
 def test_indentation_is_one_piece(bpe):
     assert len(bpe.encode("    ")) == 1 < len(bpe.encode("\t\t"))
 
@@ -194,7 +199,7 @@ def test_vocabulary_is_cached_and_guarded(folder, tmp_path):
     content = bytearray(model.read_bytes())
     content[len(content) // 2] ^= 1
     model.write_bytes(content)
-    with pytest.raises(ValueError, match=model.name):
+    with pytest.raises(ValueError, match=f"{model.name} was altered"):
         build_vocabulary(config, corpus, cache)
     model.unlink()
     assert build_vocabulary(config, corpus, cache).digest == first.digest

@@ -198,8 +198,15 @@ def test_tiled_key_heads_under_unchanged_queries_fail():
     attention = right["blocks"]["attention"]
     tiled = {n: attention[n][..., np.array([0, 1, 0, 1]), :] for n in ("key", "value")}
     order = np.array([0, 2, 1, 3, 4, 6, 5, 7])
-    wrong = {**attention, **tiled, "query": attention["query"][:, :, order], "out": attention["out"][:, order]}
-    assert relative(logits(old, params), logits(new, {**right, "blocks": {**right["blocks"], "attention": wrong}})) > 1e-2
+    wrong = {
+        **attention,
+        **tiled,
+        "query": attention["query"][:, :, order],
+        "out": attention["out"][:, order],
+    }
+    assert (
+        relative(logits(old, params), logits(new, {**right, "blocks": {**right["blocks"], "attention": wrong}})) > 1e-2
+    )
 
 
 @pytest.mark.parametrize("method", sorted(REGISTRY))
@@ -259,9 +266,7 @@ def test_adam_moments_grow_by_the_dual_of_the_map():
     grads = gradient(old, params, None, small.tokens())
     _, state = tx.update(grads, state, params)
     adam = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
-    after = next(
-        s for s in grow_optimizer(state, old, new, growth) if isinstance(s, optax.ScaleByAdamState)
-    )
+    after = next(s for s in grow_optimizer(state, old, new, growth) if isinstance(s, optax.ScaleByAdamState))
     assert int(after.count) == 1
     fold = new.logits_mult / old.logits_mult
     np.testing.assert_allclose(after.mu["head"][:24], adam.mu["head"] * fold, rtol=1e-6)
@@ -300,7 +305,11 @@ def test_query_heads_stay_with_their_key_heads():
         ({}, dict(embed=22), "Axis 'embed' would shrink from 24 to 22"),
         ({}, dict(layers=1), "Axis 'layers' would shrink from 2 to 1"),
         (dict(heads=4), dict(heads=2), "Axis 'kv_heads' would shrink from 4 to 2"),
-        (dict(heads=4, kv_heads=2), dict(heads=5, kv_heads=5), "1 queries a key head where there were 2.*heads=10"),
+        (
+            dict(heads=4, kv_heads=2),
+            dict(heads=5, kv_heads=5),
+            "1 queries a key head where there were 2.*heads=10",
+        ),
         ({}, dict(vocab=80), "vocab changes from 61 to 80; growth covers embed"),
         ({}, dict(rope_theta=1e6), "rope_theta changes from"),
         (dict(tied=True), dict(tied=True, embed=30), "Tied embeddings.*set output_mult=1.25"),
@@ -338,7 +347,9 @@ def test_verification_names_the_first_layer_that_differs():
     down = grown["blocks"]["mlp"]["down"].at[1].add(0.1)
     broken = {**grown, "blocks": {**grown["blocks"], "mlp": {**grown["blocks"]["mlp"], "down": down}}}
     found = compare(old, params, new, broken, growth, small.tokens())
-    with pytest.raises(RuntimeError, match="logits by .* relative, more than the tolerance of 1e-05; layer 1 of the grown"):
+    with pytest.raises(
+        RuntimeError, match="logits by .* relative, more than the tolerance of 1e-05; layer 1 of the grown"
+    ):
         found.check(1e-5)
     headless = compare(old, params, new, {**grown, "head": grown["head"] * 2}, growth, small.tokens())
     assert "final norm, the head or the logit multiplier" in headless.first_difference(1e-5)

@@ -13,7 +13,13 @@ from flm_jax.optimizer import OptimizerConfig, optimizer, schedule, state_shardi
 from flm_jax.signature import KINDS, Role, Signature
 from tests import small
 
-TEXTS = ["embed", "vocab -> embed", "layers: embed -> heads head_dim", "layers: mlp -> embed", "embed -> vocab"]
+TEXTS = [
+    "embed",
+    "vocab -> embed",
+    "layers: embed -> heads head_dim",
+    "layers: mlp -> embed",
+    "embed -> vocab",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -44,9 +50,20 @@ def test_every_parameter_of_the_model_is_declared_with_the_shape_it_has():
 
 
 def test_roles_and_muP_classes():
-    query, out = Signature.parse("layers: embed -> heads head_dim"), Signature.parse("layers: heads head_dim -> embed")
-    assert (query.role("embed"), query.role("heads"), query.role("layers")) == (Role.READER, Role.WRITER, Role.READER)
-    assert (out.role("heads"), out.role("embed"), out.role("layers")) == (Role.READER, Role.WRITER, Role.WRITER)
+    query, out = (
+        Signature.parse("layers: embed -> heads head_dim"),
+        Signature.parse("layers: heads head_dim -> embed"),
+    )
+    assert (query.role("embed"), query.role("heads"), query.role("layers")) == (
+        Role.READER,
+        Role.WRITER,
+        Role.READER,
+    )
+    assert (out.role("heads"), out.role("embed"), out.role("layers")) == (
+        Role.READER,
+        Role.WRITER,
+        Role.WRITER,
+    )
     assert Signature.parse("embed").role("embed") is Role.GAIN
     classes = {text: Signature.parse(text).is_matrix_like for text in TEXTS}
     assert [text for text, matrix in classes.items() if matrix] == [TEXTS[2], TEXTS[3]]
@@ -82,7 +99,11 @@ def test_shardings_of_1t_on_a_pod():
     mesh = jax.sharding.AbstractMesh((1, 64, 16), sharding.MESH_AXES)
     where = sharding.param_shardings(signatures, shapes, mesh)
     assert where["blocks"]["mlp"]["gate"].spec == PartitionSpec(None, ("fsdp",), ("tensor",))
-    assert where["blocks"]["mlp"]["gate"].shard_shape(shapes["blocks"]["mlp"]["gate"].shape) == (140, 320, 6144)
+    assert where["blocks"]["mlp"]["gate"].shard_shape(shapes["blocks"]["mlp"]["gate"].shape) == (
+        140,
+        320,
+        6144,
+    )
 
 
 def test_a_mesh_that_does_not_divide_an_axis_is_refused_with_sizes_that_work():
@@ -94,7 +115,11 @@ def test_a_mesh_that_does_not_divide_an_axis_is_refused_with_sizes_that_work():
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [(dict(tensor=3), "does not fit 8 devices"), (dict(data=-1, fsdp=-1), "at most one is -1"), (dict(data=0), "positive")],
+    [
+        (dict(tensor=3), "does not fit 8 devices"),
+        (dict(data=-1, fsdp=-1), "at most one is -1"),
+        (dict(data=0), "positive"),
+    ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, message):
     with pytest.raises(ValueError, match=message):

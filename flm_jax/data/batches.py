@@ -17,7 +17,7 @@ from flm_jax.data.store import TokenStore
 
 
 class Batch(NamedTuple):
-    """Rows of T = context tokens and what follows each.
+    """Rows of T = context tokens and what follows each, as NumPy or JAX arrays (or their shapes).
 
     Attributes:
       inputs_BT: int32 token ids.
@@ -27,10 +27,10 @@ class Batch(NamedTuple):
         equal numbers.
     """
 
-    inputs_BT: np.ndarray  # noqa: N815 - the shape suffix
-    targets_BT: np.ndarray  # noqa: N815 - the shape suffix
-    weights_BT: np.ndarray  # noqa: N815 - the shape suffix
-    segments_BT: np.ndarray  # noqa: N815 - the shape suffix
+    inputs_BT: Any
+    targets_BT: Any
+    weights_BT: Any
+    segments_BT: Any
 
 
 class TokenBatches(Protocol):
@@ -64,9 +64,7 @@ def make_batch(windows: np.ndarray, eos_id: int, rows: int | None = None) -> Bat
     ends_BT = inputs_BT == eos_id
     weights_BT = np.ones(inputs_BT.shape, np.float32)
     weights_BT[real:] = 0
-    segments_BT = (np.cumsum(ends_BT, axis=1) - ends_BT).astype(
-        np.int32
-    )  # the end belongs to the document it ends
+    segments_BT = (np.cumsum(ends_BT, axis=1) - ends_BT).astype(np.int32)  # the end belongs to the document it ends
     return Batch(np.ascontiguousarray(inputs_BT), np.ascontiguousarray(targets_BT), weights_BT, segments_BT)
 
 
@@ -112,9 +110,7 @@ def unpack_state(state: bytes, identity: dict[str, Any]) -> dict[str, Any]:
 class StoreBatches:
     """Endless shuffled batches from a store: every epoch holds each window once, in its own order."""
 
-    def __init__(
-        self, store: TokenStore, split: str, context: int, seed: int, host: int = 0, hosts: int = 1
-    ) -> None:
+    def __init__(self, store: TokenStore, split: str, context: int, seed: int, host: int = 0, hosts: int = 1) -> None:
         """Starts at position 0.
 
         Args:

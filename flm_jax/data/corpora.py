@@ -128,9 +128,7 @@ class SeqioTask:
             spec = importlib.util.find_spec(self.module) if self.module else None
         except ModuleNotFoundError as error:
             raise ValueError(f"SeqioTask: the module {self.module!r} cannot be imported: {error}") from None
-        source = (
-            Path(spec.origin).read_bytes() if spec and spec.origin and Path(spec.origin).is_file() else b""
-        )
+        source = Path(spec.origin).read_bytes() if spec and spec.origin and Path(spec.origin).is_file() else b""
         fields = [*dataclasses.asdict(self).items(), hashlib.sha256(source).hexdigest()]
         return hashlib.sha256(json.dumps(["SeqioTask", fields]).encode()).hexdigest()
 

@@ -56,9 +56,8 @@ def read_lines(corpus: Jsonl, split: str, shuffle_files: bool, seed: int | None 
     def parse(name: bytes, path: bytes, number: int, line: bytes) -> tuple[bool, np.ndarray]:
         text = corpus.parse(line, f"{path.decode()}:{number + 1}")
         heldout = name_hash(f"{name.decode()}:{number + 1}") < border
-        return bool(text) and heldout == (split == "heldout"), np.array(
-            text.encode(), object
-        )  # as bytes, it would lose final NULs
+        encoded = np.array(text.encode(), object)  # NumPy's own bytes would lose final NULs
+        return bool(text) and heldout == (split == "heldout"), encoded
 
     def lines(name: Any, path: Any) -> Any:
         numbered = tf.data.TextLineDataset(path).enumerate()
@@ -84,9 +83,7 @@ def _builder(corpus: Tfds) -> Any:
         return tfds.builder(corpus.name, data_dir=corpus.data_dir)
     except tfds.core.registered.DatasetNotFoundError:
         place = corpus.data_dir or "TFDS's own folder"
-        raise ValueError(
-            f"Tfds: no dataset {corpus.name!r}, neither known to TFDS nor prepared in {place}"
-        ) from None
+        raise ValueError(f"Tfds: no dataset {corpus.name!r}, neither known to TFDS nor prepared in {place}") from None
 
 
 def check_tfds(corpus: Tfds) -> Any:

@@ -34,9 +34,7 @@ def canonical_digest(record: Any) -> str:
 
 def data_digest(record: dict[str, Any]) -> str:
     """What identifies a store's data: all but the corpus's description, which holds paths."""
-    return canonical_digest(
-        {key: record[key] for key in ("format", "dtype", "vocabulary", "corpus", "splits")}
-    )
+    return canonical_digest({key: record[key] for key in ("format", "dtype", "vocabulary", "corpus", "splits")})
 
 
 def render(record: dict[str, Any]) -> bytes:
@@ -46,14 +44,10 @@ def render(record: dict[str, Any]) -> bytes:
 
 def _check_file(path: Path, size: int, sha256: str, verify: bool) -> None:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"the token store lacks {path}: delete the store's folder and prepare it again"
-        )
+        raise FileNotFoundError(f"the token store lacks {path}: delete the store's folder and prepare it again")
     found = path.stat().st_size
     if found != size:
-        raise ValueError(
-            f"{path} is {found} bytes long and should be {size}: delete the store and prepare it again"
-        )
+        raise ValueError(f"{path} is {found} bytes long and should be {size}: delete the store and prepare it again")
     if verify and sha256_file(path) != sha256:
         raise ValueError(
             f"{path} was altered (its sha256 is not the recorded one): delete the store and prepare it again"
@@ -92,9 +86,7 @@ class TokenStore:
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{manifest} is damaged: delete the store and prepare it again") from None
         if not whole or canonical_digest(record) != seal:
-            raise ValueError(
-                f"{manifest} was altered (its seal does not match): delete the store and prepare it again"
-            )
+            raise ValueError(f"{manifest} was altered (its seal does not match): delete the store and prepare it again")
         if record["format"] != FORMAT:
             raise ValueError(f"{manifest} has format {record['format']}; this version reads format {FORMAT}")
         size, sha256 = record["vocabulary_file"]
@@ -169,9 +161,7 @@ class TokenStore:
         mapped: dict[str, tuple[list[np.ndarray], np.ndarray]] = {}
         shards: list[np.ndarray]
         for split, about in self._record["splits"].items():
-            shards = [
-                np.memmap(self.path / shard["file"], dtype=dtype, mode="r") for shard in about["shards"]
-            ]
+            shards = [np.memmap(self.path / shard["file"], dtype=dtype, mode="r") for shard in about["shards"]]
             starts = np.cumsum([0] + [shard["tokens"] for shard in about["shards"]], dtype=np.int64)
             mapped[split] = (shards, starts)
         return mapped
@@ -184,9 +174,7 @@ class TokenStore:
         """
         total = self.num_tokens(split)
         if positions.size and not (positions.min() >= 0 and positions.max() < total):
-            raise IndexError(
-                f"positions {positions.min()} to {positions.max()} of {split!r}, which has {total} tokens"
-            )
+            raise IndexError(f"positions {positions.min()} to {positions.max()} of {split!r}, which has {total} tokens")
         shards, starts = self._shards[split]
         flat = positions.ravel()
         shard_of = np.searchsorted(starts, flat, side="right") - 1
@@ -236,9 +224,7 @@ class TokenStore:
         total = self.num_windows(split, context)
         indices = np.asarray(indices, np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < total):
-            raise IndexError(
-                f"windows {indices.min()} to {indices.max()} of {split!r}, which has {total} of {context}"
-            )
+            raise IndexError(f"windows {indices.min()} to {indices.max()} of {split!r}, which has {total} of {context}")
         return self.tokens(split, indices[:, None] * context + np.arange(context + 1))
 
     def window(self, split: str, index: int, context: int) -> np.ndarray:

@@ -48,29 +48,42 @@ class Source:
         _, seqio = load_tensorflow()
         return isinstance(self.task, seqio.Mixture)
 
+    def _check_has(self, split: str) -> None:
+        if self.splits[split] not in self.task.splits:
+            known = ", ".join(sorted(self.task.splits))
+            raise ValueError(f"{self.task.name} has no split {self.splits[split]!r}: it has {known}")
+
     def dataset(self, split: str, **options: Any) -> Any:
-        """The tf.data.Dataset of one split's documents, in a fixed order unless shuffled.
+        """The tf.data.Dataset of one split, in a fixed order unless shuffled; a mixture's rates apply.
 
         Args:
           split: 'train' or 'heldout'.
           **options: for seqio: shuffle, seed, num_epochs, shard_info.
         """
         check_split(split)
-        if self.splits[split] not in self.task.splits:
-            known = ", ".join(sorted(self.task.splits))
-            raise ValueError(f"{self.task.name} has no split {self.splits[split]!r}: it has {known}")
+        self._check_has(split)
         tf, _ = load_tensorflow()
         # Cached in memory, a small dataset would be written whole into every saved position.
         options = {"num_epochs": 1, "shuffle": False, **options, "try_in_mem_cache": False}
-        if self.is_mixture:
-            options["copy_pretokenized"] = True
         dataset = self.task.get_dataset(sequence_length=None, split=self.splits[split], **options)
         deterministic = tf.data.Options()
         deterministic.deterministic = True
         return dataset.with_options(deterministic)
 
     def documents(self, split: str) -> Iterator[tuple[np.ndarray, int]]:
-        """Each document's tokens, int (n,), and the length of its text in bytes."""
+        """Each document's tokens, int (n,), and the length of its text in bytes, in a fixed order.
+
+        Of a mixture, its tasks one after the other: seqio would end the whole mixture with the first task
+        that runs out, and leave the rest of the others unread.
+        """
+        check_split(split)
+        _, seqio = load_tensorflow()
+        if self.is_mixture:
+            self._check_has(split)
+            for task in seqio.get_subtasks(self.task):
+                if self.splits[split] in task.splits:
+                    yield from dataclasses.replace(self, task=task).documents(split)
+            return
         pretokenized = f"{self.feature}_pretokenized"
         for example in self.dataset(split).as_numpy_iterator():
             tokens = np.asarray(example[self.feature]).ravel()
@@ -83,9 +96,7 @@ class Source:
             yield tokens, length
 
 
-def resolve(
-    corpus: Corpus, vocabulary: Vocabulary | None = None, shuffle_buffer: int | None = None
-) -> Source:
+def resolve(corpus: Corpus, vocabulary: Vocabulary | None = None, shuffle_buffer: int | None = None) -> Source:
     """The seqio source of a corpus.
 
     Args:
@@ -118,9 +129,7 @@ def resolve(
         )
     task = seqio.get_mixture_or_task(corpus.name)
     if corpus.feature not in task.output_features:
-        raise ValueError(
-            f"{corpus.name} has no feature {corpus.feature!r}: it has {', '.join(task.output_features)}"
-        )
+        raise ValueError(f"{corpus.name} has no feature {corpus.feature!r}: it has {', '.join(task.output_features)}")
     own = from_seqio(task.output_features[corpus.feature].vocabulary, corpus.name)
     splits = {"train": corpus.train_split, "heldout": corpus.heldout_split}
     return Source(task, own, corpus.feature, splits)
@@ -171,9 +180,7 @@ def register_task(corpus: Corpus, vocabulary: Vocabulary, shuffle_buffer_size: i
     tf, seqio = load_tensorflow()
     if shuffle_buffer_size is None:
         shuffle_buffer_size = 1 if isinstance(corpus, FileCorpus) else 1024
-    key = json.dumps(
-        [corpus.digest(), corpus.describe(), vocabulary.digest, shuffle_buffer_size], sort_keys=True
-    )
+    key = json.dumps([corpus.digest(), corpus.describe(), vocabulary.digest, shuffle_buffer_size], sort_keys=True)
     name = f"flm_jax_{type(corpus).__name__.lower()}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if name in seqio.TaskRegistry.names():
         return name
@@ -186,9 +193,10 @@ def register_task(corpus: Corpus, vocabulary: Vocabulary, shuffle_buffer_size: i
         )
 
     if isinstance(corpus, Tfds):
-        reading.check_tfds(corpus)
+        info = reading.check_tfds(corpus).info
+        full_name, _, version = info.full_name.rpartition("/")  # seqio insists on a version
         splits = {"train": corpus.train_split, "heldout": corpus.heldout_split}
-        source = seqio.TfdsDataSource(tfds_name=corpus.name, tfds_data_dir=corpus.data_dir, splits=splits)
+        source = seqio.TfdsDataSource(tfds_name=f"{full_name}:{version}", tfds_data_dir=corpus.data_dir, splits=splits)
     else:
         read: Any
         if isinstance(corpus, FileCorpus):

@@ -199,15 +199,11 @@ class Jsonl:
         except ValueError as error:
             raise ValueError(f"{where} is not JSON: {error}") from None
         if not isinstance(record, dict) or self.field not in record:
-            found = (
-                f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            )
+            found = f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
             raise ValueError(f"{where} has no field {self.field!r}: found {found}")
         text = record[self.field]
         if not isinstance(text, str):
-            raise ValueError(
-                f"{where}: the field {self.field!r} is {type(text).__name__}, and should be text"
-            )
+            raise ValueError(f"{where}: the field {self.field!r} is {type(text).__name__}, and should be text")
         try:
             text.encode()
         except UnicodeEncodeError:  # "\ud800" is JSON, and no text

@@ -68,9 +68,7 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
         return tasks.resolve(corpus).vocabulary
     if isinstance(config, Bytes):
         return ByteVocabulary()
-    key = hashlib.sha256(
-        json.dumps([FORMAT, corpus.digest(), dataclasses.astuple(config)]).encode()
-    ).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), dataclasses.astuple(config)]).encode()).hexdigest()[:16]
     model_path = Path(cache_dir).expanduser() / f"vocabulary-{key}.model"
     record_path = model_path.with_suffix(".json")
     if model_path.is_file() and record_path.is_file():
@@ -79,9 +77,7 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{record_path} is damaged: delete it to train the vocabulary again") from None
         if sha256_file(model_path) != recorded:
-            raise ValueError(
-                f"{model_path} was altered: its sha256 is not the one in {record_path.name}; delete both"
-            )
+            raise ValueError(f"{model_path} was altered: its sha256 is not the one in {record_path.name}; delete both")
         return SentencePieceVocabulary(model_path)
     text_corpus: TextCorpus = corpus  # type: ignore[assignment]  # every other corpus has documents
     model = train(config, text_corpus.documents("train"))

@@ -59,7 +59,7 @@ class Vocabulary(Protocol):
         ...
 
 
-# What an id stands for that the vocabulary lacks: an embedding may be padded, and a young model samples such ids.
+# Stands for an id that the vocabulary lacks: an embedding may be padded, and a young model samples such ids.
 REPLACEMENT = "\ufffd"
 
 
@@ -91,9 +91,7 @@ class ByteVocabulary:
     def decode(self, ids: Iterable[int]) -> str:
         """The text; bytes that are no UTF-8 are dropped, as a sample of a model may hold some."""
         return "".join(
-            bytes(i - 3 for i in run if 3 <= i < 259).decode("utf-8", "ignore")
-            if known
-            else REPLACEMENT * len(run)
+            bytes(i - 3 for i in run if 3 <= i < 259).decode("utf-8", "ignore") if known else REPLACEMENT * len(run)
             for known, run in _runs(ids, self.size)
         )
 
@@ -189,13 +187,9 @@ def from_spec(spec: dict[str, Any]) -> Vocabulary:
             raise ValueError(f"the vocabulary's recorded model is damaged: {error}") from None
         vocabulary = SentencePieceVocabulary(model=model)
     else:
-        raise ValueError(
-            f"unknown vocabulary kind {spec.get('kind')!r}: known are 'bytes' and 'sentencepiece'"
-        )
+        raise ValueError(f"unknown vocabulary kind {spec.get('kind')!r}: known are 'bytes' and 'sentencepiece'")
     if vocabulary.digest != spec["digest"]:
-        raise ValueError(
-            f"the vocabulary's record says sha256 {spec['digest']}, its content has {vocabulary.digest}"
-        )
+        raise ValueError(f"the vocabulary's record says sha256 {spec['digest']}, its content has {vocabulary.digest}")
     return vocabulary
 
 

@@ -7,7 +7,15 @@
 >>> compare(old, params, new, new_params, plan, tokens_BT).max_rel_logit_diff
 """
 
-from flm_jax.growth.grow import Growth, axis_maps, grow, grow_moments, grow_optimizer, grown_config, mask_flags
+from flm_jax.growth.grow import (
+    Growth,
+    axis_maps,
+    grow,
+    grow_moments,
+    grow_optimizer,
+    grown_config,
+    mask_flags,
+)
 from flm_jax.growth.operators import REGISTRY, Operator, register
 from flm_jax.growth.verify import GrowthError, Verification, compare, masks_at_start
 

@@ -28,8 +28,9 @@ from flm_jax.signature import Signature, draw
 
 AXES = ("embed", "heads", "kv_heads", "mlp", "layers")
 # What may differ between two stages besides the axes: numerics and multipliers, which growth accounts for.
-FREE_FIELDS = ("norm_width", "output_mult", "input_mult", "init_std", "init_std_vector", "compute_dtype", "remat")
-FREE_FIELDS += ("attention", "scan_unroll")
+MULTIPLIERS = ("norm_width", "output_mult", "input_mult", "init_std", "init_std_vector")
+NUMERICS = ("compute_dtype", "remat", "attention", "scan_unroll")
+FREE_FIELDS = frozenset(MULTIPLIERS + NUMERICS)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> Model
         ("output_mult", old.logits_mult, target.logits_mult),
     ):
         if target.tied and not np.isclose(before, after, rtol=1e-12, atol=0):
-            right = target.__getattribute__(name) * before / after
+            right = getattr(target, name) * before / after
             raise ValueError(
                 f"Tied embeddings: the effective {name} changes from {before:g} to {after:g}, and no parameter can "
                 f"absorb that alone; set {name}={right:g} in the grown model."
@@ -190,7 +191,8 @@ def grow_optimizer(state: Any, old: ModelConfig, new: ModelConfig, growth: Growt
             zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
             return part._replace(count=jnp.zeros_like(part.count), mu=zeros, nu=zeros)
         return part._replace(
-            mu=grow_moments(part.mu, old, new, growth, power=1), nu=grow_moments(part.nu, old, new, growth, power=2)
+            mu=grow_moments(part.mu, old, new, growth, power=1),
+            nu=grow_moments(part.nu, old, new, growth, power=2),
         )
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))

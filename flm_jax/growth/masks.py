@@ -19,7 +19,9 @@ def ramp(step: jax.Array | int, steps: int) -> jax.Array:
     return jnp.clip(jnp.asarray(step, jnp.float32) / max(steps, 1), 0.0, 1.0)
 
 
-def at(fresh: Mapping[str, jax.Array | np.ndarray], value: jax.Array | float, norm_widths: tuple[float, float]) -> Masks:
+def at(
+    fresh: Mapping[str, jax.Array | np.ndarray], value: jax.Array | float, norm_widths: tuple[float, float]
+) -> Masks:
     """The masks when new entries stand at `value`.
 
     Args:

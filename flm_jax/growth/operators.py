@@ -61,7 +61,11 @@ def lookup(name: str, axis: str) -> Operator:
     return operator
 
 
-@register("zero", preserving=True, source="Net2Net-style zero initialisation (cf. 2305.02869, 2310.07999), exact under RMSNorm")
+@register(
+    "zero",
+    preserving=True,
+    source="Net2Net-style zero initialisation (cf. 2305.02869, 2310.07999), exact under RMSNorm",
+)
 def zero(span: Span) -> AxisMap:
     """New capacity starts silent; one side is zero, the other drawn, so that every entry learns from the first steps.
 
