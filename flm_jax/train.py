@@ -209,8 +209,8 @@ class _StageRun:
                 if bad_in_a_row >= settings.max_bad_steps:
                     raise NonFiniteError(
                         f"Stage {stage.name!r}: {bad_in_a_row} steps in a row, up to step {at}, had a loss or "
-                        f"gradient that is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}). None of them "
-                        "was applied. Lower the learning rate, or look at the data."
+                        f"gradient that is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}). None "
+                        "of them was applied. Lower the learning rate, or look at the data."
                     )
 
             while step < stage.steps and not interrupts.requested:
