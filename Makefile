@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=$(WORKDIR)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

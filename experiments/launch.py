@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a user's input can cause: one sentence is enough. Anything else is our error, and shows where.
 EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, library.NonFiniteError)
 _registered: set[str] = set()
+Binding = tuple[str, str, str]  # scope, function, parameter
 
 
 def register() -> None:
@@ -58,11 +59,14 @@ def register() -> None:
             _registered.add(configurable.__name__)
 
 
-def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
-    """Parses gin files (found from here or from the project's root) and bindings.
+def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> set[Binding]:
+    """Parses gin files (found from here or from the project's root), then bindings.
+
+    Returns:
+        What the bindings set or changed, for `check_used`.
 
     Raises:
-        ValueError: a file does not exist, or does not parse.
+        ValueError: a file does not exist, or something does not parse.
     """
     register()
     gin.add_config_file_search_path(str(ROOT))
@@ -70,21 +74,33 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
         if not any((base / name).is_file() for base in (Path.cwd(), ROOT)):
             raise ValueError(f"There is no gin file {name!r}, neither here nor in {ROOT}.")
     try:
-        gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings), print_includes_and_imports=False)
+        gin.parse_config_files_and_bindings(
+            list(gin_files), [], finalize_config=False, print_includes_and_imports=False
+        )
+        before = {key: dict(values) for key, values in gin.config._CONFIG.items()}
+        gin.parse_config(list(gin_bindings))
     except (OSError, SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"The gin configuration does not parse: {error}") from error
+    return {
+        (*key, name)
+        for key, values in gin.config._CONFIG.items()
+        for name, value in values.items()
+        if name not in before.get(key, {}) or before[key][name] is not value
+    }
 
 
-def check_all_used() -> None:
+def check_used(by_hand: set[Binding]) -> None:
     """Refuses bindings that nothing read: a mistyped scope, or a macro that no value uses.
 
-    gin itself refuses unknown functions and parameters, but stays silent about these.
+    gin itself refuses unknown functions and parameters, but stays silent about these. A file may bind functions that
+    are never called, for whoever chooses them; what was bound by hand must have an effect.
 
     Raises:
         ValueError: names the bindings.
     """
     # gin offers both only as text; the dictionaries have been the same since its first release.
     given, used = gin.config._CONFIG, gin.config._OPERATIVE_CONFIG
+    called = {selector for _, selector in used} - {"gin.macro"}
 
     def is_used(scope: str, selector: str, name: str) -> bool:
         return any(
@@ -96,7 +112,7 @@ def check_all_used() -> None:
         scope if selector == "gin.macro" else f"{scope}/{selector.split('.')[-1]}.{name}".lstrip("/")
         for (scope, selector), parameters in given.items()
         for name in parameters
-        if not is_used(scope, selector, name)
+        if (selector in called or (scope, selector, name) in by_hand) and not is_used(scope, selector, name)
     ]
     if unused:
         raise ValueError(f"Nothing uses these gin bindings: {', '.join(unused)}; check their names and scopes.")
@@ -120,9 +136,9 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
     """Builds the recipe, and trains it, or only says what it would be."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     try:
-        parse(gin_files, gin_bindings)
+        by_hand = parse(gin_files, gin_bindings)
         recipe, run = train()
-        check_all_used()
+        check_used(by_hand)
         if dry_run:
             for section in describe(recipe, run):
                 print(section, flush=True)

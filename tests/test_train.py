@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from flm_jax import train as training
-from flm_jax.checkpoint import Checkpoints
+from flm_jax.checkpoint import Checkpoints, read_manifest
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.source import DataConfig, open_data
 from flm_jax.data.train_vocabulary import Bytes
@@ -418,10 +418,7 @@ def test_killed_and_run_again_on_the_command_line_equals_never_killed(gin_file, 
     assert "Going on with stage 'b' at step" in again.stdout
     reports = [(tmp_path / name / "report.json").read_text() for name in ("whole", "cut")]
     assert reports[0] == reports[1]
-    leaves = [
-        json.loads((tmp_path / name / "checkpoints/1_b/40/manifest.json").read_text())["leaves"]
-        for name in ("whole", "cut")
-    ]
+    leaves = [read_manifest(tmp_path / name / "checkpoints/1_b/40").leaves for name in ("whole", "cut")]
     assert leaves[0] == leaves[1]
 
 

@@ -70,7 +70,7 @@ class Tfds:
 
     name: str
     field: str = "text"
-    data_dir: str | None = None
+    data_dir: str | None = dataclasses.field(default=None, metadata={"identity": False})
     train_split: str = "train"
     heldout_split: str = "validation"
 

@@ -129,7 +129,7 @@ class StandardLibrary(FileCorpus):
 class TextFolder(FileCorpus):
     """The UTF-8 files under `path` that match `pattern`, one document each."""
 
-    path: str
+    path: str = dataclasses.field(metadata={"identity": False})
     pattern: str = "**/*.txt"
     heldout_percent: float = 5.0
 
@@ -162,7 +162,7 @@ class TextFolder(FileCorpus):
 class Jsonl:
     """JSON lines: each line of a file, or of every *.jsonl in a folder, has a document in its `field`."""
 
-    path: str
+    path: str = dataclasses.field(metadata={"identity": False})
     field: str = "text"
     heldout_percent: float = 5.0
 
