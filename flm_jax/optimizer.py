@@ -125,10 +125,3 @@ def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: A
         tx, lambda _, place: place, state, where, transform_non_params=lambda _: replicated(mesh)
     )
     return state, shardings
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Root of the sum of squares over all leaves, () float32 or wider."""
-    return jnp.sqrt(
-        sum(jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree))
-    )

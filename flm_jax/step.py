@@ -15,7 +15,7 @@ from flm_jax.growth import masks as growth_masks
 from flm_jax.growth.grow import grow, grow_optimizer, mask_flags
 from flm_jax.loss import loss_sum
 from flm_jax.model import Masks, Params, declared, init_params
-from flm_jax.optimizer import global_norm, optimizer, schedule, state_shardings
+from flm_jax.optimizer import optimizer, schedule, state_shardings
 from flm_jax.recipe import ResolvedStage
 from flm_jax.sharding import abstract, param_shardings, replicated
 
@@ -108,13 +108,11 @@ class StageProgram:
 
         def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             masks = self.masks(state.step) if masked else None
-            total = jnp.sum(batch.weights_BT)
             loss, grads = _accumulated(cfg, state.params, batch, masks, self.chunks, parts)
-            loss, grads = loss / total, jax.tree.map(lambda g: g / total, grads)
             updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
             rate = jnp.asarray(self.rate(state.step), jnp.float32)
             updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
-            grad_norm = global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(good, new, old),
@@ -124,8 +122,8 @@ class StageProgram:
             metrics = Metrics(
                 loss=loss,
                 grad_norm=grad_norm,
-                update_norm=global_norm(updates),
-                param_norm=global_norm(state.params),
+                update_norm=optax.tree.norm(updates),
+                param_norm=optax.tree.norm(state.params),
                 learning_rate=rate,
                 mask=growth_masks.ramp(state.step, self.stage.ramp_steps) if masked else jnp.ones(()),
                 bad=1.0 - good,
@@ -138,10 +136,12 @@ class StageProgram:
 def _accumulated(
     cfg: ModelConfig, params: Params, batch: Any, masks: Masks | None, chunks: int, parts: int
 ) -> tuple[jax.Array, Params]:
-    """Summed loss and its gradient over a batch, `parts` rows of it at a time."""
+    """Mean loss and its gradient over a batch, in `parts` parts."""
+    total = jnp.sum(batch.weights_BT)
 
     def value(params: Params, rows: Any) -> jax.Array:
-        return loss_sum(cfg, params, rows.inputs_BT, rows.targets_BT, rows.weights_BT, rows.segments_BT, masks, chunks)
+        tokens = (rows.inputs_BT, rows.targets_BT, rows.weights_BT, rows.segments_BT)
+        return loss_sum(cfg, params, *tokens, masks, chunks) / total
 
     if parts == 1:
         return jax.value_and_grad(value)(params, batch)
