@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test lint format clean
 
 # The environment is rebuilt when what it holds is declared anew.
 .venv/installed: requirements.txt pyproject.toml
@@ -17,9 +17,6 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-
-test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -115,7 +115,10 @@ def check_used(by_hand: set[Binding]) -> None:
         if (selector in called or (scope, selector, name) in by_hand) and not is_used(scope, selector, name)
     ]
     if unused:
-        raise ValueError(f"Nothing uses these gin bindings: {', '.join(unused)}; check their names and scopes.")
+        raise ValueError(
+            f"Nothing uses these gin bindings: {', '.join(unused)}; check their names and scopes, and that "
+            "what they belong to is chosen (as in Run.mesh = @MeshConfig())."
+        )
 
 
 def fail(error: BaseException) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What a recipe would be: every stage's parameters, FLOPs and memory, and proof that all of it lowers."""
+"""What a recipe would be: every stage's parameters, FLOPs and memory, and proof that its steps lower."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
-        """(B, T, D) -> (B, T, D); under a mask m: x * rsqrt(sum(m x^2) / sum(m) + eps) * scale * m."""
+        """(B, T, D) -> (B, T, D); under a mask m: x * rsqrt(sum(m x^2) / width + eps) * scale * m."""
         scale_D = parameter(self, self.cfg, "scale", "embed")
         x = x_BTD.astype(scale_D.dtype)
         square_BT1 = jnp.sum(masked(x * x, masks.embed_D), axis=-1, keepdims=True)

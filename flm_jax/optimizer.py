@@ -25,11 +25,11 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: peak rate at the base width; matrix-like parameters get it divided by their width multiplier.
-      schedule: wsd (warm up, stay, decay linearly), cosine, linear, constant; all but the last end at `final_rate`.
+      schedule: wsd (warm up, stay, decay linearly), cosine, linear, constant.
       warmup_steps: linear warm-up at the start of the stage, from `warmup_from`.
       warmup_from: fraction of the peak that the warm-up starts at: 0 for a first stage, more after a growth.
       decay_steps: steps of decay at the end of the stage (wsd).
-      final_rate: fraction of the peak at the end.
+      final_rate: fraction of the peak that a decay leads to; its last step is one short of it.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
       eps: added to the root of the second moment.
@@ -54,6 +54,8 @@ class OptimizerConfig:
             raise ValueError(f"OptimizerConfig.schedule={self.schedule!r}: use one of {', '.join(SCHEDULES)}.")
         if self.decay_steps and self.schedule != "wsd":
             raise ValueError(f"OptimizerConfig.decay_steps={self.decay_steps} belongs to wsd, not {self.schedule}.")
+        if self.final_rate and (self.schedule == "constant" or (self.schedule == "wsd" and not self.decay_steps)):
+            raise ValueError(f"OptimizerConfig.final_rate={self.final_rate} has no effect: nothing decays.")
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:

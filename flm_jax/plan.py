@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from flm_jax.config import ModelConfig
 from flm_jax.model import declared
@@ -42,11 +41,6 @@ def forward_flops_per_token(cfg: ModelConfig, context: int) -> int:
 def train_flops_per_token(cfg: ModelConfig, context: int) -> int:
     """FLOPs of one token's training: forward, and twice that backward. What remat recomputes is not counted."""
     return 3 * forward_flops_per_token(cfg, context)
-
-
-def state_bytes(cfg: ModelConfig) -> int:
-    """Bytes of parameters, gradients and two moments, all in the parameters' dtype; activations come on top."""
-    return 4 * param_count(cfg) * jnp.dtype(cfg.param_dtype).itemsize
 
 
 def count(number: float) -> str:

@@ -19,6 +19,8 @@ from flm_jax.growth.grow import Growth, axis_maps, grown_config, mask_flags
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.sharding import MeshConfig
 
+RECIPE, DATA = "recipe.json", "data.json"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -68,6 +70,7 @@ class Recipe:
     def __post_init__(self) -> None:
         # gin gives lists.
         object.__setattr__(self, "stages", tuple(self.stages))
+        _check_at_least(self, 1, "loss_chunks", "eval_windows", "eval_every")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,9 @@ class Run:
     max_bad_steps: int = 3
     prompt: str = "def "
     sample_tokens: int = 120
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "checkpoint_every", "keep", "log_every", "max_bad_steps", "sample_tokens")
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,12 @@ class ResolvedStage:
         return self.stage.growth.ramp_steps if mask_flags(self.before.cfg, self.cfg, self.stage.growth) else 0
 
 
+def _check_at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)} must be at least {least}.")
+
+
 def resolve(recipe: Recipe) -> tuple[ResolvedStage, ...]:
     """Checks a recipe and gives every stage the configuration that its growth leads to.
 
@@ -133,6 +145,10 @@ def resolve(recipe: Recipe) -> tuple[ResolvedStage, ...]:
     """
     if not recipe.stages:
         raise ValueError("Recipe.stages is empty; a recipe has at least one stage.")
+    if recipe.data.context % recipe.loss_chunks:
+        raise ValueError(
+            f"Recipe.loss_chunks={recipe.loss_chunks} must divide DataConfig.context={recipe.data.context}."
+        )
     resolved: list[ResolvedStage] = []
     for index, stage in enumerate(recipe.stages):
         before = resolved[-1] if resolved else None
@@ -202,25 +218,35 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {a!r} there, {b!r} here"
 
 
-def claim(workdir: Path, recipe: Recipe) -> None:
-    """Makes the work directory this recipe's, or checks that it is.
+def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
+    """Checks that a work directory, if it has been begun, was begun with `mine`.
 
     Raises:
-        ValueError: it holds another recipe; the message names the differing fields. Nothing is written.
+        ValueError: it was begun with something else, and the message names what differs; or it is no work directory.
     """
-    mine, file = as_dict(recipe), workdir / "recipe.json"
-    if file.exists():
-        found = list(differences(json.loads(file.read_text()), json.loads(json.dumps(mine))))
+    if (workdir / file).exists():
+        found = list(differences(json.loads((workdir / file).read_text()), json.loads(json.dumps(mine))))
         if found:
             more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
             raise ValueError(
-                f"{workdir} belongs to another recipe: {'; '.join(found[:3])}{more}. Nothing was changed; use another "
+                f"{workdir} was begun with {what}: {'; '.join(found[:3])}{more}. Nothing was changed; use another "
                 "--workdir for this one."
             )
-        return
-    if workdir.exists() and any(p.name != "recipe.json.tmp" for p in workdir.iterdir()):
-        raise ValueError(f"{workdir} holds files but no recipe.json, so it is not a work directory; use another one.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "recipe.json.tmp"
+    elif workdir.exists() and not (workdir / RECIPE).exists() and any(workdir.iterdir()):
+        raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")
+
+
+def write_identity(workdir: Path, file: str, mine: Any) -> None:
+    """Records `mine`, once `check_identity` has passed, whole or not at all."""
+    temporary = workdir / f"{file}.tmp"
     temporary.write_text(json.dumps(mine, indent=1) + "\n")
-    temporary.replace(file)
+    temporary.replace(workdir / file)
+
+
+def write_record(workdir: Path, file: str, text: str) -> None:
+    """Keeps a text about this start of the run; one that differs from those of earlier starts gets a number."""
+    path, number = workdir / file, 1
+    while path.exists() and path.read_text() != text:
+        number += 1
+        path = workdir / f"{Path(file).stem}.{number}{Path(file).suffix}"
+    path.write_text(text)

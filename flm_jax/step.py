@@ -56,6 +56,12 @@ class StageProgram:
 
     def __init__(self, stage: ResolvedStage, mesh: Mesh, chunks: int) -> None:
         self.stage, self.mesh, self.chunks = stage, mesh, chunks
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if stage.stage.batch_size % (shards * stage.stage.accumulate):
+            raise ValueError(
+                f"Stage {stage.stage.name!r}: batch_size={stage.stage.batch_size} must be a multiple of data x fsdp x "
+                f"accumulate = {shards * stage.stage.accumulate}."
+            )
         self.shapes, self.signatures = declared(stage.cfg)
         self.tx = optimizer(stage.stage.optimizer, stage.cfg, self.signatures)
         opt_shapes, opt_shardings = state_shardings(self.tx, self.signatures, self.shapes, mesh)

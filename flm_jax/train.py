@@ -2,8 +2,8 @@
 
 The order of decisions:
 
-1. The recipe is checked, and the work directory is made its own (or refused).
-2. The data is opened; it must be what the work directory has been trained on.
+1. The recipe is checked; a work directory that was begun with another one is refused.
+2. The data is opened; it must be what the work directory was begun with. Only now is anything written to it.
 3. The newest good checkpoint, of the latest stage that has one, decides where to go on.
 4. A stage that has no checkpoint yet starts: the first from an initialisation, every other one by growing the last
    state of the stage before. A growth is verified before anything is spent on it, then saved as the stage's step 0
@@ -44,7 +44,18 @@ from flm_jax.generate import generate
 from flm_jax.growth.verify import compare
 from flm_jax.loss import bits_per_byte
 from flm_jax.progress import Interrupts, Progress
-from flm_jax.recipe import Recipe, ResolvedStage, Run, as_dict, claim, differences, resolve
+from flm_jax.recipe import (
+    DATA,
+    RECIPE,
+    Recipe,
+    ResolvedStage,
+    Run,
+    as_dict,
+    check_identity,
+    resolve,
+    write_identity,
+    write_record,
+)
 from flm_jax.sharding import make_mesh
 from flm_jax.step import Metrics, StageProgram, TrainState
 
@@ -75,16 +86,19 @@ def train(
       NonFiniteError: the loss or its gradient is no number, `run.max_bad_steps` times in a row.
       CheckpointError: a checkpoint cannot be written or does not fit.
     """
+    if jax.process_count() > 1:
+        raise ValueError("train() runs in one process; it does not yet share batches and files between several.")
     workdir = Path(workdir).expanduser()
     stages = resolve(recipe)
+    check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
     mesh = make_mesh(run.mesh)
     programs = [StageProgram(stage, mesh, recipe.loss_chunks) for stage in stages]
-    claim(workdir, recipe)
     data = open_data(recipe.data)
-    _check_data(workdir, stages, data)
-    tables = "\n\n".join(f"{s.stage.name}\n{plan.param_table(s.cfg)}" for s in stages)
-    for name, text in {"parameters.txt": tables, **(records or {})}.items():
-        (workdir / name).write_text(text + "\n")
+    _check_vocabulary(stages, data)
+    # Where the data lies may change; what it is may not.
+    identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
+    identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
+    check_identity(workdir, DATA, identity, "other data")
     with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
         stores = [
             stack.enter_context(
@@ -92,18 +106,25 @@ def train(
             )
             for s in stages
         ]
+        # The directories are locked now, so nobody else writes here.
+        write_identity(workdir, RECIPE, as_dict(recipe))
+        write_identity(workdir, DATA, identity)
+        tables = "\n\n".join(f"{s.stage.name}\n{plan.param_table(s.cfg)}" for s in stages)
+        for name, text in {"parameters.txt": tables + "\n", **(records or {})}.items():
+            write_record(workdir, name, text)
         first, restored = _newest(programs, stores)
+        begin = restored is None
         state: TrainState | None = None
         history: dict[str, list[Any]] = {"evals": [], "growths": [], "skipped": []}
         position: bytes | None = None
         if restored is not None:
             state, history = restored.state, json.loads(json.dumps(restored.meta["history"]))
             position = restored.blobs["data"]
+        del restored  # It would keep the old arrays alive through all that follows.
         interrupts = stack.enter_context(Interrupts())
         for program, store in list(zip(programs, stores, strict=True))[first:]:
-            fresh_stage = restored is None or program.stage.index > first
             worker = _StageRun(recipe, run, workdir, data, program, store, history, position)
-            if fresh_stage:
+            if begin or program.stage.index > first:
                 state = worker.start(state)
             assert state is not None
             state = worker.run(state, interrupts)
@@ -160,8 +181,10 @@ class _StageRun:
         before, growth = self.stage.before, self.stage.stage.growth
         assert before is not None and growth is not None
         grown = self.program.grower()(state, key)
-        rows = next(iter(self.data.heldout(self.stage.stage.batch_size, self.stage.stage.batch_size)))
-        batch = put_batch(rows, self.mesh)
+        # Whole logits and hidden states are compared: a few windows, whatever the batch is.
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = shards * max(1, 8 // shards)
+        batch = put_batch(next(iter(self.data.heldout(rows, rows))), self.mesh)
         verification = compare(
             before.cfg, state.params, self.stage.cfg, grown.params, growth, batch.inputs_BT, batch.segments_BT
         )
@@ -191,7 +214,10 @@ class _StageRun:
     def run(self, state: TrainState, interrupts: Interrupts) -> TrainState:
         """Trains from the state's step to the end of the stage, or to a signal; the result is saved."""
         stage, settings = self.stage.stage, self.settings
-        step, bad_in_a_row = int(state.step), 0
+        step = int(state.step)
+        skipped = {s["step"] for s in self.history["skipped"] if s["stage"] == stage.name}
+        bad_in_a_row = next(n for n in range(step + 1) if step - n not in skipped)
+        stop = interrupts.requested is not None
         pending: tuple[int, Metrics] | None = None
         masked, stepper = None, None
         with Progress(
@@ -213,7 +239,7 @@ class _StageRun:
                         "None of them was applied. Lower the learning rate, or look at the data."
                     )
 
-            while step < stage.steps and not interrupts.requested:
+            while step < stage.steps and not stop:
                 if masked != (step < self.stage.ramp_steps):
                     masked = step < self.stage.ramp_steps
                     stepper = self.program.stepper(masked)
@@ -226,14 +252,15 @@ class _StageRun:
                     look(*pending)
                 pending = (step, metrics)
                 self.store.check()
+                stop = interrupts.requested is not None  # Asked once a step: what follows must agree on it.
                 due_eval = step % self.recipe.eval_every == 0 or step == stage.steps
                 due_save = step % settings.checkpoint_every == 0 or step == stage.steps
-                if due_eval or due_save or interrupts.requested:
+                if due_eval or due_save or stop:
                     look(*pending)
                     pending = None
                 if due_eval:
                     show.evaluated(step, self._measure(step, state))
-                if due_save or interrupts.requested:
+                if due_save or stop:
                     self._save(step, state, None)
             self.store.wait()
         return state
@@ -289,29 +316,14 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
     return 0, None
 
 
-def _check_data(workdir: Path, stages: tuple[ResolvedStage, ...], data: Data) -> None:
-    """The vocabulary must fit the model, and the data must be what the work directory was begun with."""
+def _check_vocabulary(stages: tuple[ResolvedStage, ...], data: Data) -> None:
+    """The embedding must have a row for every token."""
     for s in stages:
         if data.vocabulary.size > s.cfg.vocab:
             raise ValueError(
                 f"Stage {s.stage.name!r}: the vocabulary has {data.vocabulary.size} tokens, the model's embedding only "
                 f"{s.cfg.vocab}; set its vocab to {data.vocabulary.size} or more."
             )
-    # Where the data lies may change; what it is may not.
-    file = workdir / "data.json"
-    mine = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
-    mine |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
-    if file.exists():
-        found = list(differences(json.loads(file.read_text()), json.loads(json.dumps(mine))))
-        if found:
-            raise ValueError(
-                f"{workdir} was begun with other data: {'; '.join(found[:3])}. Nothing was changed; bring that data "
-                "back, or use another --workdir."
-            )
-        return
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(mine, indent=1) + "\n")
-    temporary.replace(file)
 
 
 def _sample(program: StageProgram, state: TrainState, data: Data, run: Run, seed: int) -> str:

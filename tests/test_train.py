@@ -121,7 +121,7 @@ def test_a_run_learns_grows_exactly_and_reports(reference, recipe):
     assert (workdir / "loss.png").stat().st_size > 5_000
     assert list((workdir / "events").rglob("events.out.tfevents*"))
     assert "blocks/attention/query" in (workdir / "parameters.txt").read_text()
-    assert (workdir / "config.gin").read_text() == "# as given\n"
+    assert (workdir / "config.gin").read_text() == "# as given"
 
 
 def test_event_files_are_read_by_tensorboard(reference):
@@ -169,14 +169,16 @@ def test_stopped_everywhere_and_resumed_equals_never_stopped(reference, recipe, 
     _, report, expected = reference
     consumed = sum(stage.steps * stage.batch_size for stage in recipe.stages)
     assert consumed > open_data(recipe.data).store.num_windows("train", 16), "the run must cross an epoch's border"
-    starts = 0
-    result = None
+    starts, steps, result = 0, [], None
     while result is None:
         starts += 1
         assert starts < 30
-        monkeypatch.setattr(training, "Interrupts", lambda steps=7 + starts % 3: StopAfter(steps))
+        monkeypatch.setattr(training, "Interrupts", lambda asked=4 + starts % 3: StopAfter(asked))
         result = training.train(recipe, RUN, tmp_path / "run")
-    assert starts > 4
+        found = sorted((int(p.parent.name[0]), int(p.name)) for p in (tmp_path / "run").glob("checkpoints/*/[0-9]*"))
+        steps.append(found[-1])
+    assert starts > 2
+    assert any(step % RUN.checkpoint_every for _, step in steps), "a stop saves where it stopped, not where it is due"
     assert result == report
     assert digest(recipe, RUN, tmp_path / "run") == expected
 
@@ -293,6 +295,13 @@ def test_an_unmasked_growth_of_nothing_and_other_impossible_recipes(recipe):
         ((first, grow(second, name="first")), "Stage names must differ: first, first"),
         ((grow(first, accumulate=3),), "accumulate=3 must divide batch_size=8"),
     ]
+    with pytest.raises(ValueError, match=r"Run.checkpoint_every=0 must be at least 1"):
+        Run(checkpoint_every=0)
+    with pytest.raises(ValueError, match=r"loss_chunks=3 must divide DataConfig.context=16"):
+        resolve(dataclasses.replace(recipe, loss_chunks=3))
+    odd = dataclasses.replace(recipe, stages=(grow(first, batch_size=12),))
+    with pytest.raises(ValueError, match=r"Stage 'first': batch_size=12 must be a multiple of .* = 8"):
+        StageProgram(resolve(odd)[0], make_mesh(MeshConfig(fsdp=8)), 1)
     for stages, message in cases:
         with pytest.raises(ValueError, match=message):
             resolve(dataclasses.replace(recipe, stages=stages))
@@ -307,7 +316,7 @@ def test_another_recipe_other_data_or_a_foreign_folder_are_refused_and_nothing_i
 ):
     workdir, _, _ = reference
     before = snapshot(workdir)
-    with pytest.raises(ValueError, match="belongs to another recipe: seed: 0 there, 1 here.*Nothing was changed"):
+    with pytest.raises(ValueError, match="was begun with another recipe: seed: 0 there, 1 here.*Nothing was changed"):
         training.train(dataclasses.replace(recipe, seed=1), RUN, workdir)
     assert snapshot(workdir) == before
 
@@ -332,6 +341,7 @@ def test_another_recipe_other_data_or_a_foreign_folder_are_refused_and_nothing_i
     ):
         tiny = dataclasses.replace(one.stages[0], model=small.config(vocab=100))
         training.train(dataclasses.replace(one, stages=(tiny,)), RUN, tmp_path / "tiny")
+    assert not (tmp_path / "tiny").exists(), "a start that was refused must not claim the directory"
 
 
 def test_the_cache_may_move(recipe):

@@ -23,6 +23,7 @@ import optax
 from flm_jax.config import ModelConfig
 from flm_jax.growth import depth, operators
 from flm_jax.growth.axis_map import AxisMap, Span, append, nested
+from flm_jax.growth.masks import FIELDS
 from flm_jax.model import Params, declared
 from flm_jax.signature import Signature, draw
 
@@ -57,8 +58,8 @@ class Growth:
         for axis in self.methods:
             if axis not in AXES:
                 raise ValueError(f"Growth.methods names axis {axis!r}; the axes that grow are {', '.join(AXES)}.")
-        for axis in AXES:
-            operators.lookup(self.method_of(axis), axis)
+        for name in (self.method, *self.methods.values()):
+            operators.lookup(name)
 
     def method_of(self, axis: str) -> str:
         """The operator that grows `axis`."""
@@ -131,7 +132,7 @@ def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> Model
 
 def mask_flags(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, np.ndarray]:
     """By axis, (size,) bool: the fresh entries that start behind a mask."""
-    return {axis: m.span.fresh for axis, m in axis_maps(old, new, growth).items() if m.masked}
+    return {axis: m.span.fresh for axis, m in axis_maps(old, new, growth).items() if m.masked and axis in FIELDS}
 
 
 def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key: jax.Array) -> Params:

@@ -29,11 +29,7 @@ def at(
       value: () in [0, 1].
       norm_widths: what norms divide by when `value` is 0 and when it is 1.
     """
-    fields = {
-        FIELDS[axis]: 1.0 - jnp.asarray(flags, jnp.float32) * (1.0 - value)
-        for axis, flags in fresh.items()
-        if axis in FIELDS
-    }
+    fields = {FIELDS[axis]: 1.0 - jnp.asarray(flags, jnp.float32) * (1.0 - value) for axis, flags in fresh.items()}
     if "embed" in fresh:
         before, after = norm_widths
         fields["norm_width"] = jnp.asarray(before + (after - before) * value, jnp.float32)

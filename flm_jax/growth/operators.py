@@ -47,8 +47,8 @@ def register(
     return enter
 
 
-def lookup(name: str, axis: str) -> Operator:
-    """The operator of this name.
+def lookup(name: str, axis: str | None = None) -> Operator:
+    """The operator of this name, which must grow `axis` if one is given.
 
     Raises:
         ValueError: there is none, or it does not grow this axis.
@@ -56,7 +56,7 @@ def lookup(name: str, axis: str) -> Operator:
     if name not in REGISTRY:
         raise ValueError(f"Unknown growth operator {name!r}; the registry has {', '.join(sorted(REGISTRY))}.")
     operator = REGISTRY[name]
-    if KINDS[axis] not in operator.kinds:
+    if axis is not None and KINDS[axis] not in operator.kinds:
         raise ValueError(f"Growth operator {name!r} does not grow axis {axis!r} ({KINDS[axis].value}).")
     return operator
 

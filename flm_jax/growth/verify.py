@@ -94,12 +94,13 @@ def compare(
       tokens_BT: int32 token ids.
       segments_BT: int32, equal within a document.
     """
-    dtype = str(jnp.promote_types(old.param_dtype, jnp.float32))
+    # Not every kernel takes float32.
+    wide = {"compute_dtype": str(jnp.promote_types(old.param_dtype, jnp.float32)), "attention": "plain"}
     maps = axis_maps(old, new, growth)
     logits = jax.jit(forward, static_argnums=0)
-    before, hidden = logits(old.replace(compute_dtype=dtype), old_params, tokens_BT, segments_BT, None)
+    before, hidden = logits(old.replace(**wide), old_params, tokens_BT, segments_BT, None)
     masks = masks_at_start(old, new, growth)
-    after, grown_hidden = logits(new.replace(compute_dtype=dtype), new_params, tokens_BT, segments_BT, masks)
+    after, grown_hidden = logits(new.replace(**wide), new_params, tokens_BT, segments_BT, masks)
 
     # A fresh layer adds nothing yet: its output is that of the last old layer below it.
     stands_for = np.arange(new.layers)
