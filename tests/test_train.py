@@ -187,7 +187,7 @@ def test_a_damaged_last_checkpoint_is_refused_and_the_one_before_leads_to_the_sa
     reference, recipe, tmp_path, monkeypatch, caplog
 ):
     _, report, expected = reference
-    monkeypatch.setattr(training, "Interrupts", lambda: StopAfter(30))
+    monkeypatch.setattr(training, "Interrupts", lambda: StopAfter(12))
     assert training.train(recipe, RUN, tmp_path / "run") is None
     monkeypatch.undo()
     newest = max((tmp_path / "run" / "checkpoints").glob("*/[0-9]*"), key=lambda p: p.stat().st_mtime)
@@ -223,7 +223,7 @@ def lowered(program, masked, rows=8):
 
 
 def test_after_the_ramp_the_masks_are_gone_from_the_program(recipe, data):
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     grown = resolve(recipe)[1]
     alone = resolve(dataclasses.replace(recipe, stages=(dataclasses.replace(grown.stage, growth=None),)))[0]
     texts = []
@@ -367,7 +367,7 @@ Run.checkpoint_every = 5
 Run.sample_tokens = 4
 small_52b.vocab = 264
 small_102b.vocab = 264
-Stage.batch_size = 4
+Stage.batch_size = 8
 a/Stage.name = 'a'
 a/Stage.model = @small_52b()
 a/Stage.steps = 40

@@ -23,7 +23,7 @@ def load_tensorflow() -> tuple[Any, Any]:
     Returns:
       The modules (tensorflow, seqio).
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up notes say nothing about the data
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its start-up notes say nothing about the data
     import seqio
     import tensorflow as tf
 
