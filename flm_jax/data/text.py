@@ -6,6 +6,7 @@ added or the folder moves.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -57,14 +58,14 @@ def heldout_border(names: Iterable[str], percent: float) -> int:
     return border
 
 
-class FileCorpus:
+class FileCorpus(abc.ABC):
     """One document a file; such corpora differ in which files, and in what an unreadable one means."""
 
     heldout_percent: float
 
+    @abc.abstractmethod
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
         """Every document's (name, path, UTF-8 bytes), sorted by name; empty files are left out."""
-        raise NotImplementedError
 
     def files(self, split: str) -> list[Path]:
         """The files of one split, sorted by name.

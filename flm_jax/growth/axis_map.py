@@ -2,7 +2,7 @@
 
 A span says where: the source of every new entry, and which of them are fresh. An operator (see `operators`) turns a
 span into an axis map, which says what: the weight of entries that are taken, and the content of fresh ones. Nothing
-here knows of parameters; a signature picks the rule (`AxisMap.rule`), and `grow` applies one map after another.
+here knows of parameters; a signature picks the rule (`AxisMap.rules`), and `grow` applies one map after another.
 """
 
 from __future__ import annotations
