@@ -99,6 +99,18 @@ def test_logits_of_an_untrained_model_have_muP_size_at_every_width():
     assert 0.35 < deviations[1] / deviations[0] < 0.7
 
 
+def test_a_norm_under_a_mask_is_the_norm_of_what_the_mask_lets_through():
+    """x * rsqrt(sum(m x^2) / width + eps) * scale * m (MSG, 2305.02869), also between 0 and 1."""
+    rng = np.random.default_rng(0)
+    x, scale = rng.normal(size=(2, 3, 6)).astype(np.float32), rng.uniform(0.5, 1.5, 6).astype(np.float32)
+    m = np.array([1, 1, 1, 1, 0.3, 0.3], np.float32)
+    cfg = small.config(embed=6, heads=1)
+    masks = model.Masks(embed_D=jnp.asarray(m), norm_width=jnp.float32(4.6))
+    found = model.RMSNorm(cfg).apply({"params": {"scale": scale}}, x, masks)
+    mean_square = (m * x * x).sum(-1, keepdims=True) / 4.6
+    np.testing.assert_allclose(found, x / np.sqrt(mean_square + cfg.norm_eps) * scale * m, rtol=1e-6)
+
+
 @pytest.mark.parametrize("chunks", [2, 6])
 def test_loss_in_chunks_is_the_loss(chunks):
     cfg = small.config()

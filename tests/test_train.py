@@ -216,6 +216,23 @@ def test_one_device_and_eight_give_the_same_loss(mesh, recipe):
     np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-5)
 
 
+def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(recipe):
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    batch = open_data(recipe.data).train().next(8)
+    # Parts must be weighted by what counts in them, not equally.
+    batch = batch._replace(weights_BT=batch.weights_BT * (np.arange(8)[:, None] % 3 > 0))
+    found = []
+    for parts in (1, 2, 4):
+        stage = dataclasses.replace(recipe.stages[0], accumulate=parts)
+        program = StageProgram(resolve(dataclasses.replace(recipe, stages=(stage,)))[0], mesh, 1)
+        with jax.set_mesh(mesh):
+            state = program.initialiser()(jax.random.key(0))
+            state, metrics = program.stepper(False)(state, training.put_batch(batch, mesh))
+        found.append((metrics.loss, metrics.grad_norm, state.params))
+    for other in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[0], other)
+
+
 def lowered(program, masked, rows=8):
     batch = open_data(program.stage_data).train().next(rows)
     with jax.set_mesh(program.mesh):
