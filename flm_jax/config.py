@@ -33,6 +33,8 @@ class ModelConfig:
       norm_eps: added to the mean square in RMSNorm.
       norm_width: the width that RMSNorm divides the sum of squares by. None: `embed`. Zero growth keeps the width it
         grew from here, which makes it exact at any ratio: the new entries are zero and add nothing to the sum.
+      head_width: the head width that scores are divided by the root of, and that rotary frequencies follow. None:
+        `head_dim`. A growth of `head_dim` keeps the width it grew from here, so that old pairs turn as they did.
       rope_theta: base of the rotary frequencies (half-split layout).
       input_mult: multiplies the embedding's output.
       output_mult: multiplies the logits, before division by `embed / base_width`.
@@ -56,6 +58,7 @@ class ModelConfig:
     tied: bool = False
     norm_eps: float = 1e-5
     norm_width: float | None = None
+    head_width: float | None = None
     rope_theta: float = 10_000.0
     input_mult: float = 1.0
     output_mult: float = 1.0
@@ -137,6 +140,11 @@ class ModelConfig:
     def effective_norm_width(self) -> float:
         """What RMSNorm divides the sum of squares by."""
         return float(self.embed if self.norm_width is None else self.norm_width)
+
+    @property
+    def effective_head_width(self) -> float:
+        """What scores are divided by the root of, and rotary frequencies follow."""
+        return float(self.h_dim if self.head_width is None else self.head_width)
 
     @property
     def logits_mult(self) -> float:

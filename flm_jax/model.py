@@ -30,6 +30,7 @@ class Masks(NamedTuple):
       embed_D: on the residual stream: whatever is written into it, and its norms.
       norm_width: (), what the norms divide by while `embed_D` ramps.
       heads_N: on the outputs of heads.
+      head_dim_H: on queries and on the outputs of heads.
       mlp_F: on the SwiGLU product.
       layers_L: on whole blocks: y = x + m (block(x) - x).
     """
@@ -37,6 +38,7 @@ class Masks(NamedTuple):
     embed_D: jax.Array | None = None
     norm_width: jax.Array | None = None
     heads_N: jax.Array | None = None
+    head_dim_H: jax.Array | None = None
     mlp_F: jax.Array | None = None
     layers_L: jax.Array | None = None
 
@@ -104,16 +106,18 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D), and this layer's slice of the cache with the new keys and values, if there is one."""
         cfg = self.cfg
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, parameter(self, cfg, "query", "embed -> heads head_dim"))
-        k_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "key", "embed -> kv_heads head_dim"))
+        k_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "key", "embed -> kv_heads head_dim*"))
         v_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "value", "embed -> kv_heads head_dim"))
-        q_BTNH = constrain(rotate(q_BTNH, shared.rotary), "batch", "time", "heads", "head_dim")
+        q_BTNH = masked(rotate(q_BTNH, shared.rotary), shared.masks.head_dim_H)
+        q_BTNH = constrain(q_BTNH, "batch", "time", "heads", "head_dim")
         k_BSKH = constrain(rotate(k_BSKH, shared.rotary), "batch", "time", "kv_heads", "head_dim")
         if cache is not None:
             start: Any = (0, shared.cache_length, 0, 0)
             k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH.astype(cache[0].dtype), start)
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), start)
             cache = (k_BSKH, v_BSKH)
-        o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, cfg.attention)
+        o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, cfg.effective_head_width, cfg.attention)
+        o_BTNH = masked(o_BTNH, shared.masks.head_dim_H)
         if shared.masks.heads_N is not None:
             o_BTNH = masked(o_BTNH, shared.masks.heads_N[:, None])
         y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, parameter(self, cfg, "out", "heads head_dim -> embed"))
@@ -211,11 +215,12 @@ class Transformer(nn.Module):
             positions = time + length
             keys_1S = jnp.arange(cache.key_LBSKH.shape[2], dtype=jnp.int32)[None]
             mask_BTS = attention_mask(positions, keys_1S, jnp.zeros_like(positions), jnp.zeros_like(keys_1S))
-        rotary = rotary_tables(positions, cfg.h_dim, cfg.rope_theta, cfg.compute)
+        rotary = rotary_tables(positions, cfg.h_dim, cfg.effective_head_width, cfg.rope_theta, cfg.compute)
         # The table is gathered over the width before the look-up, so that rows come out as the batch is split.
         table_VD = constrain(self.embedding_VD, "vocab", "residual")
         x_BTD = masked(table_VD[tokens_BT] * cfg.input_mult, masks.embed_D)
         x_BTD = constrain(x_BTD, "batch", "time", "residual")
+        self.sow("intermediates", "embedded_BTD", x_BTD)
         shared = Shared(rotary, mask_BTS, masks, length)
         x_BTD, layer_cache = self.blocks(x_BTD, masks.layers_L, layer_cache, shared)
         if cache is not None:

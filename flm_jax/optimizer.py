@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
+from flm_jax.growth.frame import Frame, in_frame
 from flm_jax.sharding import param_shardings, replicated
 
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
@@ -88,34 +89,41 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([part for _, part in parts], ends)
 
 
-def scale_by_width(signatures: Any, model: ModelConfig) -> optax.GradientTransformation:
-    """Divides the updates of matrix-like parameters by their width multiplier (muP for Adam, 2203.03466, Table 8)."""
+def scale_by_width(width_mults: Any) -> optax.GradientTransformation:
+    """Divides every parameter's updates by its width multiplier (muP for Adam, 2203.03466, Table 8)."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         del params
-        scaled = jax.tree.map(
-            lambda sig, u: u / sig.width_mult(model.sizes, model.base_sizes) if sig.is_matrix_like else u,
-            signatures,
-            updates,
-        )
-        return scaled, state
+        return jax.tree.map(lambda mult, u: u if mult == 1 else u / mult, width_mults, updates), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def optimizer(cfg: OptimizerConfig, model: ModelConfig, signatures: Any) -> optax.GradientTransformation:
+def optimizer(
+    cfg: OptimizerConfig, model: ModelConfig, signatures: Any, frame: Frame | None = None
+) -> optax.GradientTransformation:
     """AdamW up to its sign and rate: the parameters' step is minus the rate times what this returns.
 
     Weight decay is added after muP's division, which is the published rule (decay times the width multiplier) under a
     rate divided by it: every decaying parameter shrinks by the same fraction a step, whatever its width.
+
+    Args:
+      cfg: how.
+      model: whose widths muP goes by.
+      signatures: of its parameters.
+      frame: after a growth that AdamW goes on through exactly, how it sees them.
     """
+    if frame is None:
+        mults = jax.tree.map(lambda sig: sig.width_mult(model.sizes, model.base_sizes), signatures)
+    else:
+        mults = jax.tree.map(lambda view: view.width_mult, frame)
     decays = jax.tree.map(lambda sig: sig.decays, signatures)
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
+    steps = optax.chain(
         optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
-        scale_by_width(signatures, model),
+        scale_by_width(mults),
         optax.add_decayed_weights(cfg.weight_decay, mask=decays) if cfg.weight_decay else optax.identity(),
     )
+    return in_frame(steps, frame, cfg.clip)
 
 
 def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: Any, mesh: Mesh) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ refused. A run's settings, such as the mesh or how often to save, may change fro
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from typing import Any
 
 from flm_jax.config import ModelConfig
 from flm_jax.data.source import DataConfig
-from flm_jax.growth.grow import Growth, axis_maps, grown_config, mask_flags
+from flm_jax.growth.frame import Frame, frame
+from flm_jax.growth.plan import Growth, grown_config, ramp_steps
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.sharding import MeshConfig
 
@@ -128,7 +130,14 @@ class ResolvedStage:
         """Steps at the start of the stage that run with masks."""
         if self.stage.growth is None or self.before is None:
             return 0
-        return self.stage.growth.ramp_steps if mask_flags(self.before.cfg, self.cfg, self.stage.growth) else 0
+        return ramp_steps(self.before.cfg, self.cfg, self.stage.growth)
+
+    @functools.cached_property
+    def frame(self) -> Frame | None:
+        """How the optimizer sees parameters and gradients, after growths that it goes on through exactly."""
+        if self.stage.growth is None or self.before is None:
+            return None
+        return frame(self.before.cfg, self.cfg, self.stage.growth, self.before.frame)
 
 
 def _check_at_least(config: Any, least: int, *names: str) -> None:
@@ -176,14 +185,11 @@ def _resolve_model(stage: Stage, before: ResolvedStage | None) -> Stage:
     if stage.growth is None:
         raise ValueError(f"it follows {before.stage.name!r} and must say how it grows: give it a Growth.")
     model = grown_config(before.cfg, stage.model, stage.growth)
-    masked = mask_flags(before.cfg, model, stage.growth)
-    if masked and not 0 < stage.growth.ramp_steps <= stage.steps:
+    ramp = ramp_steps(before.cfg, model, stage.growth)
+    if ramp > stage.steps:
         raise ValueError(
-            f"its growth masks {', '.join(masked)}; ramp_steps={stage.growth.ramp_steps} must lie between 1 and the "
-            f"stage's {stage.steps} steps, so that the masks are gone at its end."
+            f"its masks ramp over {ramp} steps, delays included, of its {stage.steps}: they must be gone at its end."
         )
-    if not masked and stage.growth.ramp_steps and axis_maps(before.cfg, model, stage.growth):
-        raise ValueError(f"ramp_steps={stage.growth.ramp_steps}, but growing by {stage.growth.name} masks nothing.")
     return dataclasses.replace(stage, model=model)
 
 

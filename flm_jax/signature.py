@@ -27,6 +27,7 @@ class Kind(enum.Enum):
 
     RESIDUAL = "residual"  # the stream that blocks write into and read through a norm
     INNER = "inner"  # lives between a writer and a reader inside one block
+    PAIRED = "paired"  # inner, and rotated in pairs whose frequencies depend on where they stand
     STACK = "stack"  # blocks, one after the other
     OUTSIDE = "outside"  # fixed by the data
 
@@ -35,7 +36,7 @@ KINDS: Mapping[str, Kind] = {
     "embed": Kind.RESIDUAL,
     "heads": Kind.INNER,
     "kv_heads": Kind.INNER,
-    "head_dim": Kind.INNER,
+    "head_dim": Kind.PAIRED,
     "mlp": Kind.INNER,
     "layers": Kind.STACK,
     "vocab": Kind.OUTSIDE,
@@ -54,16 +55,23 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True)
 class Signature:
-    """What one parameter reads, writes or scales, by axis names; `stacked` when there is one slice a layer."""
+    """What one parameter reads, writes or scales, by axis names; `stacked` when there is one slice a layer.
+
+    `meets` names the written axes on which the product is contracted with what another parameter wrote, so that this
+    side is the one that reads: a score is the query's entries, read by the key's.
+    """
 
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     gains: tuple[str, ...] = ()
     stacked: bool = False
+    meets: frozenset[str] = frozenset()
 
     @classmethod
     def parse(cls, text: str) -> Signature:
         """Parses ``"embed -> heads head_dim"``, ``"embed"`` (a gain), or ``"layers: embed -> mlp"`` (stacked).
+
+        A star marks a written axis that meets another's: ``"embed -> kv_heads head_dim*"`` for keys.
 
         Raises:
             ValueError: an axis has no entry in `KINDS`, or the arrow is misplaced.
@@ -75,6 +83,8 @@ class Signature:
                 raise ValueError(f"Signature {text!r}: only {STACK_AXIS!r} may stand before a colon.")
             stacked = True
         sides = [tuple(side.split()) for side in body.split("->")]
+        meets = frozenset(axis[:-1] for axis in sides[-1] if axis.endswith("*") and len(sides) == 2)
+        sides[-1] = tuple(axis.removesuffix("*") if axis[:-1] in meets else axis for axis in sides[-1])
         if len(sides) > 2 or not any(sides):
             raise ValueError(f"Signature {text!r}: expected 'reads -> writes', or axis names alone for a gain.")
         for axis in (axis for side in sides for axis in side):
@@ -83,10 +93,11 @@ class Signature:
                 raise ValueError(f"Signature {text!r}: unknown axis {axis!r}; known axes are {known}.")
         if len(sides) == 1:
             return cls(gains=sides[0], stacked=stacked)
-        return cls(reads=sides[0], writes=sides[1], stacked=stacked)
+        return cls(reads=sides[0], writes=sides[1], stacked=stacked, meets=meets)
 
     def __str__(self) -> str:
-        body = " ".join(self.gains) if self.gains else f"{' '.join(self.reads)} -> {' '.join(self.writes)}"
+        writes = (f"{axis}*" if axis in self.meets else axis for axis in self.writes)
+        body = " ".join(self.gains) if self.gains else f"{' '.join(self.reads)} -> {' '.join(writes)}"
         return f"{STACK_AXIS}: {body}" if self.stacked else body
 
     def stack(self, stacked: bool = True) -> Signature:
@@ -112,12 +123,12 @@ class Signature:
             return Role.GAIN
         if KINDS[axis] is Kind.STACK:
             return Role.WRITER if any(KINDS[a] is Kind.RESIDUAL for a in self.writes) else Role.READER
-        return Role.READER if axis in self.reads else Role.WRITER
+        return Role.READER if axis in self.reads or axis in self.meets else Role.WRITER
 
     @property
     def is_matrix_like(self) -> bool:
         """Whether both sides grow with the model's width (muP, 2203.03466, Table 8); else it is vector-like."""
-        inside = (Kind.RESIDUAL, Kind.INNER)
+        inside = (Kind.RESIDUAL, Kind.INNER, Kind.PAIRED)
         return all(any(KINDS[a] in inside for a in side) for side in (self.reads, self.writes))
 
     @property

@@ -11,8 +11,9 @@ from flax import struct
 from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth import masks as growth_masks
-from flm_jax.growth.grow import grow, grow_optimizer, mask_flags
+from flm_jax.growth.frame import new_entries, rate_of_new, scale_new
+from flm_jax.growth.grow import grow, grow_optimizer
+from flm_jax.growth.plan import masks_at
 from flm_jax.loss import loss_sum
 from flm_jax.model import Masks, Params, declared, init_params
 from flm_jax.optimizer import optimizer, schedule, state_shardings
@@ -63,7 +64,7 @@ class StageProgram:
                 f"accumulate = {shards * stage.stage.accumulate}."
             )
         self.shapes, self.signatures = declared(stage.cfg)
-        self.tx = optimizer(stage.stage.optimizer, stage.cfg, self.signatures)
+        self.tx = optimizer(stage.stage.optimizer, stage.cfg, self.signatures, stage.frame)
         opt_shapes, opt_shardings = state_shardings(self.tx, self.signatures, self.shapes, mesh)
         shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), self.shapes, opt_shapes)
         params = param_shardings(self.signatures, self.shapes, mesh)
@@ -90,7 +91,7 @@ class StageProgram:
             return TrainState(
                 step=jnp.zeros((), jnp.int32),
                 params=grow(state.params, old, new, plan, key),
-                opt_state=grow_optimizer(state.opt_state, old, new, plan),
+                opt_state=grow_optimizer(state.opt_state, old, new, plan, before.frame, self.stage.frame),
             )
 
         return jax.jit(grow_state, out_shardings=self.shardings)
@@ -101,9 +102,16 @@ class StageProgram:
             return None
         before, plan = self.stage.before, self.stage.stage.growth
         assert before is not None and plan is not None
-        widths = (before.cfg.effective_norm_width, self.stage.cfg.effective_norm_width)
-        value = growth_masks.ramp(step, self.stage.ramp_steps)
-        return growth_masks.at(mask_flags(before.cfg, self.stage.cfg, plan), value, widths)
+        return masks_at(before.cfg, self.stage.cfg, plan, step)
+
+    def _paced(self, updates: Params, state: TrainState) -> Params:
+        """The optimizer's steps, those of new entries at their own rate if the growth gives them one."""
+        before, plan, cfg = self.stage.before, self.stage.stage.growth, self.stage.stage.optimizer
+        if before is None or plan is None or plan.optimizer != "asymmetric":
+            return updates
+        count = optax.tree_utils.tree_get(state.opt_state, "count")
+        factor = rate_of_new(plan, state.step, count, cfg.b1, cfg.b2)
+        return scale_new(updates, new_entries(before.cfg, self.stage.cfg, plan), factor)
 
     def stepper(self, masked: bool) -> Any:
         """Jitted: state, batch -> the next state (the given one is donated) and metrics.
@@ -117,7 +125,7 @@ class StageProgram:
             loss, grads = _accumulated(cfg, state.params, batch, masks, self.chunks, parts)
             updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
             rate = jnp.asarray(self.rate(state.step), jnp.float32)
-            updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
+            updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, self._paced(updates, state))
             grad_norm = optax.tree.norm(grads)
             good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             params, opt_state = jax.tree.map(
@@ -131,12 +139,18 @@ class StageProgram:
                 update_norm=optax.tree.norm(updates),
                 param_norm=optax.tree.norm(state.params),
                 learning_rate=rate,
-                mask=growth_masks.ramp(state.step, self.stage.ramp_steps) if masked else jnp.ones(()),
+                mask=_lowest(masks),
                 bad=1.0 - good,
             )
             return TrainState(state.step + 1, params, opt_state), metrics
 
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+
+
+def _lowest(masks: Masks | None) -> jax.Array:
+    """Where the entries stand that have come least far."""
+    flags = [] if masks is None else [m for m in masks._replace(norm_width=None) if m is not None]
+    return jnp.min(jnp.concatenate([*flags, jnp.ones(1)]))
 
 
 def _accumulated(

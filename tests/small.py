@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from flm_jax import model
 from flm_jax.config import ModelConfig
+from flm_jax.signature import KINDS
 
 VOCAB = 61
 
@@ -49,9 +50,9 @@ def params(cfg: ModelConfig, seed: int = 0):
 
 
 @st.composite
-def growths(draw, axes=("embed", "mlp", "heads", "kv_heads", "layers"), **fixed):
+def growths(draw, axes=tuple(KINDS), multiples=False, **fixed):
     """A pair of configurations: any subset of axes grows, at any ratio; grouped queries, tied embeddings included."""
-    kv, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    kv, group = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3, 4]))
     old = dict(
         embed=draw(st.integers(3, 20)) * 2,
         layers=draw(st.integers(1, 3)),
@@ -60,18 +61,26 @@ def growths(draw, axes=("embed", "mlp", "heads", "kv_heads", "layers"), **fixed)
         heads=kv * group,
         head_dim=draw(st.sampled_from([2, 4, 6])),
         tied=draw(st.booleans()),
+        vocab=VOCAB,
         **fixed,
     )
-    grown = draw(st.sets(st.sampled_from(axes), min_size=1))
+    grown = draw(st.sets(st.sampled_from(sorted(axes)), min_size=1))
     new = dict(old)
-    for axis in ("embed", "mlp", "layers"):
+    for axis, most, step in (("embed", 2, 1), ("mlp", 2, 1), ("layers", 2, 1), ("head_dim", 1, 2), ("vocab", 1, 1)):
         if axis in grown:
-            new[axis] = old[axis] + draw(st.integers(1, 2 * old[axis]))
-    new_kv = kv + (draw(st.integers(1, 2)) if "kv_heads" in grown else 0)
-    new_group = group + (draw(st.integers(1, 2)) if "heads" in grown else 0)
+            most *= old[axis]
+            new[axis] = (
+                draw(st.integers(2, 3)) * old[axis]
+                if multiples
+                else old[axis] + step * draw(st.integers(1, max(most // step, 1)))
+            )
+    # Key heads may be divided among their queries before any are added.
+    parts = draw(st.sampled_from([n for n in (1, 2, 3) if group % n == 0])) if "kv_heads" in grown else 1
+    more_kv, more_group = (draw(st.integers(1, 2)) if axis in grown else 0 for axis in ("kv_heads", "heads"))
+    new_kv, new_group = kv * parts, group // parts
+    if multiples:
+        new_kv, new_group = new_kv * (1 + more_kv), new_group * (1 + more_group * (parts == 1))
+    else:
+        new_kv, new_group = new_kv + more_kv, new_group + more_group * (parts == 1)
     new |= dict(kv_heads=new_kv, heads=new_kv * new_group)
-    before = config(**old)
-    after = config(**new)
-    if before.tied:
-        after = after.replace(output_mult=before.logits_mult * after.embed / after.base_width)
-    return before, after
+    return config(**old), config(**new)

@@ -67,7 +67,7 @@ def test_scan_equals_a_python_loop_over_blocks():
     x = params["embedding"][tokens]
     # Layer by layer: a one-layer model whose final norm and head are left out.
     shared = model.Shared(
-        model.rotary_tables(jnp.arange(10)[None], cfg.head_dim, cfg.rope_theta, cfg.compute),
+        model.rotary_tables(jnp.arange(10)[None], cfg.head_dim, cfg.head_dim, cfg.rope_theta, cfg.compute),
         model.attention_mask(*[jnp.arange(10)[None]] * 2, *[jnp.zeros((1, 10), int)] * 2),
         model.Masks(),
         None,

@@ -299,7 +299,11 @@ def test_an_unmasked_growth_of_nothing_and_other_impossible_recipes(recipe):
         ((first, grow(second, growth=None)), "Stage 'second': it follows 'first' and must say how it grows"),
         (
             (first, grow(second, growth=Growth("mask"))),
-            r"ramp_steps=0 must lie between 1 and the stage's 8 steps",
+            r"ramp_steps=0 on embed: give the ramp at least one step",
+        ),
+        (
+            (first, grow(second, growth=Growth("mask", ramp_steps=6, ramp_delay=3))),
+            "its masks ramp over 9 steps, delays included, of its 8",
         ),
         (
             (first, grow(second, growth=Growth("zero", ramp_steps=3))),

@@ -7,23 +7,18 @@
 >>> compare(old, params, new, new_params, plan, tokens_BT).max_rel_logit_diff
 """
 
-from flm_jax.growth.grow import (
-    Growth,
-    axis_maps,
-    grow,
-    grow_moments,
-    grow_optimizer,
-    grown_config,
-    mask_flags,
-)
+from flm_jax.growth.grow import grow, grow_moments, grow_optimizer
+from flm_jax.growth.masks import Ramp
 from flm_jax.growth.operators import REGISTRY, Operator, register
-from flm_jax.growth.verify import GrowthError, Verification, compare, masks_at_start
+from flm_jax.growth.plan import Growth, axis_maps, grown_config, mask_flags, masks_at, promises
+from flm_jax.growth.verify import GrowthError, Verification, compare
 
 __all__ = [
     "REGISTRY",
     "Growth",
     "GrowthError",
     "Operator",
+    "Ramp",
     "Verification",
     "axis_maps",
     "compare",
@@ -32,6 +27,7 @@ __all__ = [
     "grow_optimizer",
     "grown_config",
     "mask_flags",
-    "masks_at_start",
+    "masks_at",
+    "promises",
     "register",
 ]

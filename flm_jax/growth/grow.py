@@ -1,4 +1,4 @@
-"""Growing: old shapes to new shapes, for parameters, moments and masks, as pure functions of signatures.
+"""Growing: old shapes to new shapes, for parameters and moving averages, as pure functions of signatures.
 
 One function serves arrays on one device, arrays on a mesh (under jit, with the target's shardings) and a notebook:
 
@@ -8,11 +8,9 @@ One function serves arrays on one device, arrays on a mesh (under jit, with the 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,118 +19,14 @@ import numpy as np
 import optax
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth import depth, operators
-from flm_jax.growth.axis_map import AxisMap, Span, append, nested
-from flm_jax.growth.masks import FIELDS
+from flm_jax.growth.axis_map import AxisMap, Rule, Span
+from flm_jax.growth.frame import Frame, into_frame, out_of_frame
+from flm_jax.growth.plan import Growth, axis_maps
 from flm_jax.model import Params, declared
 from flm_jax.signature import Signature, draw
 
-AXES = ("embed", "heads", "kv_heads", "mlp", "layers")
-# What may differ between two stages besides the axes: numerics and multipliers, which growth accounts for.
-MULTIPLIERS = ("norm_width", "output_mult", "input_mult", "init_std", "init_std_vector")
-NUMERICS = ("compute_dtype", "remat", "attention", "scan_unroll")
-FREE_FIELDS = frozenset(MULTIPLIERS + NUMERICS)
-
-
-@dataclass(frozen=True)
-class Growth:
-    """How to grow.
-
-    Attributes:
-      method: operator for every axis that `methods` does not name.
-      methods: operator by axis.
-      depth: where new layers go: interleave, top or stack.
-      ramp_steps: steps over which masks rise from 0 to 1 (methods that mask).
-      optimizer: carry (old entries keep Adam's moments, new ones start at 0) or fresh (all start at 0).
-    """
-
-    method: str = "zero"
-    methods: Mapping[str, str] = field(default_factory=dict)
-    depth: str = "interleave"
-    ramp_steps: int = 0
-    optimizer: str = "carry"
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in ("carry", "fresh"):
-            raise ValueError(f"Growth.optimizer={self.optimizer!r}: use carry or fresh.")
-        for axis in self.methods:
-            if axis not in AXES:
-                raise ValueError(f"Growth.methods names axis {axis!r}; the axes that grow are {', '.join(AXES)}.")
-        for name in (self.method, *self.methods.values()):
-            operators.lookup(name)
-
-    def method_of(self, axis: str) -> str:
-        """The operator that grows `axis`."""
-        return self.methods.get(axis, self.method)
-
-    @property
-    def name(self) -> str:
-        """The method in one line, for reports: ``mask``, or ``zero, layers by mask``."""
-        others = [f"{axis} by {name}" for axis, name in self.methods.items() if name != self.method]
-        return ", ".join([self.method, *others])
-
-
-def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, AxisMap]:
-    """The map of every axis whose size changes, by its name.
-
-    Raises:
-        ValueError: something changes that growth does not cover, an axis shrinks, or query heads cannot be regrouped.
-    """
-    for f in dataclasses.fields(ModelConfig):
-        before, after = getattr(old, f.name), getattr(new, f.name)
-        if f.name not in (*AXES, *FREE_FIELDS) and before != after:
-            raise ValueError(
-                f"ModelConfig.{f.name} changes from {before!r} to {after!r}; growth covers {', '.join(AXES)}, "
-                f"so {f.name} must stay as it is."
-            )
-    spans = {axis: append(axis, old.sizes[axis], new.sizes[axis]) for axis in ("embed", "kv_heads", "mlp")}
-    spans["layers"] = depth.place(old.layers, new.layers, growth.depth)
-    spans["heads"] = _query_heads(old, new, spans["kv_heads"])
-    return {
-        axis: operators.lookup(growth.method_of(axis), axis).map(span)
-        for axis, span in spans.items()
-        if span.new != span.old
-    }
-
-
-def _query_heads(old: ModelConfig, new: ModelConfig, kv_heads: Span) -> Span:
-    before, after = old.heads // old.k_heads, new.heads // new.k_heads
-    append("heads", old.heads, new.heads)
-    if after < before:
-        raise ValueError(
-            f"Growing heads {old.heads} -> {new.heads} with kv_heads {old.k_heads} -> {new.k_heads} would leave "
-            f"{after} queries a key head where there were {before}: some would lose the key head they read. Keep at "
-            f"least {before} a key head, such as heads={before * new.k_heads} or kv_heads={new.heads // before}."
-        )
-    return nested("heads", kv_heads, append("queries a key head", before, after))
-
-
-def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> ModelConfig:
-    """The configuration that the grown model really has: `target`, with the norm width that the method keeps.
-
-    Raises:
-        ValueError: tied embeddings whose effective multipliers would change, since no parameter could absorb that.
-    """
-    embed = axis_maps(old, target, growth).get("embed")
-    if embed is None or embed.keeps_norm_width:
-        kept = old.effective_norm_width
-        target = target.replace(norm_width=None if kept == target.embed else kept)
-    for name, before, after in (
-        ("input_mult", old.input_mult, target.input_mult),
-        ("output_mult", old.logits_mult, target.logits_mult),
-    ):
-        if target.tied and not np.isclose(before, after, rtol=1e-12, atol=0):
-            right = getattr(target, name) * before / after
-            raise ValueError(
-                f"Tied embeddings: the effective {name} changes from {before:g} to {after:g}, and no parameter can "
-                f"absorb that alone; set {name}={right:g} in the grown model."
-            )
-    return target
-
-
-def mask_flags(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, np.ndarray]:
-    """By axis, (size,) bool: the fresh entries that start behind a mask."""
-    return {axis: m.span.fresh for axis, m in axis_maps(old, new, growth).items() if m.masked and axis in FIELDS}
+# Noise in copies, in standard deviations of an initialisation.
+NOISE = 0.1
 
 
 def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key: jax.Array) -> Params:
@@ -157,32 +51,65 @@ def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         fresh = draw(signature, leaf_key, like.shape, std=new.std(signature), dtype=like.dtype)
         fold = old.forward_mult(signature) / new.forward_mult(signature)
-        return _grow_leaf(value, signature, maps, fresh, lambda rule: rule.scale, fold).astype(like.dtype)
+        value = _take(value if fold == 1 else value * fold, signature, maps, lambda rule: rule.scale)
+        value = value + _cancelling(fresh, signature, maps)
+        drawn = _where(signature, maps, lambda rule: rule.fill == "draw")
+        silent = _where(signature, maps, lambda rule: rule.fill == "zero")
+        # One vector an axis: what is new in any of them is combined on the device, never as an array on the host.
+        value = functools.reduce(lambda x, is_new: jnp.where(is_new, fresh, x), drawn, value)
+        value = functools.reduce(lambda x, is_new: jnp.where(is_new, jnp.zeros((), x.dtype), x), silent, value)
+        return value.astype(like.dtype)
 
-    return _map_params(one, params, old, new)
+    return map_params(one, params, old, new)
 
 
 def grow_moments(moments: Params, old: ModelConfig, new: ModelConfig, growth: Growth, power: int) -> Params:
     """A moving average of gradients to some power (Adam's first moment: 1, second: 2), by the dual of the same maps.
 
-    Fresh entries, copied layers among them, start at 0.
+    Copies take over the average of their source, which is what theirs would be. Where the method cannot say what it
+    would be, and everywhere new with ``growth.optimizer == "asymmetric"``, it starts at 0. An average of parameters
+    grows as parameters do, by `grow`.
+
+    Raises:
+        ValueError: as `grow`.
     """
     maps = axis_maps(old, new, growth)
+    forget = growth.optimizer == "asymmetric"
 
     def one(path: str, value: jax.Array, signature: Signature, like: jax.ShapeDtypeStruct) -> jax.Array:
-        del path
+        del path, like
         fold = (new.forward_mult(signature) / old.forward_mult(signature)) ** power
-        nothing = jnp.zeros(like.shape, value.dtype)
-        return _grow_leaf(value, signature, maps, nothing, lambda rule: rule.dual**power, fold, copies=False)
+        value = _take(value if fold == 1 else value * fold, signature, maps, lambda rule: np.power(rule.dual, power))
+        unknown = _where(signature, maps, lambda rule: forget or rule.fill != "copy" or rule.from_above)
+        return functools.reduce(lambda x, is_new: jnp.where(is_new, jnp.zeros((), x.dtype), x), unknown, value)
 
-    return _map_params(one, moments, old, new)
+    return map_params(one, moments, old, new)
 
 
-def grow_optimizer(state: Any, old: ModelConfig, new: ModelConfig, growth: Growth) -> Any:
+def grow_optimizer(
+    state: Any,
+    old: ModelConfig,
+    new: ModelConfig,
+    growth: Growth,
+    before: Frame | None = None,
+    after: Frame | None = None,
+) -> Any:
     """The optimizer's state for the grown model: Adam's moments by `grow_moments`, its count as it was.
 
     With ``growth.optimizer == "fresh"`` moments and count are those of a first step.
+
+    Args:
+      state: of the old model's optimizer.
+      old: the configuration before.
+      new: the configuration after.
+      growth: how.
+      before: the frame that the old moments are in (see `frame`).
+      after: the frame that the new ones shall be in.
     """
+
+    def moved(moments: Params, power: int) -> Params:
+        moments = out_of_frame(moments, before, power)
+        return into_frame(grow_moments(moments, old, new, growth, power), after, power)
 
     def one(part: Any) -> Any:
         if not isinstance(part, optax.ScaleByAdamState):
@@ -191,15 +118,12 @@ def grow_optimizer(state: Any, old: ModelConfig, new: ModelConfig, growth: Growt
             shapes, _ = declared(new)
             zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
             return part._replace(count=jnp.zeros_like(part.count), mu=zeros, nu=zeros)
-        return part._replace(
-            mu=grow_moments(part.mu, old, new, growth, power=1),
-            nu=grow_moments(part.nu, old, new, growth, power=2),
-        )
+        return part._replace(mu=moved(part.mu, 1), nu=moved(part.nu, 2))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
 
 
-def _map_params(function: Any, tree: Params, old: ModelConfig, new: ModelConfig) -> Params:
+def map_params(function: Any, tree: Params, old: ModelConfig, new: ModelConfig) -> Params:
     """Maps (path, leaf, signature, target shape) over the parameters, after checking that they are those of `old`."""
     shapes, signatures = declared(old)
     likes, _ = declared(new)
@@ -219,32 +143,60 @@ def _map_params(function: Any, tree: Params, old: ModelConfig, new: ModelConfig)
     )
 
 
-def _grow_leaf(
+def _grown_axes(signature: Signature, maps: Mapping[str, AxisMap]) -> list[tuple[int, Span, Rule]]:
+    """The dimensions of an array that grow, the last one first: layers, which others may look up, come last."""
+    return [
+        (dim, maps[axis].span, maps[axis].rules[signature.role(axis)])
+        for dim, axis in reversed(list(enumerate(signature.axes)))
+        if axis in maps
+    ]
+
+
+def _along(vector: np.ndarray, dim: int, ndim: int) -> np.ndarray:
+    """A vector, shaped to broadcast along one dimension."""
+    return vector.reshape((1,) * dim + (-1,) + (1,) * (ndim - dim - 1))
+
+
+def _take(
     value: jax.Array,
     signature: Signature,
     maps: Mapping[str, AxisMap],
-    fresh: jax.Array,
-    weight: Any,
-    fold: float,
-    copies: bool = True,
+    weight: Callable[[Rule], float | np.ndarray],
 ) -> jax.Array:
-    """One array along all its grown axes: taken and weighted where old, `fresh` or 0 where new."""
-    drawn: list[np.ndarray] = []
-    silent: list[np.ndarray] = []
-    value = value if fold == 1 else value * fold
-    for dim, axis in enumerate(signature.axes):
-        if axis not in maps:
-            continue
-        span, rule = maps[axis].span, maps[axis].rules[signature.role(axis)]
-        along = (1,) * dim + (span.new,) + (1,) * (len(signature.axes) - dim - 1)
-        value = jnp.take(value, span.source, axis=dim)
+    """An array at its new shape: every entry taken from its source and weighted."""
+    ndim = value.ndim
+    for dim, span, rule in _grown_axes(signature, maps):
+        is_new = _along(span.fresh, dim, ndim)
+        taken = jnp.take(value, span.source, axis=dim)
+        if rule.from_above and signature.stacked:
+            above = jnp.concatenate([value[1:], value[-1:]])
+            taken = jnp.where(is_new, jnp.take(above, span.source, axis=dim), taken)
+        if rule.fill == "mean":
+            taken = jnp.where(is_new, jnp.mean(value, axis=dim, keepdims=True), taken)
         scale = weight(rule)
         if not np.all(scale == 1):
-            value = value * np.broadcast_to(scale, span.new).reshape(along).astype(value.dtype)
-        if rule.fill == "zero":
-            silent.append(span.fresh.reshape(along))
-        elif rule.fill == "draw" or not copies:
-            drawn.append(span.fresh.reshape(along))
-    # One vector an axis: what is new in any of them is combined on the device, never as a whole array on the host.
-    value = functools.reduce(lambda x, is_new: jnp.where(is_new, fresh, x), drawn, value)
-    return functools.reduce(lambda x, is_new: jnp.where(is_new, jnp.zeros((), x.dtype), x), silent, value)
+            taken = taken * _along(np.broadcast_to(scale, span.new), dim, ndim).astype(taken.dtype)
+        value = taken
+    return value
+
+
+def _where(signature: Signature, maps: Mapping[str, AxisMap], holds: Callable[[Rule], bool]) -> list[np.ndarray]:
+    """By grown dimension whose rule `holds`: which entries are fresh, shaped to broadcast."""
+    ndim = len(signature.axes)
+    return [_along(span.fresh, dim, ndim) for dim, span, rule in _grown_axes(signature, maps) if holds(rule)]
+
+
+def _cancelling(fresh: jax.Array, signature: Signature, maps: Mapping[str, AxisMap]) -> jax.Array | float:
+    """Noise that the copies of each entry cancel, given the sizes c of what they meet: sum(c noise) = 0 over copies."""
+    total: jax.Array | float = 0.0
+    for dim, span, rule in _grown_axes(signature, maps):
+        if rule.noise is None:
+            continue
+        group = span.source if span.group is None else span.group
+        moved = jnp.moveaxis(fresh, dim, -1)
+        size = np.bincount(group, weights=rule.noise**2)[group]
+        c, weight = (_along(v, fresh.ndim - 1, fresh.ndim).astype(fresh.dtype) for v in (rule.noise, rule.noise / size))
+        met = jnp.zeros((*moved.shape[:-1], int(group.max()) + 1), moved.dtype).at[..., group].add(moved * c)
+        noise = moved - jnp.take(met, group, axis=-1) * weight
+        total = total + NOISE * jnp.moveaxis(noise, -1, dim)
+    return total

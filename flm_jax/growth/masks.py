@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +12,63 @@ import numpy as np
 from flm_jax.model import Masks
 
 # What is masked, by the axis that grew. New key heads serve only new query heads, whose outputs are masked already.
-FIELDS = {"embed": "embed_D", "heads": "heads_N", "mlp": "mlp_F", "layers": "layers_L"}
+FIELDS = {
+    "embed": "embed_D",
+    "heads": "heads_N",
+    "head_dim": "head_dim_H",
+    "mlp": "mlp_F",
+    "layers": "layers_L",
+}
+SHAPES = ("linear", "cosine")
 
 
-def ramp(step: jax.Array | int, steps: int) -> jax.Array:
-    """The mask of new entries after `step` steps of a linear ramp over `steps`, in [0, 1]."""
-    return jnp.clip(jnp.asarray(step, jnp.float32) / max(steps, 1), 0.0, 1.0)
+@dataclass(frozen=True)
+class Ramp:
+    """How masks rise from 0 to 1.
+
+    Attributes:
+      steps: of the rise.
+      delay: steps at 0 before it. At 0 nothing new has a gradient: a delay is for axes that rise after others.
+      shape: linear (MSG, 2305.02869) or cosine (slow at both ends).
+    """
+
+    steps: int = 0
+    delay: int = 0
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise ValueError(f"Ramp.shape={self.shape!r}: use one of {', '.join(SHAPES)}.")
+        if self.steps < 0 or self.delay < 0:
+            raise ValueError(f"Ramp.steps={self.steps} and Ramp.delay={self.delay} must not be negative.")
+
+    @property
+    def end(self) -> int:
+        """The step from which on the mask is 1."""
+        return self.delay + self.steps
+
+    def at(self, step: jax.Array | int) -> jax.Array:
+        """The mask of new entries after `step` steps, in [0, 1]."""
+        part = jnp.clip((jnp.asarray(step, jnp.float32) - self.delay) / max(self.steps, 1), 0.0, 1.0)
+        return part if self.shape == "linear" else 0.5 - 0.5 * jnp.cos(jnp.pi * part)
 
 
 def at(
-    fresh: Mapping[str, jax.Array | np.ndarray], value: jax.Array | float, norm_widths: tuple[float, float]
+    fresh: Mapping[str, jax.Array | np.ndarray],
+    values: Mapping[str, jax.Array | float],
+    norm_widths: tuple[float, float] | None = None,
 ) -> Masks:
-    """The masks when new entries stand at `value`.
+    """The masks when new entries have come so far.
 
     Args:
       fresh: by axis, (size,) bool, which of its entries are new and masked.
-      value: () in [0, 1].
-      norm_widths: what norms divide by when `value` is 0 and when it is 1.
+      values: by axis, () in [0, 1]: where its new entries stand; for norm widths, that of `embed`.
+      norm_widths: what norms divide by when that is 0 and when it is 1; None: it does not change.
     """
-    fields = {FIELDS[axis]: 1.0 - jnp.asarray(flags, jnp.float32) * (1.0 - value) for axis, flags in fresh.items()}
-    if "embed" in fresh:
+    fields = {
+        FIELDS[axis]: 1.0 - jnp.asarray(flags, jnp.float32) * (1.0 - values[axis]) for axis, flags in fresh.items()
+    }
+    if norm_widths is not None:
         before, after = norm_widths
-        fields["norm_width"] = jnp.asarray(before + (after - before) * value, jnp.float32)
+        fields["norm_width"] = jnp.asarray(before + (after - before) * values["embed"], jnp.float32)
     return Masks(**fields)

@@ -1,15 +1,20 @@
 """The growth operators: what fresh entries hold. One function and one registry entry each.
 
-Registering an operator enrols it in the property tests, which hold it to what its entry says.
+Registering an operator enrols it in the property tests, which hold it to what its entry says, and in the table of
+measured errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flm_jax.growth.axis_map import AxisMap, Rule, Span
+import numpy as np
+
+from flm_jax.growth.axis_map import AxisMap, Rule, Span, resampled
 from flm_jax.signature import KINDS, Kind, Role
+
+Map = Callable[[Span], AxisMap]
 
 
 @dataclass(frozen=True)
@@ -20,28 +25,33 @@ class Operator:
       name: what a growth plan calls it.
       map: from a span to an axis map.
       preserving: whether the grown model computes what the old one did.
+      continues: whether, with `optimizer="exact"`, AdamW then takes the very steps that it would have taken.
       kinds: the kinds of axes that it grows.
       source: where it is described.
     """
 
     name: str
-    map: Callable[[Span], AxisMap]
+    map: Map
     preserving: bool
+    continues: bool
     kinds: frozenset[Kind]
     source: str
 
 
 REGISTRY: dict[str, Operator] = {}
-GROWABLE = frozenset({Kind.RESIDUAL, Kind.INNER, Kind.STACK})
+EVERYWHERE = frozenset(Kind)
+INSIDE = frozenset({Kind.RESIDUAL, Kind.INNER, Kind.PAIRED, Kind.STACK})
+WIDTH = frozenset({Kind.RESIDUAL, Kind.INNER})
+STACK = frozenset({Kind.STACK})
 
 
 def register(
-    name: str, *, preserving: bool, source: str, kinds: frozenset[Kind] = GROWABLE
-) -> Callable[[Callable[[Span], AxisMap]], Callable[[Span], AxisMap]]:
+    name: str, *, preserving: bool, source: str, kinds: frozenset[Kind], continues: bool = False
+) -> Callable[[Map], Map]:
     """Enters an operator into the registry."""
 
-    def enter(function: Callable[[Span], AxisMap]) -> Callable[[Span], AxisMap]:
-        REGISTRY[name] = Operator(name, function, preserving, kinds, source)
+    def enter(function: Map) -> Map:
+        REGISTRY[name] = Operator(name, function, preserving, continues, kinds, source)
         return function
 
     return enter
@@ -57,37 +67,179 @@ def lookup(name: str, axis: str | None = None) -> Operator:
         raise ValueError(f"Unknown growth operator {name!r}; the registry has {', '.join(sorted(REGISTRY))}.")
     operator = REGISTRY[name]
     if axis is not None and KINDS[axis] not in operator.kinds:
-        raise ValueError(f"Growth operator {name!r} does not grow axis {axis!r} ({KINDS[axis].value}).")
+        others = ", ".join(sorted(n for n, o in REGISTRY.items() if KINDS[axis] in o.kinds))
+        raise ValueError(
+            f"Growth operator {name!r} does not grow axis {axis!r} ({KINDS[axis].value}); these do: {others}."
+        )
     return operator
 
 
 @register(
     "zero",
     preserving=True,
-    source="Net2Net-style zero initialisation (cf. 2305.02869, 2310.07999), exact under RMSNorm",
+    kinds=EVERYWHERE,
+    source="zero padding (cf. Net2Net 1511.05641, 2310.07999), exact under RMSNorm by the kept norm width",
 )
 def zero(span: Span) -> AxisMap:
     """New capacity starts silent; one side is zero, the other drawn, so that every entry learns from the first steps.
 
     On the residual axis the writers are zero, so the stream's new entries are 0 and the sum of squares is unchanged:
     norms keep dividing by the width from before. On inner axes the readers are zero. A new layer is a copy of its
-    source whose writers into the residual stream are zero: the identity.
+    source whose writers into the residual stream are zero: the identity. A new token is drawn, its logit 0.
     """
     kind = KINDS[span.axis]
     if kind is Kind.STACK:
-        rules = {Role.READER: Rule("copy"), Role.WRITER: Rule("zero"), Role.GAIN: Rule("copy")}
-        return AxisMap(span, rules)
-    residual = kind is Kind.RESIDUAL
-    rules = {
-        Role.READER: Rule("draw" if residual else "zero"),
-        Role.WRITER: Rule("zero" if residual else "draw"),
-        Role.GAIN: Rule("draw"),
-    }
-    return AxisMap(span, rules, keeps_norm_width=residual)
+        return _layers(span, writer="zero")
+    silent = Role.WRITER if kind in (Kind.RESIDUAL, Kind.OUTSIDE) else Role.READER
+    rules = {role: Rule("zero" if role is silent else "draw") for role in Role}
+    return AxisMap(span, rules, squares=1.0)
 
 
-@register("mask", preserving=True, source="MSG, 2305.02869: the growth of FLM-101B and Tele-FLM")
+@register("mask", preserving=True, kinds=INSIDE, source="MSG, 2305.02869: the growth of FLM-101B and Tele-FLM")
 def mask(span: Span) -> AxisMap:
     """New capacity is ordinary, behind a mask that ramps from 0 to 1; exact at 0, whatever the new weights are."""
-    fill = Rule("copy" if KINDS[span.axis] is Kind.STACK else "draw")
-    return AxisMap(span, dict.fromkeys(Role, fill), masked=True)
+    if KINDS[span.axis] is Kind.STACK:
+        return replace(_layers(span), masked=True)
+    return AxisMap(span, dict.fromkeys(Role, Rule("draw")), masked=True)
+
+
+def _copies(span: Span, lean: float = 0.0) -> AxisMap:
+    """Weighted duplication: every new entry repeats its source, and the copies of one source speak for it together.
+
+    With shares p that sum to 1 over the copies of an entry. On inner axes readers are weighted by p. On the residual
+    axis, D wide where it was d, the stream holds c = sqrt(p D/d) times the old entries: their mean square is what it
+    was, whatever the ratio, so RMSNorm and its eps are. Writers are weighted by c, readers by p / c. Gradients follow
+    by the chain rule, through the norm too, in just the same proportions.
+    """
+    p = span.shares(lean)
+    if KINDS[span.axis] is Kind.RESIDUAL:
+        ratio = span.new / span.old
+        c = np.sqrt(p * ratio)
+        rules = {
+            Role.READER: Rule("copy", scale=p / c, dual=c),
+            Role.WRITER: Rule("copy", scale=c, dual=p / c),
+            Role.GAIN: Rule("copy", dual=p),
+        }
+        return AxisMap(span, rules, squares=ratio)
+    rules = {
+        Role.READER: Rule("copy", scale=p),
+        Role.WRITER: Rule("copy", dual=p),
+        Role.GAIN: Rule("copy", dual=p),
+    }
+    return AxisMap(span, rules)
+
+
+@register(
+    "copy",
+    preserving=True,
+    continues=True,
+    kinds=WIDTH,
+    source="weighted duplication at any ratio; generalises Net2Net and HyperCloning to RMSNorm",
+)
+def copy(span: Span) -> AxisMap:
+    """New entries repeat old ones, in turn, with even shares: no silent capacity, but copies that move together."""
+    return _copies(span)
+
+
+@register(
+    "uneven",
+    preserving=True,
+    continues=True,
+    kinds=WIDTH,
+    source="LEMON, 2310.07999: copies with uneven shares; here 1 : 2 : 3 ...",
+)
+def uneven(span: Span) -> AxisMap:
+    """As `copy`, with uneven shares: copies have different gradients, so an ordinary optimizer parts them."""
+    return _copies(span, lean=1.0)
+
+
+@register(
+    "noise",
+    preserving=True,
+    kinds=WIDTH,
+    source="HyperCloning, 2409.12903, its noise variant: random weights in the null space of the copies",
+)
+def noise(span: Span) -> AxisMap:
+    """As `copy`, with noise in the readers that the copies cancel: exact, and no two copies stay alike."""
+    whole = _copies(span)
+    met = np.sqrt(span.shares()) if KINDS[span.axis] is Kind.RESIDUAL else np.ones(span.new)
+    return replace(whole, rules={**whole.rules, Role.READER: replace(whole.rules[Role.READER], noise=met)})
+
+
+@register(
+    "hypercloning",
+    preserving=True,
+    continues=True,
+    kinds=WIDTH,
+    source="HyperCloning, 2409.12903: whole multiples, tiled, even",
+)
+def hypercloning(span: Span) -> AxisMap:
+    """As `copy`, for whole multiples only, as published.
+
+    Raises:
+        ValueError: the new size is no multiple of the old one.
+    """
+    if len(set(span.copies)) > 1:
+        raise ValueError(
+            f"HyperCloning grows axis {span.axis!r} by whole multiples, not from {span.old} to {span.new}; take "
+            "'copy', which is the same at any ratio."
+        )
+    return _copies(span)
+
+
+@register(
+    "net2net",
+    preserving=True,
+    continues=True,
+    kinds=WIDTH,
+    source="Net2Net, 1511.05641; bert2BERT's FPI, 2110.07143: random sources; weighted so that RMSNorm is exact",
+)
+def net2net(span: Span) -> AxisMap:
+    """As `copy`, of entries chosen at random, the same for every parameter."""
+    return _copies(resampled(span))
+
+
+REGISTRY["fpi"] = replace(REGISTRY["net2net"], name="fpi")
+
+
+@register("aki", preserving=False, kinds=WIDTH, source="AKI: bert2BERT, 2110.07143")
+def aki(span: Span) -> AxisMap:
+    """As `net2net`, but fresh entries are copied from the layer above. It does not preserve the function."""
+    whole = _copies(resampled(span))
+    return replace(whole, rules={role: replace(rule, from_above=True) for role, rule in whole.rules.items()})
+
+
+@register("fresh", preserving=False, kinds=EVERYWHERE, source="random initialisation of whatever is new: a baseline")
+def fresh(span: Span) -> AxisMap:
+    """New entries as at initialisation, and nothing that hides them. It does not preserve the function."""
+    return AxisMap(span, dict.fromkeys(Role, Rule("draw")), squares=span.new / span.old)
+
+
+@register("mean", preserving=True, kinds=frozenset({Kind.OUTSIDE}), source="the usual start of added tokens")
+def mean(span: Span) -> AxisMap:
+    """A new token is the mean of the old ones, its logit the mean of theirs; the old tokens' logits stay."""
+    return AxisMap(span, dict.fromkeys(Role, Rule("mean")))
+
+
+@register("stack", preserving=False, kinds=STACK, source="G_stack, 2405.15319: plain copies of whole layers")
+def stack(span: Span) -> AxisMap:
+    """A new layer is a copy of its source, and speaks. It does not preserve the function."""
+    return _layers(span)
+
+
+@register(
+    "identity",
+    preserving=True,
+    kinds=STACK,
+    source="LLaMA-Pro's silent blocks, 2401.02415, with fresh content (cf. 2511.04981)",
+)
+def identity(span: Span) -> AxisMap:
+    """A new layer is drawn, but for its writers into the residual stream, which are zero."""
+    return _layers(span, reader="draw", writer="zero")
+
+
+def _layers(span: Span, reader: str = "copy", writer: str = "copy") -> AxisMap:
+    """New layers; their gradients are not those of their sources, so no moments are carried to them."""
+    carried = np.where(span.fresh, 0.0, 1.0)
+    fills = {Role.READER: reader, Role.WRITER: writer, Role.GAIN: reader}
+    return AxisMap(span, {role: Rule(fill, dual=carried) for role, fill in fills.items()})  # type: ignore[arg-type]

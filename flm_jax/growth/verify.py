@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth import masks as growth_masks
-from flm_jax.growth.grow import Growth, axis_maps, mask_flags
-from flm_jax.growth.operators import REGISTRY
+from flm_jax.growth.plan import Growth, axis_maps, masks_at, promises
 from flm_jax.model import Masks, Params, Transformer
+from flm_jax.signature import Role
 
 
 class GrowthError(RuntimeError):
@@ -26,10 +25,10 @@ class Verification:
 
     Attributes:
       preserving: whether the method promises that nothing changes.
-      max_abs_logit_diff: largest difference of a logit.
+      max_abs_logit_diff: largest difference of a logit of the old vocabulary.
       max_rel_logit_diff: that, over the largest logit before.
-      layer_diffs: for every layer after, the largest difference of its output on old entries, over the largest
-        output before; compared with the old layer that it stands for.
+      layer_diffs: for every layer after, the largest difference of its output on old entries and their copies, over
+        the largest output before; compared with the old layer that it stands for.
     """
 
     preserving: bool
@@ -55,13 +54,6 @@ class Verification:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {**asdict(self), "layer_diffs": list(self.layer_diffs)}
-
-
-def masks_at_start(old: ModelConfig, new: ModelConfig, growth: Growth) -> Masks | None:
-    """The masks under which the grown model is compared and starts; None for methods without."""
-    flags = mask_flags(old, new, growth)
-    widths = (old.effective_norm_width, new.effective_norm_width)
-    return growth_masks.at(flags, 0.0, widths) if flags else None
 
 
 def forward(
@@ -99,7 +91,7 @@ def compare(
     maps = axis_maps(old, new, growth)
     logits = jax.jit(forward, static_argnums=0)
     before, hidden = logits(old.replace(**wide), old_params, tokens_BT, segments_BT, None)
-    masks = masks_at_start(old, new, growth)
+    masks = masks_at(old, new, growth, 0)
     after, grown_hidden = logits(new.replace(**wide), new_params, tokens_BT, segments_BT, masks)
 
     # A fresh layer adds nothing yet: its output is that of the last old layer below it.
@@ -107,15 +99,21 @@ def compare(
     if "layers" in maps:
         span = maps["layers"].span
         stands_for = span.source[np.maximum.accumulate(np.where(span.fresh, 0, np.arange(new.layers)))]
-    kept = np.arange(new.embed) if "embed" not in maps else np.flatnonzero(~maps["embed"].span.fresh)
+    # Old entries, and copies, which hold a known multiple of their source.
+    kept, source, scale = np.arange(new.embed), np.arange(new.embed), np.ones(new.embed)
+    if "embed" in maps:
+        span, rule = maps["embed"].span, maps["embed"].rules[Role.WRITER]
+        kept = np.flatnonzero(~span.fresh | (rule.fill == "copy"))
+        source, scale = span.source[kept], np.broadcast_to(rule.scale, span.new)[kept]
 
     @jax.jit
     def differences(a: jax.Array, b: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
-        absolute = jnp.max(jnp.abs(a - b))
-        expected, found = x[stands_for], y[..., kept]
+        absolute = jnp.max(jnp.abs(a - b[..., : old.vocab]))
+        expected = x[stands_for][..., source] * jnp.asarray(scale, x.dtype)[None, None, None]
+        found = y[..., kept]
         per_layer = jnp.max(jnp.abs(expected - found), axis=(1, 2, 3)) / jnp.max(jnp.abs(expected), axis=(1, 2, 3))
         return absolute, absolute / jnp.max(jnp.abs(a)), per_layer
 
     absolute, relative, per_layer = jax.device_get(differences(before, after, hidden, grown_hidden))
-    preserving = all(REGISTRY[growth.method_of(axis)].preserving for axis in maps)
-    return Verification(preserving, float(absolute), float(relative), tuple(float(x) for x in per_layer))
+    layers = tuple(float(x) for x in per_layer)
+    return Verification(promises(old, new, growth), float(absolute), float(relative), layers)

@@ -1,0 +1,54 @@
+"""How much every layer changes its input, measured: where copies of layers disturb least."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from flm_jax.config import ModelConfig
+from flm_jax.growth.depth import METRICS
+from flm_jax.model import Params, Transformer
+
+
+def layer_distances(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    metric: str = "angular",
+) -> tuple[float, ...]:
+    """The distance between each layer's input x and output y, over all positions of a calibration batch.
+
+    Args:
+      cfg: the model; it is run in at least float32.
+      params: its parameters.
+      tokens_BT: int32 token ids.
+      segments_BT: int32, equal within a document.
+      metric: angular, arccos(cos(x, y)) / pi; cosine, 1 - cos(x, y); or relative_l2, |y - x| / |x|; each the mean over
+        positions.
+
+    Returns:
+      One number a layer. 0: it changes nothing.
+
+    Raises:
+      ValueError: unknown metric.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"Unknown distance {metric!r}; use one of {', '.join(METRICS)}.")
+
+    @jax.jit
+    def measure(params: Params) -> jax.Array:
+        wide = cfg.replace(compute_dtype=str(jnp.promote_types(cfg.param_dtype, jnp.float32)), attention="plain")
+        _, state = Transformer(wide).apply({"params": params}, tokens_BT, segments_BT, mutable=["intermediates"])
+        seen = state["intermediates"]
+        y_LBTD = seen["blocks"]["hidden_BTD"][0]
+        x_LBTD = jnp.concatenate([seen["embedded_BTD"][0][None], y_LBTD[:-1]])
+        size_x, size_y = (jnp.linalg.norm(h, axis=-1) for h in (x_LBTD, y_LBTD))
+        if metric == "relative_l2":
+            found_LBT = jnp.linalg.norm(y_LBTD - x_LBTD, axis=-1) / size_x
+        else:
+            cosine_LBT = jnp.clip(jnp.sum(x_LBTD * y_LBTD, axis=-1) / (size_x * size_y), -1.0, 1.0)
+            found_LBT = jnp.arccos(cosine_LBT) / jnp.pi if metric == "angular" else 1.0 - cosine_LBT
+        return jnp.mean(found_LBT, axis=(1, 2))
+
+    return tuple(float(d) for d in jax.device_get(measure(params)))

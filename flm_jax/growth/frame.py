@@ -1,0 +1,186 @@
+"""AdamW across a growth: going on exactly, and new entries with a rate of their own.
+
+A growth that weighs its copies, W' = b W[source], scales their gradients, g' = a g[source]. AdamW then goes on exactly
+if it sees parameters and gradients as they were: parameters W' / b, gradients g' / a, and steps times b. That view is
+the frame. In other words: eps times a, rate times b, weight decay over b, and moments that need no change.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flm_jax.config import ModelConfig
+from flm_jax.growth.plan import Growth, axis_maps
+from flm_jax.model import declared
+from flm_jax.signature import Signature
+
+Factors = tuple[np.ndarray, ...]  # One vector a dimension, shaped to broadcast; an entry's factor is their product.
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """How one parameter is seen: by what its weights, gradients and share of the gradient's norm are scaled.
+
+    Attributes:
+      weight: b, of W' = b W[source].
+      gradient: a, of g' = a g[source].
+      share: counted over the copies of an entry they add up to 1, so that copies count once in a norm.
+      width_mult: muP's width multiplier, which stays that of the model that the frame began with.
+    """
+
+    weight: Factors
+    gradient: Factors
+    share: Factors
+    width_mult: float
+
+
+Frame = Any  # A tree of `View`, like the parameters.
+
+
+def times(x: jax.Array, factors: Factors, power: int = 1) -> jax.Array:
+    """`x` times factors to some power, in the dtype of `x`."""
+    for factor in factors:
+        if not np.all(factor == 1):
+            x = x * np.power(factor, float(power)).astype(x.dtype)
+    return x
+
+
+def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | None) -> Frame | None:
+    """The frame after a growth, of the frame before it; None where AdamW sees everything as it is.
+
+    Raises:
+        ValueError: the operator of an axis does not scale gradients by known factors.
+    """
+    if growth.optimizer != "exact":
+        return None
+    maps = axis_maps(old, new, growth.placeholder)
+    _, old_signatures = declared(old)
+    _, signatures = declared(new)
+
+    def one(sig: Signature, view: View) -> View:
+        ndim = len(sig.axes)
+        weight, gradient, share = ([*factors] for factors in (view.weight, view.gradient, view.share))
+        for dim, axis in enumerate(sig.axes):
+            if axis not in maps:
+                continue
+            span, rule = maps[axis].span, maps[axis].rules[sig.role(axis)]
+            copied = rule.fill == "copy" and not rule.from_above
+            # What is drawn, silent, or a layer of its own is seen as it is.
+            known = ~span.fresh | (copied & (np.broadcast_to(rule.dual, span.new) != 0))
+            count = np.where(known, np.bincount(span.source, weights=known)[span.source], 1)
+            along = (1,) * dim + (span.new,) + (1,) * (ndim - dim - 1)
+            for factors, by in ((weight, rule.scale), (gradient, rule.dual), (share, 1 / np.maximum(count, 1))):
+                taken = np.take(factors[dim], span.source, axis=dim)
+                factors[dim] = taken * np.where(known, np.broadcast_to(by, span.new), 1.0).reshape(along)
+        fold = new.forward_mult(sig) / old.forward_mult(sig)
+        weight[0], gradient[0] = weight[0] / fold, gradient[0] * fold
+        return View(tuple(weight), tuple(gradient), tuple(share), view.width_mult)
+
+    start = jax.tree.map(lambda sig: _plain(sig, old), old_signatures) if before is None else before
+    return jax.tree.map(one, signatures, start)
+
+
+def _plain(sig: Signature, cfg: ModelConfig) -> View:
+    ones = tuple(
+        np.ones((1,) * dim + (cfg.sizes[axis],) + (1,) * (len(sig.axes) - dim - 1)) for dim, axis in enumerate(sig.axes)
+    )
+    return View(ones, ones, ones, sig.width_mult(cfg.sizes, cfg.base_sizes))
+
+
+def into_frame(moments: Any, frame: Frame | None, power: int) -> Any:
+    """Averages of gradients to some power, as the frame sees them."""
+    if frame is None:
+        return moments
+    return jax.tree.map(lambda m, view: times(m, view.gradient, -power), moments, frame)
+
+
+def out_of_frame(moments: Any, frame: Frame | None, power: int) -> Any:
+    """Averages of gradients to some power, as they are."""
+    if frame is None:
+        return moments
+    return jax.tree.map(lambda m, view: times(m, view.gradient, power), moments, frame)
+
+
+def in_frame(inner: optax.GradientTransformation, frame: Frame | None, clip: float) -> optax.GradientTransformation:
+    """An optimizer that works in a frame, behind clipping by the global norm, in which copies count once.
+
+    Args:
+      inner: from gradients to steps, without clipping.
+      frame: how it sees parameters and gradients; None: as they are.
+      clip: largest global norm; 0: any.
+    """
+
+    def clipped(grads: Any) -> Any:
+        if not clip:
+            return grads
+        if frame is None:
+            return optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())[0]
+        squares = jax.tree.map(lambda g, view: jnp.sum(times(g * g, view.share)), grads, frame)
+        norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
+        return jax.tree.map(lambda g: jnp.where(norm < clip, g, g / norm.astype(g.dtype) * clip), grads)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        seen = clipped(into_frame(grads, frame, 1))
+        if frame is None:
+            return inner.update(seen, state, params)
+        params = jax.tree.map(lambda p, view: times(p, view.weight, -1), params, frame)
+        steps, state = inner.update(seen, state, params)
+        return jax.tree.map(lambda u, view: times(u, view.weight), steps, frame), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def new_entries(old: ModelConfig, new: ModelConfig, growth: Growth) -> Any:
+    """A tree like the parameters: by dimension, which entries are fresh, (size,) bool shaped to broadcast."""
+    maps = axis_maps(old, new, growth)
+    _, signatures = declared(new)
+
+    def one(sig: Signature) -> Factors:
+        ndim = len(sig.axes)
+        return tuple(
+            maps[axis].span.fresh.reshape((1,) * dim + (-1,) + (1,) * (ndim - dim - 1))
+            for dim, axis in enumerate(sig.axes)
+            if axis in maps
+        )
+
+    return jax.tree.map(one, signatures)
+
+
+def scale_new(steps: Any, flags: Any, factor: jax.Array) -> Any:
+    """Steps of the optimizer, those of new entries times a factor."""
+
+    def one(step: jax.Array, fresh: Factors) -> jax.Array:
+        if not fresh:
+            return step
+        is_new: Any = functools.reduce(lambda a, b: a | jnp.asarray(b), fresh[1:], jnp.asarray(fresh[0]))
+        return jnp.where(is_new, step * factor.astype(step.dtype), step)
+
+    return jax.tree.map(one, steps, flags)
+
+
+def rate_of_new(growth: Growth, step: jax.Array, count: jax.Array, b1: float, b2: float) -> jax.Array:
+    """By what the steps of new entries are multiplied: their re-warming, and the correction for their age.
+
+    Adam divides by 1 - b^count, with one count for all. Averages that began at 0 with this stage want their own age
+    there; without it their first step would be (1 - b1) / sqrt(1 - b2) times the rate: 0.45 of it at b2 = 0.95, 3.2
+    at 0.999. (eps is left as it is.) The rate of new entries rises from 0 to `rewarm_to` (2602.02472).
+
+    Args:
+      growth: the plan, asymmetric.
+      step: () int, steps of this stage before this one.
+      count: () int, Adam's count before this step.
+      b1: decay of Adam's first moment.
+      b2: decay of Adam's second moment.
+    """
+    age, total = jnp.float32(step) + 1, jnp.float32(count) + 1
+    first = (1 - b1**total) / (1 - b1**age)
+    second = (1 - b2**age) / (1 - b2**total)
+    warm = jnp.clip(age / max(growth.rewarm_steps, 1), 0.0, 1.0)
+    return growth.rewarm_to * warm * first * jnp.sqrt(second)

@@ -1,0 +1,257 @@
+"""A growth plan: which operator on which axis, and what it makes of the configuration. No parameter is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from flm_jax.config import ModelConfig
+from flm_jax.growth import depth, masks, operators
+from flm_jax.growth.axis_map import AxisMap, Span, append, divided, nested
+from flm_jax.growth.masks import Ramp
+from flm_jax.model import Masks
+from flm_jax.signature import KINDS
+
+AXES = tuple(KINDS)
+OPTIMIZER = ("carry", "exact", "fresh", "asymmetric")
+# What may differ between two stages besides the axes: numerics and multipliers, which growth accounts for.
+MULTIPLIERS = ("norm_width", "head_width", "output_mult", "input_mult", "init_std", "init_std_vector")
+NUMERICS = ("compute_dtype", "remat", "attention", "scan_unroll")
+FREE_FIELDS = frozenset(MULTIPLIERS + NUMERICS)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How to grow.
+
+    Attributes:
+      method: operator for every axis that `methods` does not name; None: each axis that grows must be named.
+      methods: operator by axis.
+      depth: where new layers go: interleave, top, middle, stack, distance, or how many copies follow each old layer.
+      distance: what "distance" measures between a layer's input and output: angular, cosine or relative_l2.
+      ramp_steps: steps over which masks rise from 0 to 1 (methods that mask).
+      ramp_delay: steps before they begin to.
+      ramp_shape: linear or cosine.
+      ramps: the ramp of single axes, where it differs.
+      norm: keep (norms go on dividing by the width from before, where the method keeps it) or ramp (that width rises
+        to the new one, as masks do, so that the model ends as one with ordinary norms).
+      optimizer: carry (moments follow their entries, by the dual of the map; what is drawn starts at 0), exact (the
+        same, and AdamW goes on as if nothing had grown, see `frame`), asymmetric (old entries keep their moments, all
+        new ones, copies too, start at 0 and have their own rate: SPARKLING, 2602.02472), or fresh (all start at 0).
+      rewarm_steps: steps over which the rate of new entries rises from 0 (asymmetric).
+      rewarm_to: multiple of the rate at which new entries then stay (asymmetric; 1.3 in SPARKLING).
+    """
+
+    method: str | None = "zero"
+    methods: Mapping[str, str] = field(default_factory=dict)
+    depth: str | Sequence[int] = "interleave"
+    distance: str = "angular"
+    ramp_steps: int = 0
+    ramp_delay: int = 0
+    ramp_shape: str = "linear"
+    ramps: Mapping[str, Ramp] = field(default_factory=dict)
+    norm: str = "keep"
+    optimizer: str = "carry"
+    rewarm_steps: int = 0
+    rewarm_to: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("optimizer", OPTIMIZER),
+            ("distance", depth.METRICS),
+            ("norm", ("keep", "ramp")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Growth.{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}.")
+        for what in ("methods", "ramps"):
+            for axis in getattr(self, what):
+                if axis not in AXES:
+                    raise ValueError(f"Growth.{what} names axis {axis!r}; the axes that grow are {', '.join(AXES)}.")
+        for method in (self.method, *self.methods.values()):
+            if method is not None:
+                operators.lookup(method)
+        if (self.rewarm_steps or self.rewarm_to != 1.0) and self.optimizer != "asymmetric":
+            raise ValueError(f"Growth.rewarm_steps and rewarm_to belong to 'asymmetric', not {self.optimizer!r}.")
+        if not isinstance(self.depth, str):
+            object.__setattr__(self, "depth", tuple(int(n) for n in self.depth))
+        self.ramp_of("")
+
+    def method_of(self, axis: str) -> str:
+        """The operator that grows `axis`.
+
+        Raises:
+            ValueError: it has none.
+        """
+        name = self.methods.get(axis, self.method)
+        if name is None:
+            raise ValueError(f"Axis {axis!r} grows, but Growth gives it no method: set Growth.methods[{axis!r}].")
+        return name
+
+    def ramp_of(self, axis: str) -> Ramp:
+        """The mask ramp of `axis`."""
+        return self.ramps.get(axis, Ramp(self.ramp_steps, self.ramp_delay, self.ramp_shape))
+
+    @property
+    def name(self) -> str:
+        """The method in one line, for reports: ``mask``, or ``zero, layers by mask``."""
+        others = [f"{axis} by {name}" for axis, name in self.methods.items() if name != self.method]
+        return ", ".join([*([self.method] if self.method else []), *others])
+
+    def settled(self, distances: Sequence[float], layers: int) -> Growth:
+        """This plan, with copies placed by measured distances if it asks for that."""
+        if self.depth != "distance":
+            return self
+        return dataclasses.replace(self, depth=depth.by_distance(distances, layers))
+
+    @property
+    def placeholder(self) -> Growth:
+        """This plan, good for shapes: where copies go does not change them."""
+        return dataclasses.replace(self, depth="interleave") if self.depth == "distance" else self
+
+
+def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, AxisMap]:
+    """The map of every axis whose size changes, by its name.
+
+    Raises:
+        ValueError: something changes that growth does not cover, an axis shrinks, an axis has no method, or heads
+          cannot be regrouped.
+    """
+    for f in dataclasses.fields(ModelConfig):
+        before, after = getattr(old, f.name), getattr(new, f.name)
+        if f.name not in (*AXES, *FREE_FIELDS) and before != after:
+            raise ValueError(
+                f"ModelConfig.{f.name} changes from {before!r} to {after!r}; growth covers {', '.join(AXES)}, "
+                f"so {f.name} must stay as it is."
+            )
+    spans = {axis: append(axis, old.sizes[axis], new.sizes[axis]) for axis in ("embed", "mlp", "vocab")}
+    spans["kv_heads"], spans["heads"] = _heads(old, new)
+    spans["head_dim"] = _rotary_pairs(old.h_dim, new.h_dim)
+    spans["layers"] = depth.place(old.layers, new.layers, growth.depth)
+    maps = {
+        axis: operators.lookup(growth.method_of(axis), axis).map(spans[axis])
+        for axis in AXES
+        if spans[axis].new != spans[axis].old
+    }
+    if "heads" in maps and "kv_heads" in maps and maps["heads"].speaks and not maps["kv_heads"].speaks:
+        raise ValueError(
+            f"Heads grow by {growth.method_of('heads')!r}, whose new heads repeat old ones, but the key heads that "
+            f"they read are new by {growth.method_of('kv_heads')!r}; grow kv_heads by copies too."
+        )
+    return maps
+
+
+def _heads(old: ModelConfig, new: ModelConfig) -> tuple[Span, Span]:
+    """The spans of key heads and of query heads, which stay with the key heads that they read.
+
+    With fewer queries a key head than before, key heads are first divided among their queries, which changes nothing;
+    then key heads, and queries a key head, are added.
+    """
+    before, after = old.heads // old.k_heads, new.heads // new.k_heads
+    append("heads", old.heads, new.heads)
+    append("kv_heads", old.k_heads, new.k_heads)
+    parts = 1
+    if after < before:
+        parts = before // after
+        if before % after or new.k_heads < old.k_heads * parts:
+            raise ValueError(
+                f"Growing heads {old.heads} -> {new.heads} with kv_heads {old.k_heads} -> {new.k_heads} would leave "
+                f"{after} queries a key head where there were {before}: some would lose the key head they read. Keep "
+                f"at least {before} a key head, such as heads={before * new.k_heads} or "
+                f"kv_heads={max(new.heads // before, 1)}; or divide the key heads, to a multiple of {old.k_heads}."
+            )
+        before = after
+    kv_heads = append("kv_heads", old.k_heads * parts, new.k_heads)
+    heads = nested("heads", kv_heads, append("queries a key head", before, after))
+    return divided(kv_heads, parts), heads
+
+
+def _rotary_pairs(old: int, new: int) -> Span:
+    """The span of a head's entries, of which i and i + H/2 are one rotary pair: new pairs follow the old ones."""
+    halves = append("halves", 2, 2)
+    append("head_dim", old, new)
+    return nested("head_dim", halves, append("pairs", old // 2, new // 2))
+
+
+def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> ModelConfig:
+    """The configuration that the grown model really has: `target`, with the widths that the method keeps.
+
+    Raises:
+        ValueError: tied embeddings whose effective multipliers would change, since no parameter could absorb that.
+    """
+    maps = axis_maps(old, target, growth.placeholder)
+    embed = maps.get("embed")
+    squares = 1.0 if embed is None else embed.squares
+    if squares is not None and growth.norm == "keep":
+        kept = old.effective_norm_width * squares
+        target = target.replace(norm_width=None if np.isclose(kept, target.embed, rtol=1e-12) else kept)
+    # A tied embedding is a writer that is also read as the head, without a reader's weights: where copies make the
+    # stream's sum of squares grow, logits do as much.
+    louder = squares if embed is not None and squares is not None and embed.speaks else 1.0
+    kept = old.effective_head_width
+    target = target.replace(head_width=None if kept == target.h_dim else kept)
+    for name, before, after in (
+        ("input_mult", old.input_mult, target.input_mult),
+        ("output_mult", old.logits_mult / louder, target.logits_mult),
+    ):
+        if target.tied and not np.isclose(before, after, rtol=1e-12, atol=0):
+            right = getattr(target, name) * before / after
+            raise ValueError(
+                f"Tied embeddings: the effective {name} would be {after:g} and must be {before:g}, since no parameter "
+                f"can absorb that alone; set {name}={right:g} in the grown model."
+            )
+    return target
+
+
+def promises(old: ModelConfig, new: ModelConfig, growth: Growth) -> bool:
+    """Whether the methods of all axes that grow preserve the function."""
+    maps = axis_maps(old, new, growth.placeholder)
+    return all(operators.REGISTRY[growth.method_of(axis)].preserving for axis in maps)
+
+
+def mask_flags(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, np.ndarray]:
+    """By axis, (size,) bool: the fresh entries that start behind a mask."""
+    return {axis: m.span.fresh for axis, m in axis_maps(old, new, growth).items() if m.masked and axis in masks.FIELDS}
+
+
+def norm_widths(old: ModelConfig, new: ModelConfig, growth: Growth) -> tuple[float, float] | None:
+    """What norms divide by at the growth and after the ramp; None where that does not change."""
+    embed = axis_maps(old, new, growth.placeholder).get("embed")
+    squares = 1.0 if embed is None or embed.squares is None else embed.squares
+    widths = old.effective_norm_width * squares, new.effective_norm_width
+    return None if np.isclose(*widths, rtol=1e-12) else widths
+
+
+def ramp_steps(old: ModelConfig, new: ModelConfig, growth: Growth) -> int:
+    """Steps after the growth that run with masks; then the ordinary program takes over.
+
+    Raises:
+        ValueError: a ramp is missing, or has nothing to act on.
+    """
+    growth = growth.placeholder
+    ramped = set(mask_flags(old, new, growth)) | ({"embed"} if norm_widths(old, new, growth) else set())
+    for axis in sorted(ramped):
+        if growth.ramp_of(axis).steps < 1:
+            raise ValueError(
+                f"Growing by {growth.name} masks {', '.join(sorted(ramped))}, and ramp_steps="
+                f"{growth.ramp_of(axis).steps} on {axis}: give the ramp at least one step."
+            )
+    grown = axis_maps(old, new, growth)
+    for axis in growth.ramps:
+        if axis not in ramped and axis in grown:
+            raise ValueError(f"Growth.ramps names {axis!r}, but growing it by {growth.method_of(axis)} masks nothing.")
+    if (growth.ramp_steps or growth.ramp_delay) and grown and not ramped:
+        raise ValueError(f"ramp_steps={growth.ramp_steps}, but growing by {growth.name} masks nothing.")
+    return max((growth.ramp_of(axis).end for axis in ramped), default=0)
+
+
+def masks_at(old: ModelConfig, new: ModelConfig, growth: Growth, step: int | jax.Array) -> Masks | None:
+    """The masks after `step` steps; None where the growth has none. After the ramp they are 1: leave them out."""
+    flags, widths = mask_flags(old, new, growth), norm_widths(old, new, growth)
+    if not flags and widths is None:
+        return None
+    values = {axis: growth.ramp_of(axis).at(step) for axis in (*flags, "embed")}
+    return masks.at(flags, values, widths)

@@ -1,0 +1,220 @@
+"""What training does after a growth: AdamW goes on exactly, copies part or do not, new entries have their own rate."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flm_jax import model
+from flm_jax.growth import Growth, axis_maps, grow, grow_optimizer, grown_config
+from flm_jax.growth.frame import frame, new_entries, rate_of_new, scale_new
+from flm_jax.loss import loss_sum
+from flm_jax.optimizer import OptimizerConfig, optimizer
+from flm_jax.signature import Role
+from tests import small
+
+# Decay, clipping and an eps that is felt: everything that a growth has to carry over.
+ADAMW = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, clip=0.5, eps=1e-3)
+WIDE = dict(compute_dtype="float64", param_dtype="float64")
+KEY = jax.random.key(3)
+OLD = small.config(heads=4, head_dim=4, **WIDE)
+TWICE = small.config(embed=48, heads=8, head_dim=4, mlp=80, **WIDE)
+QUARTER = small.config(embed=30, heads=5, head_dim=4, mlp=50, **WIDE)
+
+
+def loss(cfg, params, tokens):
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    return loss_sum(cfg, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x)) / x.size
+
+
+def trainer(cfg, view=None, adamw=ADAMW):
+    """A jitted step: params, optimizer state, tokens -> the next, and the gradient's loss."""
+    tx = optimizer(adamw, cfg, model.declared(cfg)[1], view)
+
+    @jax.jit
+    def step(params, state, tokens):
+        value, grads = jax.value_and_grad(lambda p: loss(cfg, p, tokens))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, jax.tree.map(lambda u: -adamw.learning_rate * u, updates)), state, value
+
+    return tx, step
+
+
+def batches(count):
+    return [small.tokens((4, 13), seed) for seed in range(count)]
+
+
+def after_warm_up(cfg, adamw=ADAMW):
+    tx, step = trainer(cfg, adamw=adamw)
+    params = small.params(cfg)
+    state = tx.init(params)
+    for tokens in batches(5):
+        params, state, _ = step(params, state, tokens)
+    return params, state, step
+
+
+def distance(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.abs(x - y).max() / jnp.abs(x).max()) for x, y in pairs)
+
+
+def run_on(old, target, plan, steps=25):
+    """How far the grown model is from what the small one would grow into, after each has trained on its own."""
+    params, state, step = after_warm_up(old)
+    new = grown_config(old, target, plan)
+    view = frame(old, new, plan, None)
+    _, big_step = trainer(new, view)
+    big = jax.jit(lambda p: grow(p, old, new, plan, KEY))(params)
+    big_state = grow_optimizer(state, old, new, plan, None, view)
+    for tokens in batches(steps):
+        params, state, small_loss = step(params, state, tokens)
+        big, big_state, big_loss = big_step(big, big_state, tokens)
+    expected = jax.jit(lambda p: grow(p, old, new, plan, KEY))(params)
+    return distance(expected, big), abs(float(small_loss - big_loss))
+
+
+@pytest.mark.parametrize("target", [TWICE, QUARTER], ids=["twice", "1.25 times"])
+@pytest.mark.parametrize("method", ["copy", "uneven", "net2net"])
+def test_adamw_goes_on_exactly_for_25_steps(target, method, x64):
+    far, worse = run_on(OLD, target, Growth(method, optimizer="exact"))
+    assert far < 1e-12
+    assert worse < 1e-12
+
+
+def test_with_moments_alone_adamw_does_not_go_on_exactly(x64):
+    """The same growth, rates and eps left as they are: the test above would see it."""
+    far, _ = run_on(OLD, TWICE, Growth("copy", optimizer="carry"))
+    assert far > 1e-3
+
+
+def test_a_second_exact_growth_goes_on_from_the_first_ones_frame(x64):
+    plan = Growth("copy", optimizer="exact")
+    params, state, step = after_warm_up(OLD)
+    cfgs = [OLD, grown_config(OLD, QUARTER, plan)]
+    target = QUARTER.replace(embed=54, mlp=90, heads=10)
+    cfgs.append(grown_config(cfgs[1], target, plan))
+    views = [None]
+    big, big_state = params, state
+    for old, new in itertools.pairwise(cfgs):
+        views.append(frame(old, new, plan, views[-1]))
+        big = grow(big, old, new, plan, KEY)
+        big_state = grow_optimizer(big_state, old, new, plan, views[-2], views[-1])
+    _, big_step = trainer(cfgs[-1], views[-1])
+    for tokens in batches(6):
+        params, state, small_loss = step(params, state, tokens)
+        big, big_state, big_loss = big_step(big, big_state, tokens)
+    assert abs(float(small_loss - big_loss)) < 1e-12
+
+
+def test_leaving_a_frame_gives_the_moments_that_the_gradients_would_have_had(x64):
+    """Exact, then carry: the averages are those of the grown model's own gradients again."""
+    exact, carry = Growth("copy", optimizer="exact"), Growth("copy", methods={"layers": "zero"})
+    params, state, _ = after_warm_up(OLD)
+    new = grown_config(OLD, QUARTER, exact)
+    view = frame(OLD, new, exact, None)
+    framed = grow_optimizer(state, OLD, new, exact, None, view)
+    deeper = grown_config(new, new.replace(layers=3), carry)
+    left = grow_optimizer(framed, new, deeper, carry, view, None)
+    direct = grow_optimizer(grow_optimizer(state, OLD, new, carry), new, deeper, carry)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(direct), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def asymmetry(cfg, params, old, plan):
+    """The largest difference between copies, each seen at its source's size, over the largest entry."""
+    maps, (_, signatures) = axis_maps(old, cfg, plan), model.declared(cfg)
+
+    def one(sig, value):
+        found = 0.0
+        for dim, axis in enumerate(sig.axes):
+            if axis in maps:
+                span, rule = maps[axis].span, maps[axis].rules[sig.role(axis)]
+                scale = np.broadcast_to(rule.scale, span.new).reshape(
+                    (1,) * dim + (-1,) + (1,) * (value.ndim - dim - 1)
+                )
+                seen = np.asarray(value) / scale
+                first = np.array([np.flatnonzero(span.source == s)[0] for s in span.source])
+                found = max(found, np.abs(seen - seen.take(first, axis=dim)).max() / np.abs(seen).max())
+        return found
+
+    return max(jax.tree.leaves(jax.tree.map(one, signatures, params)))
+
+
+@pytest.mark.parametrize(
+    ("plan", "parts"),
+    [
+        (Growth("copy"), False),
+        (Growth("copy", optimizer="exact"), False),
+        (Growth("copy", optimizer="fresh"), False),
+        (Growth("uneven"), True),
+        (Growth("noise"), True),
+        (Growth("copy", optimizer="asymmetric", rewarm_steps=4), True),
+    ],
+    ids=lambda value: f"{value.name} {value.optimizer}" if isinstance(value, Growth) else "",
+)
+def test_copies_part_with_a_breaker_and_never_without(plan, parts, x64):
+    params, state, _ = after_warm_up(OLD)
+    new = grown_config(OLD, TWICE, plan)
+    view = frame(OLD, new, plan, None)
+    tx = optimizer(ADAMW, new, model.declared(new)[1], view)
+    big, big_state = grow(params, OLD, new, plan, KEY), grow_optimizer(state, OLD, new, plan, None, view)
+    flags = new_entries(OLD, new, plan)
+
+    @jax.jit
+    def step(params, state, tokens, number):
+        updates, state = tx.update(jax.grad(lambda p: loss(new, p, tokens))(params), state, params)
+        if plan.optimizer == "asymmetric":
+            updates = scale_new(updates, flags, rate_of_new(plan, number, jnp.int32(5) + number, 0.9, 0.95))
+        return optax.apply_updates(params, jax.tree.map(lambda u: -1e-2 * u, updates)), state
+
+    for number, tokens in enumerate(batches(10)):
+        big, big_state = step(big, big_state, tokens, number)
+    apart = asymmetry(new, big, OLD, plan)
+    assert apart > 1e-3 if parts else apart < 1e-12
+
+
+def test_new_entries_rewarm_and_their_first_step_is_that_of_a_young_adam():
+    plan = Growth("copy", optimizer="asymmetric", rewarm_steps=4, rewarm_to=1.3)
+    b1, b2, late = 0.9, 0.999, 10_000
+    m = v = 0.0
+    for step in range(8):
+        gradient = 0.7
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        total = late + step + 1
+        adam = (m / (1 - b1**total)) / (v / (1 - b2**total)) ** 0.5
+        factor = float(rate_of_new(plan, jnp.int32(step), jnp.int32(late + step), b1, b2))
+        # A constant gradient makes an Adam of the right age step by exactly one rate.
+        assert adam * factor == pytest.approx(1.3 * min((step + 1) / 4, 1), rel=1e-4)
+
+
+def test_only_new_entries_are_paced():
+    old, new = small.config(), small.config(embed=30, layers=3)
+    plan = Growth("zero", optimizer="asymmetric")
+    _, signatures = model.declared(new)
+    ones = jax.tree.map(jnp.ones_like, small.params(new))
+    paced = scale_new(ones, new_entries(old, new, plan), jnp.float32(0.5))
+    maps = axis_maps(old, new, plan)
+
+    def check(sig, value):
+        fresh = np.zeros(value.shape, bool)
+        for dim, axis in enumerate(sig.axes):
+            if axis in maps:
+                fresh |= maps[axis].span.fresh.reshape((1,) * dim + (-1,) + (1,) * (value.ndim - dim - 1))
+        np.testing.assert_array_equal(value, np.where(fresh, 0.5, 1.0))
+
+    jax.tree.map(check, signatures, paced)
+
+
+def test_an_average_of_parameters_grows_as_parameters_do():
+    """Growth is linear where nothing is drawn: the average of two models grows into the average of their growths."""
+    old, new = small.config(), small.config(embed=30, mlp=50, heads=3)
+    plan = Growth("copy")
+    new = grown_config(old, new, plan)
+    a, b = small.params(old, 0), small.params(old, 1)
+    middle = jax.tree.map(lambda x, y: 0.5 * (x + y), a, b)
+    grown = [grow(p, old, new, plan, KEY) for p in (a, b, middle)]
+    jax.tree.map(lambda x, y, z: np.testing.assert_allclose(0.5 * (x + y), z, atol=1e-6), *grown)
+    assert Role.GAIN in axis_maps(old, new, plan)["embed"].rules
