@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from typing import Any, NoReturn
 
 import gin
 
-from flm_jax import config, optimizer, sharding
+from flm_jax import config, optimizer, sharding, transplant
 from flm_jax import recipe as recipes
 from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.data import corpora, source, train_vocabulary
 from flm_jax.dry_run import dry_run as describe
-from flm_jax.growth import Growth, GrowthError
+from flm_jax.growth import Growth, GrowthError, Ramp
+from flm_jax.origin import read_origin
 from flm_jax.recipe import Recipe, Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +46,7 @@ def register() -> None:
         recipes.Recipe,
         recipes.Run,
         Growth,
+        Ramp,
         source.DataConfig,
         corpora.StandardLibrary,
         corpora.TextFolder,
@@ -152,6 +155,62 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
             print(f"Stopped; everything is saved in {workdir}. Run the same command to go on.")
     except EXPECTED as error:
         fail(error)
+
+
+@gin.configurable(module="flm_jax")
+def grow(
+    target: config.ModelConfig = gin.REQUIRED,
+    growth: Growth = gin.REQUIRED,
+    seed: int = 0,
+    mesh: sharding.MeshConfig | None = None,
+    data: source.DataConfig | None = None,
+    tolerance: float = 1e-5,
+) -> dict[str, Any]:
+    """What `experiments/grow.py` takes from gin: see `flm_jax.transplant.grow_checkpoint`."""
+    return dict(target=target, growth=growth, seed=seed, mesh=mesh, data=data, tolerance=tolerance)
+
+
+@gin.configurable(module="flm_jax")
+def verify(
+    mesh: sharding.MeshConfig | None = None, data: source.DataConfig | None = None, tolerance: float = 1e-5
+) -> dict[str, Any]:
+    """What `experiments/verify.py` takes from gin: see `flm_jax.transplant.verify_checkpoints`."""
+    return dict(mesh=mesh, data=data, tolerance=tolerance)
+
+
+def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
+    """Grows a checkpoint into a new work directory, and says what was found."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+    try:
+        by_hand = parse(gin_files, gin_bindings)
+        settings = grow()
+        check_used(by_hand)
+        records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
+        record = transplant.grow_checkpoint(source, workdir, **settings, records=records)
+        print(transplant.lines(record["verification"]))
+        print(f"Written to {workdir}. Go on from it with Recipe.start = {workdir!r}.")
+    except EXPECTED as error:
+        fail(error)
+
+
+def run_verify(
+    source: str, target: str, json_file: str | None, gin_files: Sequence[str], gin_bindings: Sequence[str]
+) -> None:
+    """Verifies a grown checkpoint, and exits with status 1 if what its method promises does not hold."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+    try:
+        recorded = read_origin(source).directory.parents[2] / "config.gin"
+        if not gin_files and recorded.is_file() and "DataConfig" in recorded.read_text():
+            gin_files, gin_bindings = [str(recorded)], ["verify.data = @DataConfig()", *gin_bindings]
+        parse(gin_files, gin_bindings)
+        found = transplant.verify_checkpoints(source, target, **verify())
+    except EXPECTED as error:
+        fail(error)
+    print(transplant.lines(found))
+    if json_file:
+        Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
+    if not found["holds"]:
+        sys.exit(1)
 
 
 def git_state() -> str:

@@ -75,6 +75,8 @@ def _lower(
             program.initialiser().lower(key)
             yield "initialisation"
         else:
+            assert stage.stage.growth is not None
+            program.settle(stage.stage.growth.placeholder)
             program.grower().lower(previous.abstract_state, key)
             yield "growth"
         if stage.ramp_steps:

@@ -17,7 +17,8 @@ from typing import Any
 from flm_jax.config import ModelConfig
 from flm_jax.data.source import DataConfig
 from flm_jax.growth.frame import Frame, frame
-from flm_jax.growth.plan import Growth, grown_config, ramp_steps
+from flm_jax.growth.masks import Ramp
+from flm_jax.growth.plan import NUMERICS, Growth, grown_config, ramp_steps
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.sharding import MeshConfig
 
@@ -34,7 +35,8 @@ class Stage:
       steps: optimizer steps.
       batch_size: windows a step, over all hosts.
       optimizer: how.
-      growth: how it grows from the stage before; None for the first stage, which is initialised.
+      growth: how it grows from the stage before; None for the first stage, which is initialised, or goes on with the
+        model of `Recipe.start`.
       accumulate: parts that a batch is split into, one after the other.
     """
 
@@ -52,13 +54,14 @@ class Recipe:
     """A run from the first stage to the last: what decides every number.
 
     Attributes:
-      stages: in order; the first is initialised, the others grow.
+      stages: in order; the first is initialised or begins with `start`, the others grow.
       data: corpus, vocabulary, context.
       seed: for initialisation and for what growth draws.
       loss_chunks: parts of a window that the head runs on, one at a time.
       tolerance: largest relative difference of logits that a preserving growth may show, in float32.
       eval_windows: held-out windows that the loss is measured on.
       eval_every: steps between measurements; each stage also measures at its start and end.
+      start: a checkpoint that the first stage goes on with, or grows from, if it has a growth; empty: none.
     """
 
     stages: tuple[Stage, ...]
@@ -68,6 +71,8 @@ class Recipe:
     tolerance: float = 1e-5
     eval_windows: int = 256
     eval_every: int = 50
+    # Where it lies may change; which one it is, is recorded by its digest.
+    start: str = field(default="", metadata={"identity": False})
 
     def __post_init__(self) -> None:
         # gin gives lists.
@@ -109,11 +114,13 @@ class ResolvedStage:
       index: place in the recipe.
       stage: as the recipe gives it, but for `stage.model`, which is the grown configuration.
       before: the stage before, or None.
+      ready: whether its state is what the recipe starts with, rather than grown from that.
     """
 
     index: int
     stage: Stage
     before: ResolvedStage | None
+    ready: bool = False
 
     @property
     def cfg(self) -> ModelConfig:
@@ -135,8 +142,10 @@ class ResolvedStage:
     @functools.cached_property
     def frame(self) -> Frame | None:
         """How the optimizer sees parameters and gradients, after growths that it goes on through exactly."""
-        if self.stage.growth is None or self.before is None:
+        if self.before is None:
             return None
+        if self.stage.growth is None:
+            return self.before.frame
         return frame(self.before.cfg, self.cfg, self.stage.growth, self.before.frame)
 
 
@@ -146,8 +155,12 @@ def _check_at_least(config: Any, least: int, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)} must be at least {least}.")
 
 
-def resolve(recipe: Recipe) -> tuple[ResolvedStage, ...]:
+def resolve(recipe: Recipe, start: tuple[ResolvedStage, int] | None = None) -> tuple[ResolvedStage, ...]:
     """Checks a recipe and gives every stage the configuration that its growth leads to.
+
+    Args:
+        recipe: what to compute.
+        start: the stage and the step of the checkpoint that it starts with, if any.
 
     Raises:
         ValueError: the sentence names the stage, the field, and what would be right.
@@ -160,8 +173,11 @@ def resolve(recipe: Recipe) -> tuple[ResolvedStage, ...]:
         )
     resolved: list[ResolvedStage] = []
     for index, stage in enumerate(recipe.stages):
-        before = resolved[-1] if resolved else None
         try:
+            if not resolved and start is not None and stage.growth is None:
+                resolved.append(_going_on(stage, *start))
+                continue
+            before = resolved[-1] if resolved else start[0] if start is not None else None
             resolved.append(ResolvedStage(index, _resolve_model(stage, before), before))
         except ValueError as error:
             raise ValueError(f"Stage {stage.name!r}: {error}") from error
@@ -170,14 +186,34 @@ def resolve(recipe: Recipe) -> tuple[ResolvedStage, ...]:
     return tuple(resolved)
 
 
-def _resolve_model(stage: Stage, before: ResolvedStage | None) -> Stage:
-    if stage.steps < 1 or stage.batch_size < 1 or stage.accumulate < 1:
+def _going_on(stage: Stage, origin: ResolvedStage, step: int) -> ResolvedStage:
+    """The first stage, where it goes on with a checkpoint's model."""
+    _check_steps(stage)
+    kept = {name: getattr(origin.cfg, name) for name in ("norm_width", "head_width")}
+    model = stage.model.replace(**kept)
+    same = model.replace(**{name: getattr(origin.cfg, name) for name in NUMERICS})
+    if found := list(differences(as_dict(origin.cfg), as_dict(same))):
         raise ValueError(
-            f"steps={stage.steps}, batch_size={stage.batch_size} and accumulate={stage.accumulate} must be positive."
+            f"its model is not that of the checkpoint: {'; '.join(found)}. Take the same, or give the stage a Growth."
         )
-    if stage.batch_size % stage.accumulate:
-        raise ValueError(f"accumulate={stage.accumulate} must divide batch_size={stage.batch_size}.")
-    schedule(stage.optimizer, stage.steps)
+    if step or origin.stage.growth is None:
+        return ResolvedStage(0, dataclasses.replace(stage, model=model), origin, ready=True)
+    # It has just grown, and what follows a growth, masks or a rate of their own, is still to come.
+    described = dataclasses.replace(stage, model=model, growth=origin.stage.growth)
+    resolved = ResolvedStage(0, described, origin.before, ready=True)
+    _check_ramp(resolved.ramp_steps, stage)
+    return resolved
+
+
+def _check_ramp(ramp: int, stage: Stage) -> None:
+    if ramp > stage.steps:
+        raise ValueError(
+            f"its masks ramp over {ramp} steps, delays included, of its {stage.steps}: they must be gone at its end."
+        )
+
+
+def _resolve_model(stage: Stage, before: ResolvedStage | None) -> Stage:
+    _check_steps(stage)
     if before is None:
         if stage.growth is not None:
             raise ValueError("the first stage is initialised, so its growth must be None.")
@@ -185,12 +221,18 @@ def _resolve_model(stage: Stage, before: ResolvedStage | None) -> Stage:
     if stage.growth is None:
         raise ValueError(f"it follows {before.stage.name!r} and must say how it grows: give it a Growth.")
     model = grown_config(before.cfg, stage.model, stage.growth)
-    ramp = ramp_steps(before.cfg, model, stage.growth)
-    if ramp > stage.steps:
-        raise ValueError(
-            f"its masks ramp over {ramp} steps, delays included, of its {stage.steps}: they must be gone at its end."
-        )
+    _check_ramp(ramp_steps(before.cfg, model, stage.growth), stage)
     return dataclasses.replace(stage, model=model)
+
+
+def _check_steps(stage: Stage) -> None:
+    if stage.steps < 1 or stage.batch_size < 1 or stage.accumulate < 1:
+        raise ValueError(
+            f"steps={stage.steps}, batch_size={stage.batch_size} and accumulate={stage.accumulate} must be positive."
+        )
+    if stage.batch_size % stage.accumulate:
+        raise ValueError(f"accumulate={stage.accumulate} must divide batch_size={stage.batch_size}.")
+    schedule(stage.optimizer, stage.steps)
 
 
 def as_dict(value: Any) -> Any:
@@ -210,6 +252,14 @@ def as_dict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_dict(v) for v in value]
     return value
+
+
+def from_dict(data: Any) -> Any:
+    """A model's or a growth's configuration, from what `as_dict` made of it."""
+    if isinstance(data, dict) and "class" in data:
+        made = {kind.__name__: kind for kind in (ModelConfig, Growth, Ramp)}[data["class"]]
+        return made(**{name: from_dict(value) for name, value in data.items() if name != "class"})
+    return {name: from_dict(value) for name, value in data.items()} if isinstance(data, dict) else data
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from flm_jax.config import ModelConfig
 from flm_jax.growth.frame import new_entries, rate_of_new, scale_new
 from flm_jax.growth.grow import grow, grow_optimizer
-from flm_jax.growth.plan import masks_at
+from flm_jax.growth.plan import Growth, masks_at
 from flm_jax.loss import loss_sum
 from flm_jax.model import Masks, Params, declared, init_params
 from flm_jax.optimizer import optimizer, schedule, state_shardings
@@ -71,6 +72,10 @@ class StageProgram:
         self.shardings = TrainState(replicated(mesh), params, opt_shardings)
         self.abstract_state = abstract(shapes, self.shardings)
         self.rate = schedule(stage.stage.optimizer, stage.stage.steps)
+
+    def settle(self, growth: Growth) -> None:
+        """Takes a plan in place of the recipe's: one that says where layers go, once that is measured."""
+        self.stage = dataclasses.replace(self.stage, stage=dataclasses.replace(self.stage.stage, growth=growth))
 
     def initialiser(self) -> Any:
         """Jitted: key -> the state of a first stage."""

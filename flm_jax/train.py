@@ -41,8 +41,10 @@ from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data, open_data
 from flm_jax.evaluate import make_eval, put_batch
 from flm_jax.generate import generate
+from flm_jax.growth.distance import layer_distances
 from flm_jax.growth.verify import compare
 from flm_jax.loss import bits_per_byte
+from flm_jax.origin import Origin, lineage, read_origin
 from flm_jax.progress import Interrupts, Progress
 from flm_jax.recipe import (
     DATA,
@@ -52,6 +54,7 @@ from flm_jax.recipe import (
     Run,
     as_dict,
     check_identity,
+    from_dict,
     resolve,
     write_identity,
     write_record,
@@ -89,7 +92,13 @@ def train(
     if jax.process_count() > 1:
         raise ValueError("train() runs in one process; it does not yet share batches and files between several.")
     workdir = Path(workdir).expanduser()
-    stages = resolve(recipe)
+    origin = read_origin(recipe.start) if recipe.start else None
+    if origin is not None and origin.within_ramp:
+        raise ValueError(
+            f"{origin.directory} is at step {origin.step} of a mask ramp over {origin.stage.ramp_steps}; start with a "
+            "later checkpoint, or with the grown one at step 0."
+        )
+    stages = resolve(recipe, None if origin is None else (origin.stage, origin.step))
     check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
     mesh = make_mesh(run.mesh)
     programs = [StageProgram(stage, mesh, recipe.loss_chunks) for stage in stages]
@@ -98,6 +107,7 @@ def train(
     # Where the data lies may change; what it is may not.
     identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
     identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
+    identity |= {} if origin is None else {"start": origin.digest}
     check_identity(workdir, DATA, identity, "other data")
     with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
         stores = [
@@ -120,10 +130,16 @@ def train(
         if restored is not None:
             state, history = restored.state, json.loads(json.dumps(restored.meta["history"]))
             position = restored.blobs["data"]
+            for program in programs:
+                for record in history["growths"]:
+                    if record["stage"] == program.stage.stage.name:
+                        program.settle(from_dict(record["plan"]))
+        elif origin is not None:
+            state = origin.restore(mesh)
         del restored  # It would keep the old arrays alive through all that follows.
         interrupts = stack.enter_context(Interrupts())
         for program, store in list(zip(programs, stores, strict=True))[first:]:
-            worker = _StageRun(recipe, run, workdir, data, program, store, history, position)
+            worker = _StageRun(recipe, run, workdir, data, program, store, history, position, origin)
             if begin or program.stage.index > first:
                 state = worker.start(state)
             assert state is not None
@@ -151,10 +167,10 @@ class _StageRun:
         store: Checkpoints,
         history: dict[str, list[Any]],
         position: bytes | None,
+        origin: Origin | None,
     ) -> None:
         self.recipe, self.settings, self.workdir, self.data = recipe, run, workdir, data
-        self.program, self.store, self.history = program, store, history
-        self.stage: ResolvedStage = program.stage
+        self.program, self.store, self.history, self.origin = program, store, history, origin
         self.mesh: Mesh = program.mesh
         self.batches: TokenBatches = data.train()
         if position is not None:
@@ -162,12 +178,22 @@ class _StageRun:
         self.evaluate = make_eval(self.stage.cfg, self.mesh, recipe.loss_chunks)
         self.flops_per_token = plan.train_flops_per_token(self.stage.cfg, recipe.data.context)
 
+    @property
+    def stage(self) -> ResolvedStage:
+        """The stage, its growth as it really is."""
+        return self.program.stage
+
     def start(self, state: TrainState | None) -> TrainState:
         """The state at step 0, measured and saved: initialised, or grown from the stage before and verified."""
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), self.stage.index)
         provenance: dict[str, Any] = {"seed": self.recipe.seed, "key": self.stage.index}
         if self.stage.before is None:
             state = self.program.initialiser()(key)
+        elif self.stage.ready:
+            assert state is not None
+            assert self.origin is not None
+            state = state.replace(step=jax.numpy.zeros_like(state.step))
+            provenance |= {"start": self.origin.digest}
         else:
             assert state is not None
             state, record = self._grow(state, key)
@@ -180,24 +206,31 @@ class _StageRun:
     def _grow(self, state: TrainState, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
         before, growth = self.stage.before, self.stage.stage.growth
         assert before is not None and growth is not None
-        grown = self.program.grower()(state, key)
         # Whole logits and hidden states are compared: a few windows, whatever the batch is.
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows = shards * max(1, 8 // shards)
         batch = put_batch(next(iter(self.data.heldout(rows, rows))), self.mesh)
-        verification = compare(
-            before.cfg, state.params, self.stage.cfg, grown.params, growth, batch.inputs_BT, batch.segments_BT
-        )
+        tokens = (batch.inputs_BT, batch.segments_BT)
+        distances: tuple[float, ...] = ()
+        if growth.depth == "distance":
+            distances = layer_distances(before.cfg, state.params, *tokens, metric=growth.distance)
+            growth = growth.settled(distances, self.stage.cfg.layers)
+            self.program.settle(growth)
+        grown = self.program.grower()(state, key)
+        verification = compare(before.cfg, state.params, self.stage.cfg, grown.params, growth, *tokens)
         verification.check(self.recipe.tolerance)
         evaluate_before = make_eval(before.cfg, self.mesh, self.recipe.loss_chunks)
         loss_before = evaluate_before(state.params, self._heldout(), None)
         loss_after = self.evaluate(grown.params, self._heldout(), self.program.masks(0))
         source = self.store.directory.parent / before.directory / str(before.stage.steps)
+        if before.index < 0 and self.origin is not None:
+            source = self.origin.directory
         record = {
             "stage": self.stage.stage.name,
             "method": growth.name,
             "plan": as_dict(growth),
-            "source": f"{before.directory}/{before.stage.steps}",
+            "source": f"{source.parent.name}/{source.name}",
+            "distances": list(distances),
             "source_digest": read_manifest(source).state_digest,
             "config_before": as_dict(before.cfg),
             "config_after": as_dict(self.stage.cfg),
@@ -288,6 +321,7 @@ class _StageRun:
         meta = {
             "stage": self.stage.stage.name,
             "model": as_dict(self.stage.cfg),
+            "lineage": lineage(self.stage),
             "ramp_steps": self.stage.ramp_steps,
             "data": self.data.describe(),
             "history": self.history,

@@ -1,6 +1,7 @@
 """Small models for tests, and hypothesis strategies over their shapes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
@@ -33,20 +34,31 @@ def tokens(shape=(2, 12), seed=0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, shape, dtype=np.int32)
 
 
-init = jax.jit(model.init_params, static_argnums=0)
 apply = jax.jit(model.apply, static_argnums=0)
 
 
 def params(cfg: ModelConfig, seed: int = 0):
-    """Initial parameters with norm scales that are not 1, as after training."""
-    values = init(cfg, jax.random.key(seed))
-    _, signatures = model.declared(cfg)
+    """Parameters of the sizes that initialisation gives, drawn by numpy (compiling each shape's draw takes seconds).
+
+    The scales of norms are not 1, as after training.
+    """
+    shapes, signatures = model.declared(cfg)
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x, sig: x * rng.uniform(0.5, 1.5, x.shape).astype(x.dtype) if sig.gains else x,
-        values,
-        signatures,
-    )
+
+    def one(like, sig):
+        value = rng.uniform(0.5, 1.5, like.shape) if sig.gains else cfg.std(sig) * rng.standard_normal(like.shape)
+        return jnp.asarray(value, like.dtype)
+
+    return jax.tree.map(one, shapes, signatures)
+
+
+def waves(signature, key, shape, *, std, dtype):
+    """In place of `draw`: as arbitrary, as dependent on its key, and compiled at once."""
+    if signature.gains:
+        return jnp.ones(shape, dtype)
+    phase = jax.random.key_data(key).astype(jnp.float32).sum() * 1e-9
+    index = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape)
+    return (1.4 * std * jnp.cos(index * 1.618 + phase)).astype(dtype)
 
 
 @st.composite

@@ -42,6 +42,13 @@ KEY = jax.random.key(7)
 GROW = importlib.import_module("flm_jax.growth.grow")  # the package's name `grow` is the function
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cheap_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GROW, "draw", small.waves)
+        yield
+
+
 def axes_of(method):
     return [axis for axis, kind in KINDS.items() if kind in REGISTRY[method].kinds]
 
@@ -499,6 +506,11 @@ def test_a_plan_that_does_not_fit_is_refused(new, growth, message):
 def test_a_ramp_without_masks_and_masks_without_a_ramp_are_refused(growth, message):
     with pytest.raises(ValueError, match=message):
         ramp_steps(*GROWN, growth)
+
+
+def test_a_norm_width_that_the_method_does_not_keep_is_refused():
+    with pytest.raises(ValueError, match=r"divide by 30, but growing by zero .* exact at 24: .*grown_config"):
+        masks_at(small.config(), small.config(embed=30), Growth("zero"), 0)
 
 
 def test_parameters_of_another_shape_are_refused_by_path():

@@ -84,6 +84,19 @@ def test_adamw_goes_on_exactly_for_25_steps(target, method, x64):
     assert worse < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("new", "growth", "message"),
+    [
+        (dict(mlp=50), Growth("noise", optimizer="exact"), "where mlp grows by 'noise'; copy, .*uneven allow it"),
+        (dict(kv_heads=2), Growth("copy", optimizer="exact"), "kv_heads are divided .* 1 to 2.*optimizer='carry'"),
+    ],
+)
+def test_where_adamw_cannot_go_on_exactly_it_is_said(new, growth, message):
+    old = small.config(kv_heads=1)
+    with pytest.raises(ValueError, match=message):
+        frame(old, old.replace(**new), growth, None)
+
+
 def test_with_moments_alone_adamw_does_not_go_on_exactly(x64):
     """The same growth, rates and eps left as they are: the test above would see it."""
     far, _ = run_on(OLD, TWICE, Growth("copy", optimizer="carry"))

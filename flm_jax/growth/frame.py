@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from flm_jax.config import ModelConfig
+from flm_jax.growth.operators import REGISTRY
 from flm_jax.growth.plan import Growth, axis_maps
 from flm_jax.model import declared
 from flm_jax.signature import Signature
@@ -56,11 +57,23 @@ def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | No
     """The frame after a growth, of the frame before it; None where AdamW sees everything as it is.
 
     Raises:
-        ValueError: the operator of an axis does not scale gradients by known factors.
+        ValueError: an axis grows in a way that does not scale gradients by known factors.
     """
     if growth.optimizer != "exact":
         return None
     maps = axis_maps(old, new, growth.placeholder)
+    for axis, grown in maps.items():
+        method = growth.method_of(axis)
+        if grown.speaks and not REGISTRY[method].continues:
+            known = ", ".join(sorted(name for name, operator in REGISTRY.items() if operator.continues))
+            raise ValueError(
+                f"optimizer='exact': AdamW cannot go on exactly where {axis} grows by {method!r}; {known} allow it."
+            )
+        if grown.span.group is not None:
+            raise ValueError(
+                f"optimizer='exact': {axis} are divided among their readers, {grown.span.old} to {grown.span.new}, and "
+                "each part has only its own readers' gradient from now on; take optimizer='carry'."
+            )
     _, old_signatures = declared(old)
     _, signatures = declared(new)
 

@@ -218,11 +218,22 @@ def mask_flags(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, 
 
 
 def norm_widths(old: ModelConfig, new: ModelConfig, growth: Growth) -> tuple[float, float] | None:
-    """What norms divide by at the growth and after the ramp; None where that does not change."""
+    """What norms divide by at the growth and after the ramp; None where that does not change.
+
+    Raises:
+        ValueError: it would have to change, and neither a mask nor the plan lets it.
+    """
     embed = axis_maps(old, new, growth.placeholder).get("embed")
-    squares = 1.0 if embed is None or embed.squares is None else embed.squares
-    widths = old.effective_norm_width * squares, new.effective_norm_width
-    return None if np.isclose(*widths, rtol=1e-12) else widths
+    squares = 1.0 if embed is None else embed.squares
+    widths = old.effective_norm_width * (1.0 if squares is None else squares), new.effective_norm_width
+    if np.isclose(*widths, rtol=1e-12):
+        return None
+    if squares is not None and growth.norm == "keep":
+        raise ValueError(
+            f"Norms of the grown model divide by {widths[1]:g}, but growing by {growth.name} keeps them exact at "
+            f"{widths[0]:g}: take the configuration that grown_config() returns."
+        )
+    return widths
 
 
 def ramp_steps(old: ModelConfig, new: ModelConfig, growth: Growth) -> int:

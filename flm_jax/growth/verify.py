@@ -90,9 +90,11 @@ def compare(
     wide = {"compute_dtype": str(jnp.promote_types(old.param_dtype, jnp.float32)), "attention": "plain"}
     maps = axis_maps(old, new, growth)
     logits = jax.jit(forward, static_argnums=0)
-    before, hidden = logits(old.replace(**wide), old_params, tokens_BT, segments_BT, None)
     masks = masks_at(old, new, growth, 0)
-    after, grown_hidden = logits(new.replace(**wide), new_params, tokens_BT, segments_BT, masks)
+    # Accelerators round float32 products to fewer bits unless told not to.
+    with jax.default_matmul_precision("highest"):
+        before, hidden = logits(old.replace(**wide), old_params, tokens_BT, segments_BT, None)
+        after, grown_hidden = logits(new.replace(**wide), new_params, tokens_BT, segments_BT, masks)
 
     # A fresh layer adds nothing yet: its output is that of the last old layer below it.
     stands_for = np.arange(new.layers)

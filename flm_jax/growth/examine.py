@@ -1,0 +1,109 @@
+"""What a growth promises besides equal outputs: that all that is new can learn, and what stands still together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax.config import ModelConfig
+from flm_jax.growth.axis_map import Rule, Span
+from flm_jax.growth.plan import Growth, axis_maps, masks_at, ramp_steps
+from flm_jax.loss import loss_sum
+from flm_jax.model import Params, declared
+from flm_jax.signature import KINDS, Kind, Role, Signature
+
+
+def grown_dimensions(
+    tree: Params, old: ModelConfig, new: ModelConfig, growth: Growth
+) -> Iterator[tuple[str, str, int, Signature, Span, Rule, jax.Array]]:
+    """Every dimension that grew: parameter path, axis, dimension, signature, span, rule, and the array."""
+    maps, (_, signatures) = axis_maps(old, new, growth), declared(new)
+    paths = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), sig)
+        for path, sig in jax.tree_util.tree_leaves_with_path(signatures)
+    ]
+    for (path, sig), value in zip(paths, jax.tree.leaves(tree), strict=True):
+        for dim, axis in enumerate(sig.axes):
+            if axis in maps:
+                yield path, axis, dim, sig, maps[axis].span, maps[axis].rules[sig.role(axis)], value
+
+
+def fresh_entries(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, dict[str, str]]:
+    """By parameter path and grown axis: how many of its slices are new, and what they hold."""
+    found: dict[str, dict[str, str]] = {}
+    for path, axis, _, _, span, rule, _ in grown_dimensions(params, old, new, growth):
+        found.setdefault(path, {})[axis] = f"{int(span.fresh.sum())} of {span.new}, {rule.fill}"
+    return found
+
+
+def dead_slices(
+    params: Params,
+    old: ModelConfig,
+    new: ModelConfig,
+    growth: Growth,
+    tokens_BT: jax.Array,
+    rate: float = 0.1,
+    steps: int = 2,
+) -> list[str]:
+    """New slices that have had no gradient after some steps of plain gradient descent: they would never learn.
+
+    Args:
+      params: the grown model's, at the growth.
+      old: the configuration before.
+      new: the configuration after.
+      growth: how it grew.
+      tokens_BT: int32 token ids; each is also the target of the one before it.
+      rate: of the descent, over the gradient's norm.
+      steps: of it, before the last gradient.
+
+    Returns:
+      A line for each dimension with dead slices, naming the parameter and the axis; none is right. Rows of the
+      embedding that stand for new tokens are not asked: no text holds them yet.
+    """
+
+    def loss(params: Params, masks: Any) -> jax.Array:
+        x, y = tokens_BT[:, :-1], tokens_BT[:, 1:]
+        return loss_sum(new, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x), masks) / x.size
+
+    @jax.jit
+    def descend(params: Params, seen: Params, masks: Any) -> tuple[Params, Params]:
+        grads = jax.grad(loss)(params, masks)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        moved = jax.tree.map(lambda w, g: (w - rate * g / norm).astype(w.dtype), params, grads)
+        return moved, jax.tree.map(lambda s, g: s + jnp.abs(g), seen, grads)
+
+    seen = jax.tree.map(jnp.zeros_like, params)
+    # From the beginning of the ramp to its end: what is masked to the last has its gradients then.
+    for step in range(steps + 1):
+        params, seen = descend(params, seen, masks_at(old, new, growth, step * ramp_steps(old, new, growth) // steps))
+    found = []
+    for path, axis, dim, sig, span, _, total in grown_dimensions(seen, old, new, growth):
+        if KINDS[axis] is Kind.OUTSIDE and sig.role(axis) is Role.READER:
+            continue
+        felt_A = np.asarray(jnp.sum(total, axis=tuple(i for i in range(total.ndim) if i != dim)))
+        dead = int(np.sum(felt_A[span.fresh] == 0))
+        if dead:
+            found.append(f"{path}: {dead} of {int(span.fresh.sum())} new slices on {axis}")
+    return found
+
+
+def copies_apart(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth) -> float | None:
+    """How far copies of one entry differ, each seen at its source's size, over the parameter's largest entry.
+
+    0: they are alike, and with equal optimizer state they move together for ever. None: nothing was copied.
+    """
+    found: list[float] = []
+    for _, axis, dim, _, span, rule, value in grown_dimensions(params, old, new, growth):
+        if rule.fill != "copy" or KINDS[axis] is Kind.STACK or rule.from_above:
+            continue
+        along = (1,) * dim + (-1,) + (1,) * (value.ndim - dim - 1)
+        alike = value / np.broadcast_to(rule.scale, span.new).reshape(along).astype(value.dtype)
+        _, first = np.unique(span.source, return_index=True)
+        group = np.searchsorted(np.unique(span.source), span.source)
+        apart = jnp.max(jnp.abs(alike - jnp.take(alike, first[group], axis=dim))) / jnp.max(jnp.abs(alike))
+        found.append(float(apart))
+    return max(found, default=None)

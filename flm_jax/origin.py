@@ -1,0 +1,94 @@
+"""A checkpoint that something begins with: found, read, and placed in the line of models that led to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from flm_jax.checkpoint import CheckpointError, Checkpoints, NoCheckpointError, read_manifest
+from flm_jax.recipe import ResolvedStage, Stage, as_dict, from_dict
+from flm_jax.step import StageProgram, TrainState
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """A checkpoint, and what its record says of it. Its arrays are read by `restore`, and checked then.
+
+    Attributes:
+      directory: of the step.
+      step: within its stage.
+      digest: over all of its state.
+      stage: its stage, with those before it as far as they decide how training goes on.
+      meta: its record.
+    """
+
+    directory: Path
+    step: int
+    digest: str
+    stage: ResolvedStage
+    meta: dict[str, Any]
+
+    def restore(self, mesh: Mesh) -> TrainState:
+        """The state on a mesh, every bit of it checked.
+
+        Raises:
+            DamagedError: it is not as it was saved.
+        """
+        program = StageProgram(self.stage, mesh, 1)
+        with Checkpoints(self.directory.parent, read_only=True) as store:
+            state: TrainState = store.restore(program.abstract_state, self.step).state
+        return state
+
+    @property
+    def within_ramp(self) -> bool:
+        """Whether masks are still on their way."""
+        return 0 < self.step < self.stage.ramp_steps
+
+
+def read_origin(path: str | Path) -> Origin:
+    """Finds a checkpoint: a step's directory, or the newest step of a stage or of a work directory.
+
+    Raises:
+        NoCheckpointError: there is none.
+        CheckpointError: it was not written by a run or a growth of this project.
+    """
+    directory = _step_directory(Path(path).expanduser().absolute())
+    manifest = read_manifest(directory)
+    meta = json.loads((directory / "meta.json").read_text())
+    if "lineage" not in meta:
+        raise CheckpointError(f"{directory} does not record its model and the growths that led to it.")
+    stage: ResolvedStage | None = None
+    generations = meta["lineage"]
+    for index, generation in enumerate(generations):
+        model, growth = from_dict(generation["model"]), from_dict(generation["growth"])
+        # It is no stage of any recipe: what is trained, and how, is for others to say.
+        described = Stage(meta["stage"], model, steps=0, batch_size=0, growth=growth)
+        stage = ResolvedStage(index - len(generations), described, stage)
+    assert stage is not None
+    return Origin(directory, int(directory.name), manifest.state_digest, stage, meta)
+
+
+def _step_directory(path: Path) -> Path:
+    def steps(folder: Path) -> list[Path]:
+        return sorted((p for p in folder.glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
+
+    if (path / "manifest.json").is_file():
+        return path
+    stages = sorted((path / "checkpoints").glob("[0-9]*_*"), key=lambda p: int(p.name.split("_")[0])) or [path]
+    for folder in reversed(stages):
+        if found := steps(folder):
+            return found[-1]
+    raise NoCheckpointError(
+        f"{path} holds no checkpoint: give a step, such as .../checkpoints/0_first/800, a stage's directory, or a work "
+        "directory."
+    )
+
+
+def lineage(stage: ResolvedStage) -> list[dict[str, Any]]:
+    """The models that led to a stage, oldest first, each with the plan that it grew by; as a record."""
+    earlier = lineage(stage.before) if stage.before is not None else []
+    return [*earlier, {"model": as_dict(stage.cfg), "growth": as_dict(stage.stage.growth)}]

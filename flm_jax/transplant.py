@@ -1,0 +1,302 @@
+"""Growing a checkpoint into a new work directory, and verifying one checkpoint against another, outside of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flm_jax import plan
+from flm_jax.checkpoint import CheckpointError, Checkpoints
+from flm_jax.config import ModelConfig
+from flm_jax.data.source import Data, DataConfig, open_data
+from flm_jax.evaluate import make_eval, put_batch
+from flm_jax.generate import generate
+from flm_jax.growth.distance import layer_distances
+from flm_jax.growth.examine import copies_apart, dead_slices, fresh_entries
+from flm_jax.growth.plan import Growth, axis_maps, grown_config, masks_at
+from flm_jax.growth.verify import compare
+from flm_jax.model import Params
+from flm_jax.origin import lineage, read_origin
+from flm_jax.recipe import ResolvedStage, Stage, as_dict, write_identity, write_record
+from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.step import StageProgram, TrainState
+
+TRANSPLANT = "growth.json"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What growths are measured on.
+
+    Attributes:
+      name: where they are from, for records.
+      batches: held-out batches, as training has them.
+    """
+
+    name: str
+    batches: tuple[Any, ...]
+
+
+def held_out(data: DataConfig | None, vocab: int, windows: int = 32, rows: int = 8) -> Tokens:
+    """Held-out text of some data; without data, random tokens, which serve to compare models and nothing else."""
+    if data is not None:
+        opened: Data = open_data(data)
+        if opened.vocabulary.size > vocab:
+            raise ValueError(f"the data's vocabulary has {opened.vocabulary.size} tokens, the model only {vocab}.")
+        return Tokens(f"held-out text, digest {opened.digest[:12]}", tuple(opened.heldout(rows, windows)))
+    from flm_jax.data.batches import Batch
+
+    rng, shape = np.random.default_rng(0), (rows, 64)
+    drawn = [rng.integers(0, vocab, (rows, 65), dtype=np.int32) for _ in range(max(windows // rows, 1))]
+    segments, weights = np.zeros(shape, np.int32), np.ones(shape, np.float32)
+    batches = tuple(Batch(ids[:, :-1], ids[:, 1:], weights, segments) for ids in drawn)
+    return Tokens("random tokens", batches)
+
+
+def grow_checkpoint(
+    source: str | Path,
+    workdir: str | Path,
+    target: ModelConfig,
+    growth: Growth,
+    seed: int = 0,
+    mesh: MeshConfig | None = None,
+    data: DataConfig | None = None,
+    tolerance: float = 1e-5,
+    records: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Grows a checkpoint, optimizer state included, into step 0 of a new work directory; the source is only read.
+
+    Args:
+      source: a step, a stage's directory or a work directory.
+      workdir: new, or empty.
+      target: the shape to grow to.
+      growth: how.
+      seed: for what is drawn.
+      mesh: how devices are laid out.
+      data: held-out text for distances and the report; None: random tokens.
+      tolerance: largest relative difference of logits that a preserving method may show, in float32.
+      records: texts to keep, by file name.
+
+    Returns:
+      What `verify_checkpoints` found, which is also in the work directory, as growth.json. `Recipe.start` goes on
+      from there.
+
+    Raises:
+      ValueError: the plan does not fit, or the work directory is in use.
+      DamagedError: the source is not as it was saved.
+      CheckpointError: it does not record what it is.
+    """
+    workdir = Path(workdir).expanduser()
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"{workdir} is not empty; grow into a new directory.")
+    origin = read_origin(source)
+    if origin.within_ramp:
+        raise ValueError(
+            f"{origin.directory} is within a mask ramp ({origin.step} of {origin.stage.ramp_steps} steps)."
+        )
+    old = origin.stage.cfg
+    new = grown_config(old, target, growth)
+    placed = make_mesh(mesh)
+    tokens = held_out(data, old.vocab)
+    with jax.set_mesh(placed):
+        state = origin.restore(placed)
+        distances: tuple[float, ...] = ()
+        if growth.depth == "distance":
+            batch = put_batch(tokens.batches[0], placed)
+            ids = (batch.inputs_BT, batch.segments_BT)
+            distances = layer_distances(old, state.params, *ids, metric=growth.distance)
+            growth = growth.settled(distances, new.layers)
+        stage = ResolvedStage(0, Stage("grown", new, 0, 0, growth=growth), origin.stage)
+        ramp = stage.ramp_steps
+        program = StageProgram(stage, placed, 1)
+        grown = program.grower()(state, jax.random.key(seed))
+        found = _verify(origin.stage, state, stage, grown, tokens, tolerance, placed)
+        record = {
+            "stage": "grown",
+            "plan": as_dict(growth),
+            "source": str(origin.directory),
+            "source_digest": origin.digest,
+            "seed": seed,
+            "distances": list(distances),
+            "config_before": as_dict(old),
+            "config_after": as_dict(new),
+            "params_before": plan.param_count(old),
+            "params_after": plan.param_count(new),
+            "verification": found,
+        }
+        if not found["holds"]:
+            raise CheckpointError(f"The growth does not hold, and nothing was written: {_failures(found)}")
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_identity(workdir, TRANSPLANT, record)
+        for name, text in (records or {}).items():
+            write_record(workdir, name, text)
+        meta = {
+            "stage": "grown",
+            "model": as_dict(new),
+            "lineage": lineage(stage),
+            "ramp_steps": ramp,
+            "provenance": record,
+        }
+        signatures = {f"params/{path}": str(sig) for path, _, sig in plan.leaves(new)}
+        with Checkpoints(workdir / "checkpoints" / stage.directory) as store:
+            store.save(0, grown, signatures=signatures, meta=meta, blobs={})
+            store.wait()
+    return record
+
+
+def verify_checkpoints(
+    source: str | Path,
+    target: str | Path,
+    mesh: MeshConfig | None = None,
+    data: DataConfig | None = None,
+    tolerance: float = 1e-5,
+) -> dict[str, Any]:
+    """Checks that a grown checkpoint is what its method promises, against the one that it grew from.
+
+    Both are read in full and their checksums compared; then both models are run.
+
+    Args:
+      source: the checkpoint before: a step, a stage's directory or a work directory.
+      target: the grown one, at step 0 of its stage.
+      mesh: how devices are laid out.
+      data: held-out text; None: random tokens.
+      tolerance: largest relative difference of logits, in float32.
+
+    Returns:
+      JSON-able: method, preserving, holds, failures (in words), logits, hidden, eval_loss, greedy, fresh, dead,
+      copies_apart, optimizer, multipliers, tokens.
+
+    Raises:
+      DamagedError: one of them is not as it was saved.
+      CheckpointError: the target did not grow from the source.
+    """
+    before, after = read_origin(source), read_origin(target)
+    if after.step == 0 and after.stage.before is None:
+        raise CheckpointError(f"{after.directory} did not grow from anything: it is an initialisation.")
+    if after.step != 0:
+        raise CheckpointError(f"{after.directory} has trained since it grew: give step 0 of its stage.")
+    claimed = (after.meta.get("provenance") or {}).get("source_digest")
+    if claimed != before.digest:
+        raise CheckpointError(
+            f"{after.directory} grew from a state with digest {str(claimed)[:12]}, but {before.directory} has "
+            f"{before.digest[:12]}."
+        )
+    placed = make_mesh(mesh)
+    tokens = held_out(data, before.stage.cfg.vocab)
+    with jax.set_mesh(placed):
+        states = before.restore(placed), after.restore(placed)
+        return _verify(before.stage, states[0], after.stage, states[1], tokens, tolerance, placed)
+
+
+def _verify(
+    before: ResolvedStage,
+    state: TrainState,
+    after: ResolvedStage,
+    grown: TrainState,
+    tokens: Tokens,
+    tolerance: float,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    growth = after.stage.growth
+    assert growth is not None
+    old, new = before.cfg, after.cfg
+    masks = masks_at(old, new, growth, 0)
+    batch = put_batch(tokens.batches[0], mesh)
+    measured = compare(old, state.params, new, grown.params, growth, batch.inputs_BT, batch.segments_BT)
+    losses = [
+        make_eval(cfg, mesh)(params, tokens.batches, under)
+        for cfg, params, under in ((old, state.params, None), (new, grown.params, masks))
+    ]
+    greedy = _greedy(old, state.params, new, grown.params, masks, batch.inputs_BT[:, :16])
+    same_vocab = old.vocab == new.vocab
+    optimizer = _optimizer_faults(after, grown, mesh)
+    dead = dead_slices(grown.params, old, new, growth, batch.inputs_BT)
+    failures = []
+    if measured.preserving:
+        if not measured.max_rel_logit_diff <= tolerance:
+            failures.append(
+                f"logits differ by {measured.max_rel_logit_diff:.2e} relative, more than {tolerance:.0e}: "
+                f"{measured.first_difference(tolerance)}"
+            )
+        if same_vocab and not greedy:
+            failures.append("greedy continuations of 64 tokens differ")
+        if same_vocab and not abs(losses[0] - losses[1]) <= 10 * tolerance * max(1.0, abs(losses[0])):
+            failures.append(f"held-out loss goes from {losses[0]:.6f} to {losses[1]:.6f}")
+        failures += [f"{line} would never learn" for line in dead]
+    failures += optimizer
+    return {
+        "method": growth.name,
+        "preserving": measured.preserving,
+        "holds": not failures,
+        "failures": failures,
+        "tolerance": tolerance,
+        "tokens": tokens.name,
+        "logits": {"max_abs": measured.max_abs_logit_diff, "max_rel": measured.max_rel_logit_diff},
+        "hidden": {"max_rel_by_layer": list(measured.layer_diffs)},
+        "eval_loss": {"before": losses[0], "after": losses[1]},
+        "greedy": {"tokens": 64, "equal": greedy},
+        "fresh": fresh_entries(grown.params, old, new, growth),
+        "dead": dead,
+        "copies_apart": copies_apart(grown.params, old, new, growth),
+        "optimizer": {"mode": growth.optimizer, "problems": optimizer},
+        "multipliers": {
+            name: {"before": getattr(old, name), "after": getattr(new, name)}
+            for name in ("input_mult", "logits_mult", "effective_norm_width", "effective_head_width")
+        },
+        "axes": {axis: [m.span.old, m.span.new] for axis, m in axis_maps(old, new, growth).items()},
+    }
+
+
+def _greedy(
+    old: ModelConfig, params: Params, new: ModelConfig, grown: Params, masks: Any, prompt_BT: jax.Array
+) -> bool:
+    """Whether both models continue prompts alike for 64 tokens, in at least float32."""
+    found = []
+    for cfg, values, under in ((old, params, None), (new, grown, masks)):
+        wide = cfg.replace(compute_dtype=str(jnp.promote_types(cfg.param_dtype, jnp.float32)), attention="plain")
+        found.append(np.asarray(generate(wide, values, prompt_BT, 64, jax.random.key(0), 0.0, under)))
+    return bool((found[0] == found[1]).all())
+
+
+def _optimizer_faults(after: ResolvedStage, grown: TrainState, mesh: Mesh) -> list[str]:
+    """Leaves of the state whose shape or dtype is not that of a fresh one."""
+    expected = StageProgram(after, mesh, 1).abstract_state
+    pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree_util.tree_leaves_with_path(grown), strict=True)
+    return [
+        f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, not {like.dtype}{list(like.shape)}"
+        for (path, like), (_, leaf) in pairs
+        if (like.shape, like.dtype) != (leaf.shape, leaf.dtype)
+    ]
+
+
+def _failures(found: Mapping[str, Any]) -> str:
+    return "; ".join(found["failures"]) + "."
+
+
+def lines(found: Mapping[str, Any]) -> str:
+    """A verification, for a terminal."""
+    promise = f"{'promises' if found['preserving'] else 'does NOT promise'} to preserve the function"
+    axes = ", ".join(f"{axis} {old} -> {new}" for axis, (old, new) in found["axes"].items())
+    loss, logits, greedy = found["eval_loss"], found["logits"], found["greedy"]
+    apart = found["copies_apart"]
+    rows = [
+        f"{found['method']}, which {promise}: {axes}",
+        f"  measured on {found['tokens']}",
+        f"  logits: max |difference| {logits['max_abs']:.2e} (relative {logits['max_rel']:.2e})",
+        f"  layers: max relative difference {max(found['hidden']['max_rel_by_layer']):.2e}",
+        f"  loss: {loss['before']:.6f} -> {loss['after']:.6f}",
+        f"  greedy continuation of {greedy['tokens']} tokens: {'equal' if greedy['equal'] else 'different'}",
+        f"  dead slices after two steps: {'; '.join(found['dead']) or 'none'}",
+    ]
+    if apart is not None:
+        rows.append(f"  copies: {f'{apart:.1e} apart' if apart > 1e-6 else 'alike, until an optimizer parts them'}")
+    verdict = "HOLDS" if found["preserving"] else "measured"
+    rows.append(f"  {verdict}" if found["holds"] else f"  DOES NOT HOLD: {_failures(found)}")
+    return "\n".join(rows)
