@@ -108,7 +108,7 @@ def train(
     identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
     identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
     identity |= {} if origin is None else {"start": origin.digest}
-    check_identity(workdir, DATA, identity, "other data")
+    check_identity(workdir, DATA, identity, "other data or another start")
     with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
         stores = [
             stack.enter_context(

@@ -38,3 +38,16 @@ def x64():
     """Double precision for the test that asks for it."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small corpus, prepared on first use."""
+    from flm_jax.data.corpora import TextFolder
+    from flm_jax.data.source import DataConfig
+    from flm_jax.data.train_vocabulary import Bytes
+    from tests import small
+
+    base = tmp_path_factory.mktemp("data")
+    small.write_corpus(base / "corpus")
+    return DataConfig(TextFolder(str(base / "corpus")), Bytes(), context=16, cache_dir=str(base / "cache"))

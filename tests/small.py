@@ -1,5 +1,7 @@
 """Small models for tests, and hypothesis strategies over their shapes."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,35 @@ def config(**changes) -> ModelConfig:
 def tokens(shape=(2, 12), seed=0) -> np.ndarray:
     """Random token ids."""
     return np.random.default_rng(seed).integers(0, VOCAB, shape, dtype=np.int32)
+
+
+def shape(**changes) -> ModelConfig:
+    """A model whose axes eight devices divide, over the byte vocabulary."""
+    return config(**{**dict(vocab=264, heads=4, head_dim=4, kv_heads=2), **changes})
+
+
+def write_corpus(folder: Path) -> None:
+    """Eight small documents."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = [
+        "grow",
+        "the",
+        "small",
+        "model",
+        "and",
+        "go",
+        "on",
+        "training",
+        "it",
+        "as",
+        "if",
+        "nothing",
+        "had",
+        "happened",
+    ]
+    for i in range(8):
+        (folder / f"{i:02}.txt").write_text(" ".join(rng.choice(words, 70)) + "\n")
 
 
 apply = jax.jit(model.apply, static_argnums=0)

@@ -17,6 +17,7 @@ from flm_jax.growth import (
     Growth,
     axis_maps,
     compare,
+    fold_norm_width,
     grow,
     grow_moments,
     grow_optimizer,
@@ -34,7 +35,7 @@ from flm_jax.growth.verify import forward
 from flm_jax.loss import loss_sum
 from flm_jax.optimizer import OptimizerConfig, optimizer
 from flm_jax.signature import KINDS, Kind, Role
-from tests import small
+from tests import reference, small
 
 PRESERVING = sorted(name for name, operator in REGISTRY.items() if operator.preserving)
 CONTINUES = sorted(name for name, operator in REGISTRY.items() if operator.continues)
@@ -108,7 +109,7 @@ def test_exact_in_float64_on_any_axes_at_any_ratio(method, data):
         assert relative(logits(old, params), after[..., : old.vocab]) < 1e-12
 
 
-@settings(max_examples=16)
+@settings(max_examples=8)
 @given(pair=small.growths(), growth=mixtures())
 def test_exact_in_float32_with_any_mixture_of_methods(pair, growth):
     old, params, new, grown = grow_pair(pair, growth)
@@ -119,7 +120,7 @@ def test_exact_in_float32_with_any_mixture_of_methods(pair, growth):
     assert len(found.layer_diffs) == new.layers
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(pair=small.growths(compute_dtype="bfloat16"))
 def test_zero_is_bit_equal_in_bfloat16(pair):
     # The multiplier is kept: folding its change into the head would round the head anew.
@@ -222,6 +223,19 @@ def test_the_published_rule_that_forgets_eps_fails():
     assert relative(logits(old, params), logits(plain, shrunk)) > 1e-4
     folded = plain.replace(norm_eps=new.norm_eps * 24 / 30)
     assert relative(logits(old, params), logits(folded, shrunk)) < 1e-5
+
+
+def test_a_kept_norm_width_folds_into_a_model_with_ordinary_norms(x64):
+    """By a decoder that is not ours, and knows no norm width."""
+    growth = Growth("zero")
+    wide = dict(compute_dtype="float64", param_dtype="float64")
+    old, params, new, grown = grow_pair((small.config(**wide), small.config(embed=30, mlp=50, **wide)), growth)
+    folded, cfg = fold_norm_width(grown, new)
+    assert cfg.norm_width is None
+    tokens = small.tokens((1, 9))
+    expected = logits(old, params, tokens=tokens)[0]
+    assert relative(expected, reference.forward(cfg, folded, tokens[0])) < 1e-12
+    assert relative(expected, reference.forward(cfg.replace(norm_eps=new.norm_eps), folded, tokens[0])) > 1e-4
 
 
 def test_a_stale_multiplier_fails():
@@ -335,7 +349,7 @@ def test_the_norm_width_may_ramp_to_the_new_width_and_starts_exact():
     assert new.norm_width is None
     assert ramp_steps(old, new, growth) == 5
     assert relative(logits(old, params), logits(new, grown, masks_at(old, new, growth, 0))) < 1e-5
-    assert relative(logits(new, grown), logits(new, grown, masks_at(old, new, growth, 5))) < 1e-6
+    assert relative(logits(new, grown), logits(new, grown, masks_at(old, new, growth, 5))) < 1e-5
     assert relative(logits(old, params), logits(new, grown)) > 1e-3
 
 
@@ -443,11 +457,11 @@ def test_query_heads_stay_with_their_key_heads():
     [
         ({}, dict(embed=22), "Axis 'embed' would shrink from 24 to 22"),
         ({}, dict(layers=1), "Axis 'layers' would shrink from 2 to 1"),
-        (dict(heads=4), dict(heads=2), "Axis 'kv_heads' would shrink from 4 to 2"),
+        (dict(heads=4), dict(heads=2), "Axis 'heads' would shrink from 4 to 2"),
         (
-            dict(heads=4, kv_heads=2),
-            dict(heads=5, kv_heads=5),
-            "1 queries a key head where there were 2.*heads=10.*multiple of 2",
+            dict(heads=6, kv_heads=2),
+            dict(heads=8, kv_heads=4),
+            "2 queries a key head where there were 3.*heads=12.*multiple of 2",
         ),
         ({}, dict(vocab=50), "Axis 'vocab' would shrink from 61 to 50"),
         ({}, dict(head_dim=6, heads=4), "Axis 'head_dim' would shrink from 8 to 6"),
@@ -505,7 +519,7 @@ def test_a_plan_that_does_not_fit_is_refused(new, growth, message):
 )
 def test_a_ramp_without_masks_and_masks_without_a_ramp_are_refused(growth, message):
     with pytest.raises(ValueError, match=message):
-        ramp_steps(*GROWN, growth)
+        ramp_steps(GROWN[0], grown_config(*GROWN, growth), growth)
 
 
 def test_a_norm_width_that_the_method_does_not_keep_is_refused():

@@ -17,51 +17,17 @@ import pytest
 from flm_jax import train as training
 from flm_jax.checkpoint import Checkpoints, read_manifest
 from flm_jax.data.corpora import TextFolder
-from flm_jax.data.source import DataConfig, open_data
-from flm_jax.data.train_vocabulary import Bytes
+from flm_jax.data.source import open_data
 from flm_jax.growth import Growth, GrowthError
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage, as_dict, resolve
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram
 from tests import small
+from tests.small import shape, write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 RAMP = 4
-
-
-def write_corpus(folder: Path) -> None:
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    words = [
-        "grow",
-        "the",
-        "small",
-        "model",
-        "and",
-        "go",
-        "on",
-        "training",
-        "it",
-        "as",
-        "if",
-        "nothing",
-        "had",
-        "happened",
-    ]
-    for i in range(8):
-        (folder / f"{i:02}.txt").write_text(" ".join(rng.choice(words, 70)) + "\n")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> DataConfig:
-    base = tmp_path_factory.mktemp("data")
-    write_corpus(base / "corpus")
-    return DataConfig(TextFolder(str(base / "corpus")), Bytes(), context=16, cache_dir=str(base / "cache"))
-
-
-def shape(**changes):
-    return small.config(**{**dict(vocab=264, heads=4, head_dim=4, kv_heads=2), **changes})
 
 
 @pytest.fixture(scope="session")
@@ -348,7 +314,7 @@ def test_another_recipe_other_data_or_a_foreign_folder_are_refused_and_nothing_i
     training.train(one, RUN, tmp_path / "run")
     (changed / "07.txt").write_text("one document is not what it was\n" * 20)
     before = snapshot(tmp_path / "run")
-    with pytest.raises(ValueError, match="was begun with other data: .*digest"):
+    with pytest.raises(ValueError, match="was begun with other data or another start: .*digest"):
         training.train(one, RUN, tmp_path / "run")
     assert snapshot(tmp_path / "run") == before
 
