@@ -30,6 +30,7 @@ from flm_jax.growth import masks as growth_masks
 from flm_jax.growth.axis_map import append, nested
 from flm_jax.growth.depth import METRICS, PLACES, by_distance, place
 from flm_jax.growth.distance import layer_distances
+from flm_jax.growth.examine import copies_apart, dead_slices
 from flm_jax.growth.plan import ramp_steps
 from flm_jax.growth.verify import forward
 from flm_jax.loss import loss_sum
@@ -376,6 +377,13 @@ def test_gradients_follow_the_dual_so_moments_carry_over(method, x64):
     jax.tree_util.tree_map_with_path(check, signatures, expected, after)
 
 
+SILENT = {"layers": "zero", "head_dim": "zero"}
+
+
+def copied_dual(old, new):
+    return axis_maps(old, new, Growth("copy", methods=SILENT))["embed"].rules[Role.READER].dual
+
+
 def test_adam_moments_grow_by_the_dual_of_the_map():
     growth = Growth(method="zero")
     old, params, new, grown = grow_pair(GROWN, growth)
@@ -393,6 +401,13 @@ def test_adam_moments_grow_by_the_dual_of_the_map():
     fresh = axis_maps(old, new, growth)["layers"].span.fresh
     assert float(jnp.abs(after.nu["blocks"]["mlp"]["up"][fresh]).max()) == 0
     assert jax.tree.map(jnp.shape, after.mu) == jax.tree.map(jnp.shape, grown)
+    apart = grow_optimizer(state, old, new, Growth("copy", methods=SILENT, optimizer="asymmetric"))
+    apart = next(s for s in apart if isinstance(s, optax.ScaleByAdamState))
+    np.testing.assert_allclose(
+        apart.mu["head"][:24], after.mu["head"][:24] * copied_dual(old, new)[:24, None], rtol=1e-5
+    )
+    assert float(jnp.abs(apart.mu["head"][24:]).max()) == 0
+    assert int(apart.count) == 1
     anew = grow_optimizer(state, old, new, dataclasses.replace(growth, optimizer="fresh"))
     zeros = next(s for s in anew if isinstance(s, optax.ScaleByAdamState))
     assert int(zeros.count) == 0
@@ -546,6 +561,45 @@ def test_verification_names_the_first_layer_that_differs():
         found.check(1e-5)
     headless = compare(old, params, new, {**grown, "head": grown["head"] * 2}, growth, small.tokens())
     assert "final norm, the head or the logit multiplier" in headless.first_difference(1e-5)
+
+
+def test_a_new_token_by_mean_has_the_mean_logit_of_the_old_ones():
+    old, params, new, grown = grow_pair((small.config(), small.config(vocab=70)), Growth("mean"))
+    after = logits(new, grown)
+    np.testing.assert_allclose(after[..., 61:], after[..., :61].mean(-1, keepdims=True).repeat(9, -1), atol=1e-5)
+    np.testing.assert_allclose(
+        grown["embedding"][61:], np.asarray(params["embedding"]).mean(0)[None].repeat(9, 0), atol=1e-6
+    )
+
+
+def test_aki_takes_fresh_entries_from_the_layer_above():
+    growth = Growth(methods={"mlp": "aki"})
+    old, params, new, grown = grow_pair((small.config(layers=3), small.config(layers=3, mlp=60)), growth)
+    span = axis_maps(old, new, growth)["mlp"].span
+    before, after = (np.asarray(p["blocks"]["mlp"]["gate"]) for p in (params, grown))
+    np.testing.assert_array_equal(after[:, :, :40], before)
+    np.testing.assert_array_equal(after[:-1, :, 40:], before[1:][:, :, span.source[40:]])
+
+
+def test_dead_slices_are_found_and_named():
+    growth = Growth("zero")
+    old, params, new, grown = grow_pair((small.config(), small.config(mlp=60, layers=3)), growth)
+    tokens = small.tokens((4, 32))
+    assert dead_slices(grown, old, new, growth, tokens) == []
+    mlp = grown["blocks"]["mlp"]
+    dead = {**mlp, "gate": mlp["gate"].at[..., 40:].set(0), "up": mlp["up"].at[..., 40:].set(0)}
+    found = dead_slices({**grown, "blocks": {**grown["blocks"], "mlp": dead}}, old, new, growth, tokens)
+    assert "blocks/mlp/down: 20 of 20 new slices on mlp" in found
+    assert len(found) == 3
+
+
+def test_copies_apart_sees_one_copy_that_is_not_like_the_others():
+    growth = Growth("uneven", methods={"layers": "zero"})
+    old, params, new, grown = grow_pair((small.config(), small.config(embed=30, mlp=50)), growth)
+    assert copies_apart(grown, old, new, growth) < 1e-6
+    moved = {**grown, "head": grown["head"].at[25].add(0.01)}
+    assert copies_apart(moved, old, new, growth) > 1e-3
+    assert copies_apart(grown, old, new, Growth("zero")) is None
 
 
 def test_an_operator_may_be_limited_to_some_axes():
