@@ -178,13 +178,38 @@ def verify(
     return dict(mesh=mesh, data=data, tolerance=tolerance)
 
 
+def recorded_data(checkpoint: str) -> source.DataConfig | None:
+    """The data that a checkpoint's run was configured with, if its work directory records that."""
+    recorded = read_origin(checkpoint).directory.parents[2] / "config.gin"
+    if not recorded.is_file() or "DataConfig" not in recorded.read_text():
+        return None
+    gin.clear_config()
+    parse([str(recorded)], ["verify.data = @DataConfig()"])
+    data: source.DataConfig = verify()["data"]
+    gin.clear_config()
+    return data
+
+
+def required(configured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What gin gives a function; a binding that is missing is a user's error."""
+    try:
+        return configured()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
 def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     """Grows a checkpoint into a new work directory, and says what was found."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     try:
+        data = recorded_data(source)
         by_hand = parse(gin_files, gin_bindings)
-        settings = grow()
+        settings = required(grow)
         check_used(by_hand)
+        for name, kind in (("target", config.ModelConfig), ("growth", Growth)):
+            if not isinstance(settings[name], kind):
+                raise ValueError(f"grow.{name} is {settings[name]!r}; bind a {kind.__name__}, called: '@name()'.")
+        settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
         record = transplant.grow_checkpoint(source, workdir, **settings, records=records)
         print(transplant.lines(record["verification"]))
@@ -199,11 +224,14 @@ def run_verify(
     """Verifies a grown checkpoint, and exits with status 1 if what its method promises does not hold."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     try:
-        recorded = read_origin(source).directory.parents[2] / "config.gin"
-        if not gin_files and recorded.is_file() and "DataConfig" in recorded.read_text():
-            gin_files, gin_bindings = [str(recorded)], ["verify.data = @DataConfig()", *gin_bindings]
-        parse(gin_files, gin_bindings)
-        found = transplant.verify_checkpoints(source, target, **verify())
+        data = recorded_data(source)
+        by_hand = parse(gin_files, gin_bindings)
+        settings = verify()
+        check_used(by_hand)
+        settings["data"] = settings["data"] or data
+        if json_file and not Path(json_file).absolute().parent.is_dir():
+            raise ValueError(f"--json={json_file}: there is no directory {Path(json_file).absolute().parent}.")
+        found = transplant.verify_checkpoints(source, target, **settings)
     except EXPECTED as error:
         fail(error)
     print(transplant.lines(found))

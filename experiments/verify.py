@@ -2,9 +2,9 @@
 
   python experiments/verify.py --source=runs/demo/checkpoints/0_52b_small --target=runs/copied [--json=FILE]
 
-Every bit of both is checked first; then both models are run, on the held-out text that the source was trained with if
-its work directory records it, or that a gin file names as `verify.data`; otherwise on random tokens. A method that does
-not promise preservation is measured and labelled.
+Every bit of both is checked first; then both models are run, on the held-out text that a gin file names as
+`verify.data`, or that the source was trained with if its work directory records it; otherwise on random tokens.
+A method that does not promise preservation is measured and labelled.
 """
 
 from __future__ import annotations

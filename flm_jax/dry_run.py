@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from flm_jax import plan
 from flm_jax.data.batches import Batch
-from flm_jax.recipe import Recipe, ResolvedStage, Run, resolve
+from flm_jax.origin import begin
+from flm_jax.recipe import Recipe, ResolvedStage, Run
 from flm_jax.sharding import make_mesh, spec
 from flm_jax.step import StageProgram
 
@@ -22,10 +23,10 @@ def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
     Raises:
         ValueError: the recipe is wrong, or the mesh does not divide one of its axes.
     """
-    stages = resolve(recipe)
+    origin, stages = begin(recipe)
     mesh = make_mesh(run.mesh)
     yield f"Mesh: {', '.join(f'{name} {size}' for name, size in mesh.shape.items())} ({mesh.devices.size} devices)"
-    previous: StageProgram | None = None
+    previous = None if origin is None else StageProgram(origin.stage, mesh, 1)
     for stage in stages:
         program = StageProgram(stage, mesh, recipe.loss_chunks)
         yield _stage(recipe, stage, program)
@@ -71,7 +72,9 @@ def _lower(
     batch = Batch(inputs_BT=ids, targets_BT=ids, weights_BT=weights, segments_BT=ids)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        if previous is None:
+        if stage.ready:
+            yield "nothing at its start, which is a checkpoint"
+        elif previous is None:
             program.initialiser().lower(key)
             yield "initialisation"
         else:

@@ -21,6 +21,12 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), batch)
 
 
+def few_rows(mesh: Mesh) -> int:
+    """About eight windows, as many as the mesh can split evenly: what whole logits are looked at on."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return int(shards * max(1, 8 // shards))
+
+
 def make_eval(cfg: ModelConfig, mesh: Mesh, chunks: int = 1) -> Callable[[Params, Iterable[Any], Masks | None], float]:
     """A function from parameters, batches and masks to the mean loss in nats a token.
 

@@ -99,6 +99,17 @@ def scale_by_width(width_mults: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
+def decay(rate: float, decays: Any) -> optax.GradientTransformation:
+    """Adds `rate` times the parameters that decay; without a state, whose form could differ from stage to stage."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        if rate:
+            updates = jax.tree.map(lambda on, u, p: u + rate * p if on else u, decays, updates, params)
+        return updates, state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 def optimizer(
     cfg: OptimizerConfig, model: ModelConfig, signatures: Any, frame: Frame | None = None
 ) -> optax.GradientTransformation:
@@ -121,7 +132,7 @@ def optimizer(
     steps = optax.chain(
         optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
         scale_by_width(mults),
-        optax.add_decayed_weights(cfg.weight_decay, mask=decays) if cfg.weight_decay else optax.identity(),
+        decay(cfg.weight_decay, decays),
     )
     return in_frame(steps, frame, cfg.clip)
 

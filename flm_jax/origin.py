@@ -9,8 +9,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from flm_jax.checkpoint import CheckpointError, Checkpoints, NoCheckpointError, read_manifest
-from flm_jax.recipe import ResolvedStage, Stage, as_dict, from_dict
+from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, read_manifest
+from flm_jax.recipe import Recipe, ResolvedStage, Stage, as_dict, from_dict, resolve
 from flm_jax.step import StageProgram, TrainState
 
 
@@ -43,10 +43,23 @@ class Origin:
             state: TrainState = store.restore(program.abstract_state, self.step).state
         return state
 
-    @property
-    def within_ramp(self) -> bool:
-        """Whether masks are still on their way."""
-        return 0 < self.step < self.stage.ramp_steps
+    def check_settled(self, grows: bool) -> None:
+        """Checks that nothing of its own growth is still on its way that would be lost.
+
+        Args:
+            grows: whether it shall grow now, rather than go on from step 0 with all that is on its way.
+
+        Raises:
+            ValueError: its masks, or the rate of its new entries, are still rising.
+        """
+        growth = self.stage.stage.growth
+        rising = {} if growth is None else {"masks": self.stage.ramp_steps, "new entries' rate": growth.rewarm_steps}
+        for what, steps in rising.items():
+            if self.step < steps and (self.step or grows):
+                raise ValueError(
+                    f"{self.directory} is at step {self.step}, and its {what} rise over {steps}: take a later "
+                    "checkpoint" + ("." if grows else ", or the grown one at step 0.")
+                )
 
 
 def read_origin(path: str | Path) -> Origin:
@@ -58,7 +71,10 @@ def read_origin(path: str | Path) -> Origin:
     """
     directory = _step_directory(Path(path).expanduser().absolute())
     manifest = read_manifest(directory)
-    meta = json.loads((directory / "meta.json").read_text())
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+    except ValueError as error:
+        raise DamagedError(f"{directory / 'meta.json'} is damaged: {error}; take another checkpoint.") from error
     if "lineage" not in meta:
         raise CheckpointError(f"{directory} does not record its model and the growths that led to it.")
     stage: ResolvedStage | None = None
@@ -72,7 +88,24 @@ def read_origin(path: str | Path) -> Origin:
     return Origin(directory, int(directory.name), manifest.state_digest, stage, meta)
 
 
+def begin(recipe: Recipe) -> tuple[Origin | None, tuple[ResolvedStage, ...]]:
+    """The checkpoint that a recipe starts with, if any, and its stages.
+
+    Raises:
+        ValueError: as `resolve`, or the checkpoint is within a ramp.
+        CheckpointError: as `read_origin`.
+    """
+    if not recipe.start:
+        return None, resolve(recipe)
+    origin = read_origin(recipe.start)
+    origin.check_settled(grows=bool(recipe.stages) and recipe.stages[0].growth is not None)
+    return origin, resolve(recipe, (origin.stage, origin.step))
+
+
 def _step_directory(path: Path) -> Path:
+    if not path.is_dir():
+        raise NoCheckpointError(f"{path} is no directory; give a step, a stage's directory or a work directory.")
+
     def steps(folder: Path) -> list[Path]:
         return sorted((p for p in folder.glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
 

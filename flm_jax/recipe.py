@@ -61,7 +61,8 @@ class Recipe:
       tolerance: largest relative difference of logits that a preserving growth may show, in float32.
       eval_windows: held-out windows that the loss is measured on.
       eval_every: steps between measurements; each stage also measures at its start and end.
-      start: a checkpoint that the first stage goes on with, or grows from, if it has a growth; empty: none.
+      start: a checkpoint that the first stage goes on with, or grows from, if it has a growth; empty: none. The data
+        begins anew, and what was spent before it is not in the report.
     """
 
     stages: tuple[Stage, ...]
@@ -201,11 +202,13 @@ def _going_on(stage: Stage, origin: ResolvedStage, step: int) -> ResolvedStage:
     # It has just grown, and what follows a growth, masks or a rate of their own, is still to come.
     described = dataclasses.replace(stage, model=model, growth=origin.stage.growth)
     resolved = ResolvedStage(0, described, origin.before, ready=True)
-    _check_ramp(resolved.ramp_steps, stage)
+    _check_ramp(resolved.ramp_steps, described)
     return resolved
 
 
 def _check_ramp(ramp: int, stage: Stage) -> None:
+    if stage.growth is not None and stage.growth.rewarm_steps > stage.steps:
+        raise ValueError(f"rewarm_steps={stage.growth.rewarm_steps} is more than its {stage.steps} steps.")
     if ramp > stage.steps:
         raise ValueError(
             f"its masks ramp over {ramp} steps, delays included, of its {stage.steps}: they must be gone at its end."

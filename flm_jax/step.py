@@ -77,6 +77,10 @@ class StageProgram:
         """Takes a plan in place of the recipe's: one that says where layers go, once that is measured."""
         self.stage = dataclasses.replace(self.stage, stage=dataclasses.replace(self.stage.stage, growth=growth))
 
+    def follow(self, before: ResolvedStage) -> None:
+        """Takes the stage before as it has really been, its growth settled."""
+        self.stage = dataclasses.replace(self.stage, before=before)
+
     def initialiser(self) -> Any:
         """Jitted: key -> the state of a first stage."""
 

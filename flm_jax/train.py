@@ -39,12 +39,12 @@ from flm_jax.checkpoint import (
 )
 from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data, open_data
-from flm_jax.evaluate import make_eval, put_batch
+from flm_jax.evaluate import few_rows, make_eval, put_batch
 from flm_jax.generate import generate
 from flm_jax.growth.distance import layer_distances
 from flm_jax.growth.verify import compare
 from flm_jax.loss import bits_per_byte
-from flm_jax.origin import Origin, lineage, read_origin
+from flm_jax.origin import Origin, begin, lineage
 from flm_jax.progress import Interrupts, Progress
 from flm_jax.recipe import (
     DATA,
@@ -55,7 +55,6 @@ from flm_jax.recipe import (
     as_dict,
     check_identity,
     from_dict,
-    resolve,
     write_identity,
     write_record,
 )
@@ -92,13 +91,7 @@ def train(
     if jax.process_count() > 1:
         raise ValueError("train() runs in one process; it does not yet share batches and files between several.")
     workdir = Path(workdir).expanduser()
-    origin = read_origin(recipe.start) if recipe.start else None
-    if origin is not None and origin.within_ramp:
-        raise ValueError(
-            f"{origin.directory} is at step {origin.step} of a mask ramp over {origin.stage.ramp_steps}; start with a "
-            "later checkpoint, or with the grown one at step 0."
-        )
-    stages = resolve(recipe, None if origin is None else (origin.stage, origin.step))
+    origin, stages = begin(recipe)
     check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
     mesh = make_mesh(run.mesh)
     programs = [StageProgram(stage, mesh, recipe.loss_chunks) for stage in stages]
@@ -123,7 +116,7 @@ def train(
         for name, text in {"parameters.txt": tables + "\n", **(records or {})}.items():
             write_record(workdir, name, text)
         first, restored = _newest(programs, stores)
-        begin = restored is None
+        anew = restored is None
         state: TrainState | None = None
         history: dict[str, list[Any]] = {"evals": [], "growths": [], "skipped": []}
         position: bytes | None = None
@@ -139,8 +132,10 @@ def train(
         del restored  # It would keep the old arrays alive through all that follows.
         interrupts = stack.enter_context(Interrupts())
         for program, store in list(zip(programs, stores, strict=True))[first:]:
+            if program.stage.index > 0:
+                program.follow(programs[program.stage.index - 1].stage)
             worker = _StageRun(recipe, run, workdir, data, program, store, history, position, origin)
-            if begin or program.stage.index > first:
+            if anew or program.stage.index > first:
                 state = worker.start(state)
             assert state is not None
             state = worker.run(state, interrupts)
@@ -207,8 +202,7 @@ class _StageRun:
         before, growth = self.stage.before, self.stage.stage.growth
         assert before is not None and growth is not None
         # Whole logits and hidden states are compared: a few windows, whatever the batch is.
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = shards * max(1, 8 // shards)
+        rows = few_rows(self.mesh)
         batch = put_batch(next(iter(self.data.heldout(rows, rows))), self.mesh)
         tokens = (batch.inputs_BT, batch.segments_BT)
         distances: tuple[float, ...] = ()

@@ -147,6 +147,22 @@ def test_growing_twice_by_any_two_methods_stays_exact(first, growth, extra, meth
     assert relative(logits(mid, grown), logits(new, again, masks_at(mid, new, plan, 0))) < 1e-5
 
 
+@pytest.mark.parametrize("order", [("embed", "mlp", "heads"), ("heads", "mlp", "embed")], ids=" ".join)
+def test_axis_after_axis_is_all_at_once(order, x64):
+    """Where nothing is drawn, the order of axes does not matter; the multiplier's changes fold one after the other."""
+    wide = dict(compute_dtype="float64", param_dtype="float64", head_dim=4)
+    sizes, plan = dict(embed=54, mlp=90, heads=5), Growth("copy")
+    old, params, target, at_once = grow_pair((small.config(**wide), small.config(**wide, **sizes)), plan)
+    cfg = old
+    for axis in order:
+        kv = {"kv_heads": sizes["heads"]} if axis == "heads" else {}
+        new = grown_config(cfg, cfg.replace(**{axis: sizes[axis]}, **kv), plan)
+        params = grow(params, cfg, new, plan, KEY)
+        cfg = new
+    assert cfg == target
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), params, at_once)
+
+
 GROWN = (
     small.config(heads=4, kv_heads=2, layers=2),
     small.config(embed=30, heads=9, kv_heads=3, head_dim=12, layers=3, mlp=50),
@@ -460,6 +476,20 @@ def test_distances_are_what_numpy_says_and_0_for_a_silent_layer(metric):
     assert Growth(depth="distance").settled(found, 4).depth == (0, 1, 0)
 
 
+@pytest.mark.parametrize("method", ["zero", "mask", "copy", "net2net"])
+@pytest.mark.parametrize(
+    "new", [dict(heads=8, kv_heads=4), dict(heads=10, kv_heads=5), dict(heads=9, kv_heads=9)], ids=str
+)
+def test_key_heads_are_divided_among_their_queries_before_any_are_added(method, new):
+    growth = Growth(method)
+    before = small.config(heads=8, kv_heads=2, head_dim=4)
+    old, params, new, grown = grow_pair((before, before.replace(**new)), growth)
+    assert relative(logits(old, params), logits(new, grown, masks_at(old, new, growth, 0))) < 1e-5
+    keys = [np.asarray(p["blocks"]["attention"]["key"]) for p in (params, grown)]
+    parts = 4 // (new.heads // new.kv_heads)
+    np.testing.assert_array_equal(keys[1][:, :, : 2 * parts], keys[0].repeat(parts, axis=2))
+
+
 def test_query_heads_stay_with_their_key_heads():
     kv, group = append("kv_heads", 2, 3), append("group", 2, 3)
     span = nested("heads", kv, group)
@@ -476,7 +506,7 @@ def test_query_heads_stay_with_their_key_heads():
         (
             dict(heads=6, kv_heads=2),
             dict(heads=8, kv_heads=4),
-            "2 queries a key head where there were 3.*heads=12.*multiple of 2",
+            "2 queries a key head where there were 3.*heads=12.*number a key head that divides 3",
         ),
         ({}, dict(vocab=50), "Axis 'vocab' would shrink from 61 to 50"),
         ({}, dict(head_dim=6, heads=4), "Axis 'head_dim' would shrink from 8 to 6"),
@@ -496,6 +526,9 @@ def test_what_cannot_grow_is_refused_with_what_would_be_right(old, new, message)
         (dict(method="zeros"), "Unknown growth operator 'zeros'; the registry has"),
         (dict(methods={"width": "zero"}), "names axis 'width'; the axes that grow are embed"),
         (dict(optimizer="drop"), "use one of carry, exact, fresh, asymmetric"),
+        (dict(methods=["layers"]), "must map axes to str"),
+        (dict(ramps={"layers": 10}), "must map axes to Ramp"),
+        (dict(depth=5), "must name a place"),
         (dict(distance="l1"), "use one of angular, cosine, relative_l2"),
         (dict(rewarm_steps=3), "belong to 'asymmetric', not 'carry'"),
         (dict(ramp_shape="square"), "use one of linear, cosine"),
@@ -513,7 +546,13 @@ def test_an_impossible_plan_is_refused(fields, message):
         (dict(mlp=60), Growth(method=None), r"Axis 'mlp' grows, but Growth gives it no method"),
         (dict(mlp=60), Growth("hypercloning"), "'mlp' by whole multiples, not from 40 to 60; take 'copy'"),
         (dict(head_dim=12), Growth("copy"), "'copy' does not grow axis 'head_dim'.*these do: .*mask.*zero"),
-        (dict(heads=4), Growth(methods={"heads": "copy"}), "key heads that they read are new by 'zero'"),
+        (
+            dict(heads=4),
+            Growth(methods={"heads": "copy"}),
+            "by 'copy' and the key heads .* by 'zero'.*Grow both by one",
+        ),
+        (dict(heads=4), Growth("zero", methods={"kv_heads": "copy"}), "Grow both by one"),
+        (dict(heads=4), Growth("copy", methods={"kv_heads": "net2net"}), "Grow both by one"),
         (dict(layers=4), Growth(depth="distance"), "measure them"),
         (dict(layers=4), Growth(depth=(1, 2)), r"a number of copies for each of 2 layers, 2 in all"),
         (dict(layers=4), Growth(depth="sideways"), "new layers go to one of interleave"),

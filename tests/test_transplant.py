@@ -12,6 +12,7 @@ import pytest
 from flm_jax import train as training
 from flm_jax import transplant
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError
+from flm_jax.dry_run import dry_run
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.origin import read_origin
@@ -22,7 +23,7 @@ from tests.small import shape
 from tests.test_train import StopAfter
 
 RUN = Run(mesh=MeshConfig(fsdp=2, tensor=2), checkpoint_every=2, log_every=1, sample_tokens=4)
-FAST = OptimizerConfig(learning_rate=1e-2)
+FAST = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 TARGET = shape(embed=32, mlp=56, layers=3)
 COPY = Growth("copy", methods={"layers": "zero"}, depth="distance", optimizer="exact")
 
@@ -35,7 +36,8 @@ def recipe_of(data, *stages, **fields):
 def trained(data, tmp_path_factory) -> Path:
     """A run of one stage."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    training.train(recipe_of(data, Stage("first", shape(), 4, 8, FAST)), RUN, workdir)
+    # The stages that go on from it decay weights; this one does not.
+    training.train(recipe_of(data, Stage("first", shape(), 4, 8, OptimizerConfig(learning_rate=1e-2))), RUN, workdir)
     return workdir
 
 
@@ -118,11 +120,13 @@ def test_damaged_foreign_and_trained_targets_are_refused(trained, copied, data, 
         verify_checkpoints(trained, trained, data=data)
     with pytest.raises(CheckpointError, match="did not grow from anything"):
         verify_checkpoints(trained, trained / "checkpoints/0_first/0", data=data)
-    with pytest.raises(NoCheckpointError, match="holds no checkpoint: give a step"):
+    with pytest.raises(NoCheckpointError, match="is no directory; give a step"):
         verify_checkpoints(tmp_path / "nowhere", copied, data=data)
 
 
 def test_a_growth_into_a_used_directory_or_from_a_damaged_source_writes_nothing(trained, copied, tmp_path):
+    with pytest.raises(ValueError, match="Nothing grows: the checkpoint has the target's shape already"):
+        grow_checkpoint(trained, tmp_path / "same", shape(), COPY)
     with pytest.raises(ValueError, match="is not empty"):
         grow_checkpoint(trained, copied, TARGET, COPY)
     broken = tmp_path / "broken"
@@ -158,12 +162,14 @@ def test_masks_are_still_to_ramp_after_a_growth_outside_and_a_kill_within_change
     assert training.train(recipe, RUN, tmp_path / "cut") is None
     monkeypatch.undo()
     assert training.train(recipe, RUN, tmp_path / "cut") == whole
+    with pytest.raises(ValueError, match="is at step 0, and its masks rise over 3: take a later checkpoint"):
+        grow_checkpoint(tmp_path / "grown", tmp_path / "twice", shape(embed=40, mlp=56, layers=3), Growth("zero"))
     with pytest.raises(ValueError, match="its masks ramp over 3 steps, delays included, of its 2"):
         short = dataclasses.replace(recipe, stages=(Stage("on", TARGET, 2, 8, FAST),))
         training.train(short, RUN, tmp_path / "short")
     within = tmp_path / "whole" / "checkpoints" / "0_on" / "2"
     if within.exists():
-        with pytest.raises(ValueError, match="is at step 2 of a mask ramp over 3"):
+        with pytest.raises(ValueError, match="is at step 2, and its masks rise over 3: take a later"):
             training.train(dataclasses.replace(recipe, start=str(within)), RUN, tmp_path / "within")
 
 
@@ -182,8 +188,8 @@ def test_growing_by_distance_inside_a_run_survives_a_kill(data, tmp_path, monkey
 
 
 def test_new_entries_have_their_own_rate_in_a_run(data, tmp_path):
-    """Asymmetric, with a re-warming longer than the stage: old entries take whole steps, new ones hardly move."""
-    plan = Growth("copy", methods={"layers": "zero"}, optimizer="asymmetric", rewarm_steps=10_000)
+    """Asymmetric, with next to no rate for what is new: old entries take whole steps, new ones hardly move."""
+    plan = Growth("copy", methods={"layers": "zero"}, optimizer="asymmetric", rewarm_steps=1, rewarm_to=1e-4)
     stages = (Stage("first", shape(), 2, 8, FAST), Stage("second", TARGET, 1, 8, FAST, plan))
     training.train(recipe_of(data, *stages), RUN, tmp_path / "run")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -202,9 +208,20 @@ def test_another_model_or_another_start_is_refused(trained, data, tmp_path):
         training.train(other, RUN, tmp_path / "other")
     mine = recipe_of(data, Stage("on", shape(), 2, 8, FAST), start=str(trained))
     training.train(mine, RUN, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="goes on with a checkpoint of its own shape: nothing grew"):
+        verify_checkpoints(trained, tmp_path / "run/checkpoints/0_on/0")
     elsewhere = dataclasses.replace(mine, start=str(trained / "checkpoints/0_first/0"))
     with pytest.raises(ValueError, match="was begun with other data or another start: start"):
         training.train(elsewhere, RUN, tmp_path / "run")
+
+
+def test_a_dry_run_describes_a_recipe_that_starts_with_a_checkpoint(trained, data):
+    on = Stage("on", shape(), 2, 8, FAST)
+    grown = Stage("grown", TARGET, 2, 8, FAST, Growth("copy", methods={"layers": "zero"}, depth="distance"))
+    for stages in ((on, grown), (grown,)):
+        text = "\n".join(dry_run(recipe_of(data, *stages, start=str(trained)), RUN))
+        assert ("nothing at its start, which is a checkpoint" in text) == (len(stages) == 2)
+        assert "lowered: growth, train step" in text
 
 
 def test_on_the_command_line_status_says_whether_it_holds(trained, copied, tmp_path, capsys):

@@ -97,13 +97,19 @@ def copies_apart(params: Params, old: ModelConfig, new: ModelConfig, growth: Gro
     0: they are alike, and with equal optimizer state they move together for ever. None: nothing was copied.
     """
     found: list[float] = []
-    for _, axis, dim, _, span, rule, value in grown_dimensions(params, old, new, growth):
+    maps = axis_maps(old, new, growth)
+    for _, axis, dim, sig, span, rule, value in grown_dimensions(params, old, new, growth):
+        # On other axes only what was there before: what is drawn there has no source.
+        for other, name in enumerate(sig.axes):
+            if name in maps and other != dim:
+                value = jnp.take(value, np.flatnonzero(~maps[name].span.fresh), axis=other)
         if rule.fill != "copy" or KINDS[axis] is Kind.STACK or rule.from_above:
             continue
         along = (1,) * dim + (-1,) + (1,) * (value.ndim - dim - 1)
         alike = value / np.broadcast_to(rule.scale, span.new).reshape(along).astype(value.dtype)
-        _, first = np.unique(span.source, return_index=True)
-        group = np.searchsorted(np.unique(span.source), span.source)
+        _, first, group = np.unique(
+            span.source if span.group is None else span.group, return_index=True, return_inverse=True
+        )
         apart = jnp.max(jnp.abs(alike - jnp.take(alike, first[group], axis=dim))) / jnp.max(jnp.abs(alike))
         found.append(float(apart))
     return max(found, default=None)

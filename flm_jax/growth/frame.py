@@ -17,10 +17,10 @@ import numpy as np
 import optax
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth.operators import REGISTRY
+from flm_jax.growth.operators import REGISTRY, WIDTH
 from flm_jax.growth.plan import Growth, axis_maps
 from flm_jax.model import declared
-from flm_jax.signature import Signature
+from flm_jax.signature import KINDS, Signature
 
 Factors = tuple[np.ndarray, ...]  # One vector a dimension, shaped to broadcast; an entry's factor is their product.
 
@@ -65,7 +65,14 @@ def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | No
     for axis, grown in maps.items():
         method = growth.method_of(axis)
         if grown.speaks and not REGISTRY[method].continues:
-            known = ", ".join(sorted(name for name, operator in REGISTRY.items() if operator.continues))
+            kind = KINDS[axis]
+            known = ", ".join(
+                sorted(
+                    name
+                    for name, operator in REGISTRY.items()
+                    if kind in operator.kinds and operator.preserving and (operator.continues or kind not in WIDTH)
+                )
+            )
             raise ValueError(
                 f"optimizer='exact': AdamW cannot go on exactly where {axis} grows by {method!r}; {known} allow it."
             )
@@ -91,7 +98,8 @@ def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | No
             along = (1,) * dim + (span.new,) + (1,) * (ndim - dim - 1)
             for factors, by in ((weight, rule.scale), (gradient, rule.dual), (share, 1 / np.maximum(count, 1))):
                 taken = np.take(factors[dim], span.source, axis=dim)
-                factors[dim] = taken * np.where(known, np.broadcast_to(by, span.new), 1.0).reshape(along)
+                scaled = taken * np.broadcast_to(by, span.new).reshape(along)
+                factors[dim] = np.where(known.reshape(along), scaled, 1.0)
         fold = new.forward_mult(sig) / old.forward_mult(sig)
         weight[0], gradient[0] = weight[0] / fold, gradient[0] * fold
         return View(tuple(weight), tuple(gradient), tuple(share), view.width_mult)

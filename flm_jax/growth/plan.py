@@ -67,6 +67,10 @@ class Growth:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Growth.{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}.")
+        for what, kind in (("methods", str), ("ramps", Ramp)):
+            given = getattr(self, what)
+            if not isinstance(given, Mapping) or not all(isinstance(value, kind) for value in given.values()):
+                raise ValueError(f"Growth.{what}={given!r} must map axes to {kind.__name__}.")
         for what in ("methods", "ramps"):
             for axis in getattr(self, what):
                 if axis not in AXES:
@@ -77,6 +81,8 @@ class Growth:
         if (self.rewarm_steps or self.rewarm_to != 1.0) and self.optimizer != "asymmetric":
             raise ValueError(f"Growth.rewarm_steps and rewarm_to belong to 'asymmetric', not {self.optimizer!r}.")
         if not isinstance(self.depth, str):
+            if not isinstance(self.depth, Sequence):
+                raise ValueError(f"Growth.depth={self.depth!r} must name a place, or give copies for each old layer.")
             object.__setattr__(self, "depth", tuple(int(n) for n in self.depth))
         self.ramp_of("")
 
@@ -136,10 +142,11 @@ def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, A
         for axis in AXES
         if spans[axis].new != spans[axis].old
     }
-    if "heads" in maps and "kv_heads" in maps and maps["heads"].speaks and not maps["kv_heads"].speaks:
+    both = [growth.method_of(axis) for axis in ("heads", "kv_heads") if axis in maps]
+    if len(set(both)) > 1 and (maps["heads"].speaks or maps["kv_heads"].speaks):
         raise ValueError(
-            f"Heads grow by {growth.method_of('heads')!r}, whose new heads repeat old ones, but the key heads that "
-            f"they read are new by {growth.method_of('kv_heads')!r}; grow kv_heads by copies too."
+            f"Heads grow by {both[0]!r} and the key heads that they read by {both[1]!r}: copies of a head must find "
+            "copies of its key head, with the same sources and shares. Grow both by one of the two."
         )
     return maps
 
@@ -156,12 +163,12 @@ def _heads(old: ModelConfig, new: ModelConfig) -> tuple[Span, Span]:
     parts = 1
     if after < before:
         parts = before // after
-        if before % after or new.k_heads < old.k_heads * parts:
+        if before % after:
             raise ValueError(
                 f"Growing heads {old.heads} -> {new.heads} with kv_heads {old.k_heads} -> {new.k_heads} would leave "
                 f"{after} queries a key head where there were {before}: some would lose the key head they read. Keep "
-                f"at least {before} a key head, such as heads={before * new.k_heads} or "
-                f"kv_heads={max(new.heads // before, 1)}; or divide the key heads, to a multiple of {old.k_heads}."
+                f"{before} or more a key head, such as heads={before * new.k_heads}; or divide the key heads among "
+                f"their queries, which needs a number a key head that divides {before}."
             )
         before = after
     kv_heads = append("kv_heads", old.k_heads * parts, new.k_heads)
@@ -253,7 +260,10 @@ def ramp_steps(old: ModelConfig, new: ModelConfig, growth: Growth) -> int:
     grown = axis_maps(old, new, growth)
     for axis in growth.ramps:
         if axis not in ramped and axis in grown:
-            raise ValueError(f"Growth.ramps names {axis!r}, but growing it by {growth.method_of(axis)} masks nothing.")
+            why = "; key heads are hidden behind the mask of heads" if axis == "kv_heads" else ""
+            raise ValueError(
+                f"Growth.ramps names {axis!r}, but growing it by {growth.method_of(axis)} masks nothing{why}."
+            )
     if (growth.ramp_steps or growth.ramp_delay) and grown and not ramped:
         raise ValueError(f"ramp_steps={growth.ramp_steps}, but growing by {growth.name} masks nothing.")
     return max((growth.ramp_of(axis).end for axis in ramped), default=0)

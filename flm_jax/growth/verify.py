@@ -48,7 +48,8 @@ class Verification:
         if self.preserving and not self.max_rel_logit_diff <= tolerance:
             raise GrowthError(
                 f"The grown model differs: logits by {self.max_rel_logit_diff:.2e} relative, more than the tolerance "
-                f"of {tolerance:.0e}; {self.first_difference(tolerance)}."
+                f"of {tolerance:.0e}; {self.first_difference(tolerance)}. (Parameters in fewer bits than float32 are "
+                "rounded anew wherever a growth scales them: they need a wider tolerance.)"
             )
 
     def as_dict(self) -> dict[str, Any]:
