@@ -457,7 +457,7 @@ def test_help_answers_at_once():
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [
-        (["Growth.method = 'stretch'"], "Unknown growth operator 'stretch'; the registry has mask, zero"),
+        (["Growth.method = 'stretch'"], "Unknown growth operator 'stretch'; the registry has aki, copy"),
         (
             ["b/Stage.model = @small_52b()", "Stage.model = @small_102b()", "a/Stage.model = @small_102b()"],
             "would shrink",
