@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from flm_jax.growth.plan import ramp_steps
 from flm_jax.growth.verify import forward
 from flm_jax.loss import loss_sum
 from flm_jax.optimizer import OptimizerConfig, optimizer
+from flm_jax.sharding import MeshConfig, abstract, make_mesh, param_shardings
 from flm_jax.signature import KINDS, Kind, Role
 from tests import reference, small
 
@@ -660,3 +662,21 @@ def test_verification_does_not_need_the_kernel_of_the_run():
     new, params = grown_config(old, target, growth), small.params(GROWN[0])
     grown = jax.jit(lambda p: grow(p, old, new, growth, KEY))(params)
     assert compare(old, params, new, grown, growth, small.tokens()).max_rel_logit_diff < 1e-5
+
+
+@pytest.mark.parametrize("method", ["zero", "mask", "copy"])
+def test_growing_on_a_mesh_gathers_no_matrix(method):
+    """Each device exchanges the entries that move; at most a norm's scale is ever whole on one."""
+    old = small.config(embed=256, layers=4, heads=8, head_dim=8, mlp=512, vocab=512)
+    plan = plan_with(method)
+    new = grown_config(old, old.replace(embed=320, layers=5, heads=16, kv_heads=16, mlp=704), plan)
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    (shapes, signatures), (grown_shapes, grown_signatures) = model.declared(old), model.declared(new)
+    params = abstract(shapes, param_shardings(signatures, shapes, mesh))
+    target = param_shardings(grown_signatures, grown_shapes, mesh)
+    with jax.set_mesh(mesh):
+        growing = jax.jit(lambda p: grow(p, old, new, plan, KEY), out_shardings=target)
+        text = growing.lower(params).compile().as_text()
+    gathered = re.findall(r"\w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+    assert max((np.prod([int(n) for n in dims.split(",") if n]) for dims in gathered), default=0) <= new.embed, gathered
+    assert "collective-permute" in text

@@ -27,6 +27,8 @@ from flm_jax.signature import Signature, draw
 
 # Noise in copies, in standard deviations of an initialisation.
 NOISE = 0.1
+# More runs of entries than this are looked up by index.
+MAX_RUNS = 8
 
 
 def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key: jax.Array) -> Params:
@@ -169,6 +171,30 @@ def _along(vector: np.ndarray, dim: int, ndim: int) -> np.ndarray:
     return vector.reshape((1,) * dim + (-1,) + (1,) * (ndim - dim - 1))
 
 
+def _entries(value: jax.Array, span: Span, dim: int) -> jax.Array:
+    """The source of every new entry along one dimension.
+
+    Runs of entries are sliced and joined, which the partitioner does by exchanging what moves, where it would gather
+    the whole array for indices along a dimension that is split over devices.
+    """
+    if span.parts is not None and span.group is None:
+        outer, inner = span.parts
+        shape = value.shape
+        split = value.reshape(*shape[:dim], outer.old, inner.old, *shape[dim + 1 :])
+        taken = _entries(_entries(split, outer, dim), inner, dim + 1)
+        return taken.reshape(*shape[:dim], span.new, *shape[dim + 1 :])
+    source = span.source
+    starts = np.flatnonzero(np.diff(source, prepend=source[0] - 2) != 1)
+    if len(starts) > MAX_RUNS:
+        return jnp.take(value, source, axis=dim)
+    ends = [*starts[1:], len(source)]
+    runs = [
+        jax.lax.slice_in_dim(value, int(source[a]), int(source[a]) + int(b - a), axis=dim)
+        for a, b in zip(starts, ends, strict=True)
+    ]
+    return jnp.concatenate(runs, axis=dim) if len(runs) > 1 else runs[0]
+
+
 def _take(
     value: jax.Array,
     signature: Signature,
@@ -179,10 +205,10 @@ def _take(
     ndim = value.ndim
     for dim, span, rule in _grown_axes(signature, maps):
         is_new = _along(span.fresh, dim, ndim)
-        taken = jnp.take(value, span.source, axis=dim)
+        taken = _entries(value, span, dim)
         if rule.from_above and signature.stacked:
             above = jnp.concatenate([value[1:], value[-1:]])
-            taken = jnp.where(is_new, jnp.take(above, span.source, axis=dim), taken)
+            taken = jnp.where(is_new, _entries(above, span, dim), taken)
         if rule.fill == "mean":
             taken = jnp.where(is_new, jnp.mean(value, axis=dim, keepdims=True), taken)
         scale = weight(rule)
