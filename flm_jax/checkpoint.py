@@ -33,10 +33,9 @@ from types import TracebackType
 from typing import IO, Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from flm_jax import integrity
+from flm_jax import integrity, stored
 from flm_jax.integrity import (
     CheckpointError,
     DamagedError,
@@ -47,6 +46,7 @@ from flm_jax.integrity import (
     leaf_paths,
     read_manifest,
 )
+from flm_jax.stored import ARRAYS, META
 
 __all__ = [
     "CheckpointError",
@@ -62,8 +62,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_META = "meta.json"
-_ARRAYS = "arrays"
 _LOCK = ".lock"
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(partial|deleted)")
@@ -197,7 +195,7 @@ class Checkpoints:
         newest = max(self._trusted(), default=-1)
         if step <= newest:
             raise CheckpointError(f"{self.directory}: step {step} cannot be saved, step {newest} is already there")
-        leaves = {path: _array(path, leaf) for path, leaf in leaf_paths(state).items()}
+        leaves = {path: stored.as_array(path, leaf) for path, leaf in leaf_paths(state).items()}
         signatures, blobs = dict(signatures or {}), dict(blobs or {})
         if not leaves:
             raise CheckpointError(f"{self.directory}: step {step} cannot be saved, the state has no arrays")
@@ -205,7 +203,7 @@ class Checkpoints:
             raise CheckpointError(f"signatures are given for leaves that the state does not have: {unknown}")
         if wrong := sorted(name for name in blobs if not _BLOB.fullmatch(name)):
             raise CheckpointError(f"blobs need plain file names, not {wrong}")
-        files = {_META: (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()}
+        files = {META: (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()}
         files |= {f"blobs/{name}": bytes(content) for name, content in blobs.items()}
         described = {
             path: Leaf(tuple(leaf.shape), leaf.dtype.name, signatures.get(path, ""), "")
@@ -221,9 +219,9 @@ class Checkpoints:
             with jax.transfer_guard("allow"):
                 lanes = {path: integrity.checksum(leaf) for path, leaf in leaves.items()}
                 # Orbax refuses arrays without elements; their shape and dtype are all there is to keep.
-                stored = _nest({path: leaf for path, leaf in leaves.items() if leaf.size})
-                if stored:
-                    self._orbax.save(partial / _ARRAYS, args=ocp.args.PyTreeSave(stored))
+                nested = stored.nest({path: leaf for path, leaf in leaves.items() if leaf.size})
+                if nested:
+                    self._orbax.save(partial / ARRAYS, args=ocp.args.PyTreeSave(nested))
         except Exception as error:
             self._abandon(partial)
             raise CheckpointError(f"{self.directory}: saving step {step} failed: {error}") from error
@@ -297,7 +295,7 @@ class Checkpoints:
             CheckpointError: leaves, shapes or dtypes do not fit: the message names each leaf and both shapes.
         """
         self.wait()
-        wanted = {path: _target(path, leaf) for path, leaf in leaf_paths(abstract).items()}
+        wanted = {path: stored.target(path, leaf) for path, leaf in leaf_paths(abstract).items()}
         if step is not None:
             return self._restore(abstract, wanted, operator.index(step), partial, unverified)
         if unverified:
@@ -443,18 +441,18 @@ class Checkpoints:
             manifest = read_manifest(step_dir)
         elif unverified:
             _log.error("%s has no manifest and is read UNVERIFIED: a damaged value would not be seen", step_dir)
-            manifest = _unverified_manifest(self._orbax, step_dir)
+            manifest = stored.unverified_manifest(self._orbax, step_dir)
         else:
             raise DamagedError(f"{step_dir} has no {integrity.MANIFEST}; unverified=True reads it without any check")
         integrity.compare(manifest.leaves, wanted, where=str(step_dir), partial=partial)
         if faults := integrity.file_faults(step_dir, manifest, contents=True):
             raise DamagedError("; ".join(faults[:3]))
-        arrays = _read(self._orbax, step_dir, manifest, wanted)
-        if wrong := _wrong_leaves(manifest, arrays):
+        arrays = stored.read(self._orbax, step_dir, manifest, wanted)
+        if wrong := stored.wrong_leaves(manifest, arrays):
             raise DamagedError(f"{step_dir}: the values of {', '.join(wrong[:3])} ({len(wrong)} leaves) have changed")
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
         try:
-            meta = json.loads((step_dir / _META).read_bytes()) if _META in manifest.files else {}
+            meta = json.loads((step_dir / META).read_bytes()) if META in manifest.files else {}
             names = [name for name in manifest.files if name.startswith("blobs/")]
             blobs = {name.removeprefix("blobs/"): (step_dir / name).read_bytes() for name in names}
         except (OSError, ValueError) as error:
@@ -491,15 +489,14 @@ def verify(directory: str | Path, step: int | None = None) -> Report:
         problems = integrity.file_faults(step_dir, manifest, contents=True)
         with jax.enable_x64(True):  # or 8-byte leaves would be read as 4-byte ones
             for path, leaf in manifest.leaves.items():
-                wanted = {path: _target(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))}
+                wanted = {path: stored.target(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))}
                 try:
-                    arrays = _read(checkpoints._orbax, step_dir, manifest, wanted)
+                    arrays = stored.read(checkpoints._orbax, step_dir, manifest, wanted)
                 except DamagedError as error:
                     problems.append(f"{path}: {error}")
                 else:
-                    problems += [
-                        f"{step_dir}: the values of {name} have changed" for name in _wrong_leaves(manifest, arrays)
-                    ]
+                    wrong = stored.wrong_leaves(manifest, arrays)
+                    problems += [f"{step_dir}: the values of {name} have changed" for name in wrong]
     return Report(str(step_dir), step, len(manifest.leaves), size, tuple(problems))
 
 
@@ -532,109 +529,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _array(path: str, leaf: Any) -> jax.Array:
-    """Takes an array; NumPy's own are copied, as their owner may change them while they are written."""
-    if not isinstance(leaf, jax.Array | np.ndarray):
-        raise CheckpointError(f"{path}: only arrays can be saved, not {type(leaf).__name__}; jnp.asarray makes one")
-    integrity.check_dtype(path, leaf.dtype)
-    if isinstance(leaf, jax.Array):
-        return leaf
-    array = jax.device_put(leaf.copy())
-    if array.dtype != leaf.dtype:
-        raise CheckpointError(f"{path}: {leaf.dtype} would be saved as {array.dtype}, as jax_enable_x64 is off")
-    return array
-
-
-def _target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise CheckpointError(f"{path}: a jax.ShapeDtypeStruct is needed to restore into, not {type(leaf).__name__}")
-    sharding = getattr(leaf, "sharding", None) or jax.device_put(np.zeros((), np.int32)).sharding
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes nested dictionaries of leaf paths, which orbax keeps as they are, unlike named tuples."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = (part.replace("%", "%25").replace(".", "%2E") for part in path.split("/"))
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf  # orbax joins names with dots, so one within a name would be ambiguous
-    return tree
-
-
-def _read(
-    orbax: ocp.AsyncCheckpointer,
-    step_dir: Path,
-    manifest: Manifest,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, jax.Array]:
-    """Reads the wanted leaves; shapes, dtypes and shardings are always told to orbax, and compared after."""
-    stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
-    arrays = {
-        path: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-        for path, leaf in wanted.items()
-        if not leaf.size
-    }
-    if stored:
-        arguments = {
-            path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
-            for path, leaf in stored.items()
-        }
-        try:
-            restored = orbax.restore(
-                step_dir / _ARRAYS,
-                args=ocp.args.PyTreeRestore(
-                    item=_nest(stored),
-                    restore_args=_nest(arguments),
-                    partial_restore=len(stored) < sum(0 not in leaf.shape for leaf in manifest.leaves.values()),
-                ),
-            )
-        except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the checkpoint
-            raise
-        except Exception as error:
-            what = str(error).partition("\n")[0] or repr(error)
-            raise DamagedError(f"{step_dir / _ARRAYS} cannot be read: {what}") from error
-        # `stored` and the nested dictionaries have the same leaves, but not always in the same order.
-        for path in stored:
-            node = restored
-            for part in path.split("/"):
-                node = node[part.replace("%", "%25").replace(".", "%2E")]
-            arrays[path] = node
-    for path, leaf in wanted.items():
-        found = arrays[path]
-        # Where orbax's own metadata are damaged, it may give back the question in place of the answer.
-        if not isinstance(found, jax.Array) or (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
-            what = type(found).__name__
-            if hasattr(found, "shape") and hasattr(found, "dtype"):
-                what += " " + integrity.describe(found.shape, found.dtype)
-            raise DamagedError(f"{step_dir / _ARRAYS}: {path} was read as {what}")
-    return arrays
-
-
-def _wrong_leaves(manifest: Manifest, arrays: Mapping[str, jax.Array]) -> list[str]:
-    known = {path: array for path, array in arrays.items() if manifest.leaves[path].checksum}
-    with jax.transfer_guard("allow"):
-        found = integrity.digests({path: integrity.checksum(array) for path, array in known.items()})
-    return [path for path in known if found[path] != manifest.leaves[path].checksum]
-
-
-def _unverified_manifest(orbax: ocp.AsyncCheckpointer, step_dir: Path) -> Manifest:
-    """What orbax itself says of a directory that has no manifest: shapes and dtypes, and no checksums."""
-    try:
-        tree = orbax.metadata(step_dir / _ARRAYS).item_metadata.tree
-        leaves = {
-            path.replace("%2E", ".").replace("%25", "%"): Leaf(tuple(leaf.shape), np.dtype(leaf.dtype).name, "", "")
-            for path, leaf in leaf_paths(tree).items()
-        }
-    except Exception as error:
-        raise DamagedError(f"{step_dir / _ARRAYS} cannot be read: {error}") from error
-    files = [path for path in (step_dir / _META, *(step_dir / "blobs").glob("*")) if path.is_file()]
-    return Manifest(
-        int(step_dir.name),
-        leaves,
-        {str(path.relative_to(step_dir)): integrity.describe_file(path) for path in files},
-    )

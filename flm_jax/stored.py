@@ -1,0 +1,125 @@
+"""Between the leaves of a state and orbax: how they are written, read back and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from flm_jax import integrity
+from flm_jax.integrity import CheckpointError, DamagedError, Leaf, Manifest, leaf_paths
+
+META = "meta.json"
+ARRAYS = "arrays"
+
+
+def as_array(path: str, leaf: Any) -> jax.Array:
+    """Takes an array; NumPy's own are copied, as their owner may change them while they are written."""
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        raise CheckpointError(f"{path}: only arrays can be saved, not {type(leaf).__name__}; jnp.asarray makes one")
+    integrity.check_dtype(path, leaf.dtype)
+    if isinstance(leaf, jax.Array):
+        return leaf
+    array = jax.device_put(leaf.copy())
+    if array.dtype != leaf.dtype:
+        raise CheckpointError(f"{path}: {leaf.dtype} would be saved as {array.dtype}, as jax_enable_x64 is off")
+    return array
+
+
+def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    """What a leaf is restored into: shape, dtype and sharding, the default device's if it has none."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise CheckpointError(f"{path}: a jax.ShapeDtypeStruct is needed to restore into, not {type(leaf).__name__}")
+    sharding = getattr(leaf, "sharding", None) or jax.device_put(np.zeros((), np.int32)).sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes nested dictionaries of leaf paths, which orbax keeps as they are, unlike named tuples."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = (part.replace("%", "%25").replace(".", "%2E") for part in path.split("/"))
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf  # orbax joins names with dots, so one within a name would be ambiguous
+    return tree
+
+
+def read(
+    orbax: ocp.AsyncCheckpointer,
+    step_dir: Path,
+    manifest: Manifest,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """Reads the wanted leaves; shapes, dtypes and shardings are always told to orbax, and compared after."""
+    stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
+    arrays = {
+        path: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        for path, leaf in wanted.items()
+        if not leaf.size
+    }
+    if stored:
+        arguments = {
+            path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
+            for path, leaf in stored.items()
+        }
+        try:
+            restored = orbax.restore(
+                step_dir / ARRAYS,
+                args=ocp.args.PyTreeRestore(
+                    item=nest(stored),
+                    restore_args=nest(arguments),
+                    partial_restore=len(stored) < sum(0 not in leaf.shape for leaf in manifest.leaves.values()),
+                ),
+            )
+        except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the checkpoint
+            raise
+        except Exception as error:
+            what = str(error).partition("\n")[0] or repr(error)
+            raise DamagedError(f"{step_dir / ARRAYS} cannot be read: {what}") from error
+        # `stored` and the nested dictionaries have the same leaves, but not always in the same order.
+        for path in stored:
+            node = restored
+            for part in path.split("/"):
+                node = node[part.replace("%", "%25").replace(".", "%2E")]
+            arrays[path] = node
+    for path, leaf in wanted.items():
+        found = arrays[path]
+        # Where orbax's own metadata are damaged, it may give back the question in place of the answer.
+        if not isinstance(found, jax.Array) or (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
+            what = type(found).__name__
+            if hasattr(found, "shape") and hasattr(found, "dtype"):
+                what += " " + integrity.describe(found.shape, found.dtype)
+            raise DamagedError(f"{step_dir / ARRAYS}: {path} was read as {what}")
+    return arrays
+
+
+def wrong_leaves(manifest: Manifest, arrays: Mapping[str, jax.Array]) -> list[str]:
+    """The paths whose values are not those that were saved."""
+    known = {path: array for path, array in arrays.items() if manifest.leaves[path].checksum}
+    with jax.transfer_guard("allow"):
+        found = integrity.digests({path: integrity.checksum(array) for path, array in known.items()})
+    return [path for path in known if found[path] != manifest.leaves[path].checksum]
+
+
+def unverified_manifest(orbax: ocp.AsyncCheckpointer, step_dir: Path) -> Manifest:
+    """What orbax itself says of a directory that has no manifest: shapes and dtypes, and no checksums."""
+    try:
+        tree = orbax.metadata(step_dir / ARRAYS).item_metadata.tree
+        leaves = {
+            path.replace("%2E", ".").replace("%25", "%"): Leaf(tuple(leaf.shape), np.dtype(leaf.dtype).name, "", "")
+            for path, leaf in leaf_paths(tree).items()
+        }
+    except Exception as error:
+        raise DamagedError(f"{step_dir / ARRAYS} cannot be read: {error}") from error
+    files = [path for path in (step_dir / META, *(step_dir / "blobs").glob("*")) if path.is_file()]
+    return Manifest(
+        int(step_dir.name),
+        leaves,
+        {str(path.relative_to(step_dir)): integrity.describe_file(path) for path in files},
+    )
