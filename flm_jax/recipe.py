@@ -62,7 +62,7 @@ class Recipe:
       eval_windows: held-out windows that the loss is measured on.
       eval_every: steps between measurements; each stage also measures at its start and end.
       start: a checkpoint that the first stage goes on with, or grows from, if it has a growth; empty: none. The data
-        begins anew, and what was spent before it is not in the report.
+        begins anew, what was spent before it is not in the report, and it must be there whenever the run is resumed.
     """
 
     stages: tuple[Stage, ...]
@@ -202,11 +202,11 @@ def _going_on(stage: Stage, origin: ResolvedStage, step: int) -> ResolvedStage:
     # It has just grown, and what follows a growth, masks or a rate of their own, is still to come.
     described = dataclasses.replace(stage, model=model, growth=origin.stage.growth)
     resolved = ResolvedStage(0, described, origin.before, ready=True)
-    _check_ramp(resolved.ramp_steps, described)
+    _check_rising(resolved.ramp_steps, described)
     return resolved
 
 
-def _check_ramp(ramp: int, stage: Stage) -> None:
+def _check_rising(ramp: int, stage: Stage) -> None:
     if stage.growth is not None and stage.growth.rewarm_steps > stage.steps:
         raise ValueError(f"rewarm_steps={stage.growth.rewarm_steps} is more than its {stage.steps} steps.")
     if ramp > stage.steps:
@@ -224,7 +224,7 @@ def _resolve_model(stage: Stage, before: ResolvedStage | None) -> Stage:
     if stage.growth is None:
         raise ValueError(f"it follows {before.stage.name!r} and must say how it grows: give it a Growth.")
     model = grown_config(before.cfg, stage.model, stage.growth)
-    _check_ramp(ramp_steps(before.cfg, model, stage.growth), stage)
+    _check_rising(ramp_steps(before.cfg, model, stage.growth), stage)
     return dataclasses.replace(stage, model=model)
 
 

@@ -85,13 +85,13 @@ def grow_checkpoint(
       records: texts to keep, by file name.
 
     Returns:
-      What `verify_checkpoints` found, which is also in the work directory, as growth.json. `Recipe.start` goes on
-      from there.
+      The record of the growth, also in the work directory as growth.json: plan, source and its digest, both
+      configurations, and under "verification" what `verify_checkpoints` finds. `Recipe.start` goes on from there.
 
     Raises:
       ValueError: the plan does not fit, or the work directory is in use.
       DamagedError: the source is not as it was saved.
-      CheckpointError: it does not record what it is.
+      CheckpointError: it does not record what it is, or the growth does not keep its promise; nothing is written.
     """
     workdir = Path(workdir).expanduser()
     if workdir.exists() and any(workdir.iterdir()):
@@ -292,7 +292,7 @@ def lines(found: Mapping[str, Any]) -> str:
         f"  layers: max relative difference {max(found['hidden']['max_rel_by_layer']):.2e}",
         f"  loss: {loss['before']:.6f} -> {loss['after']:.6f}",
         f"  greedy continuation of {greedy['tokens']} tokens: {'equal' if greedy['equal'] else 'different'}"
-        + ("" if greedy["equal"] or not found["holds"] or not found["preserving"] else ", at a tie of two tokens"),
+        + ("" if greedy["equal"] or not found["holds"] or not found["preserving"] else ", at a near tie of two tokens"),
         f"  dead slices after two steps: {'; '.join(found['dead']) or 'none'}",
     ]
     if apart is not None:

@@ -13,7 +13,6 @@ from flm_jax.growth import Growth, axis_maps, grow, grow_optimizer, grown_config
 from flm_jax.growth.frame import frame, new_entries, rate_of_new, scale_new
 from flm_jax.loss import loss_sum
 from flm_jax.optimizer import OptimizerConfig, optimizer
-from flm_jax.signature import Role
 from tests import small
 
 # Decay, clipping and an eps that is felt: everything that a growth has to carry over.
@@ -230,4 +229,3 @@ def test_an_average_of_parameters_grows_as_parameters_do():
     middle = jax.tree.map(lambda x, y: 0.5 * (x + y), a, b)
     grown = [grow(p, old, new, plan, KEY) for p in (a, b, middle)]
     jax.tree.map(lambda x, y, z: np.testing.assert_allclose(0.5 * (x + y), z, atol=1e-6), *grown)
-    assert Role.GAIN in axis_maps(old, new, plan)["embed"].rules

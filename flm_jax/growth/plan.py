@@ -84,7 +84,7 @@ class Growth:
             if not isinstance(self.depth, Sequence):
                 raise ValueError(f"Growth.depth={self.depth!r} must name a place, or give copies for each old layer.")
             object.__setattr__(self, "depth", tuple(int(n) for n in self.depth))
-        self.ramp_of("")
+        self.ramp_of("")  # Checks the ramp that axes have by default.
 
     def method_of(self, axis: str) -> str:
         """The operator that grows `axis`.
