@@ -156,6 +156,12 @@ class ModelConfig:
         """`compute_dtype` as a dtype."""
         return jnp.dtype(self.compute_dtype)
 
+    @property
+    def for_comparison(self) -> ModelConfig:
+        """The same model computed in at least float32, by the plain kernel: not every kernel takes float32."""
+        wide = jnp.promote_types(self.param_dtype, jnp.float32)
+        return self.replace(compute_dtype=str(wide), attention="plain")
+
     def forward_mult(self, signature: Signature) -> float:
         """The constant that the forward pass multiplies this parameter's product by."""
         if "vocab" in signature.reads:

@@ -41,7 +41,7 @@ from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data, open_data
 from flm_jax.evaluate import few_rows, make_eval, put_batch
 from flm_jax.generate import generate
-from flm_jax.growth.distance import layer_distances
+from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import compare
 from flm_jax.loss import bits_per_byte
 from flm_jax.origin import Origin, begin, lineage
@@ -205,11 +205,8 @@ class _StageRun:
         rows = few_rows(self.mesh)
         batch = put_batch(next(iter(self.data.heldout(rows, rows))), self.mesh)
         tokens = (batch.inputs_BT, batch.segments_BT)
-        distances: tuple[float, ...] = ()
-        if growth.depth == "distance":
-            distances = layer_distances(before.cfg, state.params, *tokens, metric=growth.distance)
-            growth = growth.settled(distances, self.stage.cfg.layers)
-            self.program.settle(growth)
+        growth, distances = settle(growth, before.cfg, self.stage.cfg.layers, state.params, *tokens)
+        self.program.settle(growth)
         grown = self.program.grower()(state, key)
         verification = compare(before.cfg, state.params, self.stage.cfg, grown.params, growth, *tokens)
         verification.check(self.recipe.tolerance)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,7 +17,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.data.source import Data, DataConfig, open_data
 from flm_jax.evaluate import few_rows, make_eval, put_batch
 from flm_jax.generate import generate
-from flm_jax.growth.distance import layer_distances
+from flm_jax.growth.distance import settle
 from flm_jax.growth.examine import copies_apart, dead_slices, fresh_entries
 from flm_jax.growth.plan import Growth, axis_maps, grown_config, masks_at
 from flm_jax.growth.verify import compare
@@ -106,12 +105,8 @@ def grow_checkpoint(
     tokens = held_out(data, old.vocab, few_rows(placed))
     with jax.set_mesh(placed):
         state = origin.restore(placed)
-        distances: tuple[float, ...] = ()
-        if growth.depth == "distance":
-            batch = put_batch(tokens.batches[0], placed)
-            ids = (batch.inputs_BT, batch.segments_BT)
-            distances = layer_distances(old, state.params, *ids, metric=growth.distance)
-            growth = growth.settled(distances, new.layers)
+        batch = put_batch(tokens.batches[0], placed)
+        growth, distances = settle(growth, old, new.layers, state.params, batch.inputs_BT, batch.segments_BT)
         stage = ResolvedStage(0, Stage("grown", new, 0, 0, growth=growth), origin.stage)
         ramp = stage.ramp_steps
         program = StageProgram(stage, placed, 1)
@@ -221,11 +216,8 @@ def _verify(
     dead = dead_slices(grown.params, old, new, growth, batch.inputs_BT)
     failures = []
     if measured.preserving:
-        if not measured.max_rel_logit_diff <= tolerance:
-            failures.append(
-                f"logits differ by {measured.max_rel_logit_diff:.2e} relative, more than {tolerance:.0e}: "
-                f"{measured.first_difference(tolerance)}"
-            )
+        if fault := measured.fault(tolerance):
+            failures.append(fault)
         if same_vocab and not abs(losses[0] - losses[1]) <= 10 * tolerance * max(1.0, abs(losses[0])):
             failures.append(f"held-out loss goes from {losses[0]:.6f} to {losses[1]:.6f}")
         failures += [f"{line} would never learn" for line in dead]
@@ -259,8 +251,7 @@ def _greedy(
     """Whether both models continue prompts alike for 64 tokens, in at least float32."""
     found = []
     for cfg, values, under in ((old, params, None), (new, grown, masks)):
-        wide = cfg.replace(compute_dtype=str(jnp.promote_types(cfg.param_dtype, jnp.float32)), attention="plain")
-        found.append(np.asarray(generate(wide, values, prompt_BT, 64, jax.random.key(0), 0.0, under)))
+        found.append(np.asarray(generate(cfg.for_comparison, values, prompt_BT, 64, jax.random.key(0), 0.0, under)))
     return bool((found[0] == found[1]).all())
 
 

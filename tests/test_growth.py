@@ -597,7 +597,7 @@ def test_verification_names_the_first_layer_that_differs():
     broken = {**grown, "blocks": {**grown["blocks"], "mlp": {**grown["blocks"]["mlp"], "down": down}}}
     found = compare(old, params, new, broken, growth, small.tokens())
     with pytest.raises(
-        RuntimeError, match="logits by .* relative, more than the tolerance of 1e-05; layer 1 of the grown"
+        RuntimeError, match="logits differ by .* relative, more than the tolerance of 1e-05; layer 1 of the grown"
     ):
         found.check(1e-5)
     headless = compare(old, params, new, {**grown, "head": grown["head"] * 2}, growth, small.tokens())

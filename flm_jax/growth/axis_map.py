@@ -44,10 +44,14 @@ class Span:
         return len(self.source)
 
     @property
+    def alike(self) -> np.ndarray:
+        """(new,) int, equal for entries that are copies of each other: `group`, resolved."""
+        return self.source if self.group is None else self.group
+
+    @property
     def copies(self) -> np.ndarray:
         """(new,) int, how many copies of each other an entry and its like are."""
-        group = self.source if self.group is None else self.group
-        return np.bincount(group)[group]
+        return np.bincount(self.alike)[self.alike]
 
     def shares(self, lean: float = 0.0) -> np.ndarray:
         """(new,) positive weights that sum to 1 over the copies of an entry.
@@ -58,12 +62,17 @@ class Span:
         if self.parts is not None:
             outer, inner = self.parts
             return np.outer(outer.shares(lean), inner.shares(lean)).ravel()
-        group = self.source if self.group is None else self.group
+        group = self.alike
         order = np.argsort(group, kind="stable")
         first = np.searchsorted(group[order], group[order])
         weight = np.empty(self.new)
         weight[order] = 1.0 + lean * (np.arange(self.new) - first)
         return weight / np.bincount(group, weights=weight)[group]
+
+
+def along(vector: np.ndarray, dim: int, ndim: int) -> np.ndarray:
+    """A vector, shaped to broadcast along one dimension of an array with `ndim` of them."""
+    return vector.reshape((1,) * dim + (-1,) + (1,) * (ndim - dim - 1))
 
 
 def append(axis: str, old: int, new: int) -> Span:
@@ -103,7 +112,7 @@ def resampled(span: Span) -> Span:
     """`span` with the sources of its fresh entries drawn at random, the same for everyone (Net2Net's mapping)."""
     if span.parts is not None:
         return nested(span.axis, *(resampled(part) for part in span.parts))
-    old = span.source[~span.fresh] if span.group is None else span.group[~span.fresh]
+    old = span.alike[~span.fresh]
     chosen = np.random.default_rng(len(old) * 1_000_003 + span.new).integers(0, len(old), span.new)
     pick = np.where(span.fresh, chosen, np.cumsum(~span.fresh) - 1)
     source = span.source[np.flatnonzero(~span.fresh)[pick]]

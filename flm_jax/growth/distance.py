@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from flm_jax.config import ModelConfig
 from flm_jax.growth.depth import METRICS
+from flm_jax.growth.plan import Growth
 from flm_jax.model import Params, Transformer
 
 
@@ -38,8 +39,9 @@ def layer_distances(
 
     @jax.jit
     def measure(params: Params) -> jax.Array:
-        wide = cfg.replace(compute_dtype=str(jnp.promote_types(cfg.param_dtype, jnp.float32)), attention="plain")
-        _, state = Transformer(wide).apply({"params": params}, tokens_BT, segments_BT, mutable=["intermediates"])
+        _, state = Transformer(cfg.for_comparison).apply(
+            {"params": params}, tokens_BT, segments_BT, mutable=["intermediates"]
+        )
         seen = state["intermediates"]
         y_LBTD = seen["blocks"]["hidden_BTD"][0]
         x_LBTD = jnp.concatenate([seen["embedded_BTD"][0][None], y_LBTD[:-1]])
@@ -52,3 +54,27 @@ def layer_distances(
         return jnp.mean(found_LBT, axis=(1, 2))
 
     return tuple(float(d) for d in jax.device_get(measure(params)))
+
+
+def settle(
+    growth: Growth,
+    cfg: ModelConfig,
+    layers: int,
+    params: Params,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+) -> tuple[Growth, tuple[float, ...]]:
+    """A plan that says where all its layers go, and the distances that were measured for that, if it asks for them.
+
+    Args:
+      growth: the plan.
+      cfg: the model before.
+      layers: how many it will have.
+      params: its parameters.
+      tokens_BT: int32 token ids, the calibration batch.
+      segments_BT: int32, equal within a document.
+    """
+    if growth.depth != "distance":
+        return growth, ()
+    distances = layer_distances(cfg, params, tokens_BT, segments_BT, metric=growth.distance)
+    return growth.settled(distances, layers), distances

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth.axis_map import Rule, Span
+from flm_jax.growth.axis_map import Rule, Span, along
 from flm_jax.growth.plan import Growth, axis_maps, masks_at, ramp_steps
 from flm_jax.loss import loss_sum
 from flm_jax.model import Params, declared
@@ -105,11 +105,8 @@ def copies_apart(params: Params, old: ModelConfig, new: ModelConfig, growth: Gro
                 value = jnp.take(value, np.flatnonzero(~maps[name].span.fresh), axis=other)
         if rule.fill != "copy" or KINDS[axis] is Kind.STACK or rule.from_above:
             continue
-        along = (1,) * dim + (-1,) + (1,) * (value.ndim - dim - 1)
-        alike = value / np.broadcast_to(rule.scale, span.new).reshape(along).astype(value.dtype)
-        _, first, group = np.unique(
-            span.source if span.group is None else span.group, return_index=True, return_inverse=True
-        )
-        apart = jnp.max(jnp.abs(alike - jnp.take(alike, first[group], axis=dim))) / jnp.max(jnp.abs(alike))
+        seen = value / along(np.broadcast_to(rule.scale, span.new), dim, value.ndim).astype(value.dtype)
+        _, first, group = np.unique(span.alike, return_index=True, return_inverse=True)
+        apart = jnp.max(jnp.abs(seen - jnp.take(seen, first[group], axis=dim))) / jnp.max(jnp.abs(seen))
         found.append(float(apart))
     return max(found, default=None)

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from flm_jax.config import ModelConfig
+from flm_jax.growth.axis_map import along
 from flm_jax.growth.operators import REGISTRY, WIDTH
 from flm_jax.growth.plan import Growth, axis_maps
 from flm_jax.model import declared
@@ -95,11 +96,10 @@ def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | No
             # What is drawn, silent, or a layer of its own is seen as it is.
             known = ~span.fresh | (copied & (np.broadcast_to(rule.dual, span.new) != 0))
             count = np.where(known, np.bincount(span.source, weights=known)[span.source], 1)
-            along = (1,) * dim + (span.new,) + (1,) * (ndim - dim - 1)
             for factors, by in ((weight, rule.scale), (gradient, rule.dual), (share, 1 / np.maximum(count, 1))):
                 taken = np.take(factors[dim], span.source, axis=dim)
-                scaled = taken * np.broadcast_to(by, span.new).reshape(along)
-                factors[dim] = np.where(known.reshape(along), scaled, 1.0)
+                scaled = taken * along(np.broadcast_to(by, span.new), dim, ndim)
+                factors[dim] = np.where(along(known, dim, ndim), scaled, 1.0)
         fold = new.forward_mult(sig) / old.forward_mult(sig)
         weight[0], gradient[0] = weight[0] / fold, gradient[0] * fold
         return View(tuple(weight), tuple(gradient), tuple(share), view.width_mult)
@@ -109,9 +109,7 @@ def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | No
 
 
 def _plain(sig: Signature, cfg: ModelConfig) -> View:
-    ones = tuple(
-        np.ones((1,) * dim + (cfg.sizes[axis],) + (1,) * (len(sig.axes) - dim - 1)) for dim, axis in enumerate(sig.axes)
-    )
+    ones = tuple(along(np.ones(cfg.sizes[axis]), dim, len(sig.axes)) for dim, axis in enumerate(sig.axes))
     return View(ones, ones, ones, sig.width_mult(cfg.sizes, cfg.base_sizes))
 
 
@@ -165,11 +163,7 @@ def new_entries(old: ModelConfig, new: ModelConfig, growth: Growth) -> Any:
 
     def one(sig: Signature) -> Factors:
         ndim = len(sig.axes)
-        return tuple(
-            maps[axis].span.fresh.reshape((1,) * dim + (-1,) + (1,) * (ndim - dim - 1))
-            for dim, axis in enumerate(sig.axes)
-            if axis in maps
-        )
+        return tuple(along(maps[axis].span.fresh, dim, ndim) for dim, axis in enumerate(sig.axes) if axis in maps)
 
     return jax.tree.map(one, signatures)
 

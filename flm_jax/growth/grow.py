@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth.axis_map import AxisMap, Rule, Span
+from flm_jax.growth.axis_map import AxisMap, Rule, Span, along
 from flm_jax.growth.frame import Frame, into_frame, out_of_frame
 from flm_jax.growth.plan import Growth, axis_maps
 from flm_jax.model import Params, declared
@@ -166,11 +166,6 @@ def _grown_axes(signature: Signature, maps: Mapping[str, AxisMap]) -> list[tuple
     ]
 
 
-def _along(vector: np.ndarray, dim: int, ndim: int) -> np.ndarray:
-    """A vector, shaped to broadcast along one dimension."""
-    return vector.reshape((1,) * dim + (-1,) + (1,) * (ndim - dim - 1))
-
-
 def _entries(value: jax.Array, span: Span, dim: int) -> jax.Array:
     """The source of every new entry along one dimension.
 
@@ -204,7 +199,7 @@ def _take(
     """An array at its new shape: every entry taken from its source and weighted."""
     ndim = value.ndim
     for dim, span, rule in _grown_axes(signature, maps):
-        is_new = _along(span.fresh, dim, ndim)
+        is_new = along(span.fresh, dim, ndim)
         taken = _entries(value, span, dim)
         if rule.from_above and signature.stacked:
             above = jnp.concatenate([value[1:], value[-1:]])
@@ -213,7 +208,7 @@ def _take(
             taken = jnp.where(is_new, jnp.mean(value, axis=dim, keepdims=True), taken)
         scale = weight(rule)
         if not np.all(scale == 1):
-            taken = taken * _along(np.broadcast_to(scale, span.new), dim, ndim).astype(taken.dtype)
+            taken = taken * along(np.broadcast_to(scale, span.new), dim, ndim).astype(taken.dtype)
         value = taken
     return value
 
@@ -221,7 +216,7 @@ def _take(
 def _where(signature: Signature, maps: Mapping[str, AxisMap], holds: Callable[[Rule], bool]) -> list[np.ndarray]:
     """By grown dimension whose rule `holds`: which entries are fresh, shaped to broadcast."""
     ndim = len(signature.axes)
-    return [_along(span.fresh, dim, ndim) for dim, span, rule in _grown_axes(signature, maps) if holds(rule)]
+    return [along(span.fresh, dim, ndim) for dim, span, rule in _grown_axes(signature, maps) if holds(rule)]
 
 
 def _cancelling(fresh: jax.Array, signature: Signature, maps: Mapping[str, AxisMap]) -> jax.Array | float:
@@ -230,10 +225,10 @@ def _cancelling(fresh: jax.Array, signature: Signature, maps: Mapping[str, AxisM
     for dim, span, rule in _grown_axes(signature, maps):
         if rule.noise is None:
             continue
-        group = span.source if span.group is None else span.group
+        group = span.alike
         moved = jnp.moveaxis(fresh, dim, -1)
         size = np.bincount(group, weights=rule.noise**2)[group]
-        c, weight = (_along(v, fresh.ndim - 1, fresh.ndim).astype(fresh.dtype) for v in (rule.noise, rule.noise / size))
+        c, weight = (along(v, fresh.ndim - 1, fresh.ndim).astype(fresh.dtype) for v in (rule.noise, rule.noise / size))
         met = jnp.zeros((*moved.shape[:-1], int(group.max()) + 1), moved.dtype).at[..., group].add(moved * c)
         noise = moved - jnp.take(met, group, axis=-1) * weight
         total = total + NOISE * jnp.moveaxis(noise, -1, dim)

@@ -43,14 +43,20 @@ class Verification:
                 return f"layer {layer} of the grown model is the first that differs (relative {diff:.2e})"
         return "all layers agree; the difference arises in the final norm, the head or the logit multiplier"
 
+    def fault(self, tolerance: float) -> str | None:
+        """What is wrong, in words, where the method promises preservation and the logits differ by more."""
+        if not self.preserving or self.max_rel_logit_diff <= tolerance:
+            return None
+        return (
+            f"logits differ by {self.max_rel_logit_diff:.2e} relative, more than the tolerance of {tolerance:.0e}; "
+            f"{self.first_difference(tolerance)} (parameters in fewer bits than float32 are rounded anew wherever a "
+            "growth scales them: they need a wider tolerance)"
+        )
+
     def check(self, tolerance: float) -> None:
-        """Raises `GrowthError` if the method promises preservation and the logits differ by more than `tolerance`."""
-        if self.preserving and not self.max_rel_logit_diff <= tolerance:
-            raise GrowthError(
-                f"The grown model differs: logits by {self.max_rel_logit_diff:.2e} relative, more than the tolerance "
-                f"of {tolerance:.0e}; {self.first_difference(tolerance)}. (Parameters in fewer bits than float32 are "
-                "rounded anew wherever a growth scales them: they need a wider tolerance.)"
-            )
+        """Raises `GrowthError` with the fault, if there is one."""
+        if fault := self.fault(tolerance):
+            raise GrowthError(f"The grown model is not what its method promises: {fault}.")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -87,15 +93,13 @@ def compare(
       tokens_BT: int32 token ids.
       segments_BT: int32, equal within a document.
     """
-    # Not every kernel takes float32.
-    wide = {"compute_dtype": str(jnp.promote_types(old.param_dtype, jnp.float32)), "attention": "plain"}
     maps = axis_maps(old, new, growth)
     logits = jax.jit(forward, static_argnums=0)
     masks = masks_at(old, new, growth, 0)
     # Accelerators round float32 products to fewer bits unless told not to.
     with jax.default_matmul_precision("highest"):
-        before, hidden = logits(old.replace(**wide), old_params, tokens_BT, segments_BT, None)
-        after, grown_hidden = logits(new.replace(**wide), new_params, tokens_BT, segments_BT, masks)
+        before, hidden = logits(old.for_comparison, old_params, tokens_BT, segments_BT, None)
+        after, grown_hidden = logits(new.for_comparison, new_params, tokens_BT, segments_BT, masks)
 
     # A fresh layer adds nothing yet: its output is that of the last old layer below it.
     stands_for = np.arange(new.layers)
