@@ -117,9 +117,11 @@ def test_exact_in_float64_on_any_axes_at_any_ratio(method, data):
 def test_exact_in_float32_with_any_mixture_of_methods(pair, growth):
     old, params, new, grown = grow_pair(pair, growth)
     found = compare(old, params, new, grown, growth, small.tokens())
+    # What noise adds to copies cancels up to its own rounding, which a narrow model does not average away.
+    bound = 1e-4 if "noise" in growth.methods.values() else 1e-5
     assert found.preserving
-    assert found.max_rel_logit_diff < 1e-5
-    assert max(found.layer_diffs) < 1e-5
+    assert found.max_rel_logit_diff < bound
+    assert max(found.layer_diffs) < bound
     assert len(found.layer_diffs) == new.layers
 
 
