@@ -13,15 +13,16 @@ from typing import Any, NoReturn
 
 import gin
 
-from flm_jax import config, optimizer, sharding, transplant
+from flm_jax import ahead, config, optimizer, overview, sharding, transplant
 from flm_jax import recipe as recipes
 from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.data import corpora, source, train_vocabulary
-from flm_jax.dry_run import dry_run as describe
 from flm_jax.growth import Growth, GrowthError, Ramp
 from flm_jax.origin import read_origin
+from flm_jax.overview import dry_run as describe
 from flm_jax.recipe import Recipe, Run
+from flm_jax.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a user's input can cause: one sentence is enough. Anything else is our error, and shows where.
@@ -238,6 +239,48 @@ def run_verify(
     if json_file:
         Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
     if not found["holds"]:
+        sys.exit(1)
+
+
+def run_plan(
+    machine: Topology,
+    compiler: str,
+    utilisation: float,
+    storage: float,
+    json_file: str | None,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+) -> None:
+    """Plans a recipe for a machine, stage by stage."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+    try:
+        if json_file and not Path(json_file).absolute().parent.is_dir():
+            raise ValueError(f"--json={json_file}: there is no directory {Path(json_file).absolute().parent}.")
+        by_hand = parse(gin_files, gin_bindings)
+        recipe, run = train()
+        check_used(by_hand)
+        assumed = ahead.Assumptions(utilisation, storage)
+        print(
+            f"{machine.name}: {machine.devices} devices on {machine.hosts} hosts; utilisation {utilisation:.0%} assumed"
+        )
+        records = []
+        for record in ahead.stages(recipe, run, ahead.devices_of(machine, compiler), machine, compiler, assumed):
+            records.append(record)
+            print(overview.stage_text(record), flush=True)
+    except EXPECTED as error:
+        fail(error)
+    print(overview.total_text(records, machine))
+    if json_file:
+        about = {"name": machine.name, "devices": machine.devices, "hosts": machine.hosts, "chip": machine.chip.source}
+        found = {
+            "topology": about,
+            "compiler": compiler,
+            "assumed": {"utilisation": utilisation, "storage_bytes_per_second_and_host": storage},
+            "stages": records,
+            "total": overview.totals(records),
+        }
+        Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
+    if not all(record["fits"] for record in records):
         sys.exit(1)
 
 

@@ -1,14 +1,24 @@
 """Rotary positions and attention: kernels behind one function, and the key-value cache.
 
+The kernels: "plain" everywhere; "cudnn" on NVIDIA GPUs; "splash" on TPUs, where scores never leave the chip's fast
+memory and blocks that lie wholly in the future are skipped; "auto" is splash on TPUs and
+plain elsewhere.
+
 B batch, T query positions, S key positions, N query heads, K key heads, H head width.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flm_jax.sharding import mesh_axes, spec
 
 
 class Cache(NamedTuple):
@@ -53,7 +63,13 @@ def attention_mask(
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, width: float, kernel: str
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    segments_BT: jax.Array | None,
+    width: float,
+    kernel: str,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(width)) v, masked; query head n reads key head n // (N / K).
 
@@ -62,17 +78,28 @@ def attend(
       k_BSKH: keys, rotated.
       v_BSKH: values.
       mask_BTS: bool, (B or 1, T, S).
+      segments_BT: int32, (B or 1, T), where the mask is that of whole windows: causal within equal numbers. None: keys
+        are from a cache, and every kernel is the plain one.
       width: of a head, as the scores' scale takes it.
-      kernel: "plain", or "cudnn" (`jax.nn.dot_product_attention` on NVIDIA GPUs, bf16 or fp16).
+      kernel: "plain"; "cudnn" (`jax.nn.dot_product_attention` on NVIDIA GPUs, bf16 or fp16); "splash" (TPUs); "auto".
 
     Returns:
       (B, T, N, H), in the dtype of `v`.
     """
-    if kernel == "cudnn":
-        mask_BNTS = jnp.broadcast_to(mask_BTS, (q_BTNH.shape[0], *mask_BTS.shape[1:]))[:, None]
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=mask_BNTS, scale=width**-0.5, implementation="cudnn"
-        )
+    plain = functools.partial(_plain, width=width)
+    if kernel == "plain" or segments_BT is None:
+        return plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
+    chosen = {"cudnn": functools.partial(_cudnn, width=width), "splash": functools.partial(_splash, width=width)}
+    if kernel in chosen:
+        return chosen[kernel](q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
+    # cudnn's function asks for the library already when it is traced, so it has to be asked for by name.
+    return jax.lax.platform_dependent(
+        *(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT), default=plain, tpu=chosen["splash"]
+    )
+
+
+def _plain(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: Any, *, width: float) -> jax.Array:
+    del segments_BT
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     # The queries of a key head are queries at more positions, X = G T: one batched product, whatever the grouping.
@@ -84,3 +111,81 @@ def attend(
     weights_BKXS = jax.nn.softmax(scores_BKXS, axis=-1).astype(v_BSKH.dtype)
     o_BXKH = jnp.einsum("BKXS,BSKH->BXKH", weights_BKXS, v_BSKH)
     return jnp.moveaxis(o_BXKH.reshape(B, N // K, T, K, H), 1, 3).reshape(B, T, N, H)
+
+
+def _cudnn(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: Any, *, width: float) -> jax.Array:
+    del segments_BT
+    mask_BNTS = jnp.broadcast_to(mask_BTS, (q_BTNH.shape[0], *mask_BTS.shape[1:]))[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=mask_BNTS, scale=width**-0.5, implementation="cudnn"
+    )
+
+
+# Rows and columns of scores that the kernel holds at once: the largest that divide the window.
+SPLASH_BLOCKS = (1024, 512, 256, 128)
+# What its backward pass needs of its forward pass, by the name that a checkpoint policy may keep it under.
+SPLASH_RESIDUALS = "attention residuals"
+
+
+def _splash(
+    q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: Any, *, width: float, interpret: bool = False
+) -> jax.Array:
+    """JAX's Pallas kernel for TPUs, on every device's own rows, heads and query positions; keys come whole.
+
+    Raises:
+        ValueError: a device's share of the window is no multiple of 128 positions.
+    """
+    del mask_BTS
+    B, T, N, _ = q_BTNH.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = {axis: 1 for axis in ("heads", "time")}
+    if not mesh.empty:
+        for axis in parts:
+            for name in mesh_axes(axis):
+                parts[axis] *= mesh.shape[name]
+    share = T // parts["time"]
+    block = next((size for size in SPLASH_BLOCKS if share % size == 0), None)
+    if block is None:
+        raise ValueError(
+            f"attention='splash': each device has {share} of the window's {T} positions, and the kernel works on "
+            f"blocks of {SPLASH_BLOCKS[-1]}; take a context that is a multiple of "
+            f"{SPLASH_BLOCKS[-1] * parts['time']}, or attention='plain'."
+        )
+    columns = max(size for size in SPLASH_BLOCKS if T % size == 0)
+    mask = splash_attention_mask.CausalMask((T, T), shard_count=parts["time"])
+    kernel = splash.make_splash_mha(
+        mask=splash_attention_mask.MultiHeadMask([mask] * N),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=columns,
+            block_kv_compute=min(columns, 512),
+            block_q_dkv=block,
+            block_kv_dkv=columns,
+            block_kv_dkv_compute=min(columns, 512),
+            block_q_dq=block,
+            block_kv_dq=columns,
+        ),
+        head_shards=parts["heads"],
+        q_seq_shards=parts["time"],
+        residual_checkpoint_name=SPLASH_RESIDUALS,
+        interpret=interpret,
+    )
+
+    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, of_q: jax.Array, of_k: jax.Array) -> jax.Array:
+        heads_first = [jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(width**-0.5, q.dtype), k, v)]
+        return jnp.swapaxes(jax.vmap(kernel)(*heads_first, splash.SegmentIds(of_q, of_k)), 1, 2)
+
+    segments_BT = jnp.broadcast_to(segments_BT, (B, T))
+    arguments = (q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT)
+    if mesh.empty:
+        return local(kernel, *arguments)
+    here = spec(("batch", "time", "heads", "head_dim"))
+    whole = PartitionSpec(here[0], None, here[2], None)
+    split_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(here[2], here[1])))
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(split_kernel, here, whole, whole, PartitionSpec(here[0], here[1]), PartitionSpec(here[0], None)),
+        out_specs=here,
+        check_vma=False,
+    )(kernel, *arguments)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
 from flm_jax.signature import Signature
 
-REMAT_POLICIES = ("none", "dots", "full")
-ATTENTION = ("plain", "cudnn")
+REMAT_POLICIES = ("none", "dots", "inner", "mlp", "full")
+ATTENTION = ("plain", "cudnn", "splash", "auto")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class ModelConfig:
       init_std_vector: standard deviation of vector-like parameters (embedding, head), at every width.
       compute_dtype: dtype of activations. Norms, softmax and logits are at least float32.
       param_dtype: dtype of parameters.
-      remat: what the backward pass recomputes: none, dots (keep matrix products without batch), full (keep nothing).
-      attention: kernel: plain, or cudnn on NVIDIA GPUs.
+      remat: what the backward pass recomputes: none (of it); all but products of weights (dots); all but what is split
+        over `tensor` inside a block, the attention's and the MLP's (inner); all but the MLP's (mlp); all (full).
+      attention: kernel: plain, cudnn (NVIDIA GPUs), splash (TPUs), or auto: splash on TPUs, else plain.
       scan_unroll: layers a step of the scan over layers; `layers` unrolls it.
     """
 
@@ -179,26 +181,27 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
-def tele_flm_52b() -> ModelConfig:
+def tele_flm_52b(remat: str = "full", attention: str = "auto") -> ModelConfig:
     """Tele-FLM-52B (2404.16645, Tables 3 and 4; read in the paper). 52.85 B parameters.
 
     The vocabulary is the padded one (81,920; the tokenizer has 80,000 entries): the parameter count confirms it.
     """
-    return ModelConfig(embed=8192, layers=64, heads=64, mlp=21_824, vocab=81_920)
+    return ModelConfig(embed=8192, layers=64, heads=64, mlp=21_824, vocab=81_920, remat=remat, attention=attention)
 
 
-def tele_flm_102b() -> ModelConfig:
+def tele_flm_102b(remat: str = "full", attention: str = "auto") -> ModelConfig:
     """The 102B stage of 2407.02783. 102.24 B parameters.
 
     The shape is recalled and agrees with the published size; no released configuration confirms it. Its output
     multiplier is not public: at 1.0 the effective one is 0.025, the value that the 1T stage was released with.
     """
-    return ModelConfig(embed=10_240, layers=80, heads=80, mlp=27_264, vocab=81_920)
+    return ModelConfig(embed=10_240, layers=80, heads=80, mlp=27_264, vocab=81_920, remat=remat, attention=attention)
 
 
-def tele_flm_1t() -> ModelConfig:
+def tele_flm_1t(remat: str = "full", attention: str = "auto") -> ModelConfig:
     """Tele-FLM-1T (shape and effective multiplier 0.025 from the released configuration). 1,083.8 B parameters."""
-    return ModelConfig(embed=20_480, layers=140, heads=160, mlp=98_304, vocab=81_920, output_mult=2.0)
+    shape: dict[str, Any] = dict(embed=20_480, layers=140, heads=160, mlp=98_304, vocab=81_920)
+    return ModelConfig(**shape, output_mult=2.0, remat=remat, attention=attention)
 
 
 def _small(embed: int, layers: int, mlp: int, vocab: int) -> ModelConfig:

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from flm_jax.attention import Cache
 from flm_jax.config import ModelConfig
 from flm_jax.model import Masks, Params, Transformer
+from flm_jax.sharding import constrain
 
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
     """A cache for `length` positions, in the compute dtype."""
     shape = (cfg.layers, batch, length, cfg.k_heads, cfg.h_dim)
-    return Cache(jnp.zeros(shape, cfg.compute), jnp.zeros(shape, cfg.compute), jnp.zeros((), jnp.int32))
+    empty = constrain(jnp.zeros(shape, cfg.compute), "layers", "batch", "history", "kv_heads", "head_dim")
+    return Cache(empty, empty, jnp.zeros((), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "steps", "temperature"))

@@ -56,8 +56,9 @@ def loss_sum(
     if chunks == 1:
         return of_chunk(x_BTD, targets_BT, weights_BT)
 
+    # Position t goes to chunk t mod chunks, so that every device keeps its own positions.
     def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, T // chunks, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], T // chunks, chunks, *x.shape[2:]), 2, 0)
 
     parts = jax.lax.map(jax.checkpoint(lambda xs: of_chunk(*xs)), (split(x_BTD), split(targets_BT), split(weights_BT)))
     return jnp.sum(parts)

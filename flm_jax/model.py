@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
-from flm_jax.attention import Cache, attend, attention_mask, rotary_tables, rotate
+from flm_jax.attention import SPLASH_RESIDUALS, Cache, attend, attention_mask, rotary_tables, rotate
 from flm_jax.config import ModelConfig
 from flm_jax.sharding import constrain
 from flm_jax.signature import Declared, Signature, draw
@@ -48,6 +49,7 @@ class Shared(NamedTuple):
 
     rotary: tuple[jax.Array, jax.Array]
     mask_BTS: jax.Array
+    segments_BT: jax.Array | None
     masks: Masks
     cache_length: jax.Array | None
 
@@ -93,7 +95,8 @@ class RMSNorm(nn.Module):
         square_BT1 = jnp.sum(masked(x * x, masks.embed_D), axis=-1, keepdims=True)
         width = self.cfg.effective_norm_width if masks.norm_width is None else masks.norm_width.astype(x.dtype)
         y = masked(x * jax.lax.rsqrt(square_BT1 / width + self.cfg.norm_eps), masks.embed_D)
-        return times(y, scale_D).astype(x_BTD.dtype)
+        y_BTD = times(y, scale_D).astype(x_BTD.dtype)
+        return constrain(y_BTD, "batch", "time", "residual")
 
 
 class Attention(nn.Module):
@@ -109,19 +112,22 @@ class Attention(nn.Module):
         k_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "key", "embed -> kv_heads head_dim*"))
         v_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "value", "embed -> kv_heads head_dim"))
         q_BTNH = masked(rotate(q_BTNH, shared.rotary), shared.masks.head_dim_H)
-        q_BTNH = constrain(q_BTNH, "batch", "time", "heads", "head_dim")
+        q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "time", "heads", "head_dim"), "query")
         k_BSKH = constrain(rotate(k_BSKH, shared.rotary), "batch", "time", "kv_heads", "head_dim")
+        k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "key"), checkpoint_name(v_BSKH, "value")
         if cache is not None:
             start: Any = (0, shared.cache_length, 0, 0)
             k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH.astype(cache[0].dtype), start)
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), start)
             cache = (k_BSKH, v_BSKH)
-        o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, cfg.effective_head_width, cfg.attention)
-        o_BTNH = masked(o_BTNH, shared.masks.head_dim_H)
+        o_BTNH = attend(
+            q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, shared.segments_BT, cfg.effective_head_width, cfg.attention
+        )
+        o_BTNH = checkpoint_name(masked(o_BTNH, shared.masks.head_dim_H), "attended")
         if shared.masks.heads_N is not None:
             o_BTNH = masked(o_BTNH, shared.masks.heads_N[:, None])
         y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, parameter(self, cfg, "out", "heads head_dim -> embed"))
-        return masked(y_BTD, shared.masks.embed_D), cache
+        return constrain(masked(y_BTD, shared.masks.embed_D), "batch", "stream", "residual"), cache
 
 
 class Mlp(nn.Module):
@@ -134,9 +140,10 @@ class Mlp(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, parameter(self, self.cfg, "gate", "embed -> mlp"))
         up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, parameter(self, self.cfg, "up", "embed -> mlp"))
+        gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
         h_BTF = constrain(masked(jax.nn.silu(gate_BTF) * up_BTF, masks.mlp_F), "batch", "time", "mlp")
         y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, parameter(self, self.cfg, "down", "mlp -> embed"))
-        return masked(y_BTD, masks.embed_D)
+        return constrain(masked(y_BTD, masks.embed_D), "batch", "stream", "residual")
 
 
 class Block(nn.Module):
@@ -156,12 +163,24 @@ class Block(nn.Module):
             # Where the mask is 1 the block's own output is taken, so that old layers are not rounded twice.
             m = layer_mask.astype(y_BTD.dtype)
             y_BTD = jnp.where(m < 1, x_BTD + m * (y_BTD - x_BTD), y_BTD)
-        y_BTD = constrain(y_BTD, "batch", "time", "residual")
+        y_BTD = constrain(y_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "hidden_BTD", y_BTD)
         return y_BTD, cache
 
 
-REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+# What the backward pass finds saved, by the names that the blocks give their products; the rest it computes anew.
+SAVED = {
+    "full": (),
+    "mlp": ("gate", "up"),
+    "inner": ("query", "key", "value", SPLASH_RESIDUALS, "attended", "gate", "up"),
+}
+
+
+def remat_policy(remat: str) -> Any:
+    """The checkpoint policy of a block."""
+    if remat == "dots":
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
 
 
 class Transformer(nn.Module):
@@ -173,7 +192,7 @@ class Transformer(nn.Module):
         """Declares the embedding, the stacked blocks, the last norm and the head."""
         cfg = self.cfg
         self.embedding_VD = parameter(self, cfg, "embedding", "vocab -> embed")
-        block = Block if cfg.remat == "none" else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
+        block = Block if cfg.remat == "none" else nn.remat(Block, policy=remat_policy(cfg.remat), prevent_cse=False)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
@@ -206,7 +225,7 @@ class Transformer(nn.Module):
         cfg, masks = self.cfg, masks or Masks()
         time = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         layer_cache: Any = None
-        length = None
+        length, segments_1T = None, None
         if cache is None:
             segments_1T = jnp.zeros_like(time) if segments_BT is None else segments_BT
             positions, mask_BTS = time, attention_mask(time, time, segments_1T, segments_1T)
@@ -219,9 +238,9 @@ class Transformer(nn.Module):
         # The table is gathered over the width before the look-up, so that rows come out as the batch is split.
         table_VD = constrain(self.embedding_VD, "vocab", "residual")
         x_BTD = masked(table_VD[tokens_BT] * cfg.input_mult, masks.embed_D)
-        x_BTD = constrain(x_BTD, "batch", "time", "residual")
+        x_BTD = constrain(x_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "embedded_BTD", x_BTD)
-        shared = Shared(rotary, mask_BTS, masks, length)
+        shared = Shared(rotary, mask_BTS, segments_1T, masks, length)
         x_BTD, layer_cache = self.blocks(x_BTD, masks.layers_L, layer_cache, shared)
         if cache is not None:
             cache = Cache(layer_cache[0], layer_cache[1], cache.length + tokens_BT.shape[1])

@@ -26,11 +26,15 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: peak rate at the base width; matrix-like parameters get it divided by their width multiplier.
+      matrix_rate: the rate of matrix-like parameters at the base width, as a multiple of `learning_rate`.
       schedule: wsd (warm up, stay, decay linearly), cosine, linear, constant.
       warmup_steps: linear warm-up at the start of the stage, from `warmup_from`.
       warmup_from: fraction of the peak that the warm-up starts at: 0 for a first stage, more after a growth.
       decay_steps: steps of decay at the end of the stage (wsd).
       final_rate: fraction of the peak that a decay leads to; its last step is one short of it.
+      decay_span: steps that a cosine or linear decay is laid out over, where that is more than this stage: it may begin
+        before it and end after it. 0: from the end of the warm-up to the end of the stage.
+      decay_passed: steps of `decay_span` that lie before this stage.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
       eps: added to the root of the second moment.
@@ -39,11 +43,14 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 1e-3
+    matrix_rate: float = 1.0
     schedule: str = "wsd"
     warmup_steps: int = 0
     warmup_from: float = 0.0
     decay_steps: int = 0
     final_rate: float = 0.0
+    decay_span: int = 0
+    decay_passed: int = 0
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -55,6 +62,15 @@ class OptimizerConfig:
             raise ValueError(f"OptimizerConfig.schedule={self.schedule!r}: use one of {', '.join(SCHEDULES)}.")
         if self.decay_steps and self.schedule != "wsd":
             raise ValueError(f"OptimizerConfig.decay_steps={self.decay_steps} belongs to wsd, not {self.schedule}.")
+        if (self.decay_span or self.decay_passed) and self.schedule not in ("cosine", "linear"):
+            raise ValueError(
+                f"OptimizerConfig.decay_span and decay_passed belong to cosine and linear, not {self.schedule}."
+            )
+        if self.decay_passed and self.decay_passed >= self.decay_span:
+            raise ValueError(
+                f"OptimizerConfig.decay_passed={self.decay_passed} is not within decay_span={self.decay_span}: nothing "
+                "would be left of the decay."
+            )
         if self.final_rate and (self.schedule == "constant" or (self.schedule == "wsd" and not self.decay_steps)):
             raise ValueError(f"OptimizerConfig.final_rate={self.final_rate} has no effect: nothing decays.")
 
@@ -63,7 +79,7 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """The rate at each step of a stage of `steps` steps, at the base width.
 
     Raises:
-        ValueError: warm-up and decay together are longer than the stage.
+        ValueError: warm-up and decay together are longer than the stage, or the stage is longer than `decay_span`.
     """
     if cfg.warmup_steps + cfg.decay_steps > steps:
         raise ValueError(
@@ -71,6 +87,22 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
         )
     peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_rate
     rest = steps - cfg.warmup_steps
+    if cfg.decay_span and cfg.decay_span - cfg.decay_passed < steps:
+        raise ValueError(
+            f"decay_span={cfg.decay_span}, of which {cfg.decay_passed} steps lie before this stage, ends before its "
+            f"{steps} steps do."
+        )
+    if cfg.decay_span:
+        decayed = _decaying(cfg, peak, final, cfg.decay_span)
+
+        def within(step: Any) -> Any:
+            """The decay where it stands, under the warm-up's ramp."""
+            rate = decayed(step + cfg.decay_passed)
+            if not cfg.warmup_steps:
+                return rate
+            return rate * optax.linear_schedule(cfg.warmup_from, 1.0, cfg.warmup_steps)(step)
+
+        return within
     flat = optax.constant_schedule(peak)
     parts: list[tuple[int, optax.Schedule]] = []
     if cfg.warmup_steps:
@@ -79,14 +111,18 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
         parts.append((rest - cfg.decay_steps, flat))
         if cfg.decay_steps:
             parts.append((cfg.decay_steps, optax.linear_schedule(peak, final, cfg.decay_steps)))
-    elif cfg.schedule == "cosine":
-        parts.append((rest, optax.cosine_decay_schedule(peak, max(rest, 1), alpha=cfg.final_rate)))
-    elif cfg.schedule == "linear":
-        parts.append((rest, optax.linear_schedule(peak, final, max(rest, 1))))
-    else:
+    elif cfg.schedule == "constant":
         parts.append((rest, flat))
+    else:
+        parts.append((rest, _decaying(cfg, peak, final, max(rest, 1))))
     ends = [sum(length for length, _ in parts[: i + 1]) for i in range(len(parts) - 1)]
     return optax.join_schedules([part for _, part in parts], ends)
+
+
+def _decaying(cfg: OptimizerConfig, peak: float, final: float, steps: int) -> optax.Schedule:
+    if cfg.schedule == "cosine":
+        return optax.cosine_decay_schedule(peak, steps, alpha=cfg.final_rate)
+    return optax.linear_schedule(peak, final, steps)
 
 
 def scale_by_width(width_mults: Any) -> optax.GradientTransformation:
@@ -128,6 +164,7 @@ def optimizer(
         mults = jax.tree.map(lambda sig: sig.width_mult(model.sizes, model.base_sizes), signatures)
     else:
         mults = jax.tree.map(lambda view: view.width_mult, frame)
+    mults = jax.tree.map(lambda sig, m: m / cfg.matrix_rate if sig.is_matrix_like else m, signatures, mults)
     decays = jax.tree.map(lambda sig: sig.decays, signatures)
     steps = optax.chain(
         optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),

@@ -51,6 +51,14 @@ def count(number: float) -> str:
     return f"{number:.4g}"
 
 
+def size(number: float) -> str:
+    """Bytes with a metric suffix: 52.85 GB."""
+    for unit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(number) >= unit:
+            return f"{number / unit:.4g} {suffix}"
+    return f"{number:.4g} B"
+
+
 def shape_line(cfg: ModelConfig) -> str:
     """A configuration's shape in one line."""
     kv = f" ({cfg.k_heads} kv)" if cfg.k_heads != cfg.heads else ""

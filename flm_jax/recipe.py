@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ class Run:
 
     Attributes:
       mesh: how devices are laid out.
+      meshes: the same for stages that want another layout, by the stage's name.
+      compiler_options: XLA's options for train steps on TPUs; elsewhere they are left out.
       checkpoint_every: steps between checkpoints; each stage also saves at its start and end.
       keep: checkpoints of a stage that are kept, besides its first and last.
       log_every: steps between lines in the event files.
@@ -96,6 +98,8 @@ class Run:
     """
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    meshes: Mapping[str, MeshConfig] = field(default_factory=dict)
+    compiler_options: Mapping[str, str] = field(default_factory=dict)
     checkpoint_every: int = 100
     keep: int = 2
     log_every: int = 10
@@ -105,6 +109,20 @@ class Run:
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "checkpoint_every", "keep", "log_every", "max_bad_steps", "sample_tokens")
+
+    def mesh_of(self, stage: Stage) -> MeshConfig:
+        """How devices are laid out for a stage."""
+        return self.meshes.get(stage.name, self.mesh)
+
+    def check(self, recipe: Recipe) -> None:
+        """Checks what names stages.
+
+        Raises:
+            ValueError: a stage is named that the recipe does not have.
+        """
+        names = [stage.name for stage in recipe.stages]
+        if unknown := sorted(set(self.meshes) - set(names)):
+            raise ValueError(f"Run.meshes names {', '.join(unknown)}; the stages are {', '.join(names)}.")
 
 
 @dataclass(frozen=True)

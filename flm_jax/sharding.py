@@ -5,22 +5,28 @@ Shapes first, then shardings, then values: nothing is ever made on one device an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flm_jax.signature import Signature
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 # Every axis that a parameter or an activation names stands here; the first rule of a name applies. Widths that the
 # residual stream never shares with the batch go to `tensor`; the residual width itself, in parameters, to `fsdp`.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", ("data", "fsdp")),
-    ("time", ()),
+    ("time", ("sequence",)),
+    # Between the products of a block, where nothing mixes positions, the stream is split over `tensor` too: what the
+    # products of one device sum to is scattered, not repeated (sequence parallelism of 2205.05198).
+    ("stream", ("sequence", "tensor")),
+    ("history", ()),
     ("layers", ()),
     ("vocab", ("tensor",)),
     ("heads", ("tensor",)),
@@ -39,20 +45,22 @@ class MeshConfig:
     Attributes:
       data: replicas of the parameters, each with its own share of the batch.
       fsdp: shares of parameters, gradients and moments; the batch is split over these too.
+      sequence: shares of each window's positions; keys and values are exchanged, parameters are repeated.
       tensor: shares of heads, MLP and vocabulary inside one layer.
     """
 
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
 
-    def shape(self, devices: int) -> tuple[int, int, int]:
-        """Devices along (data, fsdp, tensor).
+    def shape(self, devices: int) -> tuple[int, ...]:
+        """Devices along each of `MESH_AXES`.
 
         Raises:
             ValueError: the sizes do not multiply to `devices`.
         """
-        given = [self.data, self.fsdp, self.tensor]
+        given = [getattr(self, axis) for axis in MESH_AXES]
         rest = 1
         for size in given:
             rest *= size if size != -1 else 1
@@ -60,20 +68,22 @@ class MeshConfig:
             raise ValueError(f"{self}: sizes are positive, and at most one is -1 (all the devices that are left).")
         if -1 in given and devices % rest == 0:
             given[given.index(-1)] = devices // rest
-        if given[0] * given[1] * given[2] != devices:
+        if math.prod(given) != devices:
             raise ValueError(
-                f"{self} does not fit {devices} devices: data x fsdp x tensor must be {devices}, "
+                f"{self} does not fit {devices} devices: {' x '.join(MESH_AXES)} must be {devices}, "
                 "and -1 stands for what the others leave."
             )
-        return given[0], given[1], given[2]
+        return tuple(given)
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices` (default: all)."""
+    """The mesh of `MESH_AXES` over `devices` (default: all)."""
     devices = jax.devices() if devices is None else devices
     shape = (config or MeshConfig()).shape(len(devices))
+    # An axis of the mesh may take a part of a physical one: 4 of a torus's 16, say.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Linen's transforms know nothing of explicitly sharded types.
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
@@ -135,7 +145,17 @@ def abstract(shapes: Any, shardings: Any) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Tells the compiler how an activation is split, under `jax.set_mesh`; nothing elsewhere."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Tells the compiler how an activation is split, under `jax.set_mesh`; nothing elsewhere.
+
+    A dimension is split as far as it divides: a single position, when text is generated, is not split at all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    split: list[tuple[str, ...] | None] = []
+    for axis, size in zip(axes, x.shape, strict=True):
+        names = mesh_axes(axis)
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        split.append(names or None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*split))

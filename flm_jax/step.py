@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -56,8 +57,13 @@ class StageProgram:
       signatures: tree of the parameters' signatures.
     """
 
-    def __init__(self, stage: ResolvedStage, mesh: Mesh, chunks: int) -> None:
+    def __init__(
+        self, stage: ResolvedStage, mesh: Mesh, chunks: int, compiler_options: Mapping[str, str] | None = None
+    ) -> None:
         self.stage, self.mesh, self.chunks = stage, mesh, chunks
+        # Options are a compiler's own: others refuse them.
+        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        self.options = dict(compiler_options) if compiler_options and on_tpu else None
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         if stage.stage.batch_size % (shards * stage.stage.accumulate):
             raise ValueError(
@@ -153,7 +159,8 @@ class StageProgram:
             )
             return TrainState(state.step + 1, params, opt_state), metrics
 
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+        out = (self.shardings, replicated(self.mesh))
+        return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=self.options)
 
 
 def _lowest(masks: Masks | None) -> jax.Array:

@@ -28,8 +28,8 @@ from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compilation makes the first example slow, and CI machines are noisy: time is no measure of a test here. One commit has one
-# verdict, so its examples are drawn from the test's own text; `make test-search` draws others each time.
+# Compilation makes the first example slow, and CI machines are noisy: time is no measure of a test here. One commit has
+# one verdict, so its examples are drawn from the test's own text; `make test-search` draws others each time.
 PATIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 settings.register_profile("house", PATIENT, derandomize=True)
 settings.register_profile("search", PATIENT)

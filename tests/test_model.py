@@ -45,7 +45,9 @@ def test_no_position_depends_on_a_later_one_or_on_another_document():
     np.testing.assert_array_equal(seen_TR, expected)
 
 
-@pytest.mark.parametrize("changes", [dict(scan_unroll=3), dict(remat="full"), dict(remat="dots")])
+@pytest.mark.parametrize(
+    "changes", [dict(scan_unroll=3), dict(remat="full"), dict(remat="dots"), dict(remat="inner"), dict(remat="mlp")]
+)
 def test_scan_unrolled_and_rematerialised_give_the_same_loss_and_gradient(changes):
     cfg = small.config(layers=3)
     params, tokens = small.params(cfg), small.tokens((2, 13))
@@ -69,6 +71,7 @@ def test_scan_equals_a_python_loop_over_blocks():
     shared = model.Shared(
         model.rotary_tables(jnp.arange(10)[None], cfg.head_dim, cfg.head_dim, cfg.rope_theta, cfg.compute),
         model.attention_mask(*[jnp.arange(10)[None]] * 2, *[jnp.zeros((1, 10), int)] * 2),
+        None,
         model.Masks(),
         None,
     )
@@ -178,7 +181,7 @@ def test_flops_count_what_xla_counts():
         (dict(embed=25, head_dim=None), "embed=25 is not divisible by heads=2.*such as 24"),
         (dict(kv_heads=4), "kv_heads=4 must divide heads=2"),
         (dict(head_dim=3), "head_dim=3 must be even"),
-        (dict(remat="some"), "remat='some' is unknown; use one of none, dots, full"),
+        (dict(remat="some"), "remat='some' is unknown; use one of none, dots, inner, mlp, full"),
         (dict(layers=0), "layers must be a positive integer, got 0"),
         (dict(mlp=1.5), "mlp must be a positive integer"),
     ],

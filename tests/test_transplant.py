@@ -12,10 +12,10 @@ import pytest
 from flm_jax import train as training
 from flm_jax import transplant
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError
-from flm_jax.dry_run import dry_run
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.origin import read_origin
+from flm_jax.overview import dry_run
 from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.transplant import grow_checkpoint, verify_checkpoints

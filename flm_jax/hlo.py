@@ -1,0 +1,231 @@
+"""Reading a compiled program: what moves between devices, and how long the TPU compiler thinks that it runs.
+
+The text names computations; a loop's body counts as often as the loop runs. Nothing of this is an interface that XLA
+promises, so what is not understood is counted in `Program.unread` rather than guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(")
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_LOOP = re.compile(r"condition=%([\w.\-]+), body=%([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_BOUND = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of the program's text.
+
+    Attributes:
+      kind: one of `KINDS`.
+      result: bytes of its result on one device, or of its operand where that is larger (reduce-scatter).
+      shape: of that, as the text has it.
+      group: the devices of one group, by their number in the program.
+      times: how often it runs in one call.
+      overlapped: whether it is started and awaited apart, so that work can go on meanwhile.
+    """
+
+    kind: str
+    result: int
+    shape: str
+    group: tuple[int, ...]
+    times: int
+    overlapped: bool
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends in one run, by the best algorithm on a ring."""
+        n = len(self.group)
+        if self.kind == "collective-permute":
+            return float(self.result)
+        return self.result * max(n - 1, 0) / max(n, 1) * (2 if self.kind == "all-reduce" else 1)
+
+
+@dataclass
+class Program:
+    """What a program's text says.
+
+    Attributes:
+      cycles: estimated cycles of everything that the compiler estimates, loops counted in full.
+      collectives: all of them.
+      channels: by the number of its channel, where a collective stands in `collectives`.
+      kernels: how often each hand-written kernel runs.
+      unread: loops whose number of rounds is not to be seen; their bodies count once.
+    """
+
+    cycles: int = 0
+    collectives: list[Collective] = field(default_factory=list)
+    channels: dict[str, int] = field(default_factory=dict)
+    kernels: Counter[str] = field(default_factory=Counter)
+    unread: int = 0
+
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """For each kind that occurs: how many run in one call, and the bytes that each device sends for them."""
+        found: dict[str, dict[str, float]] = {}
+        for c in self.collectives:
+            entry = found.setdefault(c.kind, {"count": 0, "sent_bytes": 0.0})
+            entry["count"] += c.times
+            entry["sent_bytes"] += c.times * c.sent
+        return found
+
+    def largest(self, kind: str) -> Collective | None:
+        """The one of a kind with the largest result."""
+        return max((c for c in self.collectives if c.kind == kind), key=lambda c: c.result, default=None)
+
+
+def read(text: str) -> Program:
+    """Reads the text of a compiled program (`jax.stages.Compiled.as_text`)."""
+    bodies, entry = _computations(text)
+    program = Program()
+    _walk(entry, 1, bodies, program, counting=True)
+    return program
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = bodies.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        elif line.startswith("}"):
+            # A hand-written kernel's own text has braces at the start of lines, followed by more of the instruction.
+            current = None if line.rstrip() == "}" else current
+        elif current is not None:
+            current.append(line)
+    return bodies, entry
+
+
+def _walk(name: str, times: int, bodies: Mapping[str, Sequence[str]], into: Program, counting: bool) -> None:
+    for line in bodies.get(name, ()):
+        match = _INSTRUCTION.match(line)
+        if not match:
+            continue
+        instruction, shape, operation = match[1], match[2], match[3]
+        if counting and operation not in ("while", "conditional", "call") and (cycles := _CYCLES.search(line)):
+            into.cycles += times * int(cycles[1])
+        kind = operation.removesuffix("-start")
+        if kind in KINDS:
+            _add(_collective(kind, shape, line, name, times, operation != kind), line, into)
+        elif operation == "while" and (loop := _LOOP.search(line)):
+            rounds = _rounds(line, bodies.get(loop[1], ()))
+            into.unread += rounds is None
+            _walk(loop[2], times * (rounds or 1), bodies, into, counting)
+        elif operation == "conditional":
+            for branch in _BRANCHES.findall(line):
+                for called in branch.split(","):
+                    _walk(called.strip().lstrip("%"), times, bodies, into, counting)
+            for called in _CALLED.findall(line):
+                _walk(called, times, bodies, into, counting)
+        elif operation in ("fusion", "call", "async-start"):
+            # A fusion's cycles stand at the fusion; what it holds is looked through for collectives alone.
+            for called in _CALLED.findall(line):
+                _walk(called, times, bodies, into, counting and operation == "call")
+        elif operation == "custom-call" and 'custom_call_target="tpu_custom_call"' in _whole(line, bodies[name]):
+            into.kernels[re.sub(r"[.\d]+$", "", instruction)] += times
+
+
+def _add(found: Collective, line: str, into: Program) -> None:
+    """Enters a collective; one that the compiler has cut up, to run beside other work, is met in several fusions."""
+    channel = _CHANNEL.search(line)
+    if channel is None or channel[1] not in into.channels:
+        if channel is not None:
+            into.channels[channel[1]] = len(into.collectives)
+        into.collectives.append(found)
+    else:
+        place = into.channels[channel[1]]
+        into.collectives[place] = replace(into.collectives[place], overlapped=True)
+
+
+def _whole(line: str, lines: Sequence[str]) -> str:
+    """A line and those that go on with it."""
+    start = lines.index(line)
+    end = next((i for i in range(start + 1, len(lines)) if _INSTRUCTION.match(lines[i])), len(lines))
+    return "\n".join(lines[start:end])
+
+
+def _rounds(line: str, condition: Sequence[str]) -> int | None:
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    bounds = {int(n) for text in condition for n in _BOUND.findall(text)}
+    return bounds.pop() if len(bounds) == 1 else None
+
+
+def _collective(kind: str, shape: str, line: str, computation: str, times: int, overlapped: bool) -> Collective:
+    shapes = [(_bytes(*found), f"{found[0]}[{found[1]}]") for found in _SHAPE.findall(shape)]
+    size, text = max(shapes, default=(0, ""))
+    if kind == "all-reduce" and not overlapped and shape.startswith("("):
+        size = sum(each for each, _ in shapes)
+    if computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # On TPUs it is written as an all-reduce of which each device keeps its slice.
+    elif kind == "reduce-scatter":
+        size *= max(len(_group(line)), 1)
+    return Collective(kind, size, text, _group(line), times, overlapped)
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+
+
+def _group(line: str) -> tuple[int, ...]:
+    """The first group of devices of a collective, in whichever way the text writes it."""
+    if match := _LISTED.search(line):
+        return tuple(int(n) for n in match[1].split(",") if n)
+    if match := _IOTA.search(line):
+        groups, dims = ([int(n) for n in match[i].split(",")] for i in (1, 2))
+        return tuple(_iota(dims, _order(match[3], dims), i) for i in range(groups[-1]))
+    if match := _MESH.search(line):
+        names = [part.split("=") for part in match[1].split(",")]
+        sizes = {name.strip(" '"): int(size) for name, size in names}
+        split = [name.strip(" '") for name in match[4].split(",")]
+        strides: dict[str, int] = {}
+        for name in reversed(sizes):
+            strides[name] = math.prod(sizes[later] for later in list(sizes)[list(sizes).index(name) + 1 :])
+        members = [0]
+        for name in split:
+            members = [m + strides[name] * i for m in members for i in range(sizes[name])]
+        if match[2]:
+            dims = [int(n) for n in match[2].split(",")]
+            members = [_iota(dims, _order(match[3], dims), m) for m in members]
+        return tuple(members)
+    if match := _PAIRS.search(line):
+        return int(match[1]), int(match[2])
+    return ()
+
+
+def _order(text: str | None, dims: Sequence[int]) -> list[int]:
+    return [int(n) for n in text.split(",")] if text else list(range(len(dims)))
+
+
+def _iota(dims: Sequence[int], order: Sequence[int], index: int) -> int:
+    """Entry `index` of the numbers 0, 1, ... laid out as `dims`, transposed by `order`, read row by row."""
+    moved = [dims[axis] for axis in order]
+    place = []
+    for size in reversed(moved):
+        place.append(index % size)
+        index //= size
+    original = dict(zip(order, reversed(place), strict=True))
+    number = 0
+    for axis, size in enumerate(dims):
+        number = number * size + original[axis]
+    return number

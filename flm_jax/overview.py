@@ -1,0 +1,127 @@
+"""A plan, for a person: the text of what `flm_jax.ahead` found, stage by stage and in all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from flm_jax import ahead, plan
+from flm_jax.recipe import Recipe, Run, from_dict
+from flm_jax.topology import Topology
+
+
+def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
+    """What a recipe would be on the devices that are here: lowered, neither compiled nor trained; data is not read.
+
+    Raises:
+        ValueError: the recipe is wrong, or the mesh does not divide one of its axes.
+    """
+    records = []
+    for record in ahead.stages(recipe, run, jax.devices(), None):
+        records.append(record)
+        yield stage_text(record)
+        yield indent(plan.param_table(from_dict(record["model"])))
+    yield total_text(records, None)
+
+
+def indent(text: str) -> str:
+    """Two spaces before every line."""
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def stage_text(record: dict[str, Any]) -> str:
+    """One stage."""
+    mesh = " x ".join(f"{name} {size}" for name, size in record["mesh"].items() if size > 1) or "one device"
+    parts = f", in {record['accumulate']} parts" if record["accumulate"] > 1 else ""
+    lines = [
+        f"\nStage {record['name']!r}: {record['shape']}",
+        f"  {plan.count(record['params'])} parameters; mesh {mesh}",
+        f"  {record['steps']} steps of {plan.count(record['batch_tokens'])} tokens{parts}: "
+        f"{plan.count(record['tokens'])} tokens, {record['flops']:.3g} FLOPs ({record['flops_per_token']:.3g} a token)"
+        + (f", {record['days']:.1f} days" if record["days"] is not None else ""),
+        f"  bytes a device: {_sizes(record['bytes_per_device'])}",
+    ]
+    if record["fits"] is not None:
+        verdict = "fits" if record["fits"] else "DOES NOT FIT"
+        lines.append(f"  {verdict} in {plan.size(record['memory'])}, says {record['fits_by']}")
+    if record["growth"] is not None:
+        lines += _growth(record)
+    lowered = ", ".join(record["programs"]) or "nothing"
+    lines.append(f"  lowered: {lowered}")
+    if "growth" not in record["programs"] and "initialisation" not in record["programs"]:
+        lines.append("  lowered: nothing at its start, which is a checkpoint")
+    for name, about in record["programs"].items():
+        if "compile_seconds" in about:
+            lines += _program(name, about)
+    return "\n".join(lines)
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {plan.size(size)}" for name, size in sizes.items())
+
+
+def _growth(record: dict[str, Any]) -> list[str]:
+    growth = record["growth"]
+    masks = f", masks ramp over {record['ramp_steps']} steps" if record["ramp_steps"] else ""
+    lines = [
+        f"  grows from {plan.count(growth['params_before'])} parameters by {growth['method']}{masks}",
+        f"    from checkpoint to checkpoint: reads {plan.size(growth['read_bytes'])}, writes "
+        f"{plan.size(growth['written_bytes'])}; in place: {plan.size(growth['on_device_bytes'])} a device",
+    ]
+    if "read_seconds" in growth:
+        lines.append(
+            f"    {growth['read_seconds']:.0f} s to read, {growth['write_seconds']:.0f} s to write, "
+            f"{growth['on_device_seconds']:.2f} s of the devices' memory bandwidth"
+        )
+    return lines
+
+
+def _program(name: str, about: dict[str, Any]) -> list[str]:
+    if not about["fits"]:
+        return [f"  {name}: DOES NOT COMPILE: {about['compiler_said']}"]
+    lines = [f"  {name}: compiled in {about['compile_seconds']:.0f} s"]
+    if "bytes_per_device" in about:
+        lines.append(f"    bytes a device: {_sizes(about['bytes_per_device'])}")
+    if about["collectives"]:
+        moved = ", ".join(
+            f"{kind} {c['count']:.0f} ({plan.size(c['sent_bytes'])})" for kind, c in about["collectives"].items()
+        )
+        lines.append(f"    collectives (bytes sent a device): {moved}")
+    if "predicted" in about:
+        p = about["predicted"]
+        lines.append(
+            f"    predicted: {p['seconds']:.3g} s (work {p['work_seconds']:.3g}, collectives waited for "
+            f"{p['collectives_waited_seconds']:.3g}, beside it {p['collectives_beside_seconds']:.3g})"
+            + (f", model FLOPs utilisation {p['utilisation']:.1%}" if "utilisation" in p else "")
+        )
+    return lines
+
+
+def totals(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All stages together, and against training the last shape from scratch on as many tokens."""
+    flops, tokens = sum(r["flops"] for r in records), sum(r["tokens"] for r in records)
+    scratch = tokens * records[-1]["flops_per_token"]
+    days = [r["days"] for r in records]
+    return {
+        "tokens": tokens,
+        "flops": flops,
+        "days": None if None in days else sum(days),
+        "scratch_flops": scratch,
+        "scratch_over_grown": scratch / flops,
+    }
+
+
+def total_text(records: Sequence[dict[str, Any]], topology: Topology | None) -> str:
+    """The end of a plan."""
+    total = totals(records)
+    lines = [f"\nAll stages: {plan.count(total['tokens'])} tokens, {total['flops']:.3g} FLOPs"]
+    if topology is not None and total["days"] is not None:
+        lines[0] += f", {total['days']:.1f} days on {topology.devices} devices of {topology.name}"
+    if len(records) > 1:
+        lines.append(
+            f"The last shape from scratch, on as many tokens: {total['scratch_flops']:.3g} FLOPs, "
+            f"{total['scratch_over_grown']:.2f} times as many; whether it would need as many tokens is not known."
+        )
+    return "\n".join(lines)
