@@ -27,12 +27,13 @@ from flm_jax.model import SAVED
 from flm_jax.origin import begin
 from flm_jax.recipe import Recipe, ResolvedStage, Run, as_dict
 from flm_jax.sharding import make_mesh, mesh_axes, replicated, spec
-from flm_jax.step import StageProgram
+from flm_jax.step import StageProgram, quietly_donated
 from flm_jax.topology import Topology
 
 COMPILERS = ("none", "cpu", "tpu")
 # Hand-written kernels, whose cycles no compiler estimates, are taken to run at half of the chip's peak.
 KERNEL_UTILISATION = 0.5
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def programs(
         elif not stage.ready:
             assert previous is not None and stage.stage.growth is not None
             program.settle(stage.stage.growth.placeholder)
-            yield "growth", program.grower().lower(previous.abstract_state, key)
+            with quietly_donated():
+                lowered = program.grower(donate=True).lower(previous.abstract_state, key)
+            yield "growth", lowered
         if stage.ramp_steps:
             yield "train step with masks", program.stepper(masked=True).lower(program.abstract_state, batch)
         yield "train step", program.stepper(masked=False).lower(program.abstract_state, batch)
@@ -304,8 +307,10 @@ def activations(cfg: ModelConfig, rows: int, context: int, chunks: int, mesh: Me
 def _compiled(lowered: Any, topology: Topology | None, mesh: Mesh) -> dict[str, Any]:
     """What the compiler and its program's text say."""
     start = time.perf_counter()
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
     try:
-        compiled = lowered.compile()
+        # On a CPU it is the partitioning that is looked at, and code that runs fast would be made in vain.
+        compiled = lowered.compile(compiler_options=None if on_tpu else _QUICKLY)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
             raise

@@ -8,6 +8,7 @@ Shapes: B batch, T time, D embed, N heads, K kv_heads, H head_dim, F mlp, L laye
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from flm_jax.attention import SPLASH_RESIDUALS, Cache, attend, attention_mask, rotary_tables, rotate
 from flm_jax.config import ModelConfig
-from flm_jax.sharding import constrain
+from flm_jax.sharding import constrain, fitting_spec, mesh_axes
 from flm_jax.signature import Declared, Signature, draw
 
 Params = Any
@@ -80,6 +82,29 @@ def parameter(module: nn.Module, cfg: ModelConfig, name: str, text: str) -> jax.
 
     value: Any = module.param(name, init)
     return value.astype(jnp.promote_types(cfg.compute, jnp.float32) if signature.gains else cfg.compute)
+
+
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """The rows of a table, (B, T, D).
+
+    Where the vocabulary is split, every device looks up what it has, and the sum over devices is exact: all but one add
+    zeros. Left to itself, the compiler would gather the table whole, and its gradient too.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = mesh_axes("vocab")
+    if mesh.empty or math.prod(mesh.shape[name] for name in names) == 1:
+        return table_VD[tokens_BT]
+
+    def local(table_vD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        row_BT = tokens_BT - jax.lax.axis_index(names) * table_vD.shape[0]
+        mine_BT = (row_BT >= 0) & (row_BT < table_vD.shape[0])
+        found_BTD = table_vD[jnp.where(mine_BT, row_BT, 0)]
+        return jax.lax.psum(jnp.where(mine_BT[..., None], found_BTD, jnp.zeros((), found_BTD.dtype)), names)
+
+    # Over the width the table is gathered, so that rows come out as the batch is split.
+    rows = fitting_spec(tokens_BT.shape, ("batch", "time"))
+    split = jax.shard_map(local, in_specs=(PartitionSpec(names), rows), out_specs=rows)
+    return split(table_VD, tokens_BT)
 
 
 class RMSNorm(nn.Module):
@@ -235,9 +260,7 @@ class Transformer(nn.Module):
             keys_1S = jnp.arange(cache.key_LBSKH.shape[2], dtype=jnp.int32)[None]
             mask_BTS = attention_mask(positions, keys_1S, jnp.zeros_like(positions), jnp.zeros_like(keys_1S))
         rotary = rotary_tables(positions, cfg.h_dim, cfg.effective_head_width, cfg.rope_theta, cfg.compute)
-        # The table is gathered over the width before the look-up, so that rows come out as the batch is split.
-        table_VD = constrain(self.embedding_VD, "vocab", "residual")
-        x_BTD = masked(table_VD[tokens_BT] * cfg.input_mult, masks.embed_D)
+        x_BTD = masked(look_up(self.embedding_VD, tokens_BT) * cfg.input_mult, masks.embed_D)
         x_BTD = constrain(x_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "embedded_BTD", x_BTD)
         shared = Shared(rotary, mask_BTS, segments_1T, masks, length)

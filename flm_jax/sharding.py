@@ -144,18 +144,23 @@ def abstract(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Tells the compiler how an activation is split, under `jax.set_mesh`; nothing elsewhere.
+def fitting_spec(shape: Sequence[int], axes: Sequence[str]) -> PartitionSpec:
+    """How an activation is split on the mesh of `jax.set_mesh`, as far as its dimensions divide.
 
-    A dimension is split as far as it divides: a single position, when text is generated, is not split at all.
+    A single position, when text is generated, is not split at all.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
     split: list[tuple[str, ...] | None] = []
-    for axis, size in zip(axes, x.shape, strict=True):
+    for axis, size in zip(axes, shape, strict=True):
         names = mesh_axes(axis)
         while names and size % math.prod(mesh.shape[name] for name in names):
             names = names[:-1]
         split.append(names or None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*split))
+    return PartitionSpec(*split)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Tells the compiler how an activation is split, under `jax.set_mesh`; nothing elsewhere."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, axes))

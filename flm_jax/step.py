@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,6 +49,14 @@ class Metrics(struct.PyTreeNode):
     learning_rate: jax.Array
     mask: jax.Array
     bad: jax.Array
+
+
+@contextlib.contextmanager
+def quietly_donated() -> Iterator[None]:
+    """Within it, buffers that are given up and fit no output cause no warning: of a growth, most do not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        yield
 
 
 class StageProgram:
@@ -96,8 +106,13 @@ class StageProgram:
 
         return jax.jit(initialise, out_shardings=self.shardings)
 
-    def grower(self) -> Any:
-        """Jitted: the state at the end of the stage before, key -> the state at the start of this one."""
+    def grower(self, donate: bool = False) -> Any:
+        """Jitted: the state at the end of the stage before, key -> the state at the start of this one.
+
+        Args:
+          donate: the given state is used up: what keeps its shape and place keeps its memory, such as the embedding
+            where a model grows in depth alone. What grows cannot, and XLA warns of it (`quietly_donated`).
+        """
         before, plan = self.stage.before, self.stage.stage.growth
         assert before is not None and plan is not None
         old, new = before.cfg, self.stage.cfg
@@ -109,7 +124,7 @@ class StageProgram:
                 opt_state=grow_optimizer(state.opt_state, old, new, plan, before.frame, self.stage.frame),
             )
 
-        return jax.jit(grow_state, out_shardings=self.shardings)
+        return jax.jit(grow_state, donate_argnums=(0,) if donate else (), out_shardings=self.shardings)
 
     def masks(self, step: int | jax.Array) -> Masks | None:
         """The growth masks after `step` steps; None from the end of the ramp on, where they leave the program."""

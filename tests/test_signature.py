@@ -98,7 +98,7 @@ def test_rules_cover_every_axis_and_an_uncovered_one_raises():
 
 def test_shardings_of_1t_on_a_pod():
     shapes, signatures = model.declared(tele_flm_1t())
-    mesh = jax.sharding.AbstractMesh((1, 64, 16), sharding.MESH_AXES)
+    mesh = jax.sharding.AbstractMesh((1, 64, 1, 16), sharding.MESH_AXES)
     where = sharding.param_shardings(signatures, shapes, mesh)
     assert where["blocks"]["mlp"]["gate"].spec == PartitionSpec(None, ("fsdp",), ("tensor",))
     assert where["blocks"]["mlp"]["gate"].shard_shape(shapes["blocks"]["mlp"]["gate"].shape) == (
@@ -106,6 +106,37 @@ def test_shardings_of_1t_on_a_pod():
         320,
         6144,
     )
+
+
+def test_decay_laid_out_over_more_than_one_stage_goes_on_where_it_was():
+    """Two stages on one cosine are one stage on it; the second's warm-up rises to where the cosine stands."""
+    one = schedule(OptimizerConfig(learning_rate=1.0, schedule="cosine", final_rate=0.1), 100)
+    first = schedule(OptimizerConfig(learning_rate=1.0, schedule="cosine", final_rate=0.1, decay_span=100), 60)
+    rest = dict(learning_rate=1.0, schedule="cosine", final_rate=0.1, decay_span=100, decay_passed=60)
+    second = schedule(OptimizerConfig(**rest), 40)
+    np.testing.assert_allclose(
+        [one(s) for s in range(100)], [first(s) for s in range(60)] + [second(s) for s in range(40)]
+    )
+    warmed = schedule(OptimizerConfig(**rest, warmup_steps=4, warmup_from=0.5), 40)
+    np.testing.assert_allclose([warmed(0), warmed(2), warmed(4)], [one(60) / 2, one(62) * 0.75, one(64)])
+    with pytest.raises(ValueError, match="decay_span=100, of which 60 steps lie before this stage, ends before its 41"):
+        schedule(OptimizerConfig(**rest), 41)
+    with pytest.raises(ValueError, match="belong to cosine and linear, not wsd"):
+        OptimizerConfig(decay_span=100)
+    with pytest.raises(ValueError, match="decay_passed=100 is not within decay_span=100"):
+        OptimizerConfig(schedule="linear", decay_span=100, decay_passed=100)
+
+
+def test_matrix_like_parameters_may_have_a_rate_of_their_own():
+    """Tele-FLM searched two rates; at 32 base widths, 32 times the rate makes both 1.5e-4 (2404.16645, Table 4)."""
+    cfg = tele_flm_52b()
+    _, signatures = model.declared(cfg)
+    for matrix_rate, ratio in ((1.0, 1 / 32), (32.0, 1.0)):
+        tx = optimizer(OptimizerConfig(matrix_rate=matrix_rate, clip=0.0), cfg, signatures)
+        ones = jax.tree.map(lambda sig: np.ones((1,) * len(sig.axes)), signatures)
+        updates, _ = tx.update(ones, tx.init(ones), ones)
+        assert updates["embedding"].item() == pytest.approx(1.0, rel=1e-5)
+        assert updates["blocks"]["attention"]["query"].item() == pytest.approx(ratio, rel=1e-5)
 
 
 def test_a_mesh_that_does_not_divide_an_axis_is_refused_with_sizes_that_work():

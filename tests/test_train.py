@@ -166,7 +166,9 @@ def test_a_damaged_last_checkpoint_is_refused_and_the_one_before_leads_to_the_sa
     assert digest(recipe, RUN, tmp_path / "run") == expected
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, tensor=4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, tensor=4), MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=str
+)
 def test_one_device_and_eight_give_the_same_loss(mesh, recipe):
     stage = dataclasses.replace(recipe.stages[0], model=shape(kv_heads=4))
     recipe = dataclasses.replace(recipe, stages=(stage,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,29 @@ def forward(
     return logits_BTV, state["intermediates"]["blocks"]["hidden_BTD"][0]
 
 
+class Observed(NamedTuple):
+    """What a model makes of some tokens: logits (B, T, V) and the output of every layer (L, B, T, D)."""
+
+    logits_BTV: jax.Array
+    hidden_LBTD: jax.Array
+
+
+def observe(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    masks: Masks | None = None,
+) -> Observed:
+    """Runs a model in float32 (float64 if that is the parameters' dtype), by the plain kernel."""
+    # Accelerators round float32 products to fewer bits unless told not to.
+    with jax.default_matmul_precision("highest"):
+        return Observed(*_forward(cfg.for_comparison, params, tokens_BT, segments_BT, masks))
+
+
+_forward = jax.jit(forward, static_argnums=0)
+
+
 def compare(
     old: ModelConfig,
     old_params: Params,
@@ -82,7 +105,7 @@ def compare(
     tokens_BT: jax.Array,
     segments_BT: jax.Array | None = None,
 ) -> Verification:
-    """Measures a growth on some tokens, in float32 (float64 if that is the parameters' dtype).
+    """Measures a growth on some tokens.
 
     Args:
       old: the configuration before.
@@ -93,13 +116,14 @@ def compare(
       tokens_BT: int32 token ids.
       segments_BT: int32, equal within a document.
     """
+    before = observe(old, old_params, tokens_BT, segments_BT)
+    after = observe(new, new_params, tokens_BT, segments_BT, masks_at(old, new, growth, 0))
+    return judge(old, before, new, after, growth)
+
+
+def judge(old: ModelConfig, before: Observed, new: ModelConfig, after: Observed, growth: Growth) -> Verification:
+    """What `compare` measures, from what was observed of each model: the first may be gone by now."""
     maps = axis_maps(old, new, growth)
-    logits = jax.jit(forward, static_argnums=0)
-    masks = masks_at(old, new, growth, 0)
-    # Accelerators round float32 products to fewer bits unless told not to.
-    with jax.default_matmul_precision("highest"):
-        before, hidden = logits(old.for_comparison, old_params, tokens_BT, segments_BT, None)
-        after, grown_hidden = logits(new.for_comparison, new_params, tokens_BT, segments_BT, masks)
 
     # A fresh layer adds nothing yet: its output is that of the last old layer below it.
     stands_for = np.arange(new.layers)
@@ -121,6 +145,8 @@ def compare(
         per_layer = jnp.max(jnp.abs(expected - found), axis=(1, 2, 3)) / jnp.max(jnp.abs(expected), axis=(1, 2, 3))
         return absolute, absolute / jnp.max(jnp.abs(a)), per_layer
 
-    absolute, relative, per_layer = jax.device_get(differences(before, after, hidden, grown_hidden))
+    absolute, relative, per_layer = jax.device_get(
+        differences(before.logits_BTV, after.logits_BTV, before.hidden_LBTD, after.hidden_LBTD)
+    )
     layers = tuple(float(x) for x in per_layer)
     return Verification(promises(old, new, growth), float(absolute), float(relative), layers)

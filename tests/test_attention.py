@@ -1,0 +1,66 @@
+"""The attention kernels against each other: one function, however it is computed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flm_jax import attention
+from flm_jax.sharding import MeshConfig, make_mesh
+
+B, T, WIDTH = 2, 256, 100.0
+
+
+def inputs(heads, kv_heads, head_dim=128):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, head_dim)), jnp.float32) for n in (heads, kv_heads, kv_heads))
+    segments = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.02, axis=1), jnp.int32)
+    time = jnp.arange(T)[None]
+    return (q, k, v), (attention.attention_mask(time, time, segments, segments), segments)
+
+
+def value_and_gradients(kernel, tensors, masks):
+    weights = jnp.cos(jnp.arange(T, dtype=jnp.float32))[None, :, None, None]
+
+    def value(q, k, v):
+        return jnp.sum(kernel(q, k, v, *masks) * weights)
+
+    return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2)))(*tensors)
+
+
+# The kernel for TPUs, interpreted; blocks of 128 and more, as on the real one.
+SPLASH = functools.partial(attention._splash, width=WIDTH, interpret=True)
+PLAIN = functools.partial(attention._plain, width=WIDTH)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi head", "grouped queries"])
+@pytest.mark.parametrize(
+    "mesh", [None, MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=["one device", "rows, positions and heads split"]
+)
+def test_splash_is_the_plain_kernel_with_its_gradients(kv_heads, mesh):
+    tensors, masks = inputs(4, kv_heads)
+    expected = value_and_gradients(PLAIN, tensors, masks)
+    if mesh is None:
+        found = value_and_gradients(SPLASH, tensors, masks)
+    else:
+        with jax.set_mesh(make_mesh(mesh)):
+            found = value_and_gradients(SPLASH, tensors, masks)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+def test_auto_is_the_plain_kernel_where_there_is_no_tpu():
+    tensors, masks = inputs(2, 2, head_dim=8)
+    auto = attention.attend(*tensors, *masks, WIDTH, "auto")
+    np.testing.assert_array_equal(auto, attention.attend(*tensors, *masks, WIDTH, "plain"))
+
+
+def test_a_window_that_the_kernel_cannot_cut_up_is_refused_with_one_that_it_can():
+    (q, k, v), (mask, segments) = inputs(2, 2)
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(sequence=4, data=2))),
+        pytest.raises(ValueError, match="64 of the window's 256 positions.*multiple of 512, or attention='plain'"),
+    ):
+        attention.attend(q, k, v, mask, segments, WIDTH, "splash")
