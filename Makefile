@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-search test-tpu lint format clean
 
 # The environment is rebuilt when what it holds is declared anew.
 .venv/installed: requirements.txt pyproject.toml
@@ -17,6 +17,19 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The property tests, on examples that are drawn anew each time.
+test-search: .venv/installed
+	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_growth.py tests/test_growth_training.py
+
+# The TPU compiler, beside the environment: no TPU is needed, and JAX does not look for one.
+.venv/libtpu/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target=.venv/libtpu \
+		"$$($(BIN)/python -c 'from importlib import metadata; print(*[r.split(";")[0] for r in metadata.requires("jax") if r.startswith("libtpu")])')"
+	touch $@
+
+test-tpu: .venv/libtpu/installed
+	TPU_LIBRARY_PATH=$(CURDIR)/.venv/libtpu/libtpu/libtpu.so $(BIN)/python benchmarks/tpu.py --write=docs/tpu.md
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

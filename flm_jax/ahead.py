@@ -73,6 +73,7 @@ def _tpu_devices(topology: Topology) -> Sequence[Any]:
     # What a TPU host would be asked for, and this one does not know.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.name)
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
@@ -133,6 +134,7 @@ def stages(
     compiler: str = "none",
     assumed: Assumptions | None = None,
     only: Sequence[str] | None = None,
+    among: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Plans stage after stage, and compiles what each will run.
 
@@ -145,6 +147,7 @@ def stages(
       assumed: what no compiler knows.
       only: names of programs to compile; None: all but the initialisation and, on a CPU, the step with masks, which
         differ from others in nothing that matters here; these are lowered.
+      among: names of stages; None: all.
 
     Yields:
       What `experiments/plan.py` writes for each stage, JSON-able.
@@ -159,6 +162,9 @@ def stages(
         only = ("growth", "train step") + (("train step with masks",) if compiler == "tpu" else ())
     before = None if origin is None else origin.stage
     for stage in resolved:
+        if among is not None and stage.stage.name not in among:
+            before = stage
+            continue
         mesh = make_mesh(run.mesh_of(stage.stage), devices)
         program = StageProgram(stage, mesh, recipe.loss_chunks, run.compiler_options)
         previous = None if before is None else StageProgram(before, mesh, 1)
@@ -167,7 +173,7 @@ def stages(
         for name, lowered in programs(recipe, stage, program, previous):
             found[name] = {"lowered": True}
             if compiler != "none" and name in only:
-                found[name] |= _compiled(lowered, topology, mesh)
+                found[name] |= compiled(lowered, topology, mesh)
         if compiler == "tpu":
             _take_the_compilers_word(record, stage, recipe, topology, mesh)
         yield record
@@ -304,20 +310,20 @@ def activations(cfg: ModelConfig, rows: int, context: int, chunks: int, mesh: Me
     return {"saved_activations": cfg.layers * a_layer, "working": max(working, 3 * logits)}
 
 
-def _compiled(lowered: Any, topology: Topology | None, mesh: Mesh) -> dict[str, Any]:
+def compiled(lowered: Any, topology: Topology | None, mesh: Mesh) -> dict[str, Any]:
     """What the compiler and its program's text say."""
     start = time.perf_counter()
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     try:
         # On a CPU it is the partitioning that is looked at, and code that runs fast would be made in vain.
-        compiled = lowered.compile(compiler_options=None if on_tpu else _QUICKLY)
+        done = lowered.compile(compiler_options=None if on_tpu else _QUICKLY)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
             raise
         said = next((line for line in str(error).splitlines() if "xceeded" in line or "memory" in line), str(error))
         return {"fits": False, "compiler_said": said.strip()[:400], "compile_seconds": time.perf_counter() - start}
     record: dict[str, Any] = {"fits": True, "compile_seconds": time.perf_counter() - start}
-    memory = compiled.memory_analysis()
+    memory = done.memory_analysis()
     if memory is not None:
         record["bytes_per_device"] = {
             "arguments": memory.argument_size_in_bytes,
@@ -325,7 +331,7 @@ def _compiled(lowered: Any, topology: Topology | None, mesh: Mesh) -> dict[str, 
             "outputs_not_donated": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "peak": memory.peak_memory_in_bytes,
         }
-    program = hlo.read(compiled.as_text())
+    program = hlo.read(done.as_text())
     record["collectives"] = program.by_kind()
     gather = program.largest("all-gather")
     record["largest_gather"] = None if gather is None else {"shape": gather.shape, "bytes": gather.result}

@@ -93,7 +93,8 @@ def _program(name: str, about: dict[str, Any]) -> list[str]:
         p = about["predicted"]
         lines.append(
             f"    predicted: {p['seconds']:.3g} s (work {p['work_seconds']:.3g}, collectives waited for "
-            f"{p['collectives_waited_seconds']:.3g}, beside it {p['collectives_beside_seconds']:.3g})"
+            f"{p['collectives_waited_seconds']:.3g}, beside it {p['collectives_beside_seconds']:.3g}"
+            + (f", attention kernel {p['kernel_seconds']:.3g})" if "kernel_seconds" in p else ")")
             + (f", model FLOPs utilisation {p['utilisation']:.1%}" if "utilisation" in p else "")
         )
     return lines

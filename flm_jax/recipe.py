@@ -115,14 +115,23 @@ class Run:
         return self.meshes.get(stage.name, self.mesh)
 
     def check(self, recipe: Recipe) -> None:
-        """Checks what names stages.
+        """Checks what names stages, and that windows can be split.
 
         Raises:
-            ValueError: a stage is named that the recipe does not have.
+            ValueError: a stage is named that the recipe does not have, or a mesh does not divide the context.
         """
         names = [stage.name for stage in recipe.stages]
         if unknown := sorted(set(self.meshes) - set(names)):
             raise ValueError(f"Run.meshes names {', '.join(unknown)}; the stages are {', '.join(names)}.")
+        for stage in recipe.stages:
+            sequence, context = self.mesh_of(stage).sequence, recipe.data.context
+            if context % max(sequence, 1):
+                fits = [n for n in range(1, context + 1) if context % n == 0]
+                near = [n for n in fits if n < sequence][-1:] + [n for n in fits if n > sequence][:1]
+                raise ValueError(
+                    f"Stage {stage.name!r}: MeshConfig.sequence={sequence} does not divide the context of {context} "
+                    f"tokens; the nearest sizes that do are {' and '.join(map(str, near))}."
+                )
 
 
 @dataclass(frozen=True)

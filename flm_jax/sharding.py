@@ -61,9 +61,7 @@ class MeshConfig:
             ValueError: the sizes do not multiply to `devices`.
         """
         given = [getattr(self, axis) for axis in MESH_AXES]
-        rest = 1
-        for size in given:
-            rest *= size if size != -1 else 1
+        rest = math.prod(size for size in given if size != -1)
         if given.count(-1) > 1 or any(size == 0 or size < -1 for size in given):
             raise ValueError(f"{self}: sizes are positive, and at most one is -1 (all the devices that are left).")
         if -1 in given and devices % rest == 0:
@@ -71,9 +69,24 @@ class MeshConfig:
         if math.prod(given) != devices:
             raise ValueError(
                 f"{self} does not fit {devices} devices: {' x '.join(MESH_AXES)} must be {devices}, "
-                "and -1 stands for what the others leave."
+                f"and -1 stands for what the others leave. {self._advice(devices)}"
             )
         return tuple(given)
+
+    def _advice(self, devices: int) -> str:
+        """Which axis to change, and to what."""
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        largest = max(sizes, key=lambda axis: sizes[axis])
+        rest = math.prod(size for axis, size in sizes.items() if axis != largest and size != -1)
+        if rest > devices or devices % rest:
+            return f"Without {largest}, the others ask for {rest} devices, which do not divide {devices}."
+        fitting = [n for n in range(1, devices // rest + 1) if (devices // rest) % n == 0]
+        if -1 not in sizes.values():
+            fitting = fitting[-1:]
+        below = [n for n in fitting if n <= sizes[largest]][-1:]
+        above = [n for n in fitting if n > sizes[largest]][:1]
+        near = " and ".join(str(n) for n in below + above)
+        return f"The nearest that works for {largest}, now {sizes[largest]}, is {near}."
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:

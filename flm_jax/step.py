@@ -78,7 +78,8 @@ class StageProgram:
         if stage.stage.batch_size % (shards * stage.stage.accumulate):
             raise ValueError(
                 f"Stage {stage.stage.name!r}: batch_size={stage.stage.batch_size} must be a multiple of data x fsdp x "
-                f"accumulate = {shards * stage.stage.accumulate}."
+                f"accumulate = {shards * stage.stage.accumulate}, such as "
+                f"{-(-stage.stage.batch_size // (shards * stage.stage.accumulate)) * shards * stage.stage.accumulate}."
             )
         self.shapes, self.signatures = declared(stage.cfg)
         self.tx = optimizer(stage.stage.optimizer, stage.cfg, self.signatures, stage.frame)

@@ -185,6 +185,11 @@ def test_a_mesh_for_a_stage_that_is_not_there_is_refused():
         list(ahead.stages(recipe(), Run(meshes={"third": MeshConfig()}), jax.devices(), None))
 
 
+def test_a_sequence_axis_that_does_not_divide_the_context_is_refused_with_sizes_that_do():
+    with pytest.raises(ValueError, match="sequence=3 does not divide the context of 64 tokens.*are 2 and 4"):
+        list(ahead.stages(recipe(), Run(mesh=MeshConfig(sequence=3)), jax.devices(), None))
+
+
 def test_saved_activations_follow_the_remat_policy():
     mesh = make_mesh(MeshConfig(fsdp=2, sequence=2, tensor=2))
     sizes = {}

@@ -149,7 +149,9 @@ def test_a_mesh_that_does_not_divide_an_axis_is_refused_with_sizes_that_work():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(tensor=3), "does not fit 8 devices"),
+        (dict(tensor=3), "does not fit 8 devices.*nearest that works for tensor, now 3, is 2 and 4"),
+        (dict(data=1, fsdp=64, tensor=4), "nearest that works for fsdp, now 64, is 2"),
+        (dict(fsdp=64, tensor=16), "Without fsdp, the others ask for 16 devices, which do not divide 8"),
         (dict(data=-1, fsdp=-1), "at most one is -1"),
         (dict(data=0), "positive"),
     ],

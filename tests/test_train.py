@@ -498,7 +498,11 @@ def test_a_missing_gin_file_is_named(tmp_path, capsys):
     assert "There is no gin file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "gin_configs" / "recipes").glob("*.gin")), ids=lambda f: f.name)
+# The full-size ones want another mesh: see test_ahead.py.
+SMALL = [f for f in sorted((ROOT / "gin_configs/recipes").glob("*.gin")) if not f.name.startswith("tele_flm")]
+
+
+@pytest.mark.parametrize("file", SMALL, ids=lambda f: f.name)
 def test_every_recipe_parses_and_lowers(file, capsys):
     import gin
 

@@ -1,0 +1,237 @@
+"""What the TPU compiler says of the full-size recipe: every program of every stage, and the layouts that were weighed.
+
+  make test-tpu
+
+which runs: python benchmarks/tpu.py --write=docs/tpu.md, with libtpu beside the environment. No TPU is needed.
+It fails unless every program fits, no whole parameter is gathered, and the attention kernel is in every train step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gin  # noqa: E402
+
+from experiments import launch  # noqa: E402
+from flm_jax import ahead, plan  # noqa: E402
+from flm_jax.recipe import Recipe, ResolvedStage, Run, resolve  # noqa: E402
+from flm_jax.sharding import make_mesh  # noqa: E402
+from flm_jax.step import StageProgram  # noqa: E402
+from flm_jax.topology import Topology, topology  # noqa: E402
+
+RECIPE = "gin_configs/recipes/tele_flm_1t.gin"
+MACHINE = "v5p-2048"
+# What else was weighed, for one stage each: what it is called, the stage, and what is bound differently.
+WEIGHED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("sequence 2 x tensor 8", "52b", ("MeshConfig.sequence = 2", "MeshConfig.tensor = 8")),
+    ("tensor 16", "52b", ("MeshConfig.sequence = 1", "MeshConfig.tensor = 16")),
+    ("fsdp 128 x tensor 8", "1t", ("large/MeshConfig.fsdp = 128", "large/MeshConfig.tensor = 8")),
+    ("all recomputed (full)", "1t", ("tele_flm_1t.remat = 'full'",)),
+    ("no compiler options", "1t", ("Run.compiler_options = {}",)),
+)
+
+
+def main() -> None:
+    """Compiles, checks, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", help="write the page here, such as docs/tpu.md")
+    parser.add_argument("--stages", nargs="*", help="only these stages, and nothing that was weighed")
+    options = parser.parse_args()
+    machine = topology(MACHINE)
+    start = time.perf_counter()
+    recipe, run = configured(())
+    devices = ahead.devices_of(machine, "tpu")
+    rows: list[tuple[str, str, Mapping[str, Any]]] = []
+    failures: list[str] = []
+    records = []
+    for record in ahead.stages(recipe, run, devices, machine, "tpu", among=options.stages):
+        records.append(record)
+        for name, about in record["programs"].items():
+            if "compile_seconds" in about:
+                rows.append((record["name"], name, about))
+                failures += faults(record, name, about)
+                print(rows[-1][:2], f"{about['compile_seconds']:.0f} s", flush=True)
+    last = resolve(recipe)[-1]
+    if options.stages is None:
+        about = decoding(last, run, recipe, devices, machine)
+        rows.append((last.stage.name, "decode", about))
+        failures += [] if about["fits"] else [f"{last.stage.name}, decode: {about['compiler_said']}"]
+        print(rows[-1][:2], f"{about['compile_seconds']:.0f} s", flush=True)
+    others = list(weighed(devices, machine)) if options.stages is None else []
+    page = text(machine, records, rows, others, time.perf_counter() - start)
+    print(page)
+    if failures:
+        sys.exit("\n".join(failures))
+    if options.write:
+        Path(options.write).write_text(page)
+
+
+def configured(bindings: Sequence[str]) -> tuple[Recipe, Run]:
+    """The recipe, with some bindings changed."""
+    gin.clear_config()
+    launch.parse([RECIPE], bindings)
+    recipe, run = launch.train()
+    gin.clear_config()
+    return recipe, run
+
+
+def faults(record: Mapping[str, Any], name: str, about: Mapping[str, Any]) -> list[str]:
+    """What a program does that it must not."""
+    where = f"{record['name']}, {name}"
+    if not about["fits"]:
+        return [f"{where} does not fit: {about['compiler_said']}"]
+    found = []
+    if "train step" in name and not any("splash" in kernel for kernel in about["kernels"]):
+        found.append(f"{where}: the attention kernel is not in the program")
+    gather, least = about["largest_gather"], smallest_matrix(record)
+    if gather is not None and gather["bytes"] >= least:
+        found.append(f"{where}: gathers {gather['shape']}, as large as a whole parameter ({plan.size(least)})")
+    return found
+
+
+def smallest_matrix(record: Mapping[str, Any]) -> int:
+    """Bytes, in the compute dtype, of the smallest whole parameter that is no vector."""
+    cfg = launch.recipes.from_dict(record["model"])
+    sizes = [x.size * cfg.compute.itemsize for _, x, sig in plan.leaves(cfg) if not sig.gains]
+    return int(min(sizes))
+
+
+def decoding(stage: ResolvedStage, run: Run, recipe: Recipe, devices: Any, machine: Topology) -> dict[str, Any]:
+    """Generation by the last model: a row for each share of the batch."""
+    mesh = make_mesh(run.mesh_of(stage.stage), devices)
+    program = StageProgram(stage, mesh, 1)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    return ahead.compiled(ahead.decoding(program, rows, recipe.data.context), machine, mesh)
+
+
+def weighed(devices: Any, machine: Topology) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """The train step of each other layout."""
+    for name, stage, bindings in WEIGHED:
+        recipe, run = configured(bindings)
+        (record,) = ahead.stages(recipe, run, devices, machine, "tpu", only=("train step",), among=(stage,))
+        print(stage, name, f"{record['programs']['train step']['compile_seconds']:.0f} s", flush=True)
+        yield stage, name, record["programs"]["train step"]
+
+
+def line(cells: Sequence[str]) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def cells(about: Mapping[str, Any]) -> list[str]:
+    """What the tables say of a program."""
+    if not about["fits"]:
+        return ["does not fit", *["-"] * 5, f"{about['compile_seconds']:.0f}"]
+    size, predicted = about["bytes_per_device"], about.get("predicted", {})
+    moved = ", ".join(
+        f"{c['count']:.0f} {kind} ({plan.size(c['sent_bytes'])})" for kind, c in about["collectives"].items()
+    )
+    utilisation = f"{predicted['utilisation']:.1%}" if "utilisation" in predicted else "-"
+    return [
+        plan.size(size["peak"]),
+        plan.size(size["arguments"]),
+        moved or "none",
+        f"{predicted['seconds']:.3g}" if predicted else "-",
+        f"{predicted['collectives_waited_seconds']:.2g}" if predicted else "-",
+        utilisation,
+        f"{about['compile_seconds']:.0f}",
+    ]
+
+
+def text(
+    machine: Topology,
+    records: Sequence[Mapping[str, Any]],
+    rows: Sequence[tuple[str, str, Mapping[str, Any]]],
+    others: Sequence[tuple[str, str, Mapping[str, Any]]],
+    seconds: float,
+) -> str:
+    """The page."""
+    head = [
+        "peak a device",
+        "arguments",
+        "collectives a call (bytes a device sends)",
+        "predicted s",
+        "of it waiting for collectives",
+        "predicted utilisation",
+        "compiled in s",
+    ]
+    layouts = [
+        line(["stage", "parameters", "mesh", "batch, tokens", "in parts", "remat", "state a device"]),
+        line(["---"] * 7),
+    ]
+    for r in records:
+        mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
+        state = r["bytes_per_device"]["parameters"] + r["bytes_per_device"]["moments"]
+        layouts.append(
+            line(
+                [
+                    r["name"],
+                    plan.count(r["params"]),
+                    mesh,
+                    plan.count(r["batch_tokens"]),
+                    str(r["accumulate"]),
+                    r["model"]["remat"],
+                    plan.size(state),
+                ]
+            )
+        )
+    programs = [line(["stage", "program", *head]), line(["---"] * 9)]
+    programs += [line([stage, name, *cells(about)]) for stage, name, about in rows]
+    alternatives = [line(["stage", "layout", *head]), line(["---"] * 9)]
+    alternatives += [line([stage, name, *cells(about)]) for stage, name, about in others]
+    return PAGE.format(
+        machine=machine.name,
+        devices=machine.devices,
+        memory=plan.size(machine.chip.memory),
+        layouts="\n".join(layouts),
+        programs="\n".join(programs),
+        alternatives="\n".join(alternatives),
+        minutes=f"{seconds / 60:.0f}",
+    )
+
+
+PAGE = """# The full-size recipe, as the TPU compiler sees it
+
+Written by `make test-tpu` (`python benchmarks/tpu.py --write=docs/tpu.md`), {minutes} minutes on two cores; no
+TPU was used. Every program of `gin_configs/recipes/tele_flm_1t.gin` was compiled by the TPU compiler for
+{machine}: {devices} chips of {memory} each. The command fails unless all of them fit, none gathers a whole
+parameter, and the train steps hold the attention kernel.
+
+{layouts}
+
+## Every program
+
+{programs}
+
+*Peak* is the compiler's own; a program that does not fit does not compile. **Seconds and utilisation are
+predictions and were never measured**: the compiler's estimate of the cycles of every operation, loops counted in
+full; plus the collectives that the program waits for, at the bandwidth of the links that they lie along; plus the
+attention kernel, of which the compiler estimates nothing, at half of the peak. Collectives that run beside other
+work are taken to be hidden by it. The utilisation is that of model FLOPs (`plan.train_flops_per_token`: what is
+recomputed does not count). Good for comparing layouts, not for promising days.
+
+## What else was weighed
+
+The train step of one stage, with something changed:
+
+{alternatives}
+
+So: `tensor` is kept as small as the state allows, since what the products of a layer exchange over it grows with
+it; what the published batch of 1,344 windows leaves of the devices goes to `sequence`. At 1T the state wants all
+of them. Keeping what is split over `tensor` inside a block (`inner`) is paid for by memory that is there.
+Pipelining was not needed for anything to fit, and is not implemented.
+"""
+
+
+if __name__ == "__main__":
+    main()
