@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax.data.batches import Batch, host_rows, in_batches, make_batch, pack_state, unpack_state
+from flm_jax.data.batches import Batch, check_rows, host_rows, in_batches, make_batch, pack_state, unpack_state
 from flm_jax.data.corpora import Corpus
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.tasks import Source, resolve
@@ -87,14 +87,23 @@ class SeqioBatches:
         self._rest = np.zeros(0, np.int32)
         self.position = 0
 
-    def next(self, batch_size: int) -> Batch:
+    def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
         """This host's rows of the next global batch, (batch_size / hosts, context) each.
 
+        Args:
+          batch_size: windows of the global batch.
+          rows: int (n,), the rows of the global batch to keep; all of it is read, by this host alone.
+
         Raises:
-          ValueError: batch_size does not divide among the hosts, or there is no document to read.
+          ValueError: batch_size does not divide among the hosts or has no such rows; there is no document to read; or
+            rows are asked of a host that reads documents of its own.
         """
-        rows = host_rows(batch_size, self._host, self._hosts)
-        number = rows.stop - rows.start
+        if rows is not None and self._hosts > 1:
+            raise ValueError(f"host {self._host} of {self._hosts} reads documents of its own, and has no other rows")
+        block = host_rows(batch_size, self._host, self._hosts)
+        number = block.stop - block.start
+        if rows is not None:
+            check_rows(batch_size, rows)
         parts, length = [self._rest], len(self._rest)
         while length < number * self._context + 1:
             example = next(self._iterator, None)
@@ -108,7 +117,8 @@ class SeqioBatches:
         tokens = np.concatenate(parts)
         self._rest = tokens[number * self._context :]
         self.position += batch_size
-        return make_batch(cut(tokens, number, self._context), self._eos_id)
+        windows = cut(tokens, number, self._context)
+        return make_batch(windows if rows is None else windows[rows], self._eos_id)
 
     def state(self) -> bytes:
         """The position as JSON bytes: tf.data's own checkpoint and the rest of the document being cut.

@@ -11,6 +11,7 @@ import numpy as np
 
 from flm_jax.config import ModelConfig
 from flm_jax.growth.plan import Growth, axis_maps, masks_at, promises
+from flm_jax.hosts import fetch
 from flm_jax.model import Masks, Params, Transformer
 from flm_jax.signature import Role
 
@@ -121,6 +122,6 @@ def compare(
         per_layer = jnp.max(jnp.abs(expected - found), axis=(1, 2, 3)) / jnp.max(jnp.abs(expected), axis=(1, 2, 3))
         return absolute, absolute / jnp.max(jnp.abs(a)), per_layer
 
-    absolute, relative, per_layer = jax.device_get(differences(before, after, hidden, grown_hidden))
+    absolute, relative, per_layer = fetch(differences(before, after, hidden, grown_hidden))
     layers = tuple(float(x) for x in per_layer)
     return Verification(promises(old, new, growth), float(absolute), float(relative), layers)

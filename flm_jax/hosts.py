@@ -1,0 +1,264 @@
+"""Several processes that train as one: how they meet, which of them speaks, and how they agree.
+
+All processes run the same program, and what they read off global arrays is the same in each, so they take the same
+decisions without a word. What only one of them can know, such as a file, a signal or an error, it says here, through
+the coordination service of `jax.distributed`: no accelerator is waited for. With one process all of this is nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
+
+# A process that has died ends the others within the heartbeat's timeout (100 s); one that tokenises may take its time.
+_PATIENCE_MS = 24 * 3600 * 1000
+_FAREWELL_MS = 10_000
+_LONGEST = 4_000  # characters of an error that the others are told
+_turns: collections.Counter[str] = collections.Counter()
+
+
+class PeerError(RuntimeError):
+    """Another process failed, and this one cannot go on without it; the message is its own."""
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, distributed: bool = False
+) -> None:
+    """Joins the other processes; before any other call of JAX. With nothing given this is a run of one process.
+
+    Args:
+      coordinator: host:port of process 0, where it listens and the others find it; default: the environment variable
+        JAX_COORDINATOR_ADDRESS.
+      processes: how many there are; default: JAX_NUM_PROCESSES.
+      process: which this is, from 0; default: JAX_PROCESS_ID.
+      distributed: JAX finds the others itself: on TPU pods, and under SLURM, Open MPI or Kubernetes.
+
+    Raises:
+      ValueError: these do not fit together, or the others cannot be found.
+    """
+    environment = () if distributed else ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    found = [os.environ.get(name) for name in environment]
+    if coordinator is None and processes is None and process is None and all(found):
+        try:
+            coordinator, processes, process = str(found[0]), int(found[1] or ""), int(found[2] or "")
+        except ValueError:
+            raise ValueError(f"{environment[1]}={found[1]} and {environment[2]}={found[2]} must be numbers.") from None
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [flag for flag, value in given.items() if value is None]
+    if distributed and len(missing) < len(given):
+        raise ValueError("--distributed finds the processes itself: leave --coordinator, --processes, --process out.")
+    if not distributed and len(missing) == len(given):
+        return
+    if not distributed:
+        if missing:
+            raise ValueError(
+                f"{', '.join(f for f in given if f not in missing)} needs {' and '.join(missing)} as well: "
+                "--coordinator=host:port --processes=N --process=i, i from 0 to N - 1."
+            )
+        assert coordinator is not None and processes is not None and process is not None
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"--coordinator={coordinator} must be host:port, such as 10.0.0.1:8476.")
+        if not 0 <= process < processes:
+            raise ValueError(
+                f"--process={process} with --processes={processes}: processes are numbered from 0 to {processes - 1}."
+            )
+    # A run stops by its own vote (`Vote`); this service would take SIGTERM away from it.
+    jax.config.update("jax_enable_preemption_service", False)
+    if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        # What is said outright is not to be mixed with what an environment seems to say.
+        method = None if distributed else "deactivate"
+        jax.distributed.initialize(coordinator, processes, process, cluster_detection_method=method)
+    except (ValueError, RuntimeError) as error:
+        where = "JAX did not find them by itself" if distributed else f"coordinator {coordinator}, process {process}"
+        raise ValueError(f"The processes did not meet ({where}): {error}") from error
+
+
+def check() -> None:
+    """Refuses several processes that cannot talk to each other.
+
+    Raises:
+      ValueError: JAX knows of others, but `join` was not called.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"JAX sees {jax.process_count()} processes, but they were not joined: start each with --distributed, or call "
+            "jax.distributed.initialize() first."
+        )
+
+
+def first() -> bool:
+    """Whether this is the process that speaks and writes."""
+    return bool(jax.process_index() == 0)
+
+
+def say(text: str) -> None:
+    """Prints, once for all processes."""
+    if first():
+        print(text, flush=True)
+
+
+def exchange(what: str, text: str = "") -> list[str]:
+    """What every process says, in their order. Each must call it, with the same `what`s in the same order."""
+    if jax.process_count() == 1:
+        return [text]
+    client = _client()
+    _turns[what] += 1
+    stem, turn, me = f"flm_jax/{what}", _turns[what], jax.process_index()
+    client.key_value_set(f"{stem}/{turn}/{me}", json.dumps(text))
+    if me == 0:
+        # Gathered by one and told to all: 2 N messages, not N^2.
+        said = [client.blocking_key_value_get(f"{stem}/{turn}/{i}", _PATIENCE_MS) for i in range(jax.process_count())]
+        client.key_value_set(f"{stem}/{turn}/all", f"[{', '.join(said)}]")
+        if turn > 1:  # Everybody has spoken, so everybody has heard what was said before.
+            client.key_value_delete(f"{stem}/{turn - 1}/")
+    found: list[str] = json.loads(client.blocking_key_value_get(f"{stem}/{turn}/all", _PATIENCE_MS))
+    return found
+
+
+def _client() -> Any:
+    # JAX shows its key-value store nowhere else; orbax takes it from here too.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+@contextlib.contextmanager
+def together(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """A block that every process runs: none leaves it before all have, and what fails in one fails in all.
+
+    Args:
+      what: names it; used by one thread at a time.
+      kinds: errors that are raised everywhere as what they are.
+
+    Raises:
+      PeerError: another process failed in it, by an error that is none of `kinds`.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    told = exchange(what, "" if mine is None else f"{type(mine).__name__}: {str(mine)[:_LONGEST]}")
+    if mine is not None:
+        raise mine
+    for process, text in enumerate(told):
+        if text:
+            name, _, sentence = text.partition(": ")
+            known = {kind.__name__: kind for kind in kinds}
+            raise known.get(name, PeerError)(f"process {process}: {sentence or name}")
+
+
+def from_first(what: str, make: Callable[[], T]) -> T:
+    """What the first process finds, JSON-able, for all of them."""
+    if jax.process_count() == 1:
+        return make()
+    found = ""
+    with together(what):
+        if first():
+            found = json.dumps(make())
+    told: T = json.loads(exchange(what, found)[0])
+    return told
+
+
+def first_then_others(what: str, make: Callable[[], T]) -> T:
+    """Calls a function in the first process, then in the others, which so find what it has left on a shared disk."""
+    made: list[T] = []
+    for turn in (True, False):
+        with together(what):
+            if first() is turn:
+                made.append(make())
+    return made[0]
+
+
+def same(what: str, value: str, advice: str) -> None:
+    """Checks that all processes have the same.
+
+    Raises:
+      ValueError: they have not; in every process.
+    """
+    if jax.process_count() == 1:
+        return
+    told = exchange(what, value)
+    for process, theirs in enumerate(told):
+        if theirs != told[0]:
+            raise ValueError(
+                f"{what} differs between processes: process 0 has {told[0][:16]}, process {process} has {theirs[:16]}. "
+                + advice
+            )
+
+
+def anyone(what: str, mine: bool) -> bool:
+    """Whether it is so in any process."""
+    return any(exchange(what, "yes" if mine else ""))
+
+
+class Vote:
+    """Whether it is so in any process, asked once a step, at the cost of no wait.
+
+    A byte a question and device is reduced on the devices, behind the step just dispatched, and read a step later,
+    when that step is done and looked at anyway. So all processes hear of it at the same step: the one after that at
+    which it was said.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        """Votes over the devices of a mesh; every process must have some of them."""
+        self._size = mesh.size
+        self._where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._count = jax.jit(lambda votes: votes.max(axis=0), out_shardings=everywhere)
+        self._asked: jax.Array | None = None
+
+    def __call__(self, *mine: bool) -> tuple[bool, ...]:
+        """Casts this process's votes; returns what the call before asked, of any process (with one process: this)."""
+        if jax.process_count() == 1:
+            return mine
+        flags = np.asarray([mine], np.uint8)
+        votes = jax.make_array_from_callback((self._size, len(mine)), self._where, lambda _: flags)
+        asked, self._asked = self._asked, self._count(votes)
+        return (False,) * len(mine) if asked is None else tuple(bool(x) for x in jax.device_get(asked))
+
+
+def fetch(tree: Any) -> Any:
+    """A tree of arrays as NumPy arrays, in every process, wherever their parts live; every process must call it."""
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        assert isinstance(x.sharding, NamedSharding)
+        return jax.jit(_itself, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def _itself(x: jax.Array) -> jax.Array:
+    return x
+
+
+def leave() -> None:
+    """After an error: ends this process if the others do not end with it, rather than to wait until they do."""
+    if not jax.distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        _client().wait_at_barrier("flm_jax/leaving", _FAREWELL_MS)
+    except Exception:
+        # They wait for this process in some collective, and end when its connections do.
+        os._exit(1)
