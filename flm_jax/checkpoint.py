@@ -182,8 +182,8 @@ class Checkpoints:
             while not (lock.is_file() and lock.read_text() == written):
                 if time.monotonic() > deadline:
                     raise CheckpointError(
-                        f"{self.directory} is not the directory that process 0 has made: checkpoints need a file system "
-                        "that all processes share"
+                        f"{self.directory} is not the directory that process 0 has made: checkpoints need a file "
+                        "system that all processes share"
                     )
                 time.sleep(0.1)
 
@@ -493,7 +493,9 @@ class Checkpoints:
                 _log.error("%s has no manifest and is read UNVERIFIED: a damaged value would not be seen", step_dir)
                 manifest = stored.unverified_manifest(self._orbax, step_dir)
             else:
-                raise DamagedError(f"{step_dir} has no {integrity.MANIFEST}; unverified=True reads it without any check")
+                raise DamagedError(
+                    f"{step_dir} has no {integrity.MANIFEST}; unverified=True reads it without any check"
+                )
             integrity.compare(manifest.leaves, wanted, where=str(step_dir), partial=partial)
             # One look at every file is enough; each process's own part of the values is checked below.
             if self._primary and (faults := integrity.file_faults(step_dir, manifest, contents=True)):

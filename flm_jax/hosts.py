@@ -93,11 +93,16 @@ def check() -> None:
     Raises:
       ValueError: JAX knows of others, but `join` was not called.
     """
-    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+    if jax.process_count() > 1 and not joined():
         raise ValueError(
-            f"JAX sees {jax.process_count()} processes, but they were not joined: start each with --distributed, or call "
-            "jax.distributed.initialize() first."
+            f"JAX sees {jax.process_count()} processes, but they were not joined: start each with --distributed, or "
+            "call jax.distributed.initialize() first."
         )
+
+
+def joined() -> bool:
+    """Whether `join` has found others."""
+    return bool(jax.distributed.is_initialized())
 
 
 def first() -> bool:
@@ -253,7 +258,7 @@ def _itself(x: jax.Array) -> jax.Array:
 
 def leave() -> None:
     """After an error: ends this process if the others do not end with it, rather than to wait until they do."""
-    if not jax.distributed.is_initialized():
+    if not joined():
         return
     sys.stdout.flush()
     sys.stderr.flush()

@@ -15,7 +15,7 @@ from flm_jax.recipe import ResolvedStage
 
 
 class Progress:
-    """A bar with ETA, loss and tokens/s, and scalars in event files, for one stage; of several processes, the first's."""
+    """A bar with ETA, loss and tokens/s, and scalars in event files, for one stage. The first process shows them."""
 
     def __init__(self, events: Path, stage: ResolvedStage, context: int, flops_per_token: int, start: int) -> None:
         """Starts at step `start`; `context` and `flops_per_token` turn steps into tokens and FLOP/s."""

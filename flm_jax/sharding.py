@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flm_jax.signature import Signature
@@ -69,9 +70,23 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices` (default: all)."""
+    """The mesh (data, fsdp, tensor) over `devices` (default: all).
+
+    Over several TPU slices, whose links to each other are slow, `data` is split first.
+
+    Raises:
+        ValueError: the sizes do not fit the devices, or `data` does not fit the slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = (config or MeshConfig()).shape(len(devices))
+    # Elsewhere the number is another thing's: on GPUs that of an NVLink domain, which fsdp may well cross.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices > 1:
+        if shape[0] % slices:
+            raise ValueError(f"MeshConfig.data={shape[0]} must be a multiple of the {slices} slices it reaches over.")
+        inside = (shape[0] // slices, *shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, *[1] * len(shape[1:])), devices)
+        return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     # Linen's transforms know nothing of explicitly sharded types.
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
