@@ -47,13 +47,14 @@ def join(
     Raises:
       ValueError: these do not fit together, or the others cannot be found.
     """
-    environment = () if distributed else ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    found = [os.environ.get(name) for name in environment]
-    if coordinator is None and processes is None and process is None and all(found):
+    where, number, which = (
+        os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+    )
+    if not distributed and (coordinator, processes, process) == (None, None, None) and where and number and which:
         try:
-            coordinator, processes, process = str(found[0]), int(found[1] or ""), int(found[2] or "")
+            coordinator, processes, process = where, int(number), int(which)
         except ValueError:
-            raise ValueError(f"{environment[1]}={found[1]} and {environment[2]}={found[2]} must be numbers.") from None
+            raise ValueError(f"JAX_NUM_PROCESSES={number} and JAX_PROCESS_ID={which} must be numbers.") from None
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [flag for flag, value in given.items() if value is None]
     if distributed and len(missing) < len(given):
@@ -83,8 +84,8 @@ def join(
         method = None if distributed else "deactivate"
         jax.distributed.initialize(coordinator, processes, process, cluster_detection_method=method)
     except (ValueError, RuntimeError) as error:
-        where = "JAX did not find them by itself" if distributed else f"coordinator {coordinator}, process {process}"
-        raise ValueError(f"The processes did not meet ({where}): {error}") from error
+        how = "JAX did not find them by itself" if distributed else f"coordinator {coordinator}, process {process}"
+        raise ValueError(f"The processes did not meet ({how}): {error}") from error
 
 
 def check() -> None:

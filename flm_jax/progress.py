@@ -79,8 +79,9 @@ class Progress:
     def evaluated(self, step: int, record: Mapping[str, Any]) -> None:
         """A held-out measurement; the time it took is not counted as training."""
         self._eval = f", held out {record['loss']:.3f}"
-        for name in ("loss", "bits_per_byte") if self._writer is not None else ():
-            self._writer.add_scalar(f"heldout/{name}", record[name], step)
+        if self._writer is not None:
+            for name in ("loss", "bits_per_byte"):
+                self._writer.add_scalar(f"heldout/{name}", record[name], step)
         self._since = (step, time.perf_counter())
 
 

@@ -2,8 +2,8 @@
 
   python -m tests.worker COORDINATOR PROCESSES PROCESS PLAN
 
-PLAN is a JSON file: `folder`, `data`, and `acts`, each a function below and its arguments, done in turn by all.
-Each process writes what it found to FOLDER/NAME.PROCESS.json.
+PLAN is a JSON file: `folder`, and `acts`, each a function below and its arguments, done in turn by all. Each process
+writes what it found to FOLDER/NAME.PROCESS.json.
 """
 
 import contextlib
@@ -21,71 +21,88 @@ from flm_jax import train as training
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.source import DataConfig
 from flm_jax.data.train_vocabulary import Bytes
+from flm_jax.evaluate import own_rows
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
-from flm_jax.sharding import MeshConfig
+from flm_jax.sharding import MeshConfig, make_mesh
 from tests.small import shape
 
+# Four processes of two devices: each two of them hold the same rows.
+MESH = MeshConfig(fsdp=2, tensor=4)
+RUN = Run(mesh=MESH, checkpoint_every=3, log_every=1, sample_tokens=4)
 
-def recipe(data: DataConfig) -> Recipe:
-    """Two stages; the second grows along every axis, and its masks ramp."""
+
+def recipe(folder: Path, cache: str = "cache") -> Recipe:
+    """Two stages; the second grows along several axes, its layers where they were measured to disturb least."""
     fast = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
-    growth = Growth("mask", ramp_steps=3, depth="distance")
+    growth = Growth("zero", depth="distance")
     return Recipe(
         stages=(
             Stage("first", shape(kv_heads=4), 4, 8, fast),
             Stage("second", shape(kv_heads=4, embed=32, layers=3), 6, 8, fast, growth, accumulate=2),
         ),
-        data=data,
+        data=DataConfig(TextFolder(str(folder / "corpus")), Bytes(), context=16, cache_dir=str(folder / cache)),
         eval_windows=12,
-        eval_every=2,
+        eval_every=4,
     )
 
 
-def run(**mesh: int) -> Run:
-    return Run(mesh=MeshConfig(**mesh), checkpoint_every=2, log_every=1, sample_tokens=4)
+def train(folder: Path, work: str, cache: str = "cache", terminate: list[int] | None = None) -> object:
+    """Trains; `terminate` is [process, n]: that one sends itself SIGTERM as it places its n-th batch.
 
-
-def data_config(folder: Path, cache: str = "cache", **changes) -> DataConfig:
-    return DataConfig(TextFolder(str(folder / "corpus")), Bytes(), context=16, cache_dir=str(folder / cache), **changes)
-
-
-def train(folder: Path, work: str, mesh: dict, terminate: list[int] | None = None, each_its_own: str = "") -> object:
-    """Trains; `terminate` is [process, n]: it sends itself SIGTERM as it places its n-th batch."""
-    honest, me = training.put_batch, jax.process_index()
-    count = iter(range(1, 10_000))
+    In names '#' stands for the process. Returns the report, and how many rows were read of the batches.
+    """
+    honest, me, read = training.put_batch, jax.process_index(), []
 
     def put(batch, mesh, *size):
-        if size and terminate is not None and terminate == [me, next(count)]:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if size:
+            read.append(len(batch.inputs_BT))
+            if terminate == [me, len(read)]:
+                os.kill(os.getpid(), signal.SIGTERM)
         return honest(batch, mesh, *size)
 
     training.put_batch = put
-    own = f".{me}" if each_its_own == "work" else ""
-    data = data_config(folder, f"cache.{me}" if each_its_own == "cache" else "cache")
     try:
-        return training.train(recipe(data), run(**mesh), folder / f"{work}{own}")
+        found = training.train(recipe(folder, cache.replace("#", str(me))), RUN, folder / work.replace("#", str(me)))
     finally:
         training.put_batch = honest
+    return {"report": found, "rows": own_rows(make_mesh(MESH), 8).tolist(), "read": sorted(set(read))}
 
 
-def locked(folder: Path, work: str, mesh: dict) -> object:
+def locked(folder: Path, work: str) -> object:
     """Trains where another run is at work."""
     held = contextlib.nullcontext()
     if hosts.first():
         held = checkpoint._take_lock(folder / work / "checkpoints" / "0_first")
     with held:
-        return train(folder, work, mesh)
+        return train(folder, work)
+
+
+def alone(folder: Path) -> object:
+    """One process fails where the others wait for it."""
+    if not hosts.first():
+        raise OSError("no more data")
+    vote = hosts.Vote(make_mesh(MESH))
+    return [vote(True), vote(True)]
 
 
 def main() -> None:
     coordinator, processes, process, plan = sys.argv[1:]
+    written: set[str] = set()
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            written.add(arguments[0])
+        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            written.add(str(arguments[0]))
+
+    sys.addaudithook(watch)
     hosts.join(coordinator, int(processes), int(process))
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    checkpoint._SHOWN_WITHIN_S = 0.5
+    checkpoint._SHOWN_WITHIN_S, hosts._FAREWELL_MS = 0.5, 2_000
     given = json.loads(Path(plan).read_text())
-    folder = Path(given["folder"])
+    folder, failed = Path(given["folder"]), False
     for act in given["acts"]:
         began = time.monotonic()
         try:
@@ -94,8 +111,13 @@ def main() -> None:
             if not act.get("fails"):
                 raise
             found = {"error": type(error).__name__, "text": str(error)}
-        found["seconds"] = time.monotonic() - began
+            failed = act["do"] == "alone"
+        found["seconds"] = round(time.monotonic() - began, 1)
+        found["written"] = sorted(path for path in written if path.startswith(str(folder)))
         (folder / f"{act['name']}.{process}.json").write_text(json.dumps(found))
+        written.clear()
+    if failed:
+        hosts.leave()
 
 
 if __name__ == "__main__":
