@@ -143,10 +143,10 @@ def started() -> Iterator[None]:
         yield
     except EXPECTED as error:
         fail(error)
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         if hosts.joined():
             traceback.print_exc()
-            hosts.leave()
+            hosts.leave(repr(error))
         raise
 
 
@@ -155,7 +155,7 @@ def fail(error: BaseException) -> NoReturn:
     # gin appends the calls that it was in; the sentence itself comes first.
     text = " ".join(str(error).split("\n  In call to configurable")[0].split())
     print(f"error: {text}", file=sys.stderr)
-    hosts.leave()
+    hosts.leave(text)
     sys.exit(1)
 
 

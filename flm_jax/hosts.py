@@ -12,6 +12,8 @@ import contextlib
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -24,6 +26,8 @@ T = TypeVar("T")
 # A process that has died ends the others within the heartbeat's timeout (100 s); one that tokenises may take its time.
 _PATIENCE_MS = 24 * 3600 * 1000
 _FAREWELL_MS = 10_000
+_FOREVER_MS = 10 * 365 * 24 * 3600 * 1000
+_FAILED = "flm_jax/failed"
 _LONGEST = 4_000  # characters of an error that the others are told
 _turns: collections.Counter[str] = collections.Counter()
 
@@ -86,6 +90,7 @@ def join(
     except (ValueError, RuntimeError) as error:
         how = "JAX did not find them by itself" if distributed else f"coordinator {coordinator}, process {process}"
         raise ValueError(f"The processes did not meet ({how}): {error}") from error
+    threading.Thread(target=_listen, args=(_client(),), name="failures of others", daemon=True).start()
 
 
 def check() -> None:
@@ -257,14 +262,31 @@ def _itself(x: jax.Array) -> jax.Array:
     return x
 
 
-def leave() -> None:
-    """After an error: ends this process if the others do not end with it, rather than to wait until they do."""
+def leave(sentence: str) -> None:
+    """After an error: tells the others, and ends this process unless all end together, by the same error.
+
+    They may be waiting for it where nothing wakes them, in a collective: `_listen` does.
+    """
     if not joined():
         return
+    client = _client()
+    with contextlib.suppress(Exception):  # Somebody else was first.
+        client.key_value_set(_FAILED, f"process {jax.process_index()} failed: {sentence[:_LONGEST]}")
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        _client().wait_at_barrier("flm_jax/leaving", _FAREWELL_MS)
+        client.wait_at_barrier("flm_jax/leaving", _FAREWELL_MS)
     except Exception:
-        # They wait for this process in some collective, and end when its connections do.
+        # With the first process the coordination service ends, and by that the others, with a page of C++.
+        time.sleep(2.0 if first() else 0.0)
         os._exit(1)
+
+
+def _listen(client: Any) -> None:
+    try:
+        sentence = client.blocking_key_value_get(_FAILED, _FOREVER_MS)
+    except Exception:  # The run is over.
+        return
+    time.sleep(_FAREWELL_MS / 1000)  # It may be about to leave by itself.
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    os._exit(1)
