@@ -83,8 +83,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    """One process, never stopped."""
-    return training.train(worker.recipe(folder), worker.RUN, folder / "reference")
+    """One process, never stopped; like the others it adds up by gloo."""
+    printed = start(folder, 1, 8, {"do": "train", "name": "reference", "with": {"work": "reference"}})
+    return found(folder, "reference", 1, printed)[0]["result"]["report"]
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +144,13 @@ def test_an_error_in_one_process_leaves_no_other_waiting(two, folder):
 
 
 def test_stopped_with_two_processes_and_gone_on_with_one(two, reference, folder):
+    """Which does not add up by gloo, so in another order."""
     found(folder, "stopped", 2, two)
     shutil.copytree(folder / "stopped", folder / "one")
-    assert training.train(worker.recipe(folder), worker.RUN, folder / "one") == reference
-    assert digest(folder / "one") == digest(folder / "reference")
+    report = training.train(worker.recipe(folder), worker.RUN, folder / "one")
+    losses = [[e["loss"] for e in r["evals"]] for r in (report, reference)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    assert report["growths"] == reference["growths"]
 
 
 def test_stopped_with_two_processes_and_gone_on_with_four_that_share_rows(two, reference, folder):
@@ -155,7 +159,7 @@ def test_stopped_with_two_processes_and_gone_on_with_four_that_share_rows(two, r
     printed = start(folder, 4, 2, {"do": "train", "name": "four", "with": {"work": "four"}})
     results = [r["result"] for r in found(folder, "four", 4, printed)]
     assert [r["rows"] for r in results] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
-    assert [r["report"] for r in results] == [json.loads(json.dumps(reference))] * 4
+    assert [r["report"] for r in results] == [reference] * 4
     assert digest(folder / "four") == digest(folder / "reference")
     assert json.loads((folder / "four" / "report.json").read_text()) == results[0]["report"]
 
