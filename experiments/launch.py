@@ -128,17 +128,21 @@ def check_used(by_hand: set[Binding]) -> None:
 
 def join(flags: Mapping[str, Any]) -> None:
     """Joins the other processes of a run, if the flags or the environment name any: see `flm_jax.hosts.join`."""
+    _log_from(logging.WARNING)
     try:
         hosts.join(**flags)
     except ValueError as error:
         fail(error)
 
 
+def _log_from(level: int) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level, force=True)
+
+
 @contextlib.contextmanager
 def started() -> Iterator[None]:
     """What a launcher does, its errors told in one sentence."""
-    level = logging.WARNING if hosts.first() else logging.ERROR
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=level, force=True)
+    _log_from(logging.WARNING if hosts.first() else logging.ERROR)
     try:
         yield
     except EXPECTED as error:

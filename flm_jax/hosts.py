@@ -7,6 +7,7 @@ the coordination service of `jax.distributed`: no accelerator is waited for. Wit
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import json
@@ -26,7 +27,7 @@ T = TypeVar("T")
 # A process that has died ends the others within the heartbeat's timeout (100 s); one that tokenises may take its time.
 _PATIENCE_MS = 24 * 3600 * 1000
 _FAREWELL_MS = 10_000
-_FOREVER_MS = 10 * 365 * 24 * 3600 * 1000
+_LISTEN_S = 1.0
 _FAILED = "flm_jax/failed"
 _LONGEST = 4_000  # characters of an error that the others are told
 _turns: collections.Counter[str] = collections.Counter()
@@ -90,7 +91,15 @@ def join(
     except (ValueError, RuntimeError) as error:
         how = "JAX did not find them by itself" if distributed else f"coordinator {coordinator}, process {process}"
         raise ValueError(f"The processes did not meet ({how}): {error}") from error
-    threading.Thread(target=_listen, args=(_client(),), name="failures of others", daemon=True).start()
+    over = threading.Event()
+    listener = threading.Thread(target=_listen, args=(over,), name="failures of others", daemon=True)
+    listener.start()
+
+    def end() -> None:
+        over.set()
+        listener.join()
+
+    atexit.register(end)
 
 
 def check() -> None:
@@ -282,11 +291,15 @@ def leave(sentence: str) -> None:
         os._exit(1)
 
 
-def _listen(client: Any) -> None:
-    try:
-        sentence = client.blocking_key_value_get(_FAILED, _FOREVER_MS)
-    except Exception:  # The run is over.
-        return
-    time.sleep(_FAREWELL_MS / 1000)  # It may be about to leave by itself.
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    os._exit(1)
+def _listen(over: threading.Event) -> None:
+    """Ends this process some time after another has said that it failed; until the run is over."""
+    client = _client()
+    # Asked again and again: a thread that waited in C++ as the interpreter ends would take it down with an abort.
+    while not over.wait(_LISTEN_S):
+        try:
+            sentence = client.key_value_try_get(_FAILED)
+        except Exception:  # Nobody has.
+            continue
+        if not over.wait(_FAREWELL_MS / 1000):  # This one may be about to leave by itself.
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            os._exit(1)

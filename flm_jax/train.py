@@ -101,7 +101,8 @@ def train(
         check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         mesh = make_mesh(run.mesh)
         programs = [StageProgram(stage, mesh, recipe.loss_chunks) for stage in stages]
-    hosts.same("The recipe", fingerprint(as_dict(recipe)), "Start every process with the same command.")
+    settings = fingerprint([as_dict(recipe), as_dict(run)])
+    hosts.same("The recipe or its Run", settings, "Start every process with the same command.")
     data = open_data(recipe.data)
     _check_vocabulary(stages, data)
     # Where the data lies may change; what it is may not.
