@@ -335,6 +335,8 @@ class _StageRun:
             "history": self.history,
             "provenance": provenance,
         }
+        advice = "Read the data from a token store, with streamed=False."
+        hosts.same("What was read of the data", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
         self.store.save(step, state, signatures=signatures, meta=meta, blobs={"data": self.batches.state()})
 

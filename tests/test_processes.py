@@ -156,12 +156,20 @@ def test_stopped_with_two_processes_and_gone_on_with_one(two, reference, folder)
 def test_stopped_with_two_processes_and_gone_on_with_four_that_share_rows(two, reference, folder):
     found(folder, "stopped", 2, two)
     shutil.copytree(folder / "stopped", folder / "four")
+    # What one process sees to be damaged is damaged to all of them.
+    newest = folder / "four" / "checkpoints" / "1_second" / "4" / "arrays"
+    victim = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
     printed = start(folder, 4, 2, {"do": "train", "name": "four", "with": {"work": "four"}})
     results = [r["result"] for r in found(folder, "four", 4, printed)]
     assert [r["rows"] for r in results] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
     assert [r["report"] for r in results] == [reference] * 4
     assert digest(folder / "four") == digest(folder / "reference")
     assert json.loads((folder / "four" / "report.json").read_text()) == results[0]["report"]
+    assert "step 4 is REFUSED, using an older one" in printed[0] and "REFUSED" not in "".join(printed[1:])
+    assert all(text.endswith("exit status 0") for text in printed)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ class TokenBatches(Protocol):
         """Everything needed to continue exactly here."""
         ...
 
+    def mark(self) -> str:
+        """What has been read, in short: the same wherever the same global batches were."""
+        ...
+
     def restore(self, state: bytes) -> None:
         """Continues where `state()` was taken; ValueError if that was other data, seed or context."""
         ...
@@ -181,6 +185,10 @@ class StoreBatches:
     def state(self) -> bytes:
         """The position, with what it belongs to; the same on every host, and good for any number of hosts."""
         return pack_state(self._identity(), position=self.position)
+
+    def mark(self) -> str:
+        """The position: nothing else decides what has been read."""
+        return str(self.position)
 
     def restore(self, state: bytes) -> None:
         """Goes to a saved position.

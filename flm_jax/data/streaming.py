@@ -85,6 +85,7 @@ class SeqioBatches:
         )
         self._iterator: Any = iter(self._dataset)
         self._rest = np.zeros(0, np.int32)
+        self._seen = 0  # crc32 of all tokens so far
         self.position = 0
 
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
@@ -115,6 +116,7 @@ class SeqioBatches:
             parts.append(ended(example[self._source.feature].numpy(), self._eos_id))
             length += len(parts[-1])
         tokens = np.concatenate(parts)
+        self._seen = zlib.crc32(tokens[: number * self._context].tobytes(), self._seen)
         self._rest = tokens[number * self._context :]
         self.position += batch_size
         windows = cut(tokens, number, self._context)
@@ -131,7 +133,11 @@ class SeqioBatches:
             tf.train.Checkpoint(iterator=self._iterator).write(f"{folder}/position")
             files = {path.name: _pack(path.read_bytes()) for path in sorted(Path(folder).iterdir())}
         rest = _pack(self._rest.astype("<i4").tobytes())
-        return pack_state(self._identity, position=self.position, rest=rest, iterator=files)
+        return pack_state(self._identity, position=self.position, rest=rest, seen=self._seen, iterator=files)
+
+    def mark(self) -> str:
+        """The position, and a crc32 of the tokens so far: what tf.data gives is not for us to promise."""
+        return f"{self.position}:{self._seen:08x}"
 
     def restore(self, state: bytes) -> None:
         """Continues at a saved position.
@@ -142,7 +148,7 @@ class SeqioBatches:
         record = unpack_state(state, self._identity)
         tf, _ = load_tensorflow()
         try:
-            position = int(record["position"])
+            position, seen = int(record["position"]), int(record["seen"])
             rest = np.frombuffer(_unpack(record["rest"]), "<i4").astype(np.int32)
             files = {Path(name).name: _unpack(content) for name, content in record["iterator"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
@@ -155,7 +161,7 @@ class SeqioBatches:
                 tf.train.Checkpoint(iterator=iterator).read(f"{folder}/position").assert_consumed()
             except (tf.errors.OpError, AssertionError) as error:
                 raise ValueError(f"the saved data position cannot be read back: {error}") from None
-        self.position, self._rest, self._iterator = position, rest, iterator
+        self.position, self._seen, self._rest, self._iterator = position, seen, rest, iterator
 
 
 def _pack(content: bytes) -> str:
