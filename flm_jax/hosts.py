@@ -52,14 +52,10 @@ def join(
     Raises:
       ValueError: these do not fit together, or the others cannot be found.
     """
-    where, number, which = (
-        os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-    )
-    if not distributed and (coordinator, processes, process) == (None, None, None) and where and number and which:
-        try:
-            coordinator, processes, process = where, int(number), int(which)
-        except ValueError:
-            raise ValueError(f"JAX_NUM_PROCESSES={number} and JAX_PROCESS_ID={which} must be numbers.") from None
+    if not distributed:
+        coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+        processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
+        process = _number("JAX_PROCESS_ID") if process is None else process
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [flag for flag, value in given.items() if value is None]
     if distributed and len(missing) < len(given):
@@ -70,7 +66,8 @@ def join(
         if missing:
             raise ValueError(
                 f"{', '.join(f for f in given if f not in missing)} needs {' and '.join(missing)} as well: "
-                "--coordinator=host:port --processes=N --process=i, i from 0 to N - 1."
+                "--coordinator=host:port --processes=N --process=i, i from 0 to N - 1, or the environment variables "
+                "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
             )
         assert coordinator is not None and processes is not None and process is not None
         host, _, port = coordinator.rpartition(":")
@@ -84,6 +81,10 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)
     if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX gives them five minutes, and then ends the process from C++, where nothing can be said.
+    patience = threading.Timer(20.0, _say_waiting, ["the others" if distributed else coordinator])
+    patience.daemon = True
+    patience.start()
     try:
         # What is said outright is not to be mixed with what an environment seems to say.
         method = None if distributed else "deactivate"
@@ -91,6 +92,8 @@ def join(
     except (ValueError, RuntimeError) as error:
         how = "JAX did not find them by itself" if distributed else f"coordinator {coordinator}, process {process}"
         raise ValueError(f"The processes did not meet ({how}): {error}") from error
+    finally:
+        patience.cancel()
     over = threading.Event()
     listener = threading.Thread(target=_listen, args=(over,), name="failures of others", daemon=True)
     listener.start()
@@ -100,6 +103,17 @@ def join(
         listener.join()
 
     atexit.register(end)
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is not None and not text.isdigit():
+        raise ValueError(f"{variable}={text} in the environment must be a number.")
+    return None if text is None else int(text)
+
+
+def _say_waiting(where: str) -> None:
+    print(f"Waiting for {where}: every process must be started within five minutes.", file=sys.stderr, flush=True)
 
 
 def check() -> None:

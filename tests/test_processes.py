@@ -183,9 +183,15 @@ def test_stopped_with_two_processes_and_gone_on_with_four_that_share_rows(two, r
     ],
     ids=str,
 )
-def test_flags_that_do_not_fit(given, sentence):
+def test_flags_that_do_not_fit(given, sentence, monkeypatch):
     with pytest.raises(ValueError, match=sentence):
         hosts.join(**given)
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID=one in the environment must be a number"):
+        hosts.join()
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    with pytest.raises(ValueError, match="--process needs --coordinator and --processes as well"):
+        hosts.join()
 
 
 class Chip:
