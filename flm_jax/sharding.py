@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -79,13 +80,17 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     """
     devices = jax.devices() if devices is None else devices
     shape = (config or MeshConfig()).shape(len(devices))
-    # Elsewhere the number is another thing's: on GPUs that of an NVLink domain, which fsdp may well cross.
-    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        if shape[0] % slices:
-            raise ValueError(f"MeshConfig.data={shape[0]} must be a multiple of the {slices} slices it reaches over.")
-        inside = (shape[0] // slices, *shape[1:])
-        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, *[1] * len(shape[1:])), devices)
+        placed = np.asarray(devices).reshape(shape)
+        # GPUs are numbered by node, and a slice is as many of them as NVLink joins: any axis may cross it.
+        if devices[0].platform == "tpu":
+            if shape[0] % slices:
+                raise ValueError(
+                    f"MeshConfig.data={shape[0]} must be a multiple of the {slices} slices that it is split over."
+                )
+            inside, outside = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
+            placed = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     # Linen's transforms know nothing of explicitly sharded types.
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)

@@ -195,22 +195,27 @@ def test_flags_that_do_not_fit(given, sentence, monkeypatch):
 
 
 class Chip:
-    """Stands for a TPU's chip."""
+    """Stands for a device of several slices."""
 
-    platform, device_kind = "tpu", "TPU v4"
+    device_kind = "TPU v4"
 
-    def __init__(self, number: int, slices: int, chips: int) -> None:
-        self.id, self.slice_index = number, number // chips
+    def __init__(self, number: int, chips: int, platform: str) -> None:
+        self.id, self.slice_index, self.platform = number, number // chips, platform
         self.process_index = number // 4
         self.coords, self.core_on_chip = (number % chips % 2, number % chips // 2, 0), 0
         self.client = None
 
 
 def test_data_is_split_over_slices_first():
-    chips = [Chip(i, 2, 4) for i in range(8)]
+    chips = [Chip(i, 4, "tpu") for i in range(8)]
     mesh = make_mesh(MeshConfig(data=4, tensor=2), chips)
     slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
     assert mesh.shape["data"] == 4 and mesh.shape["tensor"] == 2
     assert [set(row.ravel()) for row in slices] == [{0}, {0}, {1}, {1}]
     with pytest.raises(ValueError, match="MeshConfig.data=1 must be a multiple of the 2 slices"):
         make_mesh(MeshConfig(data=1, fsdp=8), chips)
+
+
+def test_any_axis_may_cross_gpu_nodes():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), [Chip(i, 4, "gpu") for i in range(8)])
+    assert [chip.id for chip in mesh.devices.ravel()] == list(range(8))
