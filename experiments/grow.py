@@ -16,6 +16,8 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments import processes
+
 _SOURCE = flags.DEFINE_string("source", None, "The checkpoint to grow.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the grown one goes: new or empty.", required=True)
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help answers at once.
     from experiments import launch
 
+    launch.join(processes.given())
     launch.run_grow(_SOURCE.value, _WORKDIR.value, _GIN_FILE.value, _GIN_BINDINGS.value)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import subprocess
 import sys
 import tokenize
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import gin
 
-from flm_jax import ahead, config, optimizer, overview, sharding, transplant
+from flm_jax import ahead, config, hosts, optimizer, overview, sharding, transplant
 from flm_jax import recipe as recipes
 from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
@@ -26,7 +28,7 @@ from flm_jax.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a user's input can cause: one sentence is enough. Anything else is our error, and shows where.
-EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, library.NonFiniteError)
+EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, library.NonFiniteError, hosts.PeerError)
 _registered: set[str] = set()
 Binding = tuple[str, str, str]  # scope, function, parameter
 
@@ -125,11 +127,40 @@ def check_used(by_hand: set[Binding]) -> None:
         )
 
 
+def join(flags: Mapping[str, Any]) -> None:
+    """Joins the other processes of a run, if the flags or the environment name any: see `flm_jax.hosts.join`."""
+    _log_from(logging.WARNING)
+    try:
+        hosts.join(**flags)
+    except ValueError as error:
+        fail(error)
+
+
+def _log_from(level: int) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level, force=True)
+
+
+@contextlib.contextmanager
+def started() -> Iterator[None]:
+    """What a launcher does, its errors told in one sentence."""
+    _log_from(logging.WARNING if hosts.first() else logging.ERROR)
+    try:
+        yield
+    except EXPECTED as error:
+        fail(error)
+    except (Exception, KeyboardInterrupt) as error:
+        if hosts.joined():
+            traceback.print_exc()
+            hosts.leave(repr(error))
+        raise
+
+
 def fail(error: BaseException) -> NoReturn:
     """Prints one sentence, and exits with status 1."""
     # gin appends the calls that it was in; the sentence itself comes first.
     text = " ".join(str(error).split("\n  In call to configurable")[0].split())
     print(f"error: {text}", file=sys.stderr)
+    hosts.leave(text)
     sys.exit(1)
 
 
@@ -141,21 +172,18 @@ def train(recipe: Recipe = gin.REQUIRED, run: Run | None = None) -> tuple[Recipe
 
 def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool) -> None:
     """Builds the recipe, and trains it, or only says what it would be."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
-    try:
+    with started():
         by_hand = parse(gin_files, gin_bindings)
         recipe, run = train()
         check_used(by_hand)
         if dry_run:
             for section in describe(recipe, run):
-                print(section, flush=True)
+                hosts.say(section)
             return
         assert workdir is not None
         config = gin.operative_config_str()
         if library.train(recipe, run, workdir, records={"config.gin": config, "git.txt": git_state()}) is None:
-            print(f"Stopped; everything is saved in {workdir}. Run the same command to go on.")
-    except EXPECTED as error:
-        fail(error)
+            hosts.say(f"Stopped; everything is saved in {workdir}. Run the same command to go on.")
 
 
 @gin.configurable(module="flm_jax")
@@ -201,8 +229,7 @@ def required(configured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     """Grows a checkpoint into a new work directory, and says what was found."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
-    try:
+    with started():
         data = recorded_data(source)
         by_hand = parse(gin_files, gin_bindings)
         settings = required(grow)
@@ -213,18 +240,15 @@ def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: 
         settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
         record = transplant.grow_checkpoint(source, workdir, **settings, records=records)
-        print(transplant.lines(record["verification"]))
-        print(f"Written to {workdir}. Go on from it with Recipe.start = {workdir!r}.")
-    except EXPECTED as error:
-        fail(error)
+        hosts.say(transplant.lines(record["verification"]))
+        hosts.say(f"Written to {workdir}. Go on from it with Recipe.start = {workdir!r}.")
 
 
 def run_verify(
     source: str, target: str, json_file: str | None, gin_files: Sequence[str], gin_bindings: Sequence[str]
 ) -> None:
     """Verifies a grown checkpoint, and exits with status 1 if what its method promises does not hold."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
-    try:
+    with started():
         data = recorded_data(source)
         by_hand = parse(gin_files, gin_bindings)
         settings = verify()
@@ -233,10 +257,8 @@ def run_verify(
         if json_file and not Path(json_file).absolute().parent.is_dir():
             raise ValueError(f"--json={json_file}: there is no directory {Path(json_file).absolute().parent}.")
         found = transplant.verify_checkpoints(source, target, **settings)
-    except EXPECTED as error:
-        fail(error)
-    print(transplant.lines(found))
-    if json_file:
+    hosts.say(transplant.lines(found))
+    if json_file and hosts.first():
         Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
     if not found["holds"]:
         sys.exit(1)

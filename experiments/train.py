@@ -3,7 +3,8 @@
   python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=runs/demo
 
 Run the same command again to go on where it was left. Add --dry_run to see parameters, FLOPs and memory of every
-stage, and to compile nothing but check that everything lowers.
+stage, and to compile nothing but check that everything lowers. On several hosts, the same command once a host: see
+docs/pods.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments import processes
 
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
 _GIN_BINDINGS = flags.DEFINE_multi_string(
@@ -35,6 +38,7 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help answers at once.
     from experiments import launch
 
+    launch.join(processes.given())
     launch.run_train(_GIN_FILE.value, _GIN_BINDINGS.value, _WORKDIR.value, _DRY_RUN.value)
 
 

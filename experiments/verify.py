@@ -16,6 +16,8 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments import processes
+
 _SOURCE = flags.DEFINE_string("source", None, "The checkpoint before the growth.", required=True)
 _TARGET = flags.DEFINE_string("target", None, "The grown one, at step 0 of its stage.", required=True)
 _JSON = flags.DEFINE_string("json", None, "Write what was found to this file.")
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help answers at once.
     from experiments import launch
 
+    launch.join(processes.given())
     launch.run_verify(_SOURCE.value, _TARGET.value, _JSON.value, _GIN_FILE.value, _GIN_BINDINGS.value)
 
 

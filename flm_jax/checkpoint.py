@@ -12,13 +12,15 @@ its name is complete; one that is deleted is first renamed to `100.deleted`. Wha
 module makes good: it checks no values, counts any directory with a number for a name as a step, restores into
 other shapes and dtypes when not told them, and goes on after a save has failed.
 
-Several processes may write one checkpoint together, on a file system that all of them see; the first of them
-writes all but the arrays, holds the lock, commits and deletes.
+Several processes write one checkpoint together, on a file system that all of them see; the first of them
+writes all but the arrays, holds the lock, commits, deletes, and says what there is to restore. Each method that
+writes or restores must be called by all of them; what fails in one fails in all.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -27,6 +29,8 @@ import operator
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +39,7 @@ from typing import IO, Any
 import jax
 import orbax.checkpoint as ocp
 
-from flm_jax import integrity, stored
+from flm_jax import hosts, integrity, stored
 from flm_jax.integrity import (
     CheckpointError,
     DamagedError,
@@ -66,7 +70,8 @@ _LOCK = ".lock"
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(partial|deleted)")
 _BLOB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_BARRIER_MS = 600_000
+# Until a file system shows to one machine what another has just written.
+_SHOWN_WITHIN_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,30 +135,60 @@ class Checkpoints:
             read_only: takes no lock and changes nothing.
 
         Raises:
-            CheckpointError: another writer has the directory open.
+            CheckpointError: another writer has the directory open, or not all processes see it.
             ValueError: `keep` is not positive.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}: the newest checkpoint is never deleted")
         self.directory = Path(directory).absolute()
         self._keep, self._keep_steps = keep, frozenset(keep_steps)
-        self._primary = jax.process_index() == 0
+        self._primary = hosts.first()
         self._read_only = read_only
         self._lock: IO[str] | None = None
         self._pending: concurrent.futures.Future[None] | None = None
         self._writing: str | None = None
         self._ignored: set[tuple[str, str]] = set()
         self._refused: set[int] = set()  # steps whose damage only reading the values showed
-        if not read_only and self._primary:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(self.directory)
-            for entry in sorted(self.directory.iterdir()):
-                if _LEFTOVER.fullmatch(entry.name) and entry.is_dir():
-                    _log.warning("%s: removed, a killed run left it unfinished", entry)
-                    shutil.rmtree(entry)
+        if not read_only:
+            self._open()
         # Weights hardly compress; leaving it out halves the time of a save.
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
+        self._reader = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+        # With its processes named, orbax waits for them on the coordination service and gives up after five minutes;
+        # otherwise it waits on the devices, for ever. Reading by its handler alone it does not wait at all: here
+        # `_together` does, and hears of what failed.
+        everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
+        processes = ocp.options.MultiprocessingOptions(
+            active_processes=everyone, barrier_sync_key_prefix=f"flm_jax_{self.directory.name}" if everyone else None
+        )
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False, multiprocessing_options=processes),
+            multiprocessing_options=processes,
+        )
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def _open(self) -> None:
+        with self._together("open"):
+            if self._primary:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._lock = _take_lock(self.directory)
+                for entry in sorted(self.directory.iterdir()):
+                    if _LEFTOVER.fullmatch(entry.name) and entry.is_dir():
+                        _log.warning("%s: removed, a killed run left it unfinished", entry)
+                        shutil.rmtree(entry)
+        lock = self.directory / _LOCK
+        written = hosts.from_first("lock", lock.read_text)
+        with self._together("see"):
+            deadline = time.monotonic() + _SHOWN_WITHIN_S
+            while not (lock.is_file() and lock.read_text() == written):
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{self.directory} is not the directory that process 0 has made: checkpoints need a file "
+                        "system that all processes share"
+                    )
+                time.sleep(0.1)
+
+    def _together(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return hosts.together(f"{what} {self.directory.name}", CheckpointError, DamagedError, NoCheckpointError)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -192,9 +227,10 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory} was opened read_only")
         self.wait()
         step = operator.index(step)
-        newest = max(self._trusted(), default=-1)
-        if step <= newest:
-            raise CheckpointError(f"{self.directory}: step {step} cannot be saved, step {newest} is already there")
+        with self._together("save"):
+            newest = max(self._trusted(), default=-1) if self._primary else -1
+            if step <= newest:
+                raise CheckpointError(f"{self.directory}: step {step} cannot be saved, step {newest} is already there")
         leaves = {path: stored.as_array(path, leaf) for path, leaf in leaf_paths(state).items()}
         signatures, blobs = dict(signatures or {}), dict(blobs or {})
         if not leaves:
@@ -212,11 +248,12 @@ class Checkpoints:
         self._writing = f"{step}.partial"
         partial = self.directory / self._writing
         try:
-            if self._primary:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
+            with self._together("save"):
+                if self._primary:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir()
             # The copies to the host are meant; a train loop may forbid those that are not.
-            with jax.transfer_guard("allow"):
+            with self._together("save"), jax.transfer_guard("allow"):
                 lanes = {path: integrity.checksum(leaf) for path, leaf in leaves.items()}
                 # Orbax refuses arrays without elements; their shape and dtype are all there is to keep.
                 nested = stored.nest({path: leaf for path, leaf in leaves.items() if leaf.size})
@@ -226,6 +263,10 @@ class Checkpoints:
             self._abandon(partial)
             raise CheckpointError(f"{self.directory}: saving step {step} failed: {error}") from error
         self._pending = self._worker.submit(self._finish, step, described, lanes, files)
+
+    def failed(self) -> bool:
+        """Whether `check` would raise; does not wait."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def check(self) -> None:
         """Raises the error of a save that has failed in the background, once; does not wait.
@@ -300,14 +341,15 @@ class Checkpoints:
             return self._restore(abstract, wanted, operator.index(step), partial, unverified)
         if unverified:
             raise CheckpointError("unverified=True needs an explicit step")
-        good, bad = self._scan()
+        good, bad = hosts.from_first("scan", self._scan)
         for candidate in reversed(good):
             try:
                 return self._restore(abstract, wanted, candidate, partial, False)
             except DamagedError as error:
                 self._refused.add(candidate)
                 bad.append(candidate)
-                _log.error("%s: step %d is REFUSED, using an older one: %s", self.directory, candidate, error)
+                if self._primary:
+                    _log.error("%s: step %d is REFUSED, using an older one: %s", self.directory, candidate, error)
         if bad:
             raise DamagedError(f"{self.directory}: no step can be restored, these are damaged: {sorted(bad)}")
         raise NoCheckpointError(f"{self.directory} holds no checkpoint")
@@ -321,9 +363,9 @@ class Checkpoints:
         if self._read_only:
             raise CheckpointError(f"{self.directory} was opened read_only")
         self.wait()
-        if self._primary:
-            self._delete(newer for newer in self.steps() if newer > step)
-        self._barrier(f"discard_{step}")
+        with self._together("discard"):
+            if self._primary:
+                self._delete(newer for newer in self.steps() if newer > step)
 
     def _trusted(self) -> list[int]:
         return [step for step in self.steps() if step not in self._refused]
@@ -363,27 +405,38 @@ class Checkpoints:
         """Runs on the worker thread: waits for orbax, writes the rest, commits."""
         partial = self.directory / f"{step}.partial"
         try:
-            self._orbax.wait_until_finished()
-            checksums = integrity.digests(lanes)
-            if self._primary:
-                for name, content in files.items():
-                    (partial / name).parent.mkdir(exist_ok=True)
-                    (partial / name).write_bytes(content)
-                written = sorted(path for path in partial.rglob("*") if path.is_file())
-                manifest = Manifest(
-                    step,
-                    {path: dataclasses.replace(leaf, checksum=checksums[path]) for path, leaf in leaves.items()},
-                    {str(path.relative_to(partial)): integrity.describe_file(path) for path in written},
-                )
-                (partial / integrity.MANIFEST).write_bytes(integrity.dump_manifest(manifest))
-                self._commit(step, partial)
+            with self._together("written"):
+                self._orbax.wait_until_finished()
+            with self._together("commit"):
+                if self._primary:
+                    self._complete(step, partial, leaves, lanes, files)
+                    self._commit(step, partial)
         except BaseException as error:
             self._abandon(partial)
             raise CheckpointError(f"{self.directory}: saving step {step} failed: {error}") from error
         self._writing = None
         if self._primary:
             self._prune()
-        self._barrier(f"commit_{step}")
+
+    def _complete(
+        self,
+        step: int,
+        partial: Path,
+        leaves: Mapping[str, Leaf],
+        lanes: Mapping[str, jax.Array],
+        files: Mapping[str, bytes],
+    ) -> None:
+        checksums = integrity.digests(lanes)
+        for name, content in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
+        written = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = Manifest(
+            step,
+            {path: dataclasses.replace(leaf, checksum=checksums[path]) for path, leaf in leaves.items()},
+            {str(path.relative_to(partial)): integrity.describe_file(path) for path in written},
+        )
+        (partial / integrity.MANIFEST).write_bytes(integrity.dump_manifest(manifest))
 
     def _commit(self, step: int, partial: Path) -> None:
         for path in [*partial.rglob("*"), partial]:  # a name must not be on disk before what it names
@@ -422,10 +475,6 @@ class Checkpoints:
             (self.directory / str(step)).rename(doomed)
             shutil.rmtree(doomed)
 
-    def _barrier(self, name: str) -> None:
-        sync = ocp.multihost.get_barrier_sync_fn()  # does nothing in a single process
-        sync(key=f"flm_jax_{self.directory}_{name}", timeout_ms=_BARRIER_MS)
-
     def _restore(
         self,
         abstract: PyTree,
@@ -435,28 +484,34 @@ class Checkpoints:
         unverified: bool,
     ) -> Restored:
         step_dir = self.directory / str(step)
-        if not step_dir.is_dir():
-            raise NoCheckpointError(f"{self.directory} holds no step {step}, it holds {self.steps()}")
-        if (step_dir / integrity.MANIFEST).exists():
-            manifest = read_manifest(step_dir)
-        elif unverified:
-            _log.error("%s has no manifest and is read UNVERIFIED: a damaged value would not be seen", step_dir)
-            manifest = stored.unverified_manifest(self._orbax, step_dir)
-        else:
-            raise DamagedError(f"{step_dir} has no {integrity.MANIFEST}; unverified=True reads it without any check")
-        integrity.compare(manifest.leaves, wanted, where=str(step_dir), partial=partial)
-        if faults := integrity.file_faults(step_dir, manifest, contents=True):
-            raise DamagedError("; ".join(faults[:3]))
-        arrays = stored.read(self._orbax, step_dir, manifest, wanted)
+        with self._together("manifest"):
+            if not step_dir.is_dir():
+                raise NoCheckpointError(f"{self.directory} holds no step {step}, it holds {self.steps()}")
+            if (step_dir / integrity.MANIFEST).exists():
+                manifest = read_manifest(step_dir)
+            elif unverified:
+                _log.error("%s has no manifest and is read UNVERIFIED: a damaged value would not be seen", step_dir)
+                manifest = stored.unverified_manifest(self._orbax, step_dir)
+            else:
+                raise DamagedError(
+                    f"{step_dir} has no {integrity.MANIFEST}; unverified=True reads it without any check"
+                )
+            integrity.compare(manifest.leaves, wanted, where=str(step_dir), partial=partial)
+            # One look at every file is enough; each process's own part of the values is checked below.
+            if self._primary and (faults := integrity.file_faults(step_dir, manifest, contents=True)):
+                raise DamagedError("; ".join(faults[:3]))
+        with self._together("read"):
+            arrays = stored.read(self._reader, step_dir, manifest, wanted)
         if wrong := stored.wrong_leaves(manifest, arrays):
             raise DamagedError(f"{step_dir}: the values of {', '.join(wrong[:3])} ({len(wrong)} leaves) have changed")
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
-        try:
-            meta = json.loads((step_dir / META).read_bytes()) if META in manifest.files else {}
-            names = [name for name in manifest.files if name.startswith("blobs/")]
-            blobs = {name.removeprefix("blobs/"): (step_dir / name).read_bytes() for name in names}
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"{step_dir}: {error}") from error
+        with self._together("rest"):
+            try:
+                meta = json.loads((step_dir / META).read_bytes()) if META in manifest.files else {}
+                names = [name for name in manifest.files if name.startswith("blobs/")]
+                blobs = {name.removeprefix("blobs/"): (step_dir / name).read_bytes() for name in names}
+            except (OSError, ValueError) as error:
+                raise DamagedError(f"{step_dir}: {error}") from error
         return Restored(step, state, meta, blobs)
 
 
@@ -518,7 +573,7 @@ def _take_lock(directory: Path) -> IO[str]:
         lock.close()
         raise CheckpointError(f"{directory} is being written by another run (process {holder})") from error
     lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
+    lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
 

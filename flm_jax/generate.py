@@ -67,4 +67,8 @@ def generate(
     logits_BV, cache = forward(prompt_BT, empty_cache(cfg, B, T + steps))
     first_B = choose(logits_BV, keys[0])
     _, rest_SB = jax.lax.scan(step, (first_B, cache), keys[1:])
-    return jnp.concatenate([first_B[None], rest_SB]).T
+    tokens_BS = jnp.concatenate([first_B[None], rest_SB]).T
+    if jax.sharding.get_abstract_mesh().empty:
+        return tokens_BS
+    # A whole copy everywhere: every process may read it.
+    return jax.lax.with_sharding_constraint(tokens_BS, jax.sharding.PartitionSpec())

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from flm_jax.hosts import first
 from flm_jax.recipe import ResolvedStage
 
 
 class Progress:
-    """A bar with ETA, loss and tokens/s, and scalars in event files, for one stage."""
+    """A bar with ETA, loss and tokens/s, and scalars in event files, for one stage. The first process shows them."""
 
     def __init__(self, events: Path, stage: ResolvedStage, context: int, flops_per_token: int, start: int) -> None:
         """Starts at step `start`; `context` and `flops_per_token` turn steps into tokens and FLOP/s."""
@@ -26,7 +27,7 @@ class Progress:
         self._tokens_per_step = stage.stage.batch_size * context
         self._flops_per_token = flops_per_token
         # What a killed run wrote after its last checkpoint is written again, and hidden by the purge.
-        self._writer = SummaryWriter(str(events / stage.directory), purge_step=start + 1)
+        self._writer = SummaryWriter(str(events / stage.directory), purge_step=start + 1) if first() else None
         interval = 0.2 if sys.stderr.isatty() else 20.0
         self._bar = tqdm(
             total=self._stage.steps,
@@ -35,6 +36,7 @@ class Progress:
             unit="step",
             mininterval=interval,
             smoothing=0.1,
+            disable=not first(),
         )
         self._since = (start, time.perf_counter())
         self._rate = 0.0
@@ -48,21 +50,22 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def step(self, step: int, metrics: Mapping[str, float], write: bool) -> None:
         """One finished step; its metrics go to the event file if `write`."""
-        first, since = self._since
+        begun, since = self._since
         if self._compiling:
             # The first step of a start compiles; it says nothing of the speed.
             self._compiling, self._since = False, (step, time.perf_counter())
         elif write or not self._rate:
             now = time.perf_counter()
-            self._rate = (step - first) * self._tokens_per_step / (now - since)
+            self._rate = (step - begun) * self._tokens_per_step / (now - since)
             self._since = (step, now)
         self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}{self._eval}, {self._rate:,.0f} tokens/s", refresh=False)
         self._bar.update(step - self._bar.n)
-        if write:
+        if write and self._writer is not None:
             tokens = step * self._tokens_per_step
             extra = {
                 "tokens": tokens,
@@ -76,8 +79,9 @@ class Progress:
     def evaluated(self, step: int, record: Mapping[str, Any]) -> None:
         """A held-out measurement; the time it took is not counted as training."""
         self._eval = f", held out {record['loss']:.3f}"
-        for name in ("loss", "bits_per_byte"):
-            self._writer.add_scalar(f"heldout/{name}", record[name], step)
+        if self._writer is not None:
+            for name in ("loss", "bits_per_byte"):
+                self._writer.add_scalar(f"heldout/{name}", record[name], step)
         self._since = (step, time.perf_counter())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from flm_jax.data.source import DataConfig
 from flm_jax.growth.frame import Frame, frame
 from flm_jax.growth.masks import Ramp
 from flm_jax.growth.plan import NUMERICS, Growth, grown_config, ramp_steps
+from flm_jax.hosts import first
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.sharding import MeshConfig
 
@@ -284,6 +286,11 @@ def as_dict(value: Any) -> Any:
     return value
 
 
+def fingerprint(record: Any) -> str:
+    """A sha256 (hex) of JSON-able data, as `as_dict` makes it."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def from_dict(data: Any) -> Any:
     """A model's or a growth's configuration, from what `as_dict` made of it."""
     if isinstance(data, dict) and "class" in data:
@@ -323,14 +330,21 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
 
 
 def write_identity(workdir: Path, file: str, mine: Any) -> None:
-    """Records `mine`, once `check_identity` has passed, whole or not at all."""
+    """Records `mine`, once `check_identity` has passed, whole or not at all; the first process does."""
+    if not first():
+        return
     temporary = workdir / f"{file}.tmp"
     temporary.write_text(json.dumps(mine, indent=1) + "\n")
     temporary.replace(workdir / file)
 
 
 def write_record(workdir: Path, file: str, text: str) -> None:
-    """Keeps a text about this start of the run; one that differs from those of earlier starts gets a number."""
+    """Keeps a text about this start of the run; one that differs from those of earlier starts gets a number.
+
+    The first process writes it.
+    """
+    if not first():
+        return
     path, number = workdir / file, 1
     while path.exists() and path.read_text() != text:
         number += 1

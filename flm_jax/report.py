@@ -36,6 +36,7 @@ def summary(
     stages: Sequence[ResolvedStage],
     history: Mapping[str, Any],
     data: Mapping[str, Any],
+    bytes_per_token: float,
     context: int,
     sample: str,
 ) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def summary(
         "data": data,
         "context": context,
         "sample": sample,
+        "bytes_per_token": bytes_per_token,
     }
 
 
@@ -146,21 +148,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(
-    workdir: Path,
-    stages: Sequence[ResolvedStage],
-    history: Mapping[str, Any],
-    data: Mapping[str, Any],
-    bytes_per_token: float,
-    context: int,
-    sample: str,
-) -> dict[str, Any]:
+def write(workdir: Path, result: Mapping[str, Any]) -> None:
     """Writes report.json, report.md and loss.png into the work directory, and says where they are."""
-    result = {**summary(stages, history, data, context, sample), "bytes_per_token": bytes_per_token}
     (workdir / "report.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     (workdir / "report.md").write_text(markdown(result))
     plot(result, workdir / "loss.png")
-    print("\nSample of the last model:\n" + "\n".join("  | " + line for line in sample.splitlines()))
+    print("\nSample of the last model:\n" + "\n".join("  | " + line for line in result["sample"].splitlines()))
     last = result["stages"][-1]
     print(f"\nHeld-out loss {last['eval_loss']:.4f} ({last['eval_bits_per_byte']:.3f} bits a byte).")
     for name, what in (
@@ -171,4 +164,3 @@ def write(
         ("checkpoints", "one directory a stage"),
     ):
         print(f"  {workdir / name!s:<40} {what}")
-    return result

@@ -90,11 +90,27 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `MESH_AXES` over `devices` (default: all)."""
+    """The mesh of `MESH_AXES` over `devices` (default: all).
+
+    Over several TPU slices, whose links to each other are slow, `data` is split first.
+
+    Raises:
+        ValueError: the sizes do not fit the devices, or `data` does not fit the slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = (config or MeshConfig()).shape(len(devices))
+    # Elsewhere a slice is something else: on GPUs as many as NVLink joins, and any axis may reach over it.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
     # An axis of the mesh may take a part of a physical one: 4 of a torus's 16, say.
-    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if slices > 1:
+        if shape[0] % slices:
+            raise ValueError(
+                f"MeshConfig.data={shape[0]} must be a multiple of the {slices} slices that it is split over."
+            )
+        inside, outside = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
+        placed = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Linen's transforms know nothing of explicitly sharded types.
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

@@ -13,6 +13,9 @@ The order of decisions:
 6. After the last stage: the report.
 
 Whatever is needed to go on exactly is in the checkpoint: state, data position, and the history of measurements.
+
+Several processes all come this way, each with its own rows of every batch. What they decide by is the same in each, or
+told by one to all (see `flm_jax.hosts`); the first alone writes and prints, but for its part of the arrays.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flm_jax import plan, report
+from flm_jax import hosts, plan, report
 from flm_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -39,7 +42,7 @@ from flm_jax.checkpoint import (
 )
 from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data, open_data
-from flm_jax.evaluate import few_rows, make_eval, put_batch
+from flm_jax.evaluate import few_rows, make_eval, own_rows, put_batch
 from flm_jax.generate import generate
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import compare
@@ -54,6 +57,7 @@ from flm_jax.recipe import (
     Run,
     as_dict,
     check_identity,
+    fingerprint,
     from_dict,
     write_identity,
     write_record,
@@ -80,28 +84,33 @@ def train(
       records: texts to keep beside the results, by file name: the configuration as given, the state of the code.
 
     Returns:
-      The report (also written to the work directory), or None when a signal stopped the run after a save.
+      The report (also written to the work directory), or None when a signal, to any process, stopped the run after a
+      save.
 
     Raises:
       ValueError: the recipe is wrong, or the work directory or its data are another's. Nothing is overwritten.
       GrowthError: a growth did not preserve what its method promises.
       NonFiniteError: the loss or its gradient is no number, `run.max_bad_steps` times in a row.
       CheckpointError: a checkpoint cannot be written or does not fit.
+      PeerError: one of these in another process.
     """
-    if jax.process_count() > 1:
-        raise ValueError("train() runs in one process; it does not yet share batches and files between several.")
+    hosts.check()
     workdir = Path(workdir).expanduser()
-    origin, stages = begin(recipe)
-    check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
-    mesh = make_mesh(run.mesh)
-    programs = [StageProgram(stage, mesh, recipe.loss_chunks) for stage in stages]
+    with hosts.together("recipe"):
+        origin, stages = begin(recipe)
+        check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
+        mesh = make_mesh(run.mesh)
+        programs = [StageProgram(stage, mesh, recipe.loss_chunks) for stage in stages]
+    settings = fingerprint([as_dict(recipe), as_dict(run)])
+    hosts.same("The recipe or its Run", settings, "Start every process with the same command.")
     data = open_data(recipe.data)
     _check_vocabulary(stages, data)
     # Where the data lies may change; what it is may not.
     identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
     identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
     identity |= {} if origin is None else {"start": origin.digest}
-    check_identity(workdir, DATA, identity, "other data or another start")
+    with hosts.together("data"):
+        check_identity(workdir, DATA, identity, "other data or another start")
     with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
         stores = [
             stack.enter_context(
@@ -140,13 +149,16 @@ def train(
             assert state is not None
             state = worker.run(state, interrupts)
             position = worker.batches.state()
-            if interrupts.requested:
+            if hosts.anyone("stop", interrupts.requested is not None):
                 return None
         assert state is not None
         sample = _sample(programs[-1], state, data, run, recipe.seed)
-        return report.write(
-            workdir, stages, history, data.describe(), data.bytes_per_token, recipe.data.context, sample
-        )
+        context = recipe.data.context
+        result = report.summary(stages, history, data.describe(), data.bytes_per_token, context, sample)
+        with hosts.together("report"):
+            if hosts.first():
+                report.write(workdir, result)
+        return result
 
 
 class _StageRun:
@@ -222,7 +234,7 @@ class _StageRun:
             "plan": as_dict(growth),
             "source": f"{source.parent.name}/{source.name}",
             "distances": list(distances),
-            "source_digest": read_manifest(source).state_digest,
+            "source_digest": hosts.from_first("source", lambda: read_manifest(source).state_digest),
             "config_before": as_dict(before.cfg),
             "config_after": as_dict(self.stage.cfg),
             "params_before": plan.param_count(before.cfg),
@@ -232,7 +244,7 @@ class _StageRun:
             "eval_loss_after": loss_after,
         }
         self.history["growths"].append(record)
-        print(report.growth_lines(record), flush=True)
+        hosts.say(report.growth_lines(record))
         return grown, record
 
     def run(self, state: TrainState, interrupts: Interrupts) -> TrainState:
@@ -241,7 +253,9 @@ class _StageRun:
         step = int(state.step)
         skipped = {s["step"] for s in self.history["skipped"] if s["stage"] == stage.name}
         bad_in_a_row = next(n for n in range(step + 1) if step - n not in skipped)
-        stop = interrupts.requested is not None
+        stop = hosts.anyone("stop", interrupts.requested is not None)
+        vote = hosts.Vote(self.mesh)
+        rows = own_rows(self.mesh, stage.batch_size)
         pending: tuple[int, Metrics] | None = None
         masked, stepper = None, None
         with Progress(
@@ -255,7 +269,8 @@ class _StageRun:
                 bad_in_a_row = bad_in_a_row + 1 if values["bad"] else 0
                 if values["bad"]:
                     self.history["skipped"].append({"stage": stage.name, "step": at})
-                    log.warning("Stage %s, step %d: loss or gradient is not finite; skipped.", stage.name, at)
+                    if hosts.first():
+                        log.warning("Stage %s, step %d: loss or gradient is not finite; skipped.", stage.name, at)
                 if bad_in_a_row >= settings.max_bad_steps:
                     raise NonFiniteError(
                         f"Stage {stage.name!r}: {bad_in_a_row} steps in a row, up to step {at}, had a loss or "
@@ -267,7 +282,7 @@ class _StageRun:
                 if masked != (step < self.stage.ramp_steps):
                     masked = step < self.stage.ramp_steps
                     stepper = self.program.stepper(masked)
-                batch = put_batch(self.batches.next(stage.batch_size), self.mesh)
+                batch = put_batch(self.batches.next(stage.batch_size, rows), self.mesh, stage.batch_size)
                 assert stepper is not None
                 with jax.transfer_guard("disallow"):
                     state, metrics = stepper(state, batch)
@@ -275,8 +290,10 @@ class _StageRun:
                 if pending is not None:
                     look(*pending)
                 pending = (step, metrics)
-                self.store.check()
-                stop = interrupts.requested is not None  # Asked once a step: what follows must agree on it.
+                # Asked once a step: what follows must agree on it, and so must all processes.
+                stop, failed = vote(interrupts.requested is not None, self.store.failed())
+                if failed:
+                    self.store.wait()
                 due_eval = step % self.recipe.eval_every == 0 or step == stage.steps
                 due_save = step % settings.checkpoint_every == 0 or step == stage.steps
                 if due_eval or due_save or stop:
@@ -318,6 +335,8 @@ class _StageRun:
             "history": self.history,
             "provenance": provenance,
         }
+        advice = "Read the data from a token store, with streamed=False."
+        hosts.same("What was read of the data", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
         self.store.save(step, state, signatures=signatures, meta=meta, blobs={"data": self.batches.state()})
 
@@ -331,10 +350,11 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
         except NoCheckpointError:
             continue
         except DamagedError as error:
-            log.error("Stage %s is begun again from the one before: %s", program.stage.stage.name, error)
+            if hosts.first():
+                log.error("Stage %s is begun again from the one before: %s", program.stage.stage.name, error)
             damaged.append(str(error))
             continue
-        print(f"Going on with stage {program.stage.stage.name!r} at step {restored.step}.", flush=True)
+        hosts.say(f"Going on with stage {program.stage.stage.name!r} at step {restored.step}.")
         return program.stage.index, restored
     if damaged:
         raise CheckpointError(f"No checkpoint of any stage can be restored: {'; '.join(damaged)}")
@@ -357,4 +377,4 @@ def _sample(program: StageProgram, state: TrainState, data: Data, run: Run, seed
     prompt = np.asarray([ids or [data.vocabulary.eos_id]], np.int32)
     key = jax.random.fold_in(jax.random.key(seed), 0x5A)
     tokens = generate(program.stage.cfg, state.params, prompt, run.sample_tokens, key, temperature=0.7)
-    return run.prompt + data.vocabulary.decode([int(t) for t in jax.device_get(tokens)[0]])
+    return run.prompt + data.vocabulary.decode([int(t) for t in hosts.fetch(tokens)[0]])

@@ -194,6 +194,22 @@ def test_hosts_read_documents_of_their_own(corpora, kind):
     assert two.next(6).inputs_BT.shape == (2, CONTEXT)
 
 
+def test_rows_of_a_stream_are_kept_and_all_of_it_is_read(corpora):
+    vocabulary = build_vocabulary(Bytes(), corpora["folder"], "")
+    whole, some = (SeqioBatches(corpora["folder"], vocabulary, "train", CONTEXT, 0) for _ in range(2))
+    for rows in ([4, 5], [0, 3]):
+        expected = whole.next(6)
+        assert np.array_equal(some.next(6, np.array(rows)).inputs_BT, expected.inputs_BT[rows])
+        assert some.mark() == whole.mark()
+    again = SeqioBatches(corpora["folder"], vocabulary, "train", CONTEXT, 0)
+    again.restore(some.state())
+    assert again.mark() == some.mark()
+    whole.next(6)
+    assert again.mark() != whole.mark()
+    with pytest.raises(ValueError, match="host 0 of 2 reads documents of its own"):
+        SeqioBatches(corpora["folder"], vocabulary, "train", CONTEXT, 0, hosts=2).next(6, np.array([0]))
+
+
 def test_a_stream_refuses(corpora):
     corpus, vocabulary = corpora["folder"], build_vocabulary(Bytes(), corpora["folder"], "")
     stream = SeqioBatches(corpus, vocabulary, "train", CONTEXT, 0)

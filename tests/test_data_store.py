@@ -239,6 +239,16 @@ def test_hosts_together_read_what_one_reads(store, hosts, skipped):
     assert {reader.state() for reader in many} == {one.state()}
 
 
+def test_any_rows_of_a_batch_are_read_alone(store):
+    whole, some = (StoreBatches(store, "train", CONTEXT, seed=1) for _ in range(2))
+    for rows in ([0, 1, 2], [3, 9, 10], list(range(12))):
+        expected, found = whole.next(12), some.next(12, np.array(rows))
+        assert all(np.array_equal(mine, all_[rows]) for mine, all_ in zip(found, expected, strict=True))
+        assert some.mark() == whole.mark()
+    with pytest.raises(ValueError, match="rows 3 to 12 of a batch of 12 windows"):
+        some.next(12, np.array([3, 12]))
+
+
 def test_batches_refuse(store, tmp_path):
     with pytest.raises(ValueError, match="10 windows does not divide among 4 hosts"):
         StoreBatches(store, "train", CONTEXT, 0, 1, 4).next(10)

@@ -242,9 +242,9 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_then_stop_the_run(rec
     def poisoned(bad):
         calls = iter(range(10_000))
 
-        def put(batch, mesh):
+        def put(batch, mesh, *size):
             factor = np.float32(np.nan if batch.weights_BT.shape[0] == 8 and next(calls) in bad else 1)
-            return honest(batch._replace(weights_BT=batch.weights_BT * factor), mesh)
+            return honest(batch._replace(weights_BT=batch.weights_BT * factor), mesh, *size)
 
         return put
 

@@ -36,12 +36,16 @@ class Batch(NamedTuple):
 class TokenBatches(Protocol):
     """The contract between data and training: an endless stream that can say where it is."""
 
-    def next(self, batch_size: int) -> Batch:
-        """This host's rows of the next global batch of `batch_size` windows."""
+    def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
+        """This host's rows of the next global batch of `batch_size` windows; or just these `rows` of it."""
         ...
 
     def state(self) -> bytes:
         """Everything needed to continue exactly here."""
+        ...
+
+    def mark(self) -> str:
+        """What has been read, in short: the same wherever the same global batches were."""
         ...
 
     def restore(self, state: bytes) -> None:
@@ -80,6 +84,12 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
         raise ValueError(f"a global batch of {batch_size} windows does not divide among {hosts} hosts")
     share = batch_size // hosts
     return slice(host * share, (host + 1) * share)
+
+
+def check_rows(batch_size: int, rows: np.ndarray) -> None:
+    """Refuses rows that a batch does not have, by ValueError."""
+    if len(rows) and not 0 <= rows.min() <= rows.max() < batch_size:
+        raise ValueError(f"rows {rows.min()} to {rows.max()} of a batch of {batch_size} windows")
 
 
 def pack_state(identity: dict[str, Any], **rest: Any) -> bytes:
@@ -144,14 +154,21 @@ class StoreBatches:
             chosen[here] = permute(within[here], self._windows, self._seed, int(epoch))
         return chosen
 
-    def next(self, batch_size: int) -> Batch:
-        """This host's rows of the next global batch, (batch_size / hosts, context) each.
+    def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
+        """This host's rows of the next global batch, (batch_size / hosts, context) each; nothing else is read.
+
+        Args:
+          batch_size: windows of the global batch.
+          rows: int (n,), the rows of the global batch to read in place of the host's block.
 
         Raises:
-          ValueError: batch_size does not divide among the hosts.
+          ValueError: batch_size does not divide among the hosts, or has no such rows.
         """
-        rows = host_rows(batch_size, self._host, self._hosts)
-        indices = self.order(np.arange(self.position + rows.start, self.position + rows.stop))
+        if rows is None:
+            block = host_rows(batch_size, self._host, self._hosts)
+            rows = np.arange(block.start, block.stop)
+        check_rows(batch_size, rows)
+        indices = self.order(self.position + rows)
         batch = make_batch(self._store.windows(self._split, indices, self._context), self._store.eos_id)
         self.position += batch_size
         return batch
@@ -168,6 +185,10 @@ class StoreBatches:
     def state(self) -> bytes:
         """The position, with what it belongs to; the same on every host, and good for any number of hosts."""
         return pack_state(self._identity(), position=self.position)
+
+    def mark(self) -> str:
+        """The position: nothing else decides what has been read."""
+        return str(self.position)
 
     def restore(self, state: bytes) -> None:
         """Goes to a saved position.

@@ -18,6 +18,7 @@ from flm_jax.data.prepare import prepare
 from flm_jax.data.store import TokenStore, canonical_digest
 from flm_jax.data.train_vocabulary import SentencePiece, VocabularyConfig, build_vocabulary
 from flm_jax.data.vocabulary import Vocabulary
+from flm_jax.hosts import first, first_then_others, same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +162,9 @@ class StreamData:
 def open_data(config: DataConfig, progress: bool = True) -> Data:
     """Opens the data of a config, preparing it first where that is needed.
 
+    Several processes must all call this: what is to be prepared, the first prepares. The others find it there, or
+    where they do not share the first one's disk, prepare their own.
+
     Args:
       config: what to train on.
       progress: show a bar on a terminal while preparing.
@@ -170,7 +174,17 @@ def open_data(config: DataConfig, progress: bool = True) -> Data:
 
     Raises:
       ValueError, FileNotFoundError: as `prepare` and `build_vocabulary` raise them.
+      ValueError: processes have prepared different data.
+      PeerError: another process could not open it.
     """
+    data = first_then_others("data", lambda: _open(config, progress and first()))
+    advice = "Let all share one DataConfig.cache_dir, or copy that of one process to the others."
+    same("The data's digest", data.digest, advice)
+    same("The vocabulary's digest", data.vocabulary.digest, advice)
+    return data
+
+
+def _open(config: DataConfig, progress: bool) -> Data:
     if config.streamed:
         vocabulary = build_vocabulary(config.vocabulary, config.corpus, config.cache_dir)
         return StreamData(config.corpus, vocabulary, config.context, config.seed)

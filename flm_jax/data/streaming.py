@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax.data.batches import Batch, host_rows, in_batches, make_batch, pack_state, unpack_state
+from flm_jax.data.batches import Batch, check_rows, host_rows, in_batches, make_batch, pack_state, unpack_state
 from flm_jax.data.corpora import Corpus
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.tasks import Source, resolve
@@ -85,16 +85,26 @@ class SeqioBatches:
         )
         self._iterator: Any = iter(self._dataset)
         self._rest = np.zeros(0, np.int32)
+        self._seen = 0  # crc32 of all tokens so far
         self.position = 0
 
-    def next(self, batch_size: int) -> Batch:
+    def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
         """This host's rows of the next global batch, (batch_size / hosts, context) each.
 
+        Args:
+          batch_size: windows of the global batch.
+          rows: int (n,), the rows of the global batch to keep; all of it is read, by this host alone.
+
         Raises:
-          ValueError: batch_size does not divide among the hosts, or there is no document to read.
+          ValueError: batch_size does not divide among the hosts or has no such rows; there is no document to read; or
+            rows are asked of a host that reads documents of its own.
         """
-        rows = host_rows(batch_size, self._host, self._hosts)
-        number = rows.stop - rows.start
+        if rows is not None and self._hosts > 1:
+            raise ValueError(f"host {self._host} of {self._hosts} reads documents of its own, and has no other rows")
+        block = host_rows(batch_size, self._host, self._hosts)
+        number = block.stop - block.start
+        if rows is not None:
+            check_rows(batch_size, rows)
         parts, length = [self._rest], len(self._rest)
         while length < number * self._context + 1:
             example = next(self._iterator, None)
@@ -106,9 +116,11 @@ class SeqioBatches:
             parts.append(ended(example[self._source.feature].numpy(), self._eos_id))
             length += len(parts[-1])
         tokens = np.concatenate(parts)
+        self._seen = zlib.crc32(tokens[: number * self._context].tobytes(), self._seen)
         self._rest = tokens[number * self._context :]
         self.position += batch_size
-        return make_batch(cut(tokens, number, self._context), self._eos_id)
+        windows = cut(tokens, number, self._context)
+        return make_batch(windows if rows is None else windows[rows], self._eos_id)
 
     def state(self) -> bytes:
         """The position as JSON bytes: tf.data's own checkpoint and the rest of the document being cut.
@@ -121,7 +133,11 @@ class SeqioBatches:
             tf.train.Checkpoint(iterator=self._iterator).write(f"{folder}/position")
             files = {path.name: _pack(path.read_bytes()) for path in sorted(Path(folder).iterdir())}
         rest = _pack(self._rest.astype("<i4").tobytes())
-        return pack_state(self._identity, position=self.position, rest=rest, iterator=files)
+        return pack_state(self._identity, position=self.position, rest=rest, seen=self._seen, iterator=files)
+
+    def mark(self) -> str:
+        """The position, and a crc32 of the tokens so far: what tf.data gives is not for us to promise."""
+        return f"{self.position}:{self._seen:08x}"
 
     def restore(self, state: bytes) -> None:
         """Continues at a saved position.
@@ -132,7 +148,7 @@ class SeqioBatches:
         record = unpack_state(state, self._identity)
         tf, _ = load_tensorflow()
         try:
-            position = int(record["position"])
+            position, seen = int(record["position"]), int(record["seen"])
             rest = np.frombuffer(_unpack(record["rest"]), "<i4").astype(np.int32)
             files = {Path(name).name: _unpack(content) for name, content in record["iterator"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
@@ -145,7 +161,7 @@ class SeqioBatches:
                 tf.train.Checkpoint(iterator=iterator).read(f"{folder}/position").assert_consumed()
             except (tf.errors.OpError, AssertionError) as error:
                 raise ValueError(f"the saved data position cannot be read back: {error}") from None
-        self.position, self._rest, self._iterator = position, rest, iterator
+        self.position, self._seen, self._rest, self._iterator = position, seen, rest, iterator
 
 
 def _pack(content: bytes) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flm_jax.config import ModelConfig
 from flm_jax.growth.depth import METRICS
 from flm_jax.growth.plan import Growth
+from flm_jax.hosts import fetch
 from flm_jax.model import Params, Transformer
 
 
@@ -38,7 +39,7 @@ def layer_distances(
         raise ValueError(f"Unknown distance {metric!r}; use one of {', '.join(METRICS)}.")
 
     @jax.jit
-    def measure(params: Params) -> jax.Array:
+    def measure(params: Params, tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         _, state = Transformer(cfg.for_comparison).apply(
             {"params": params}, tokens_BT, segments_BT, mutable=["intermediates"]
         )
@@ -53,7 +54,7 @@ def layer_distances(
             found_LBT = jnp.arccos(cosine_LBT) / jnp.pi if metric == "angular" else 1.0 - cosine_LBT
         return jnp.mean(found_LBT, axis=(1, 2))
 
-    return tuple(float(d) for d in jax.device_get(measure(params)))
+    return tuple(float(d) for d in fetch(measure(params, tokens_BT, segments_BT)))
 
 
 def settle(

@@ -12,6 +12,7 @@ import numpy as np
 from flm_jax.config import ModelConfig
 from flm_jax.growth.axis_map import Rule, Span, along
 from flm_jax.growth.plan import Growth, axis_maps, masks_at, ramp_steps
+from flm_jax.hosts import fetch
 from flm_jax.loss import loss_sum
 from flm_jax.model import Params, declared
 from flm_jax.signature import KINDS, Kind, Role, Signature
@@ -65,13 +66,13 @@ def dead_slices(
       embedding that stand for new tokens are not asked: no text holds them yet.
     """
 
-    def loss(params: Params, masks: Any) -> jax.Array:
+    def loss(params: Params, tokens_BT: jax.Array, masks: Any) -> jax.Array:
         x, y = tokens_BT[:, :-1], tokens_BT[:, 1:]
         return loss_sum(new, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x), masks) / x.size
 
     @jax.jit
-    def descend(params: Params, seen: Params, masks: Any) -> tuple[Params, Params]:
-        grads = jax.grad(loss)(params, masks)
+    def descend(params: Params, seen: Params, tokens_BT: jax.Array, masks: Any) -> tuple[Params, Params]:
+        grads = jax.grad(loss)(params, tokens_BT, masks)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         moved = jax.tree.map(lambda w, g: (w - rate * g / norm).astype(w.dtype), params, grads)
         return moved, jax.tree.map(lambda s, g: s + jnp.abs(g), seen, grads)
@@ -79,12 +80,13 @@ def dead_slices(
     seen = jax.tree.map(jnp.zeros_like, params)
     # From the beginning of the ramp to its end: what is masked to the last has its gradients then.
     for step in range(steps + 1):
-        params, seen = descend(params, seen, masks_at(old, new, growth, step * ramp_steps(old, new, growth) // steps))
+        masks = masks_at(old, new, growth, step * ramp_steps(old, new, growth) // steps)
+        params, seen = descend(params, seen, tokens_BT, masks)
     found = []
     for path, axis, dim, sig, span, _, total in grown_dimensions(seen, old, new, growth):
         if KINDS[axis] is Kind.OUTSIDE and sig.role(axis) is Role.READER:
             continue
-        felt_A = np.asarray(jnp.sum(total, axis=tuple(i for i in range(total.ndim) if i != dim)))
+        felt_A = fetch(jnp.sum(total, axis=tuple(i for i in range(total.ndim) if i != dim)))
         dead = int(np.sum(felt_A[span.fresh] == 0))
         if dead:
             found.append(f"{path}: {dead} of {int(span.fresh.sum())} new slices on {axis}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from flm_jax.config import ModelConfig
 from flm_jax.growth.plan import Growth, axis_maps, masks_at, promises
+from flm_jax.hosts import fetch
 from flm_jax.model import Masks, Params, Transformer
 from flm_jax.signature import Role
 
@@ -145,7 +146,7 @@ def judge(old: ModelConfig, before: Observed, new: ModelConfig, after: Observed,
         per_layer = jnp.max(jnp.abs(expected - found), axis=(1, 2, 3)) / jnp.max(jnp.abs(expected), axis=(1, 2, 3))
         return absolute, absolute / jnp.max(jnp.abs(a)), per_layer
 
-    absolute, relative, per_layer = jax.device_get(
+    absolute, relative, per_layer = fetch(
         differences(before.logits_BTV, after.logits_BTV, before.hidden_LBTD, after.hidden_LBTD)
     )
     layers = tuple(float(x) for x in per_layer)
