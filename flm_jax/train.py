@@ -45,7 +45,7 @@ from flm_jax.data.source import Data, open_data
 from flm_jax.evaluate import few_rows, make_eval, own_rows, put_batch
 from flm_jax.generate import generate
 from flm_jax.growth.distance import settle
-from flm_jax.growth.verify import compare
+from flm_jax.growth.verify import judge, observe
 from flm_jax.loss import bits_per_byte
 from flm_jax.origin import Origin, begin, lineage
 from flm_jax.progress import Interrupts, Progress
@@ -63,7 +63,7 @@ from flm_jax.recipe import (
     write_record,
 )
 from flm_jax.sharding import make_mesh
-from flm_jax.step import Metrics, StageProgram, TrainState
+from flm_jax.step import Metrics, StageProgram, TrainState, quietly_donated
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,11 @@ def train(
     with hosts.together("recipe"):
         origin, stages = begin(recipe)
         check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
-        mesh = make_mesh(run.mesh)
-        programs = [StageProgram(stage, mesh, recipe.loss_chunks) for stage in stages]
+        run.check(recipe)
+        programs = [
+            StageProgram(stage, make_mesh(run.mesh_of(stage.stage)), recipe.loss_chunks, run.compiler_options)
+            for stage in stages
+        ]
     settings = fingerprint([as_dict(recipe), as_dict(run)])
     hosts.same("The recipe or its Run", settings, "Start every process with the same command.")
     data = open_data(recipe.data)
@@ -111,7 +114,7 @@ def train(
     identity |= {} if origin is None else {"start": origin.digest}
     with hosts.together("data"):
         check_identity(workdir, DATA, identity, "other data or another start")
-    with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
+    with contextlib.ExitStack() as stack:
         stores = [
             stack.enter_context(
                 Checkpoints(workdir / "checkpoints" / s.directory, keep=run.keep, keep_steps=(0, s.stage.steps))
@@ -137,22 +140,24 @@ def train(
                     if record["stage"] == program.stage.stage.name:
                         program.settle(from_dict(record["plan"]))
         elif origin is not None:
-            state = origin.restore(mesh)
+            state = origin.restore(programs[0].mesh)
         del restored  # It would keep the old arrays alive through all that follows.
         interrupts = stack.enter_context(Interrupts())
         for program, store in list(zip(programs, stores, strict=True))[first:]:
             if program.stage.index > 0:
                 program.follow(programs[program.stage.index - 1].stage)
             worker = _StageRun(recipe, run, workdir, data, program, store, history, position, origin)
-            if anew or program.stage.index > first:
-                state = worker.start(state)
-            assert state is not None
-            state = worker.run(state, interrupts)
+            with jax.set_mesh(program.mesh):
+                if anew or program.stage.index > first:
+                    state = worker.start(state)
+                assert state is not None
+                state = worker.run(state, interrupts)
             position = worker.batches.state()
             if hosts.anyone("stop", interrupts.requested is not None):
                 return None
         assert state is not None
-        sample = _sample(programs[-1], state, data, run, recipe.seed)
+        with jax.set_mesh(programs[-1].mesh):
+            sample = _sample(programs[-1], state, data, run, recipe.seed)
         context = recipe.data.context
         result = report.summary(stages, history, data.describe(), data.bytes_per_token, context, sample)
         with hosts.together("report"):
@@ -211,19 +216,26 @@ class _StageRun:
         return state
 
     def _grow(self, state: TrainState, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+        """The grown state, measured against the given one, which is used up."""
         before, growth = self.stage.before, self.stage.stage.growth
         assert before is not None and growth is not None
+        # The stage before may have had another mesh; nothing moves where it has not.
+        state = jax.device_put(state, StageProgram(before, self.mesh, 1).shardings)
         # Whole logits and hidden states are compared: a few windows, whatever the batch is.
         rows = few_rows(self.mesh)
         batch = put_batch(next(iter(self.data.heldout(rows, rows))), self.mesh)
         tokens = (batch.inputs_BT, batch.segments_BT)
         growth, distances = settle(growth, before.cfg, self.stage.cfg.layers, state.params, *tokens)
         self.program.settle(growth)
-        grown = self.program.grower()(state, key)
-        verification = compare(before.cfg, state.params, self.stage.cfg, grown.params, growth, *tokens)
-        verification.check(self.recipe.tolerance)
+        # What the comparison needs of the old model is observed first, so that its memory is free for the new one.
+        observed = observe(before.cfg, state.params, *tokens)
         evaluate_before = make_eval(before.cfg, self.mesh, self.recipe.loss_chunks)
         loss_before = evaluate_before(state.params, self._heldout(), None)
+        with quietly_donated():
+            grown = self.program.grower(donate=True)(state, key)
+        after = observe(self.stage.cfg, grown.params, *tokens, self.program.masks(0))
+        verification = judge(before.cfg, observed, self.stage.cfg, after, growth)
+        verification.check(self.recipe.tolerance)
         loss_after = self.evaluate(grown.params, self._heldout(), self.program.masks(0))
         source = self.store.directory.parent / before.directory / str(before.stage.steps)
         if before.index < 0 and self.origin is not None:

@@ -90,6 +90,21 @@ def test_a_run_learns_grows_exactly_and_reports(reference, recipe):
     assert (workdir / "config.gin").read_text() == "# as given"
 
 
+def test_stages_on_meshes_of_their_own_give_the_same_losses(reference, recipe, tmp_path):
+    """The state moves from mesh to mesh where a stage begins."""
+    meshes = {"second": MeshConfig(sequence=2, fsdp=4), "third": MeshConfig(data=4, tensor=2)}
+    run = dataclasses.replace(RUN, meshes=meshes)
+    training.train(recipe, run, tmp_path / "run")
+    found = json.loads((tmp_path / "run/report.json").read_text())
+    for mine, theirs in zip(found["stages"], reference[1]["stages"], strict=True):
+        assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=2e-3)
+    assert found["growths"][0]["eval_loss_before"] == pytest.approx(
+        reference[1]["growths"][0]["eval_loss_before"], abs=1e-5
+    )
+    with pytest.raises(ValueError, match="Run.meshes names other; the stages are first, second, third"):
+        training.train(recipe, dataclasses.replace(RUN, meshes={"other": MeshConfig()}), tmp_path / "run")
+
+
 def test_event_files_are_read_by_tensorboard(reference):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
