@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import processes
 
+flags.adopt_module_key_flags(processes)
 _SOURCE = flags.DEFINE_string("source", None, "The checkpoint to grow.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the grown one goes: new or empty.", required=True)
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import processes
 
+flags.adopt_module_key_flags(processes)
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
 _GIN_BINDINGS = flags.DEFINE_multi_string(
     "gin_bindings", [], "A gin binding, such as 'Recipe.seed = 1'; the last wins."

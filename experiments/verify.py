@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import processes
 
+flags.adopt_module_key_flags(processes)
 _SOURCE = flags.DEFINE_string("source", None, "The checkpoint before the growth.", required=True)
 _TARGET = flags.DEFINE_string("target", None, "The grown one, at step 0 of its stage.", required=True)
 _JSON = flags.DEFINE_string("json", None, "Write what was found to this file.")

@@ -23,7 +23,7 @@ from tests import worker
 from tests.small import write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 240
+PATIENCE = 300
 
 
 def start(folder: Path, processes: int, devices: int, *acts: dict) -> list[str]:
