@@ -33,6 +33,8 @@ from flm_jax.topology import Topology
 COMPILERS = ("none", "cpu", "tpu")
 # Hand-written kernels, whose cycles no compiler estimates, are taken to run at half of the chip's peak.
 KERNEL_UTILISATION = 0.5
+# What compilers take besides, over what is counted of activations: up to so much was seen (docs/tpu.md).
+SLACK = 0.65
 _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -166,6 +168,11 @@ def stages(
             before = stage
             continue
         mesh = make_mesh(run.mesh_of(stage.stage), devices)
+        if topology is not None and mesh.shape["data"] % topology.slices:
+            raise ValueError(
+                f"Stage {stage.stage.name!r}: MeshConfig.data={mesh.shape['data']} must be a multiple of the "
+                f"{topology.slices} slices of {topology.name}."
+            )
         program = StageProgram(stage, mesh, recipe.loss_chunks, run.compiler_options)
         previous = None if before is None else StageProgram(before, mesh, 1)
         record = _arithmetic(recipe, stage, program, previous, topology, assumed)
@@ -198,6 +205,7 @@ def _arithmetic(
         "gradients": _bytes_here(state.params) * (2 if s.accumulate > 1 else 1),
         **activations(cfg, s.batch_size // s.accumulate, context, recipe.loss_chunks, mesh),
     }
+    size["slack"] = int(SLACK * (size["saved_activations"] + size["working"]))
     size["total"] = sum(size.values())
     record: dict[str, Any] = {
         "name": s.name,

@@ -216,6 +216,7 @@ def run_plan(*arguments):
         (["--topology=v5p-2000"], "nearest sizes are v5p-1920 and v5p-2048"),
         (["--topology=h100-8", "--gin_bindings=MeshConfig.tensor = 3"], "does not fit 8 devices"),
         (["--topology=v5p-128"], "64 devices"),
+        (["--topology=2xv5p-1024", "--compiler=none"], "data=1 must be a multiple of the 2 slices of 2xv5p-1024"),
         (["--topology=h100-8", "--compiler=tpu"], "the TPU compiler does not compile for it; use --compiler=cpu"),
         (["--topology=v4-16", "--gin_bindings=MeshConfig.fsdp = 1", "--gin_bindings=MeshConfig.tensor = 8",
           "--gin_bindings=Recipe.loss_chunks = 3"], "loss_chunks=3 must divide"),
