@@ -1,9 +1,9 @@
 """Leaves on disk, a block at a time: a run of rows of one layer is read or written without the rest.
 
-Checkpoints hold each leaf as a zarr array, uncompressed: a grid of chunks, each row-major, so the rows that a block wants
-of a chunk are one run of bytes. Orbax reads and writes chunks whole, and a chunk of a stacked leaf may hold all layers;
+Checkpoints hold each leaf as a zarr array, uncompressed: a grid of chunks, each row-major, so the rows that a block
+wants of a chunk are one run of bytes. Orbax reads and writes chunks whole, and one chunk may hold all layers of a leaf;
 here the bytes are found, through tensorstore's account of where a value lies, and read by themselves. What is written
-is one file a chunk beside metadata that orbax wrote for the same tree, so that it restores like any other checkpoint.
+is one file a chunk, beside metadata that orbax wrote for the same tree, so that it restores like any other checkpoint.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class StoredLeaf:
                 file.seek(run.offset + begin)
                 done = 0
                 while done < len(out):
-                    if not (got := file.readinto(memoryview(out)[done:])):
+                    if not (got := file.readinto(memoryview(out.data)[done:])):
                         raise DamagedError(f"{self.path}: {run.file} ends before the leaf does")
                     done += got
         except OSError as error:
@@ -207,7 +207,9 @@ def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str,
     tree = {
         path: jnp.zeros((1,) * len(leaf.shape), leaf.dtype) if path in chunks else leaf for path, leaf in leaves.items()
     }
-    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))) as orbax:
+    with contextlib.closing(
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+    ) as orbax:
         orbax.save(arrays, args=ocp.args.PyTreeSave(nest(tree)))
     # It repeats what the arrays themselves say, and reading does without.
     shutil.rmtree(arrays / "array_metadatas", ignore_errors=True)
@@ -227,7 +229,9 @@ def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str,
         (folder / _ZARR).write_text(json.dumps(described, sort_keys=True, separators=(",", ":")))
 
 
-def block_files(arrays: Path, path: str, shape: tuple[int, ...], chunks: tuple[int, ...], lead: tuple[int, ...], row: int):
+def block_files(
+    arrays: Path, path: str, shape: tuple[int, ...], chunks: tuple[int, ...], lead: tuple[int, ...], row: int
+) -> Iterator[tuple[Path, tuple[slice, ...]]]:
     """The files of a block that begins at `row`, and which part of its trailing dimensions each holds."""
     dim = len(lead)
     grid = [range(-(-size // c)) for size, c in zip(shape[dim + 1 :], chunks[dim + 1 :], strict=True)]
@@ -237,7 +241,13 @@ def block_files(arrays: Path, path: str, shape: tuple[int, ...], chunks: tuple[i
 
 
 def write_block(
-    arrays: Path, path: str, shape: tuple[int, ...], chunks: tuple[int, ...], lead: tuple[int, ...], row: int, rows: np.ndarray
+    arrays: Path,
+    path: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    lead: tuple[int, ...],
+    row: int,
+    rows: np.ndarray,
 ) -> None:
     """Writes a block of a leaf, one file a chunk, and returns when it is on disk.
 
@@ -254,9 +264,9 @@ def write_block(
     for file, box in block_files(arrays, path, shape, chunks, lead, row):
         piece = np.ascontiguousarray(rows[(slice(None), *box)]).reshape(len(rows), -1).view(np.uint8)
         with file.open("wb", buffering=0) as out:
-            data, done = memoryview(piece).cast("B") if piece.size else memoryview(b""), 0
-            while done < len(data):
-                done += out.write(data[done:])
             # Chunks at the edge are stored whole.
-            out.write(bytes((whole - len(rows)) * piece.shape[1]))
+            for data in (piece.reshape(-1).data, bytes((whole - len(rows)) * piece.shape[1])):
+                done = 0
+                while done < len(data):
+                    done += out.write(data[done:])
             os.fsync(out.fileno())

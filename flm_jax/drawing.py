@@ -40,7 +40,9 @@ def truncated_normal(key: jax.Array, bound: float, shape: tuple[int, ...], offse
     """
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     if data.shape != (2,) or data.dtype != np.uint32:
-        raise ValueError(f"Numbers are drawn by threefry keys, which are uint32[2], not {data.dtype}{list(data.shape)}.")
+        raise ValueError(
+            f"Numbers are drawn by threefry keys, which are uint32[2], not {data.dtype}{list(data.shape)}."
+        )
     return _drawn(data, _words(offset, math.prod(shape)), bound, shape)
 
 

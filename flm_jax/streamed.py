@@ -18,221 +18,44 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import functools
 import hashlib
+import itertools
 import json
 import math
-import os
 import shutil
 import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flm_jax import blocks, integrity, plan
-from flm_jax.blocks import StoredLeaf
 from flm_jax.checkpoint import CheckpointError, DamagedError, _fsync, _take_lock, read_manifest
-from flm_jax.growth.grow import fresh, moment_ways, param_ways
-from flm_jax.growth.way import Entries, Way
 from flm_jax.integrity import Leaf, Manifest, leaf_paths
+from flm_jax.journal import Journal, Sum
 from flm_jax.origin import Origin
-from flm_jax.recipe import ResolvedStage
-from flm_jax.sharding import make_mesh, mesh_axes
-from flm_jax.step import StageProgram
+from flm_jax.recipe import ResolvedStage, as_dict
+from flm_jax.stream_plan import Form, Unit, abstract_state, grow_block, jobs
 
 CHUNK_BYTES = 64 << 20
 # Blocks that are read, computed or written at the same time.
 DEPTH = 2
-# Pieces that a block is stored in, so that devices which share out its columns read little besides their own.
-PIECES, PIECE_BYTES = 8, 4 << 20
 ZERO = (0, 0)
-Sum = tuple[int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One leaf of the target.
-
-    Attributes:
-      path: in the target's state.
-      source: the leaf that it grows from; None: it is zero.
-      way: how.
-      param: the parameter that it is, or is a moment of.
-      std: of what is drawn.
-      rows: in a block.
-      chunks: shape of a stored chunk.
-    """
-
-    path: str
-    source: str | None
-    way: Way
-    param: str
-    std: float
-    rows: int
-    chunks: tuple[int, ...]
-
-    @property
-    def stacked(self) -> bool:
-        """Whether it has layers."""
-        return self.way.signature.stacked
-
-    def units(self) -> Iterator[Unit]:
-        """Its blocks, by the old layer that they come from."""
-        total = self.way.shape[self.way.row_dim]
-        sources = self.way.sources(0)[0] if self.stacked else np.zeros(1, int)
-        for old in sorted({int(i) for i in sources}):
-            layers = tuple(int(i) for i in np.flatnonzero(sources == old))
-            for start in range(0, total, self.rows):
-                yield Unit(self, old, layers, start, min(start + self.rows, total))
-
-    @property
-    def block_bytes(self) -> int:
-        """Of one row, after."""
-        row = self.way.shape[self.way.row_dim + 1 :]
-        return math.prod(row) * jnp.dtype(self.way.dtype).itemsize
-
-
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """A run of rows, in all the layers that come from one old layer."""
-
-    job: Job
-    old: int
-    layers: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> tuple[str, int, int]:
-        """What the journal calls it."""
-        return self.job.path, self.old, self.start
-
-    @property
-    def nbytes(self) -> int:
-        """What is written."""
-        return len(self.layers) * (self.stop - self.start) * self.job.block_bytes
-
-
-def jobs(before: ResolvedStage, after: ResolvedStage, chunk_bytes: int) -> tuple[list[Job], dict[str, str | None]]:
-    """What there is to do: leaves that grow, and small ones that are kept as they are (or, None, are 0)."""
-    growth = after.stage.growth
-    assert growth is not None
-    labels = [_labels(stage) for stage in (before, after)]
-    found: list[Job] = []
-
-    def add(ways: Any, sources: Any, targets: Any) -> None:
-        known = {path: sig for path, _, sig in plan.leaves(after.cfg)}
-        for (param, sig), way, source, target in zip(
-            known.items(), *(jax.tree.leaves(tree) for tree in (ways, sources, targets)), strict=True
-        ):
-            found.append(_job(target, source, way, param, after.cfg.std(sig), chunk_bytes))
-
-    add(param_ways(before.cfg, after.cfg, growth), labels[0].params, labels[1].params)
-    kept: dict[str, str | None] = {labels[1].step: None}
-    parts = [
-        jax.tree.leaves(label.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)) for label in labels
-    ]
-    for old, new in zip(*parts, strict=True):
-        if isinstance(old, optax.ScaleByAdamState):
-            anew = growth.optimizer == "fresh"
-            kept[new.count] = None if anew else old.count
-            for power, name in ((1, "mu"), (2, "nu")):
-                ways = moment_ways(before.cfg, after.cfg, growth, power, before.frame, after.frame)
-                sources = jax.tree.map(lambda path: "" if anew else path, getattr(old, name))
-                add(ways, sources, getattr(new, name))
-        else:
-            kept[new] = old
-    return found, kept
-
-
-def _labels(stage: ResolvedStage) -> Any:
-    """A state whose leaves are their paths."""
-    state = _abstract(stage)
-    return jax.tree.unflatten(jax.tree.structure(state), list(leaf_paths(state)))
-
-
-def _abstract(stage: ResolvedStage) -> Any:
-    return StageProgram(stage, make_mesh(devices=jax.devices()[:1]), 1).abstract_state
-
-
-def _job(path: str, source: str, way: Way, param: str, std: float, chunk_bytes: int) -> Job:
-    dim, size = way.row_dim, jnp.dtype(way.dtype).itemsize
-    total, trailing = way.shape[dim], list(way.shape[dim + 1 :])
-    old = [next((span.old for at, span, _ in way.grown if at == d), n) for d, n in enumerate(way.shape)]
-    largest = size * max(math.prod(trailing), math.prod(old[dim + 1 :]) * (1 + way.layers_above))
-    parts = -(-total // max(chunk_bytes // largest, 1)) if way.splits else 1
-    rows = -(-total // parts)
-    for at, axis in enumerate(way.signature.axes[dim + 1 :]):
-        if mesh_axes(axis):
-            most = rows * math.prod(trailing) * size // PIECE_BYTES
-            trailing[at] //= max((n for n in (1, 2, 4, PIECES) if n <= most and trailing[at] % n == 0), default=1)
-            break
-    return Job(path, source or None, way, param, std, rows, (*(1,) * dim, rows, *trailing))
-
-
-class Journal:
-    """What of a target is on disk: a line for each unit, with the checksums of what was read and written for it.
-
-    It belongs to one source, plan and seed; of another it keeps nothing. A line is written once its unit is on disk.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.done: dict[tuple[str, int, int], tuple[Sum, Sum]] = {}
-        self._file: Any = None
-
-    def resume(self, identity: str) -> bool:
-        """Reads it and goes on, if it is of this growth."""
-        try:
-            lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line break was cut off
-        except FileNotFoundError:
-            return False
-        good = 0
-        try:
-            if not lines or json.loads(lines[0]) != {"identity": identity}:
-                return False
-            for line in lines:
-                if good:
-                    path, old, start, read, written = json.loads(line)
-                    self.done[path, old, start] = (tuple(read), tuple(written))
-                good += len(line) + 1
-        except ValueError:
-            pass  # from there on it is done again
-        os.truncate(self.path, good)
-        self._file = self.path.open("a")
-        return True
-
-    def begin(self, identity: str) -> None:
-        """Begins anew."""
-        self.done = {}
-        self._file = self.path.open("w")
-        self._file.write(json.dumps({"identity": identity}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def add(self, unit: Unit, read: Sum, written: Sum) -> None:
-        """A unit that is on disk."""
-        self.done[unit.name] = (read, written)
-        self._file.write(json.dumps([*unit.name, read, written]) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            self._file.close()
 
 
 def unfinished(directory: Path) -> bool:
-    """Whether a streamed growth into this directory was begun and not committed."""
+    """Whether a streamed growth into this directory was begun, and not declared finished."""
     return (directory / "0.growing").is_dir() or (directory / "0.growing.jsonl").exists()
+
+
+def finish(directory: Path) -> None:
+    """Declares a growth that is committed finished: nothing is left to go on with."""
+    (directory / "0.growing.jsonl").unlink(missing_ok=True)
 
 
 def grow_streamed(
@@ -276,20 +99,24 @@ class _Pass:
         self.arrays = self.partial / "arrays"
         self.journal = Journal(directory / "0.growing.jsonl")
         self.jobs, self.kept = jobs(origin.stage, stage, chunk_bytes)
-        self.target = leaf_paths(_abstract(stage))
+        self.target = leaf_paths(abstract_state(stage))
         self.manifest = read_manifest(origin.directory)
-        wanted = leaf_paths(_abstract(origin.stage))
+        wanted = leaf_paths(abstract_state(origin.stage))
         integrity.compare(self.manifest.leaves, wanted, where=str(origin.directory))
         self.read = {j.source for j in self.jobs if j.source} | {path for path in self.kept.values() if path}
         self.wanted = {path: leaf for path, leaf in wanted.items() if path in self.read}
         layout = [(job.path, job.rows, job.chunks) for job in self.jobs]
-        whose = [origin.digest, origin.meta["lineage"], plan_of(stage), seed, layout]
+        whose = [origin.digest, origin.meta["lineage"], as_dict(stage.cfg), as_dict(stage.stage.growth), seed, layout]
         self.identity = hashlib.sha256(json.dumps(whose, sort_keys=True).encode()).hexdigest()
 
     def run(self, meta: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with _take_lock(self.directory):
+                if (self.directory / "0").exists():
+                    if self.journal.resume(self.identity):
+                        return self._verified()
+                    raise ValueError(f"{self.directory} holds another grown checkpoint; take another --workdir.")
                 if faults := integrity.file_faults(self.origin.directory, self.manifest, contents=True):
                     raise DamagedError("; ".join(faults[:3]))
                 self.leaves = blocks.open_leaves(self.origin.directory / "arrays", self.wanted)
@@ -341,8 +168,8 @@ class _Pass:
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise CheckpointError(
-                f"{self.directory} has room for {free / 1e9:.1f} GB, and the grown checkpoint is {needed / 1e9:.1f} GB; "
-                "nothing was written. Free some, or take a --workdir on another disk."
+                f"{self.directory} has room for {free / 1e9:.1f} GB, and the grown checkpoint is {needed / 1e9:.1f} "
+                "GB; nothing was written. Free some, or take a --workdir on another disk."
             )
 
     def _stream(self) -> dict[str, Sum]:
@@ -367,7 +194,7 @@ class _Pass:
             for name, sums in done.items():
                 finish(units[name], sums)
             for unit, sums in self._grown([unit for name, unit in units.items() if name not in done]):
-                self.journal.add(unit, *sums)
+                self.journal.add(unit.name, *sums)
                 finish(unit, sums)
                 bar.update(unit.nbytes)
         return dict(written)
@@ -427,7 +254,10 @@ class _Pass:
                 reader.shutdown(cancel_futures=True)
 
     def _load(self, unit: Unit) -> Any:
-        """What a unit is grown from: its rows' sources in their order, of its layer and those above that it looks up."""
+        """What a unit is grown from: (layers, rows, entries of a row), its rows' sources in their order.
+
+        Besides its own layer, those above that it looks up; of an array without layers, (rows, entries of a row).
+        """
         job, way = unit.job, unit.job.way
         if job.source is None:
             return None
@@ -442,13 +272,14 @@ class _Pass:
         out = np.empty((len(layers), len(rows), *leaf.shape[dim + 1 :]), leaf.dtype)
         breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)] if len(rows) else []
         for at, lead in enumerate(layers):
-            for a, b in zip(breaks, breaks[1:], strict=False):
+            for a, b in itertools.pairwise(breaks):
                 leaf.read(lead, int(rows[a]), out[at, a:b])
         if len(rows) != len(source) or np.any(rows != source):
             # Rows that need no source hold anything.
             pick = np.searchsorted(rows, np.where(needed, source, rows[0] if len(rows) else 0))
             out = out[:, pick] if len(rows) else np.zeros((len(layers), len(source), *out.shape[2:]), leaf.dtype)
-        return jax.device_put(out if job.stacked else out[0])
+        flat = out.reshape(*out.shape[:2], -1)
+        return jax.device_put(flat if job.stacked else flat[0])
 
     def _checked(self, unit: Unit, value: Any) -> Any:
         """Starts the checksum of what was read, each row counted in the first block that it comes to."""
@@ -461,40 +292,43 @@ class _Pass:
             first = np.zeros(len(every), bool)
             first[np.unique(every, return_index=True)[1]] = True
             source, counts = every[unit.start : unit.stop], first[unit.start : unit.stop]
-        places: tuple[Any, ...] = (source.astype(np.uint32),)
-        if unit.job.stacked:
-            places = (np.array([unit.old], np.uint32), *places)
-            value = value[:1] if len(value) > 1 else value
-        return integrity.partial_checksum(value, places, counts)
+        if unit.job.stacked and len(value) > 1:
+            value = value[:1]
+        return self._lanes(unit, unit.old, source, value, counts)
+
+    def _lanes(self, unit: Unit, layer: int, rows: np.ndarray, block: Any, counts: Any = None) -> Any:
+        """Starts the checksum of a block; blocks whose rows are as long share a program."""
+        lead = (np.array([layer], np.uint32),) if unit.job.stacked else ()
+        counts = np.ones(len(rows), bool) if counts is None else counts
+        return integrity.partial_checksum(block, (*lead, rows.astype(np.uint32)), counts)
 
     def _block(self, unit: Unit, layer: int, value: Any) -> Any:
         job, way = unit.job, unit.job.way
         shape = (*(1,) * way.row_dim, unit.stop - unit.start, *way.shape[way.row_dim + 1 :])
         if value is None:
-            return jnp.zeros(shape, way.dtype)
+            return jnp.zeros((*shape[: way.row_dim + 1], math.prod(shape[way.row_dim + 1 :])), way.dtype)
         before = (layer * way.shape[way.row_dim] if job.stacked else 0) + unit.start
         offset = before * math.prod(way.shape[way.row_dim + 1 :])
         words = np.array([offset >> 32, offset % 2**32], np.uint32)
         entries = way.block(layer, slice(unit.start, unit.stop))
         key = jax.random.fold_in(self.key, zlib.crc32(job.param.encode()))
-        return _grow_block(Form(way, job.std), shape, value, entries, key, words)
+        return grow_block(Form(way, job.std), shape, value, entries, key, words)
 
     def _write(self, unit: Unit, layer: int, block: Any, room: threading.Semaphore) -> Any:
         """Writes a block, and returns its checksum."""
         job = unit.job
         try:
             lead = (layer,) if job.stacked else ()
-            places = tuple(np.array([i], np.uint32) for i in lead)
-            rows = np.arange(unit.start, unit.stop, dtype=np.uint32)
-            lanes = integrity.partial_checksum(block, (*places, rows))
-            values = np.asarray(block)
-            values = values[0] if job.stacked else values
+            lanes = self._lanes(unit, layer, np.arange(unit.start, unit.stop), block)
+            values = np.asarray(block).reshape(-1, *job.way.shape[job.way.row_dim + 1 :])
             blocks.write_block(self.arrays, job.path, job.way.shape, job.chunks, lead, unit.start, values)
             return np.asarray(lanes)
         finally:
             room.release()
 
-    def _commit(self, written: Mapping[str, Sum], meta: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
+    def _commit(
+        self, written: Mapping[str, Sum], meta: Callable[[dict[str, Any]], Mapping[str, Any]]
+    ) -> dict[str, Any]:
         sums = {path: integrity.digest(total) for path, total in written.items()}
         sums |= integrity.digests({path: integrity.checksum(jnp.asarray(v)) for path, v in self.values.items()})
         signatures = {f"params/{path}": str(sig) for path, _, sig in plan.leaves(self.stage.cfg)}
@@ -502,11 +336,7 @@ class _Pass:
             path: Leaf(tuple(leaf.shape), jnp.dtype(leaf.dtype).name, signatures.get(path, ""), sums[path])
             for path, leaf in self.target.items()
         }
-        size = {path: math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for path, leaf in self.wanted.items()}
-        verified = {
-            "source": {"leaves": len(size), "bytes": sum(size.values()), "checksums": "equal"},
-            "target": {"leaves": len(leaves), "bytes": sum(u.nbytes for job in self.jobs for u in job.units())},
-        }
+        verified = self._verified()
         (self.partial / "meta.json").write_text(json.dumps(meta(verified), indent=1, sort_keys=True) + "\n")
         files = sorted(path for path in self.partial.rglob("*") if path.is_file())
         described = {str(path.relative_to(self.partial)): integrity.describe_file(path) for path in files}
@@ -516,58 +346,14 @@ class _Pass:
             _fsync(path)
         self.partial.rename(self.directory / "0")
         _fsync(self.directory)
-        self.journal.path.unlink()
         return verified
 
-
-class Form:
-    """A way as the compiler sees it: ways of one form share a program, whatever their entries are."""
-
-    def __init__(self, way: Way, std: float) -> None:
-        self.way, self.std = way, std
-        grown = []
-        for dim, span, rule in way.grown:
-            taken = dim == 0 and way.signature.stacked or dim == way.row_dim and way.splits
-            where = None if taken else span.source.tobytes()
-            noise = None if rule.noise is None else (rule.noise.tobytes(), span.alike.tobytes())
-            grown.append((dim, where, rule.fill, rule.from_above, noise))
-        self._is = (
-            str(way.signature),
-            way.shape[way.row_dim :],
-            str(way.dtype),
-            tuple(grown),
-            way.scale,
-            tuple(weight is None for weight in way.entries.weights),
-            std if way.draws else 0.0,
-        )
-
-    def __hash__(self) -> int:
-        return hash(self._is)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Form) and self._is == other._is
-
-    @property
-    def taken(self) -> tuple[int, ...]:
-        """The dimensions along which blocks are read in the order of the target."""
-        rows = (self.way.row_dim,) if self.way.splits else ()
-        return (0, *rows) if self.way.signature.stacked else rows
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _grow_block(
-    form: Form, shape: tuple[int, ...], value: jax.Array, entries: Entries, key: jax.Array, offset: jax.Array
-) -> jax.Array:
-    way = form.way
-    draw = functools.partial(fresh, way, key, shape, form.std, offset=offset)
-    return way.grow(value, draw, key, entries, form.taken)
-
-
-def plan_of(stage: ResolvedStage) -> list[Any]:
-    """What decides how a stage grows from the one before, as a record."""
-    from flm_jax.recipe import as_dict
-
-    return [as_dict(stage.cfg), as_dict(stage.stage.growth)]
+    def _verified(self) -> dict[str, Any]:
+        size = {path: math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for path, leaf in self.wanted.items()}
+        return {
+            "source": {"leaves": len(size), "bytes": sum(size.values()), "checksums": "equal"},
+            "target": {"leaves": len(self.target), "bytes": sum(u.nbytes for job in self.jobs for u in job.units())},
+        }
 
 
 def _bar(total: int, done: int) -> Any:

@@ -63,6 +63,12 @@ class Way:
     entries: Entries
 
     @property
+    def before(self) -> tuple[int, ...]:
+        """The shape before growth."""
+        old = {dim: span.old for dim, span, _ in self.grown}
+        return tuple(old.get(dim, size) for dim, size in enumerate(self.shape))
+
+    @property
     def wide(self) -> Any:
         """The dtype that is computed in."""
         return jnp.promote_types(self.dtype, jnp.float32)
@@ -108,7 +114,8 @@ class Way:
         whole = slice(None)
         return Entries(
             tuple(
-                fresh[restricted.get(dim, whole)] for (dim, _, _), fresh in zip(self.grown, self.entries.fresh, strict=True)
+                fresh[restricted.get(dim, whole)]
+                for (dim, _, _), fresh in zip(self.grown, self.entries.fresh, strict=True)
             ),
             tuple(
                 None if weight is None else weight[restricted.get(dim, whole)]
@@ -153,9 +160,9 @@ class Way:
         for dim, weight in enumerate(entries.weights):
             if weight is not None:
                 value = value * along(weight, dim, ndim).astype(self.wide)
-        fresh = draw() if draw is not None and self.draws else None
+        fresh = draw() if draw is not None and self.draws else jnp.zeros((), self.wide)
         if any(rule.noise is not None for _, _, rule in self.grown):
-            assert fresh is not None and key is not None
+            assert key is not None
             value = _rounded(value, key) + self._cancelling(_rounded(fresh, key), key)
         # One vector an axis: what is new in any of them is combined on the device, never as an array on the host.
         for fill, content in (("draw", fresh), ("zero", jnp.zeros((), self.wide))):
