@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from flm_jax import direct
 from flm_jax.integrity import DamagedError
 from flm_jax.stored import nest
 
@@ -105,15 +105,9 @@ class StoredLeaf:
             out[:] = np.frombuffer(run.inline, np.uint8)[begin : begin + len(out)]
             return
         try:
-            with run.file.open("rb", buffering=0) as file:
-                file.seek(run.offset + begin)
-                done = 0
-                while done < len(out):
-                    if not (got := file.readinto(memoryview(out.data)[done:])):
-                        raise DamagedError(f"{self.path}: {run.file} ends before the leaf does")
-                    done += got
-        except OSError as error:
-            raise DamagedError(f"{self.path}: {run.file} cannot be read: {error.strerror}") from error
+            direct.read(run.file, run.offset + begin, out)
+        except (OSError, EOFError) as error:
+            raise DamagedError(f"{self.path}: {run.file} cannot be read: {error}") from error
 
 
 def open_leaves(arrays: Path, wanted: Mapping[str, Any]) -> dict[str, StoredLeaf]:
@@ -179,7 +173,7 @@ def _ocdbt_values(arrays: Path) -> Iterator[tuple[str, Run]]:
         for entry in ts.ocdbt.dump(base, node).result()["entries"]:
             key = prefix + bytes(entry["key"])
             if "location" in entry:
-                yield from walk(entry["location"], key[: len(prefix) + entry["subtree_common_prefix_length"]])
+                yield from walk(entry["location"], prefix + bytes(entry["subtree_common_prefix"]))
             elif "inline_value" in entry:
                 value = bytes(entry["inline_value"])
                 yield key.decode(), Run(arrays, 0, len(value), value)
@@ -260,13 +254,6 @@ def write_block(
       row: where the block begins, a multiple of a chunk's rows.
       rows: (rows, ...); as many as a chunk has, or fewer where the leaf ends.
     """
-    whole = chunks[len(lead)]
+    size = math.prod(chunks) * rows.dtype.itemsize  # chunks at the edge are stored whole
     for file, box in block_files(arrays, path, shape, chunks, lead, row):
-        piece = np.ascontiguousarray(rows[(slice(None), *box)]).reshape(len(rows), -1).view(np.uint8)
-        with file.open("wb", buffering=0) as out:
-            # Chunks at the edge are stored whole.
-            for data in (piece.reshape(-1).data, bytes((whole - len(rows)) * piece.shape[1])):
-                done = 0
-                while done < len(data):
-                    done += out.write(data[done:])
-            os.fsync(out.fileno())
+        direct.write(file, rows[(slice(None), *box)], size)

@@ -175,7 +175,9 @@ def _lanes(x: jax.Array, places: tuple[jax.Array, ...] = (), counts: jax.Array |
     if counts is not None:
         along = tuple(-1 if i == len(places) - 1 else 1 for i in range(words.ndim))
         first, second = (jnp.where(counts.reshape(along), lane, np.uint32(0)) for lane in (first, second))
-    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
+    # Both in one pass: each sum by itself would compute the words anew, and slowly.
+    zero, every = np.uint32(0), tuple(range(words.ndim))
+    return jnp.stack(lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), every))
 
 
 @functools.lru_cache(maxsize=64)

@@ -49,8 +49,9 @@ ZERO = (0, 0)
 
 
 def unfinished(directory: Path) -> bool:
-    """Whether a streamed growth into this directory was begun, and not declared finished."""
-    return (directory / "0.growing").is_dir() or (directory / "0.growing.jsonl").exists()
+    """Whether all that a directory holds is of a streamed growth that was not declared finished."""
+    found = {path.name for path in directory.iterdir()}
+    return found <= {".lock", "0.growing", "0.growing.jsonl"} or "0.growing.jsonl" in found
 
 
 def finish(directory: Path) -> None:

@@ -167,8 +167,9 @@ def grow_checkpoint(
 
 def _begun(workdir: Path, directory: Path) -> bool:
     """Whether all that a work directory holds is a streamed growth that did not finish."""
-    alone = [path.name for path in workdir.iterdir()] == ["checkpoints"]
-    return alone and [path.name for path in directory.parent.iterdir()] == [directory.name] and unfinished(directory)
+    parts = [path.relative_to(workdir).parts for path in (*workdir.iterdir(), *workdir.glob("*/*"))]
+    alone = sorted(parts) == [("checkpoints",), ("checkpoints", directory.name)]
+    return alone and unfinished(directory)
 
 
 def _grow_in_memory(
