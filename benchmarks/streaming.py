@@ -147,7 +147,7 @@ def floor(work: Path, read: int, written: int) -> tuple[float, float]:
     return reading, writing
 
 
-def measure(work: Path, method: str) -> dict[str, float]:
+def measure(work: Path, method: str) -> dict[str, Any]:
     """One growth, and the floor before and after it."""
     source, target = shapes(_SIZE.value)
     from flm_jax import plan
@@ -157,16 +157,18 @@ def measure(work: Path, method: str) -> dict[str, float]:
     forget(work / "source")
     arguments = ["--child", method, f"--dir={work}", f"--size={_SIZE.value}", f"--chunk_bytes={_CHUNK.value}"]
     found = call(arguments)
+    load = os.getloadavg()[0]
     shutil.rmtree(work / method)
     floors.append(floor(work, read, written))
     lowest = statistics.mean(map(sum, floors))
     print(f"{method}: {found['seconds']:.1f} s, floor {' '.join(f'{a:.1f}+{b:.1f}' for a, b in floors)} s", flush=True)
     return {
-        "method": method,  # type: ignore[dict-item]
+        "method": method,
         "seconds": found["seconds"],
         "floor": lowest,
-        "floors": floors,  # type: ignore[dict-item]
+        "floors": floors,
         "cpu_seconds": found["cpu"],
+        "load": load,
         "ratio": found["seconds"] / lowest,
         "read_gb": found["read"] / 1e9,
         "written_gb": found["written"] / 1e9,
@@ -185,6 +187,72 @@ def call(arguments: list[str]) -> dict[str, float]:
     )
     found: dict[str, float] = json.loads(done.stdout.decode().splitlines()[-1])
     return found
+
+
+PAGE = """# Growing a checkpoint larger than memory
+
+    python experiments/grow.py --source=runs/first --workdir=runs/grown --gin_file=... \\
+        --gin_bindings='grow.streamed = True'
+
+grows parameters and Adam's moments from disk to disk, block by block: a block is a run of rows of one layer of one
+leaf, at most `grow.chunk_bytes` ({chunk_mib} MiB), or one row where that is more. The result is that of a growth in
+memory, bit for bit: every leaf, the manifest's checksums, the state's digest.
+
+- Killed and run again, it goes on where it was: `0.growing.jsonl` beside the target says which blocks are on disk, with
+  their checksums. It belongs to one source, plan, seed and block size; of another it keeps nothing. The target has its
+  name only when all of it is on disk.
+- Every leaf that is read is checked against the source's manifest as it passes by. If one is wrong, the growth ends
+  with its name, and what there was of the target is deleted. Moments that start anew (`optimizer = 'fresh'`) are not read.
+- Rows with copies in other blocks are read once for each of these, and where entries are copied from the layer above
+  (`aki`), that layer is read again. Everything else is read once.
+- Noise that copies cancel, and a new row that is the mean of the others, need all rows: where they act on a leaf's first
+  axis after layers, its blocks are whole layers.
+- The models are not run, so nothing is compared but checksums, `growth.json` says so, and distances cannot be measured:
+  give `Growth.depth` as a place, or as the copies that follow each layer. Where both models fit in memory,
+  `python experiments/verify.py` compares them.
+
+## What it costs
+
+    {command}
+
+A model 1,024 wide with {layers} layers grows to 1,536 wide with {grown_layers}, in float32 with both moments, in a
+process of its own. The floor is the time that this file system takes for the same bytes in plain order: the source's files read, and
+one file of the target's size written and synced; the mean of a measurement before the growth and one after it. The source
+is dropped from the page cache before each. Memory is the process's own at its highest, less what it was before the
+growth (VmHWM and VmRSS; the page cache is not in it).
+
+| growth | read | written | time | floor | time / floor | processor time | memory beyond the process |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+{machine}, shared with others, under a load of {load:.1f} when it was measured. Read the ratio with that in mind: the
+floor wants the disk, the growth also wants the processors, {per_gb:.1f} s of one for a GB written, some of which
+is spent once, on compiling. Blocks go past the page cache (O_DIRECT), which the floor's plain files do not.
+"""  # noqa: E501
+
+
+def write_page(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the figures, and what they are of."""
+    from flm_jax.streamed import CHUNK_BYTES
+
+    source, target = shapes(_SIZE.value)
+    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    table = "\n".join(
+        f"| {row['method']} | {row['read_gb']:.2f} GB | {row['written_gb']:.2f} GB | {row['seconds']:.1f} s | "
+        f"{row['floor']:.1f} s | {row['ratio']:.2f} | {row['cpu_seconds']:.1f} s | {row['beyond_base_gb']:.2f} GB |"
+        for row in rows
+    )
+    text = PAGE.format(
+        chunk_mib=CHUNK_BYTES >> 20,
+        command=f"python benchmarks/streaming.py --size={_SIZE.value:g} --write=docs/streaming.md",
+        layers=source.layers,
+        grown_layers=target.layers,
+        rows=table,
+        machine=f"{os.cpu_count()} cores of an {model.partition(':')[2].strip()}",
+        load=statistics.mean(row["load"] for row in rows),
+        per_gb=statistics.mean(row["cpu_seconds"] / row["written_gb"] for row in rows),
+    )
+    path.write_text(text)
 
 
 def main(argv: list[str]) -> None:
@@ -206,6 +274,8 @@ def main(argv: list[str]) -> None:
         shutil.rmtree(work)
     for row in rows:
         print(json.dumps(row))
+    if _WRITE.value:
+        write_page(Path(_WRITE.value), rows)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
 

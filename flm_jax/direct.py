@@ -79,7 +79,7 @@ def _buffer(size: int) -> memoryview:
     """Aligned memory of this thread's own, at least so large; kept for the next call."""
     if len(getattr(_own, "data", b"")) < size:
         _own.data = memoryview(mmap.mmap(-1, size))
-    return _own.data  # type: ignore[no-any-return]
+    return _own.data
 
 
 def _open(path: Path, flags: int) -> int:

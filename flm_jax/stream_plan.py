@@ -92,16 +92,25 @@ class Unit:
         return len(self.layers) * (self.stop - self.start) * self.job.block_bytes
 
 
-def jobs(before: ResolvedStage, after: ResolvedStage, chunk_bytes: int) -> tuple[list[Job], dict[str, str | None]]:
-    """What there is to do: leaves that grow, and small ones that are kept as they are (or, None, are 0)."""
+def jobs(
+    before: ResolvedStage, after: ResolvedStage, states: tuple[Any, Any], chunk_bytes: int
+) -> tuple[list[Job], dict[str, str | None]]:
+    """What there is to do: leaves that grow, and small ones that are kept as they are (or, None, are 0).
+
+    Args:
+      before: the stage that grows.
+      after: what it becomes.
+      states: the shapes of theirs.
+      chunk_bytes: the largest block.
+    """
     growth = after.stage.growth
     assert growth is not None
-    labels = [_labels(stage) for stage in (before, after)]
+    labels = [_labels(state) for state in states]
     found: list[Job] = []
     anew = growth.optimizer == "fresh"
+    known = {path: sig for path, _, sig in plan.leaves(after.cfg)}
 
     def add(ways: Any, sources: Any, targets: Any) -> None:
-        known = {path: sig for path, _, sig in plan.leaves(after.cfg)}
         for (param, sig), way, source, target in zip(
             known.items(), *(jax.tree.leaves(tree) for tree in (ways, sources, targets)), strict=True
         ):
@@ -124,9 +133,8 @@ def jobs(before: ResolvedStage, after: ResolvedStage, chunk_bytes: int) -> tuple
     return found, kept
 
 
-def _labels(stage: ResolvedStage) -> Any:
+def _labels(state: Any) -> Any:
     """A state whose leaves are their paths."""
-    state = abstract_state(stage)
     return jax.tree.unflatten(jax.tree.structure(state), list(leaf_paths(state)))
 
 
@@ -163,11 +171,12 @@ class Form:
             noise = None if rule.noise is None else (rule.noise.tobytes(), span.alike.tobytes())
             grown.append((dim, where, rule.fill, rule.from_above, noise))
         self._is = (
-            str(way.signature),
-            way.shape[way.row_dim :],
+            (way.signature.stacked, bool(way.signature.gains)),
+            way.shape[way.row_dim + 1 :],
+            way.before[way.row_dim + 1 :],
             str(way.dtype),
             tuple(grown),
-            way.scale,
+            way.entries.scale is None,
             tuple(weight is None for weight in way.entries.weights),
             std if way.draws else 0.0,
         )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
@@ -42,7 +43,7 @@ from flm_jax.origin import Origin
 from flm_jax.recipe import ResolvedStage, as_dict
 from flm_jax.stream_plan import Form, Unit, abstract_state, grow_block, jobs
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
 # Blocks that are read, computed or written at the same time.
 DEPTH = 2
 ZERO = (0, 0)
@@ -99,10 +100,10 @@ class _Pass:
         self.partial = directory / "0.growing"
         self.arrays = self.partial / "arrays"
         self.journal = Journal(directory / "0.growing.jsonl")
-        self.jobs, self.kept = jobs(origin.stage, stage, chunk_bytes)
-        self.target = leaf_paths(abstract_state(stage))
+        states = abstract_state(origin.stage), abstract_state(stage)
+        self.jobs, self.kept = jobs(origin.stage, stage, states, chunk_bytes)
+        wanted, self.target = map(leaf_paths, states)
         self.manifest = read_manifest(origin.directory)
-        wanted = leaf_paths(abstract_state(origin.stage))
         integrity.compare(self.manifest.leaves, wanted, where=str(origin.directory))
         self.read = {j.source for j in self.jobs if j.source} | {path for path in self.kept.values() if path}
         self.wanted = {path: leaf for path, leaf in wanted.items() if path in self.read}
@@ -194,10 +195,12 @@ class _Pass:
         with bar:
             for name, sums in done.items():
                 finish(units[name], sums)
-            for unit, sums in self._grown([unit for name, unit in units.items() if name not in done]):
-                self.journal.add(unit.name, *sums)
-                finish(unit, sums)
-                bar.update(unit.nbytes)
+            # Closed before anything of the target is deleted.
+            with contextlib.closing(self._grown([u for name, u in units.items() if name not in done])) as grown:
+                for unit, sums in grown:
+                    self.journal.add(unit.name, *sums)
+                    finish(unit, sums)
+                    bar.update(unit.nbytes)
         return dict(written)
 
     def _is_there(self, unit: Unit | None) -> bool:
@@ -343,8 +346,11 @@ class _Pass:
         described = {str(path.relative_to(self.partial)): integrity.describe_file(path) for path in files}
         manifest = Manifest(0, leaves, {name: file for name, file in described.items() if name != integrity.MANIFEST})
         (self.partial / integrity.MANIFEST).write_bytes(integrity.dump_manifest(manifest))
-        for path in [*self.partial.rglob("*"), self.partial]:  # a name must not be on disk before what it names
-            _fsync(path)
+        # A name must not be on disk before what it names; blocks are there since they were written.
+        there = {self.arrays / blocks.key_of(job.path) for job in self.jobs}
+        for path in [*self.partial.rglob("*"), self.partial]:
+            if path.is_dir() or path.parent not in there or not path.name[0].isdigit():
+                _fsync(path)
         self.partial.rename(self.directory / "0")
         _fsync(self.directory)
         return verified

@@ -35,10 +35,12 @@ class Entries(NamedTuple):
     Attributes:
       fresh: by grown dimension, (new,) bool, the entries that did not exist before.
       weights: by dimension, (new,), what is taken is multiplied by these; None: by nothing.
+      scale: what every taken entry is multiplied by; None: by nothing.
     """
 
     fresh: tuple[Vector, ...]
     weights: tuple[Vector | None, ...]
+    scale: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,6 @@ class Way:
       dtype: after growth.
       grown: the dimensions that grow, each with its span and its rule, the last one first: layers, which others may
         look up, come last.
-      scale: what every taken entry is multiplied by.
       entries: of the whole array.
     """
 
@@ -59,7 +60,6 @@ class Way:
     shape: tuple[int, ...]
     dtype: Any
     grown: tuple[Grown, ...]
-    scale: float
     entries: Entries
 
     @property
@@ -121,6 +121,7 @@ class Way:
                 None if weight is None else weight[restricted.get(dim, whole)]
                 for dim, weight in enumerate(self.entries.weights)
             ),
+            self.entries.scale,
         )
 
     def grow(
@@ -155,8 +156,8 @@ class Way:
         if self.signature.stacked and 0 in taken:
             value = value[:1]
         value = value.astype(self.wide)
-        if self.scale != 1:
-            value = value * self.scale
+        if entries.scale is not None:
+            value = value * jnp.asarray(entries.scale, self.wide)
         for dim, weight in enumerate(entries.weights):
             if weight is not None:
                 value = value * along(weight, dim, ndim).astype(self.wide)
@@ -215,7 +216,8 @@ def make_way(
             scale, found[dim] = 1.0, w * scale
             break
     fresh = tuple(span.fresh for _, span, _ in grown)
-    return Way(signature, like.shape, like.dtype, tuple(grown), scale, Entries(fresh, tuple(found)))
+    entries = Entries(fresh, tuple(found), None if scale == 1 else scale)
+    return Way(signature, like.shape, like.dtype, tuple(grown), entries)
 
 
 def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:
