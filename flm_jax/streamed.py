@@ -10,8 +10,11 @@ writes, which become the target's.
 
 What is read: every byte that is grown from, once, but for rows that have copies in other blocks, which are read for
 each of these, and layers that entries of the layer below are copied from (aki), which are read again for it. Moments
-that start anew are not read. Memory: a few blocks (see `DEPTH`), each no larger than `chunk_bytes`, or one row if that
-is larger; where noise cancels over rows, or a row is the mean of the others, a block is a whole layer of the leaf.
+that start anew are not read.
+
+Memory: about ten blocks, whatever the model: one that is read ahead, one that is grown and what its computation needs,
+and `DEPTH` that are written, each in a buffer besides. A block is no larger than `chunk_bytes`, or one row if that is
+larger; where noise cancels over rows, or a row is the mean of the others, it is a whole layer of the leaf.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import shutil
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +221,7 @@ class _Pass:
         ]
         return all(file.is_file() and file.stat().st_size == size for file in files)
 
-    def _grown(self, units: list[Unit]) -> Iterator[tuple[Unit, tuple[Sum, Sum]]]:
+    def _grown(self, units: list[Unit]) -> Generator[tuple[Unit, tuple[Sum, Sum]], None, None]:
         """Reads, grows and writes: all three at the same time, on different blocks; yields what is on disk."""
         room = threading.Semaphore(DEPTH)
         pending: collections.deque[tuple[Unit, Any, list[Any]]] = collections.deque()
