@@ -5,6 +5,13 @@
 
 The source, a step, a stage's directory or a work directory, is only read. Go on from the result with
 `Recipe.start = 'runs/copied'`.
+
+A checkpoint that does not fit in memory grows block by block, from disk to disk, with the same result:
+
+      --gin_bindings='grow.streamed = True' --gin_bindings='Growth.depth = "interleave"'
+
+The models are not run then, so distances cannot be measured; killed and run again, it goes on where it was.
+`grow.chunk_bytes` bounds a block, and so the memory (docs/streaming.md).
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from flm_jax.growth import Growth, GrowthError, Ramp
 from flm_jax.origin import read_origin
 from flm_jax.overview import dry_run as describe
 from flm_jax.recipe import Recipe, Run
+from flm_jax.streamed import CHUNK_BYTES
 from flm_jax.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,9 +195,20 @@ def grow(
     mesh: sharding.MeshConfig | None = None,
     data: source.DataConfig | None = None,
     tolerance: float = 1e-5,
+    streamed: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, Any]:
     """What `experiments/grow.py` takes from gin: see `flm_jax.transplant.grow_checkpoint`."""
-    return dict(target=target, growth=growth, seed=seed, mesh=mesh, data=data, tolerance=tolerance)
+    return dict(
+        target=target,
+        growth=growth,
+        seed=seed,
+        mesh=mesh,
+        data=data,
+        tolerance=tolerance,
+        streamed=streamed,
+        chunk_bytes=chunk_bytes,
+    )
 
 
 @gin.configurable(module="flm_jax")

@@ -146,26 +146,38 @@ def _words(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def _position(shape: tuple[int, ...]) -> jax.Array:
+def _position(shape: tuple[int, ...], places: tuple[jax.Array, ...] = ()) -> jax.Array:
     """A uint32 for every position; no two of one leading index share theirs (below 2**32 of them).
 
     The leading index is mixed, not multiplied by its stride: strides of stacked layers are multiples of large
     powers of two, and a plain linear index mod 2**32 would give layer 0 and layer 32 the same numbers.
     """
-    position = _mix(lax.broadcasted_iota(jnp.uint32, shape, 0))
+
+    def index(axis: int) -> jax.Array:
+        if axis < len(places):
+            along = tuple(-1 if i == axis else 1 for i in range(len(shape)))
+            return jnp.broadcast_to(places[axis].reshape(along), shape)
+        return lax.broadcasted_iota(jnp.uint32, shape, axis)
+
+    position = _mix(index(0))
     stride = 1
     for axis in range(len(shape) - 1, 0, -1):
-        position = position + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        position = position + index(axis) * np.uint32(stride % 2**32)
         stride *= shape[axis]
     return position
 
 
-def _lanes(x: jax.Array) -> jax.Array:
+def _lanes(x: jax.Array, places: tuple[jax.Array, ...] = (), counts: jax.Array | None = None) -> jax.Array:
     words = _words(x)
-    position = _position(words.shape)
+    position = _position(words.shape, places)
     first = _mix(words ^ (position * np.uint32(0x9E3779B1)))
     second = _mix(first + position)
-    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
+    if counts is not None:
+        along = tuple(-1 if i == len(places) - 1 else 1 for i in range(words.ndim))
+        first, second = (jnp.where(counts.reshape(along), lane, np.uint32(0)) for lane in (first, second))
+    # Both in one pass: each sum by itself would compute the words anew, and slowly.
+    zero, every = np.uint32(0), tuple(range(words.ndim))
+    return jnp.stack(lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), every))
 
 
 @functools.lru_cache(maxsize=64)
@@ -205,10 +217,37 @@ def checksum(x: jax.Array) -> jax.Array:
     return _jitted(replicated)(x)
 
 
+_jitted_part = jax.jit(_lanes)
+
+
+def partial_checksum(x: jax.Array, places: tuple[Any, ...], counts: Any = None) -> jax.Array:
+    """Starts the checksum of a block of an array: those of blocks that make it up add up to that of the whole.
+
+    Args:
+        x: the block, whole along all but its first one or two axes.
+        places: for these axes, uint32 vectors: the index in the whole array of every entry along the axis.
+        counts: bool, along the last of these axes: entries that are left out, as another block has them; None: none is.
+
+    Returns:
+        uint32[2], not waited for; see `add`.
+    """
+    return _jitted_part(x, places, counts)
+
+
+def add(total: tuple[int, int], lanes: Any) -> tuple[int, int]:
+    """A sum of checksums of blocks, and one more; `digest` makes text of it."""
+    return (total[0] + int(lanes[0])) % 2**32, (total[1] + int(lanes[1])) % 2**32
+
+
+def digest(total: Any) -> str:
+    """Writes a checksum as 16 hexadecimal digits."""
+    return f"{int(total[0]):08x}{int(total[1]):08x}"
+
+
 def digests(lanes: Mapping[str, jax.Array]) -> dict[str, str]:
     """Waits for checksums, one transfer for all of them, and writes each as 16 hexadecimal digits."""
     values = jax.device_get(dict(lanes))
-    return {path: f"{int(value[0]):08x}{int(value[1]):08x}" for path, value in values.items()}
+    return {path: digest(value) for path, value in values.items()}
 
 
 def check_dtype(path: str, dtype: Any) -> None:

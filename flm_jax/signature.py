@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 
+from flm_jax.drawing import truncated_normal
+
 Sizes = Mapping[str, float]
 
 
@@ -174,8 +176,27 @@ class Declared(struct.PyTreeNode, meta.AxisMetadata[Any]):
         return self.replace(signature=self.signature.stack(False))
 
 
-def draw(signature: Signature, key: jax.Array, shape: tuple[int, ...], *, std: float, dtype: jnp.dtype) -> jax.Array:
-    """Fresh values: ones for a gain, else a normal of standard deviation `std`, truncated at three of them."""
+def draw(
+    signature: Signature,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    *,
+    std: float,
+    dtype: jnp.dtype,
+    offset: int | jax.Array = 0,
+) -> jax.Array:
+    """Fresh values: ones for a gain, else a normal of standard deviation `std`, truncated at three of them.
+
+    Every value follows from the key and its place alone, so that a block of a parameter can be drawn without the rest.
+
+    Args:
+      signature: the parameter's.
+      key: for what is drawn.
+      shape: of the parameter, or of a block that is contiguous in it, in row-major order.
+      std: the standard deviation.
+      dtype: what the values are rounded to.
+      offset: how many of the parameter's values stand before the block; traced, it is uint32[2], the high word first.
+    """
     if signature.gains:
         return jnp.ones(shape, dtype)
-    return (std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)).astype(dtype)
+    return (std * truncated_normal(key, 3.0, shape, offset)).astype(dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from flm_jax.evaluate import few_rows, make_eval, put_batch
 from flm_jax.generate import generate
 from flm_jax.growth.distance import settle
 from flm_jax.growth.examine import copies_apart, dead_slices, fresh_entries
-from flm_jax.growth.plan import Growth, axis_maps, grown_config, masks_at
+from flm_jax.growth.plan import Growth, axis_maps, grown_config, masks_at, promises
 from flm_jax.growth.verify import compare
 from flm_jax.model import Params
-from flm_jax.origin import lineage, read_origin
+from flm_jax.origin import Origin, lineage, read_origin
 from flm_jax.recipe import ResolvedStage, Stage, as_dict, write_identity, write_record
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram, TrainState
+from flm_jax.streamed import CHUNK_BYTES, finish, grow_streamed, unfinished
 
 TRANSPLANT = "growth.json"
 
@@ -69,8 +71,13 @@ def grow_checkpoint(
     data: DataConfig | None = None,
     tolerance: float = 1e-5,
     records: Mapping[str, str] | None = None,
+    streamed: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, Any]:
     """Grows a checkpoint, optimizer state included, into step 0 of a new work directory; the source is only read.
+
+    Streamed, it may be larger than memory: the result is the same, bit for bit, but neither model is run. Killed and
+    called again, a streamed growth goes on where it was.
 
     Args:
       source: a step, a stage's directory or a work directory.
@@ -82,18 +89,22 @@ def grow_checkpoint(
       data: held-out text for distances and the report; None: random tokens.
       tolerance: largest relative difference of logits that a preserving method may show, in float32.
       records: texts to keep, by file name.
+      streamed: block by block from disk to disk; mesh, data and tolerance are not used then.
+      chunk_bytes: the largest block, streamed.
 
     Returns:
       The record of the growth, also in the work directory as growth.json: plan, source and its digest, both
-      configurations, and under "verification" what `verify_checkpoints` finds. `Recipe.start` goes on from there.
+      configurations, and under "verification" what `verify_checkpoints` finds, or, streamed, what was compared.
+      `Recipe.start` goes on from there.
 
     Raises:
-      ValueError: the plan does not fit, or the work directory is in use.
+      ValueError: the plan does not fit, it wants distances where nothing is run, or the work directory is in use.
       DamagedError: the source is not as it was saved.
       CheckpointError: it does not record what it is, or the growth does not keep its promise; nothing is written.
     """
     workdir = Path(workdir).expanduser()
-    if workdir.exists() and any(workdir.iterdir()):
+    directory = workdir / "checkpoints" / "0_grown"
+    if workdir.exists() and any(workdir.iterdir()) and not (streamed and _begun(workdir, directory)):
         raise ValueError(f"{workdir} is not empty; grow into a new directory.")
     origin = read_origin(source)
     origin.check_settled(grows=True)
@@ -101,18 +112,9 @@ def grow_checkpoint(
     new = grown_config(old, target, growth)
     if not axis_maps(old, new, growth.placeholder):
         raise ValueError(f"Nothing grows: the checkpoint has the target's shape already, {plan.shape_line(old)}.")
-    placed = make_mesh(mesh)
-    tokens = held_out(data, old.vocab, few_rows(placed))
-    with jax.set_mesh(placed):
-        state = origin.restore(placed)
-        batch = put_batch(tokens.batches[0], placed)
-        growth, distances = settle(growth, old, new.layers, state.params, batch.inputs_BT, batch.segments_BT)
-        stage = ResolvedStage(0, Stage("grown", new, 0, 0, growth=growth), origin.stage)
-        ramp = stage.ramp_steps
-        program = StageProgram(stage, placed, 1)
-        grown = program.grower()(state, jax.random.key(seed))
-        found = _verify(origin.stage, state, stage, grown, tokens, tolerance, placed)
-        record = {
+
+    def describe(growth: Growth, distances: tuple[float, ...], found: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             "stage": "grown",
             "plan": as_dict(growth),
             "source": str(origin.directory),
@@ -125,22 +127,82 @@ def grow_checkpoint(
             "params_after": plan.param_count(new),
             "verification": found,
         }
-        if not found["holds"]:
-            raise CheckpointError(f"The growth does not hold, and nothing was written: {_failures(found)}")
-        meta = {
+
+    def meta(stage: ResolvedStage, ramp: int, record: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             "stage": "grown",
             "model": as_dict(new),
             "lineage": lineage(stage),
             "ramp_steps": ramp,
             "provenance": record,
         }
+
+    if streamed:
+        if growth.depth == "distance":
+            raise ValueError(
+                "Growth.depth='distance' needs a run of the source model, which a streamed growth does without: "
+                "measure where it fits in memory (flm_jax.growth.distance.settle), and give Growth.depth as the "
+                "copies that follow each layer; or take a place, such as 'interleave'."
+            )
+        stage = ResolvedStage(0, Stage("grown", new, 0, 0, growth=growth), origin.stage)
+
+        def described(verified: Mapping[str, Any]) -> dict[str, Any]:
+            command = f"python experiments/verify.py --source={origin.directory} --target={workdir}"
+            run = {"models": "not run: they may not fit in memory; where they do, run the command", "command": command}
+            found = {"method": growth.name, "preserving": promises(old, new, growth), "streamed": verified, **run}
+            return describe(growth, (), found)
+
+        ramp = stage.ramp_steps
+        recorded = lambda found: meta(stage, ramp, described(found))  # noqa: E731
+        done = grow_streamed(origin, stage, directory, seed, recorded, chunk_bytes)
+        record = described(done)
+    else:
+        record = _grow_in_memory(origin, new, growth, seed, make_mesh(mesh), data, tolerance, directory, describe, meta)
+    write_identity(workdir, TRANSPLANT, record)
+    for name, text in (records or {}).items():
+        write_record(workdir, name, text)
+    finish(directory)
+    return record
+
+
+def _begun(workdir: Path, directory: Path) -> bool:
+    """Whether all that a work directory holds is a streamed growth that did not finish."""
+    parts = [path.relative_to(workdir).parts for path in (*workdir.iterdir(), *workdir.glob("*/*"))]
+    alone = sorted(parts) == [("checkpoints",), ("checkpoints", directory.name)]
+    return alone and unfinished(directory)
+
+
+def _grow_in_memory(
+    origin: Origin,
+    new: ModelConfig,
+    growth: Growth,
+    seed: int,
+    placed: Mesh,
+    data: DataConfig | None,
+    tolerance: float,
+    directory: Path,
+    describe: Callable[..., dict[str, Any]],
+    meta: Callable[..., dict[str, Any]],
+) -> dict[str, Any]:
+    """Grows, verifies and saves; returns the record."""
+    old = origin.stage.cfg
+    tokens = held_out(data, old.vocab, few_rows(placed))
+    with jax.set_mesh(placed):
+        state = origin.restore(placed)
+        batch = put_batch(tokens.batches[0], placed)
+        growth, distances = settle(growth, old, new.layers, state.params, batch.inputs_BT, batch.segments_BT)
+        stage = ResolvedStage(0, Stage("grown", new, 0, 0, growth=growth), origin.stage)
+        recorded = functools.partial(meta, stage, stage.ramp_steps)  # refuses a ramp that does not fit, before it grows
+        program = StageProgram(stage, placed, 1)
+        grown = program.grower()(state, jax.random.key(seed))
+        found = _verify(origin.stage, state, stage, grown, tokens, tolerance, placed)
+        record = describe(growth, distances, found)
+        if not found["holds"]:
+            raise CheckpointError(f"The growth does not hold, and nothing was written: {_failures(found)}")
         signatures = {f"params/{path}": str(sig) for path, _, sig in plan.leaves(new)}
-        with Checkpoints(workdir / "checkpoints" / stage.directory) as store:
-            store.save(0, grown, signatures=signatures, meta=meta, blobs={})
+        with Checkpoints(directory) as store:
+            store.save(0, grown, signatures=signatures, meta=recorded(record), blobs={})
             store.wait()
-        write_identity(workdir, TRANSPLANT, record)
-        for name, text in (records or {}).items():
-            write_record(workdir, name, text)
     return record
 
 
@@ -272,6 +334,13 @@ def _failures(found: Mapping[str, Any]) -> str:
 
 def lines(found: Mapping[str, Any]) -> str:
     """A verification, for a terminal."""
+    if "streamed" in found:
+        source, target = (found["streamed"][side] for side in ("source", "target"))
+        return (
+            f"{found['method']}, streamed: {source['bytes'] / 1e9:.3f} GB read in {source['leaves']} leaves, all with "
+            f"the checksums of the source; {target['bytes'] / 1e9:.3f} GB written in {target['leaves']} leaves.\n"
+            f"  The models were not run. Where both fit in memory: {found['command']}"
+        )
     promise = f"{'promises' if found['preserving'] else 'does NOT promise'} to preserve the function"
     axes = ", ".join(f"{axis} {old} -> {new}" for axis, (old, new) in found["axes"].items())
     loss, logits, greedy = found["eval_loss"], found["logits"], found["greedy"]

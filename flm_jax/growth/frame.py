@@ -120,13 +120,6 @@ def into_frame(moments: Any, frame: Frame | None, power: int) -> Any:
     return jax.tree.map(lambda m, view: times(m, view.gradient, -power), moments, frame)
 
 
-def out_of_frame(moments: Any, frame: Frame | None, power: int) -> Any:
-    """Averages of gradients to some power, as they are."""
-    if frame is None:
-        return moments
-    return jax.tree.map(lambda m, view: times(m, view.gradient, power), moments, frame)
-
-
 def in_frame(inner: optax.GradientTransformation, frame: Frame | None, clip: float) -> optax.GradientTransformation:
     """An optimizer that works in a frame, behind clipping by the global norm, in which copies count once.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,16 +19,12 @@ import numpy as np
 import optax
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth.axis_map import AxisMap, Rule, Span, along
-from flm_jax.growth.frame import Frame, into_frame, out_of_frame
+from flm_jax.growth.axis_map import AxisMap, Rule
+from flm_jax.growth.frame import Frame, View
 from flm_jax.growth.plan import Growth, axis_maps
+from flm_jax.growth.way import Grown, Way, make_way
 from flm_jax.model import Params, declared
 from flm_jax.signature import Signature, draw
-
-# Noise in copies, in standard deviations of an initialisation.
-NOISE = 0.1
-# More runs of entries than this are looked up by index.
-MAX_RUNS = 8
 
 
 def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key: jax.Array) -> Params:
@@ -47,45 +43,101 @@ def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key
     Raises:
       ValueError: the parameters are not those of `old` (the path and both shapes are named), or see `axis_maps`.
     """
+
+    def one(path: str, value: jax.Array, way: Way) -> jax.Array:
+        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return way.grow(value, functools.partial(fresh, way, leaf_key, way.shape, new.std(way.signature)), leaf_key)
+
+    check_shapes(params, old)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, value, way: one(jax.tree_util.keystr(path, simple=True, separator="/"), value, way),
+        params,
+        param_ways(old, new, growth),
+    )
+
+
+def fresh(way: Way, key: jax.Array, shape: tuple[int, ...], std: float, **offset: Any) -> jax.Array:
+    """What is drawn for a parameter, or for a block of it that begins at some `offset`."""
+    return draw(way.signature, key, shape, std=std, dtype=way.wide, **offset)
+
+
+def param_ways(old: ModelConfig, new: ModelConfig, growth: Growth) -> Params:
+    """How every parameter grows: a tree of `Way`."""
     maps = axis_maps(old, new, growth)
 
-    def one(path: str, value: jax.Array, signature: Signature, like: jax.ShapeDtypeStruct) -> jax.Array:
-        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        fresh = draw(signature, leaf_key, like.shape, std=new.std(signature), dtype=like.dtype)
-        fold = old.forward_mult(signature) / new.forward_mult(signature)
-        value = _take(value if fold == 1 else value * fold, signature, maps, lambda rule: rule.scale)
-        value = value + _cancelling(fresh, signature, maps)
-        drawn = _where(signature, maps, lambda rule: rule.fill == "draw")
-        silent = _where(signature, maps, lambda rule: rule.fill == "zero")
-        # One vector an axis: what is new in any of them is combined on the device, never as an array on the host.
-        value = functools.reduce(lambda x, is_new: jnp.where(is_new, fresh, x), drawn, value)
-        value = functools.reduce(lambda x, is_new: jnp.where(is_new, jnp.zeros((), x.dtype), x), silent, value)
-        return value.astype(like.dtype)
+    def one(signature: Signature, like: jax.ShapeDtypeStruct) -> Way:
+        grown = _grown_axes(signature, maps)
+        weights = [np.ones(1) for _ in signature.axes]
+        for dim, span, rule in grown:
+            weights[dim] = np.broadcast_to(rule.scale, span.new)
+        return make_way(signature, like, grown, old.forward_mult(signature) / new.forward_mult(signature), weights)
 
-    return map_params(one, params, old, new)
+    likes, signatures = declared(new)
+    return jax.tree.map(one, signatures, likes)
 
 
-def grow_moments(moments: Params, old: ModelConfig, new: ModelConfig, growth: Growth, power: int) -> Params:
+def moment_ways(
+    old: ModelConfig,
+    new: ModelConfig,
+    growth: Growth,
+    power: int,
+    before: Frame | None = None,
+    after: Frame | None = None,
+) -> Params:
+    """How moving averages of gradients to some power grow, in the frames that they are in: a tree of `Way`."""
+    maps = axis_maps(old, new, growth)
+    forget = growth.optimizer == "asymmetric"
+
+    def one(signature: Signature, like: jax.ShapeDtypeStruct, *views: View) -> Way:
+        seen = dict(zip([f for f in ("before", "after") if frames[f] is not None], views, strict=True))
+        factors = {name: [np.ravel(f) ** float(power) for f in view.gradient] for name, view in seen.items()}
+        weights = factors.get("before", [np.ones(1) for _ in signature.axes])
+        grown: list[Grown] = []
+        for dim, span, rule in _grown_axes(signature, maps):
+            unknown = forget or rule.fill != "copy" or rule.from_above
+            grown.append((dim, span, Rule("zero" if unknown else "copy")))
+            taken = np.broadcast_to(weights[dim], span.old)[span.source]
+            weights[dim] = taken * np.power(np.broadcast_to(rule.dual, span.new), float(power))
+        if "after" in factors:
+            weights = [w / f for w, f in zip(weights, factors["after"], strict=True)]
+        fold = (new.forward_mult(signature) / old.forward_mult(signature)) ** power
+        return make_way(signature, like, grown, fold, weights)
+
+    frames = {"before": before, "after": after}
+    likes, signatures = declared(new)
+    return jax.tree.map(one, signatures, likes, *(f for f in frames.values() if f is not None))
+
+
+def grow_moments(
+    moments: Params,
+    old: ModelConfig,
+    new: ModelConfig,
+    growth: Growth,
+    power: int,
+    before: Frame | None = None,
+    after: Frame | None = None,
+) -> Params:
     """A moving average of gradients to some power (Adam's first moment: 1, second: 2), by the dual of the same maps.
 
     Copies take over the average of their source, which is what theirs would be. Where the method cannot say what it
     would be, and everywhere new with ``growth.optimizer == "asymmetric"``, it starts at 0. An average of parameters
     grows as parameters do, by `grow`.
 
+    Args:
+      moments: of the old model.
+      old: the configuration before.
+      new: the configuration after.
+      growth: how.
+      power: of the gradients.
+      before: the frame that the old moments are in (see `frame`).
+      after: the frame that the new ones shall be in.
+
     Raises:
         ValueError: as `grow`.
     """
-    maps = axis_maps(old, new, growth)
-    forget = growth.optimizer == "asymmetric"
-
-    def one(path: str, value: jax.Array, signature: Signature, like: jax.ShapeDtypeStruct) -> jax.Array:
-        del path, like
-        fold = (new.forward_mult(signature) / old.forward_mult(signature)) ** power
-        value = _take(value if fold == 1 else value * fold, signature, maps, lambda rule: np.power(rule.dual, power))
-        unknown = _where(signature, maps, lambda rule: forget or rule.fill != "copy" or rule.from_above)
-        return functools.reduce(lambda x, is_new: jnp.where(is_new, jnp.zeros((), x.dtype), x), unknown, value)
-
-    return map_params(one, moments, old, new)
+    check_shapes(moments, old)
+    ways = moment_ways(old, new, growth, power, before, after)
+    return jax.tree.map(lambda value, way: way.grow(value), moments, ways)
 
 
 def grow_optimizer(
@@ -110,8 +162,7 @@ def grow_optimizer(
     """
 
     def moved(moments: Params, power: int) -> Params:
-        moments = out_of_frame(moments, before, power)
-        return into_frame(grow_moments(moments, old, new, growth, power), after, power)
+        return grow_moments(moments, old, new, growth, power, before, after)
 
     def one(part: Any) -> Any:
         if not isinstance(part, optax.ScaleByAdamState):
@@ -137,10 +188,13 @@ def fold_norm_width(params: Params, cfg: ModelConfig) -> tuple[Params, ModelConf
     return folded, cfg.replace(norm_width=None, norm_eps=cfg.norm_eps * ratio)
 
 
-def map_params(function: Any, tree: Params, old: ModelConfig, new: ModelConfig) -> Params:
-    """Maps (path, leaf, signature, target shape) over the parameters, after checking that they are those of `old`."""
-    shapes, signatures = declared(old)
-    likes, _ = declared(new)
+def check_shapes(tree: Params, cfg: ModelConfig) -> None:
+    """Checks that these are parameters, or averages, of a model.
+
+    Raises:
+        ValueError: names the first path that is not, and both shapes.
+    """
+    shapes, _ = declared(cfg)
     expected = {jax.tree_util.keystr(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(shapes)}
     found = {jax.tree_util.keystr(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
     for path in sorted(expected.keys() | found.keys()):
@@ -149,87 +203,12 @@ def map_params(function: Any, tree: Params, old: ModelConfig, new: ModelConfig) 
                 f"Parameter {path} has shape {found.get(path, 'none: it is missing')}, but the source configuration "
                 f"gives it {expected.get(path, 'no place')}."
             )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(jax.tree_util.keystr(path, simple=True, separator="/"), *leaves),
-        tree,
-        signatures,
-        likes,
-    )
 
 
-def _grown_axes(signature: Signature, maps: Mapping[str, AxisMap]) -> list[tuple[int, Span, Rule]]:
-    """The dimensions of an array that grow, the last one first: layers, which others may look up, come last."""
+def _grown_axes(signature: Signature, maps: Mapping[str, AxisMap]) -> list[Grown]:
+    """The dimensions of an array that grow, the last one first."""
     return [
         (dim, maps[axis].span, maps[axis].rules[signature.role(axis)])
         for dim, axis in reversed(list(enumerate(signature.axes)))
         if axis in maps
     ]
-
-
-def _entries(value: jax.Array, span: Span, dim: int) -> jax.Array:
-    """The source of every new entry along one dimension.
-
-    Runs of entries are sliced and joined, which the partitioner does by exchanging what moves, where it would gather
-    the whole array for indices along a dimension that is split over devices.
-    """
-    if span.parts is not None and span.group is None:
-        outer, inner = span.parts
-        shape = value.shape
-        split = value.reshape(*shape[:dim], outer.old, inner.old, *shape[dim + 1 :])
-        taken = _entries(_entries(split, outer, dim), inner, dim + 1)
-        return taken.reshape(*shape[:dim], span.new, *shape[dim + 1 :])
-    source = span.source
-    starts = np.flatnonzero(np.diff(source, prepend=source[0] - 2) != 1)
-    if len(starts) > MAX_RUNS:
-        return jnp.take(value, source, axis=dim)
-    ends = [*starts[1:], len(source)]
-    runs = [
-        jax.lax.slice_in_dim(value, int(source[a]), int(source[a]) + int(b - a), axis=dim)
-        for a, b in zip(starts, ends, strict=True)
-    ]
-    return jnp.concatenate(runs, axis=dim) if len(runs) > 1 else runs[0]
-
-
-def _take(
-    value: jax.Array,
-    signature: Signature,
-    maps: Mapping[str, AxisMap],
-    weight: Callable[[Rule], float | np.ndarray],
-) -> jax.Array:
-    """An array at its new shape: every entry taken from its source and weighted."""
-    ndim = value.ndim
-    for dim, span, rule in _grown_axes(signature, maps):
-        is_new = along(span.fresh, dim, ndim)
-        taken = _entries(value, span, dim)
-        if rule.from_above and signature.stacked:
-            above = jnp.concatenate([value[1:], value[-1:]])
-            taken = jnp.where(is_new, _entries(above, span, dim), taken)
-        if rule.fill == "mean":
-            taken = jnp.where(is_new, jnp.mean(value, axis=dim, keepdims=True), taken)
-        scale = weight(rule)
-        if not np.all(scale == 1):
-            taken = taken * along(np.broadcast_to(scale, span.new), dim, ndim).astype(taken.dtype)
-        value = taken
-    return value
-
-
-def _where(signature: Signature, maps: Mapping[str, AxisMap], holds: Callable[[Rule], bool]) -> list[np.ndarray]:
-    """By grown dimension whose rule `holds`: which entries are fresh, shaped to broadcast."""
-    ndim = len(signature.axes)
-    return [along(span.fresh, dim, ndim) for dim, span, rule in _grown_axes(signature, maps) if holds(rule)]
-
-
-def _cancelling(fresh: jax.Array, signature: Signature, maps: Mapping[str, AxisMap]) -> jax.Array | float:
-    """Noise that the copies of each entry cancel, given the sizes c of what they meet: sum(c noise) = 0 over copies."""
-    total: jax.Array | float = 0.0
-    for dim, span, rule in _grown_axes(signature, maps):
-        if rule.noise is None:
-            continue
-        group = span.alike
-        moved = jnp.moveaxis(fresh, dim, -1)
-        size = np.bincount(group, weights=rule.noise**2)[group]
-        c, weight = (along(v, fresh.ndim - 1, fresh.ndim).astype(fresh.dtype) for v in (rule.noise, rule.noise / size))
-        met = jnp.zeros((*moved.shape[:-1], int(group.max()) + 1), moved.dtype).at[..., group].add(moved * c)
-        noise = moved - jnp.take(met, group, axis=-1) * weight
-        total = total + NOISE * jnp.moveaxis(noise, -1, dim)
-    return total

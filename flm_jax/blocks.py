@@ -1,0 +1,259 @@
+"""Leaves on disk, a block at a time: a run of rows of one layer is read or written without the rest.
+
+Checkpoints hold each leaf as a zarr array, uncompressed: a grid of chunks, each row-major, so the rows that a block
+wants of a chunk are one run of bytes. Orbax reads and writes chunks whole, and one chunk may hold all layers of a leaf;
+here the bytes are found, through tensorstore's account of where a value lies, and read by themselves. What is written
+is one file a chunk, beside metadata that orbax wrote for the same tree, so that it restores like any other checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from flm_jax import direct
+from flm_jax.integrity import DamagedError
+from flm_jax.stored import nest
+
+_ZARR = ".zarray"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a value lies: bytes of a file, or the bytes themselves."""
+
+    file: Path
+    offset: int
+    length: int
+    inline: bytes | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLeaf:
+    """A leaf of a checkpoint, read by runs of rows.
+
+    Attributes:
+      path: its path in the state.
+      shape: of the leaf.
+      dtype: of the leaf.
+      chunks: shape of a chunk.
+      runs: where each chunk lies, by its name, such as '0.3.0'.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...]
+    runs: Mapping[str, Run]
+
+    def read(self, lead: tuple[int, ...], start: int, out: np.ndarray) -> None:
+        """Reads rows into an array, every byte of them once and no other.
+
+        Args:
+          lead: the layer, of a stacked leaf; empty otherwise.
+          start: the first row.
+          out: (rows, ...), contiguous.
+
+        Raises:
+          DamagedError: they are not there in full.
+        """
+        dim, trailing = len(lead), self.chunks[len(lead) + 1 :]
+        rows, stop = self.chunks[dim], start + len(out)
+        row_bytes = math.prod(trailing) * self.dtype.itemsize
+        grid = [range(-(-size // c)) for size, c in zip(self.shape[dim + 1 :], trailing, strict=True)]
+        for chunk in range(start // rows, -(-stop // rows)):
+            a, b = max(start, chunk * rows), min(stop, (chunk + 1) * rows)
+            below = (lead[0] % self.chunks[0]) * rows if lead else 0  # a chunk may hold several layers
+            begin = (below + a - chunk * rows) * row_bytes
+            for at in itertools.product(*grid):
+                index = (*(i // c for i, c in zip(lead, self.chunks, strict=False)), chunk, *at)
+                wanted = out[a - start : b - start]
+                if all(len(g) == 1 for g in grid) and trailing == self.shape[dim + 1 :]:
+                    self._fetch(index, begin, wanted.reshape(-1).view(np.uint8))
+                    continue
+                piece = np.empty((b - a, *trailing), self.dtype)
+                self._fetch(index, begin, piece.reshape(-1).view(np.uint8))
+                box = tuple(slice(i * c, (i + 1) * c) for i, c in zip(at, trailing, strict=True))
+                held = wanted[(slice(None), *box)]
+                held[...] = piece[tuple(slice(0, n) for n in held.shape)]
+
+    def value(self) -> np.ndarray:
+        """A leaf without dimensions."""
+        out = np.empty((), self.dtype)
+        self._fetch((0,), 0, out.reshape(1).view(np.uint8))
+        return out
+
+    def _fetch(self, index: tuple[int, ...], begin: int, out: np.ndarray) -> None:
+        name = ".".join(map(str, index))
+        run = self.runs.get(name)
+        if run is None or begin + len(out) > run.length:
+            raise DamagedError(f"{self.path}: its chunk {name} is not there in full")
+        if run.inline is not None:
+            out[:] = np.frombuffer(run.inline, np.uint8)[begin : begin + len(out)]
+            return
+        try:
+            direct.read(run.file, run.offset + begin, out)
+        except (OSError, EOFError) as error:
+            raise DamagedError(f"{self.path}: {run.file} cannot be read: {error}") from error
+
+
+def open_leaves(arrays: Path, wanted: Mapping[str, Any]) -> dict[str, StoredLeaf]:
+    """Finds leaves of a checkpoint on disk.
+
+    Args:
+      arrays: where the arrays of a step are.
+      wanted: by leaf path, anything with a shape and a dtype.
+
+    Raises:
+      DamagedError: one is missing, or stored in another way than checkpoints are.
+    """
+    try:
+        values = dict(_ocdbt_values(arrays)) if (arrays / "manifest.ocdbt").exists() else dict(_files(arrays))
+    except (ValueError, KeyError, OSError) as error:
+        raise DamagedError(f"{arrays} cannot be read: {str(error).partition(chr(10))[0]}") from error
+    chunks: dict[str, dict[str, Run]] = {}
+    for key, run in values.items():
+        name, _, last = key.rpartition("/")
+        chunks.setdefault(name, {})[last] = run
+    return {path: _open(arrays, path, leaf, chunks.get(key_of(path), {})) for path, leaf in wanted.items()}
+
+
+def _open(arrays: Path, path: str, leaf: Any, runs: dict[str, Run]) -> StoredLeaf:
+    try:
+        described = runs.pop(_ZARR)
+        text = described.file.read_bytes() if described.inline is None else described.inline
+        if described.inline is None:
+            text = text[described.offset : described.offset + described.length]
+        zarr = json.loads(text)
+        plain = zarr["compressor"] is None and zarr["filters"] is None and zarr["order"] == "C"
+        shape, chunks = tuple(zarr["shape"]), tuple(zarr["chunks"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedError(f"{arrays}: {path} cannot be read: its description is missing or damaged") from error
+    if shape != tuple(leaf.shape) or not plain or zarr["dtype"] != zarr_dtype(leaf.dtype):
+        raise DamagedError(f"{arrays}: {path} is not stored as an uncompressed array of the shape and dtype it has")
+    return StoredLeaf(path, shape, np.dtype(leaf.dtype), chunks, runs)
+
+
+def zarr_dtype(dtype: Any) -> str:
+    """A dtype as zarr names it."""
+    found = jnp.dtype(dtype)
+    return found.name if found.kind == "V" else found.newbyteorder("<").str
+
+
+def key_of(path: str) -> str:
+    """The name of a leaf on disk."""
+    return ".".join(part.replace("%", "%25").replace(".", "%2E") for part in path.split("/"))
+
+
+def _files(arrays: Path) -> Iterator[tuple[str, Run]]:
+    for folder in arrays.iterdir():
+        if (folder / _ZARR).is_file():
+            for file in folder.iterdir():
+                yield f"{folder.name}/{file.name}", Run(file, 0, file.stat().st_size)
+
+
+def _ocdbt_values(arrays: Path) -> Iterator[tuple[str, Run]]:
+    """Every key of an OCDBT database, and where its value lies."""
+    base = ts.KvStore.open(f"file://{arrays}/").result()
+
+    def walk(node: str, prefix: bytes) -> Iterator[tuple[str, Run]]:
+        for entry in ts.ocdbt.dump(base, node).result()["entries"]:
+            key = prefix + bytes(entry["key"])
+            if "location" in entry:
+                yield from walk(entry["location"], prefix + bytes(entry["subtree_common_prefix"]))
+            elif "inline_value" in entry:
+                value = bytes(entry["inline_value"])
+                yield key.decode(), Run(arrays, 0, len(value), value)
+            else:
+                # "value:" and, each escaped: the base path, the path relative to it, the offset, the length.
+                _, folder, file, offset, length = entry["indirect_value"].split(":")
+                yield key.decode(), Run(arrays / (unquote(folder) + unquote(file)), int(offset), int(length))
+
+    root = ts.ocdbt.dump(base).result()["versions"][-1]["root"]
+    if "location" in root:
+        yield from walk(root["location"], b"")
+
+
+def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str, tuple[int, ...]]) -> None:
+    """Writes a checkpoint's arrays without their content, for `write_block` to fill in.
+
+    Orbax writes the tree with an array of one element for each leaf that has chunks here; then its description of that
+    array is given the real shape.
+
+    Args:
+      arrays: a directory that does not exist.
+      leaves: by path: an array, which is written, or shape and dtype of one that is written in chunks.
+      chunks: shapes of chunks, by the paths of these.
+    """
+    tree = {
+        path: jnp.zeros((1,) * len(leaf.shape), leaf.dtype) if path in chunks else leaf for path, leaf in leaves.items()
+    }
+    with contextlib.closing(
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+    ) as orbax:
+        orbax.save(arrays, args=ocp.args.PyTreeSave(nest(tree)))
+    # It repeats what the arrays themselves say, and reading does without.
+    shutil.rmtree(arrays / "array_metadatas", ignore_errors=True)
+    whole = json.loads((arrays / "_METADATA").read_text())
+    shapes = {tuple(key_of(path).split(".")): shape for path, shape in chunks.items()}
+    for entry in whole["tree_metadata"].values():
+        key = tuple(part["key"] for part in entry["key_metadata"])
+        if key in shapes:
+            entry["value_metadata"]["write_shape"] = list(shapes[key])
+    (arrays / "_METADATA").write_text(json.dumps(whole))
+    for path, shape in chunks.items():
+        folder = arrays / key_of(path)
+        zarr = json.loads((folder / _ZARR).read_text())
+        for file in folder.iterdir():
+            file.unlink()
+        described = {**zarr, "shape": list(leaves[path].shape), "chunks": list(shape)}
+        (folder / _ZARR).write_text(json.dumps(described, sort_keys=True, separators=(",", ":")))
+
+
+def block_files(
+    arrays: Path, path: str, shape: tuple[int, ...], chunks: tuple[int, ...], lead: tuple[int, ...], row: int
+) -> Iterator[tuple[Path, tuple[slice, ...]]]:
+    """The files of a block that begins at `row`, and which part of its trailing dimensions each holds."""
+    dim = len(lead)
+    grid = [range(-(-size // c)) for size, c in zip(shape[dim + 1 :], chunks[dim + 1 :], strict=True)]
+    for at in itertools.product(*grid):
+        box = tuple(slice(i * c, (i + 1) * c) for i, c in zip(at, chunks[dim + 1 :], strict=True))
+        yield arrays / key_of(path) / ".".join(map(str, (*lead, row // chunks[dim], *at))), box
+
+
+def write_block(
+    arrays: Path,
+    path: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    lead: tuple[int, ...],
+    row: int,
+    rows: np.ndarray,
+) -> None:
+    """Writes a block of a leaf, one file a chunk, and returns when it is on disk.
+
+    Args:
+      arrays: where `write_skeleton` wrote.
+      path: the leaf's.
+      shape: the leaf's.
+      chunks: shape of its chunks; trailing dimensions are whole multiples.
+      lead: the layer, of a stacked leaf; empty otherwise.
+      row: where the block begins, a multiple of a chunk's rows.
+      rows: (rows, ...); as many as a chunk has, or fewer where the leaf ends.
+    """
+    size = math.prod(chunks) * rows.dtype.itemsize  # chunks at the edge are stored whole
+    for file, box in block_files(arrays, path, shape, chunks, lead, row):
+        direct.write(file, rows[(slice(None), *box)], size)

@@ -1,0 +1,91 @@
+"""Files read and written past the page cache, where the file system allows it.
+
+What streams through once gains nothing from the cache, and filling it costs more processor time than the disk takes:
+measured on a virtual machine, 1 to 2.7 s a GB written, against 0.03 s without. Where a file system refuses (tmpfs), the
+same calls go through the cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+_ALIGN = 4096  # of addresses, offsets and lengths; a multiple of every disk's block
+_own = threading.local()
+
+
+def read(path: Path, offset: int, out: np.ndarray) -> None:
+    """Fills a contiguous uint8 array with bytes of a file.
+
+    Raises:
+      EOFError: the file ends before.
+      OSError: it cannot be read.
+    """
+    first = offset // _ALIGN * _ALIGN
+    size = _up(offset + len(out)) - first
+    data = _buffer(size)
+    file, done = _open(path, os.O_RDONLY), 0
+    try:
+        while done < offset + len(out) - first:
+            got = os.preadv(file, [data[done:size]], first + done)
+            if not got:
+                raise EOFError(f"{path} ends after {first + done} bytes")
+            done += got
+            if done < offset + len(out) - first and done % _ALIGN:  # at the end, or a part that cannot be gone on from
+                done = done // _ALIGN * _ALIGN
+                if os.fstat(file).st_size < offset + len(out):
+                    raise EOFError(f"{path} ends after {os.fstat(file).st_size} bytes")
+    finally:
+        os.close(file)
+    out[:] = np.frombuffer(data, np.uint8, len(out), offset - first)
+
+
+def write(path: Path, rows: np.ndarray, size: int) -> None:
+    """Writes an array of any strides in row-major order, zeros up to `size` bytes after it, and waits for the disk.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    data = _buffer(_up(size))
+    held = np.frombuffer(data, rows.dtype, rows.size).reshape(rows.shape)
+    held[...] = rows
+    np.frombuffer(data, np.uint8)[rows.nbytes : _up(size)] = 0
+    file, done = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 0
+    try:
+        while done < size:
+            done += os.write(file, data[done : _up(size)])
+            if done < size and done % _ALIGN:
+                done = done // _ALIGN * _ALIGN
+                os.lseek(file, done, os.SEEK_SET)
+        os.ftruncate(file, size)
+        os.fsync(file)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(file)
+
+
+def _up(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _buffer(size: int) -> memoryview:
+    """Aligned memory of this thread's own, at least so large; kept for the next call."""
+    if len(getattr(_own, "data", b"")) < size:
+        _own.data = memoryview(mmap.mmap(-1, size))
+    return _own.data
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)

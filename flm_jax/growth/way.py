@@ -1,0 +1,255 @@
+"""How one array grows, entry by entry: where it is taken from, by what it is multiplied, what is new.
+
+One function serves a whole array, on a device or on a mesh under jit, and a block of it that is streamed: a run of rows
+of one layer. So that both have the same bits however they are compiled, nothing is left to the compiler's rounding:
+taken entries are multiplied once a dimension, in at least float32, by vectors that are no constant; and where a product
+enters a sum, it is rounded first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax.growth.axis_map import Rule, Span, along
+from flm_jax.signature import Signature
+
+# Noise in copies, in standard deviations of an initialisation.
+NOISE = 0.1
+# More runs of entries than this are looked up by index.
+MAX_RUNS = 8
+
+Vector = Any  # (size,), of NumPy or traced
+Grown = tuple[int, Span, Rule]
+
+
+class Entries(NamedTuple):
+    """What a way says entry by entry; of a block, what concerns its rows and its layer.
+
+    Attributes:
+      fresh: by grown dimension, (new,) bool, the entries that did not exist before.
+      weights: by dimension, (new,), what is taken is multiplied by these; None: by nothing.
+      scale: what every taken entry is multiplied by; None: by nothing.
+    """
+
+    fresh: tuple[Vector, ...]
+    weights: tuple[Vector | None, ...]
+    scale: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """How one array grows. Made by `make_way`.
+
+    Attributes:
+      signature: the parameter's, also of its moments.
+      shape: after growth.
+      dtype: after growth.
+      grown: the dimensions that grow, each with its span and its rule, the last one first: layers, which others may
+        look up, come last.
+      entries: of the whole array.
+    """
+
+    signature: Signature
+    shape: tuple[int, ...]
+    dtype: Any
+    grown: tuple[Grown, ...]
+    entries: Entries
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """The shape before growth."""
+        old = {dim: span.old for dim, span, _ in self.grown}
+        return tuple(old.get(dim, size) for dim, size in enumerate(self.shape))
+
+    @property
+    def wide(self) -> Any:
+        """The dtype that is computed in."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn."""
+        return any(rule.fill == "draw" or rule.noise is not None for _, _, rule in self.grown)
+
+    @property
+    def row_dim(self) -> int:
+        """The first dimension that is not layers: blocks are runs along it."""
+        return int(self.signature.stacked)
+
+    @property
+    def splits(self) -> bool:
+        """Whether a run of rows can be grown without the others: noise that copies cancel and means need them all."""
+        return not any(
+            dim == self.row_dim and (rule.noise is not None or rule.fill == "mean") for dim, _, rule in self.grown
+        )
+
+    @property
+    def layers_above(self) -> int:
+        """How many layers above its own a layer is grown from: one for every dimension that copies from above."""
+        return sum(rule.from_above and self.signature.stacked for _, _, rule in self.grown)
+
+    def sources(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of every new entry along a dimension: (new,) int, where it is from, and (new,) bool, whether it is needed.
+
+        Entries that are drawn or zero need no source; one entry that comes from each old one always counts as needed.
+        """
+        index = np.arange(self.shape[dim])
+        for grown, span, rule in self.grown:
+            if grown == dim:
+                needed = ~span.fresh if rule.fill in ("draw", "zero") else np.ones(span.new, bool)
+                needed[np.unique(span.source, return_index=True)[1]] = True
+                return span.source, needed
+        return index, np.ones(len(index), bool)
+
+    def block(self, layer: int, rows: slice) -> Entries:
+        """The entries of a run of rows of one layer; of an array that is not stacked, of a run of rows."""
+        restricted = {self.row_dim: rows} | ({0: slice(layer, layer + 1)} if self.signature.stacked else {})
+        whole = slice(None)
+        return Entries(
+            tuple(
+                fresh[restricted.get(dim, whole)]
+                for (dim, _, _), fresh in zip(self.grown, self.entries.fresh, strict=True)
+            ),
+            tuple(
+                None if weight is None else weight[restricted.get(dim, whole)]
+                for dim, weight in enumerate(self.entries.weights)
+            ),
+            self.entries.scale,
+        )
+
+    def grow(
+        self,
+        value: jax.Array,
+        draw: Callable[[], jax.Array] | None = None,
+        key: jax.Array | None = None,
+        entries: Entries | None = None,
+        taken: Collection[int] = (),
+    ) -> jax.Array:
+        """The grown array, or a block of it.
+
+        Args:
+          value: the array before; of a block, what its rows and its layer come from, and, if the way looks above,
+            `layers_above` layers more.
+          draw: gives what is drawn, in the shape of the result; asked only if something is.
+          key: the key that it draws by.
+          entries: of the block; None: the whole array's.
+          taken: dimensions along which `value` holds the source of every new entry already, in their order.
+        """
+        entries, ndim = entries or self.entries, len(self.shape)
+        flags = [along(is_new, dim, ndim) for is_new, (dim, _, _) in zip(entries.fresh, self.grown, strict=True)]
+        for is_new, (dim, span, rule) in zip(flags, self.grown, strict=True):
+            source = (lambda x: x) if dim in taken else functools.partial(_entries, span=span, dim=dim)
+            after = source(value) if dim or not self.signature.stacked or dim not in taken else value[:1]
+            if rule.from_above and self.signature.stacked:
+                after = jnp.where(is_new, source(jnp.concatenate([value[1:], value[-1:]])), after)
+            if rule.fill == "mean":
+                mean = jnp.mean(value.astype(self.wide), axis=dim, keepdims=True)
+                after = jnp.where(is_new, mean, after.astype(self.wide))
+            value = after
+        if self.signature.stacked and 0 in taken:
+            value = value[:1]
+        value = value.astype(self.wide)
+        if entries.scale is not None:
+            value = value * jnp.asarray(entries.scale, self.wide)
+        for dim, weight in enumerate(entries.weights):
+            if weight is not None:
+                value = value * along(weight, dim, ndim).astype(self.wide)
+        fresh = draw() if draw is not None and self.draws else jnp.zeros((), self.wide)
+        if any(rule.noise is not None for _, _, rule in self.grown):
+            assert key is not None
+            value = _rounded(value, key) + self._cancelling(_rounded(fresh, key), key)
+        # One vector an axis: what is new in any of them is combined on the device, never as an array on the host.
+        for fill, content in (("draw", fresh), ("zero", jnp.zeros((), self.wide))):
+            for is_new, (_, _, rule) in zip(flags, self.grown, strict=True):
+                if rule.fill == fill:
+                    value = jnp.where(is_new, content, value)
+        return value.astype(self.dtype)
+
+    def _cancelling(self, fresh: jax.Array, key: jax.Array) -> jax.Array:
+        """Noise that the copies of each entry cancel, given the sizes c of what they meet: sum(c noise) = 0."""
+        total = jnp.zeros((), fresh.dtype)
+        for dim, span, rule in self.grown:
+            if rule.noise is None:
+                continue
+            group = span.alike
+            moved = jnp.moveaxis(fresh, dim, -1)
+            size = np.bincount(group, weights=rule.noise**2)[group]
+            vectors = (rule.noise, rule.noise / size)
+            c, weight = (along(v, fresh.ndim - 1, fresh.ndim).astype(fresh.dtype) for v in vectors)
+            met = jnp.zeros((*moved.shape[:-1], int(group.max()) + 1), moved.dtype)
+            met = met.at[..., group].add(_rounded(moved * c, key))
+            noise = moved - _rounded(jnp.take(met, group, axis=-1) * weight, key)
+            total = total + _rounded(NOISE * jnp.moveaxis(noise, -1, dim), key)
+        return total
+
+
+def make_way(
+    signature: Signature,
+    like: jax.ShapeDtypeStruct,
+    grown: Sequence[Grown],
+    scale: float,
+    weights: Sequence[np.ndarray],
+) -> Way:
+    """How an array grows.
+
+    Args:
+      signature: the parameter's.
+      like: shape and dtype after growth.
+      grown: its dimensions that grow, the last one first.
+      scale: what every taken entry is multiplied by.
+      weights: by dimension, (new,) or (1,), what taken entries are multiplied by besides.
+    """
+    found: list[np.ndarray | None] = [np.asarray(w, np.float64) for w in weights]
+    # A compiler merges constants: two vectors of equal entries would be one, but not where they are a block's.
+    for dim, w in enumerate(found):
+        if w is not None and np.all(w == w[0]):
+            scale, found[dim] = scale * float(w[0]), None
+    for dim, w in enumerate(found):
+        if w is not None:
+            scale, found[dim] = 1.0, w * scale
+            break
+    fresh = tuple(span.fresh for _, span, _ in grown)
+    entries = Entries(fresh, tuple(found), None if scale == 1 else scale)
+    return Way(signature, like.shape, like.dtype, tuple(grown), entries)
+
+
+def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+    """`x` as it is, but rounded to its dtype before it enters a sum: compilers fuse the two where it suits them.
+
+    Zero is added to its bits, in a form that no compiler sees through: a number times its successor is even.
+    """
+    word = jax.random.key_data(key).ravel()[0]
+    unsigned = jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32
+    zero = ((word * (word + np.uint32(1))) & np.uint32(1)).astype(unsigned)
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, unsigned) + zero, x.dtype)
+
+
+def _entries(value: jax.Array, span: Span, dim: int) -> jax.Array:
+    """The source of every new entry along one dimension.
+
+    Runs of entries are sliced and joined, which the partitioner does by exchanging what moves, where it would gather
+    the whole array for indices along a dimension that is split over devices.
+    """
+    if span.parts is not None and span.group is None:
+        outer, inner = span.parts
+        shape = value.shape
+        split = value.reshape(*shape[:dim], outer.old, inner.old, *shape[dim + 1 :])
+        taken = _entries(_entries(split, outer, dim), inner, dim + 1)
+        return taken.reshape(*shape[:dim], span.new, *shape[dim + 1 :])
+    source = span.source
+    starts = np.flatnonzero(np.diff(source, prepend=source[0] - 2) != 1)
+    if len(starts) > MAX_RUNS:
+        return jnp.take(value, source, axis=dim)
+    ends = [*starts[1:], len(source)]
+    runs = [
+        jax.lax.slice_in_dim(value, int(source[a]), int(source[a]) + int(b - a), axis=dim)
+        for a, b in zip(starts, ends, strict=True)
+    ]
+    return jnp.concatenate(runs, axis=dim) if len(runs) > 1 else runs[0]

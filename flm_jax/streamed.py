@@ -1,0 +1,375 @@
+"""Growing a checkpoint that is larger than memory, block by block, from disk to disk.
+
+A block is a run of rows of one layer of one leaf. One pass goes over the leaves: it reads the rows that a block comes
+from, grows them (`growth.way`, the same function that grows whole arrays, so every bit is the same), and writes the
+block into the target. On the way it adds up the checksums of what it reads, which must be the source's, and of what it
+writes, which become the target's.
+
+    checkpoints/0_grown/0.growing/         the target until it is whole; then renamed to 0
+    checkpoints/0_grown/0.growing.jsonl    what of it is on disk, and its checksums: where a killed growth goes on
+
+What is read: every byte that is grown from, once, but for rows that have copies in other blocks, which are read for
+each of these, and layers that entries of the layer below are copied from (aki), which are read again for it. Moments
+that start anew are not read.
+
+Memory: about ten blocks, whatever the model: one that is read ahead, one that is grown and what its computation needs,
+and `DEPTH` that are written, each in a buffer besides. A block is no larger than `chunk_bytes`, or one row if that is
+larger; where noise cancels over rows, or a row is the mean of the others, it is a whole layer of the leaf.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax import blocks, integrity, plan
+from flm_jax.checkpoint import CheckpointError, DamagedError, _fsync, _take_lock, read_manifest
+from flm_jax.integrity import Leaf, Manifest, leaf_paths
+from flm_jax.journal import Journal, Sum
+from flm_jax.origin import Origin
+from flm_jax.recipe import ResolvedStage, as_dict
+from flm_jax.stream_plan import Form, Unit, abstract_state, grow_block, jobs
+
+CHUNK_BYTES = 16 << 20
+# Blocks that are read, computed or written at the same time.
+DEPTH = 2
+ZERO = (0, 0)
+
+
+def unfinished(directory: Path) -> bool:
+    """Whether all that a directory holds is of a streamed growth that was not declared finished."""
+    found = {path.name for path in directory.iterdir()}
+    return found <= {".lock", "0.growing", "0.growing.jsonl"} or "0.growing.jsonl" in found
+
+
+def finish(directory: Path) -> None:
+    """Declares a growth that is committed finished: nothing is left to go on with."""
+    (directory / "0.growing.jsonl").unlink(missing_ok=True)
+
+
+def grow_streamed(
+    origin: Origin,
+    stage: ResolvedStage,
+    directory: Path,
+    seed: int,
+    meta: Callable[[dict[str, Any]], Mapping[str, Any]],
+    chunk_bytes: int = CHUNK_BYTES,
+) -> dict[str, Any]:
+    """Grows a checkpoint into step 0 of a directory, or goes on with that where it was killed.
+
+    Args:
+      origin: what grows; it is only read.
+      stage: what it becomes.
+      directory: of the target's checkpoints.
+      seed: for what is drawn.
+      meta: from what was verified, which is also returned, to what the target records of itself.
+      chunk_bytes: the largest block.
+
+    Returns:
+      JSON-able: how many leaves and bytes of the source were read and had the right checksums, and of the target.
+
+    Raises:
+      ValueError: `chunk_bytes` is not positive, or this is one of several processes.
+      DamagedError: the source is not as it was saved: what there was of the target is deleted.
+      CheckpointError: the target cannot be written; the same call goes on with it. Or another process writes it.
+    """
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes={chunk_bytes} must be positive.")
+    if jax.process_count() > 1:
+        raise ValueError("A streamed growth runs in one process; grow in memory on several, or run it on one host.")
+    return _Pass(origin, stage, directory, seed, chunk_bytes).run(meta)
+
+
+class _Pass:
+    def __init__(self, origin: Origin, stage: ResolvedStage, directory: Path, seed: int, chunk_bytes: int) -> None:
+        self.origin, self.stage, self.directory = origin, stage, directory
+        self.key = jax.random.key(seed)
+        self.partial = directory / "0.growing"
+        self.arrays = self.partial / "arrays"
+        self.journal = Journal(directory / "0.growing.jsonl")
+        states = abstract_state(origin.stage), abstract_state(stage)
+        self.jobs, self.kept = jobs(origin.stage, stage, states, chunk_bytes)
+        wanted, self.target = map(leaf_paths, states)
+        self.manifest = read_manifest(origin.directory)
+        integrity.compare(self.manifest.leaves, wanted, where=str(origin.directory))
+        self.read = {j.source for j in self.jobs if j.source} | {path for path in self.kept.values() if path}
+        self.wanted = {path: leaf for path, leaf in wanted.items() if path in self.read}
+        layout = [(job.path, job.rows, job.chunks) for job in self.jobs]
+        whose = [origin.digest, origin.meta["lineage"], as_dict(stage.cfg), as_dict(stage.stage.growth), seed, layout]
+        self.identity = hashlib.sha256(json.dumps(whose, sort_keys=True).encode()).hexdigest()
+
+    def run(self, meta: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with _take_lock(self.directory):
+                if (self.directory / "0").exists():
+                    if self.journal.resume(self.identity):
+                        return self._verified()
+                    raise ValueError(f"{self.directory} holds another grown checkpoint; take another --workdir.")
+                if faults := integrity.file_faults(self.origin.directory, self.manifest, contents=True):
+                    raise DamagedError("; ".join(faults[:3]))
+                self.leaves = blocks.open_leaves(self.origin.directory / "arrays", self.wanted)
+                self._check_kept()
+                self._open()
+                written = self._stream()
+                return self._commit(written, meta)
+        except DamagedError:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.journal.path.unlink(missing_ok=True)
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or self.directory} cannot be written: {error.strerror or error}. The same command "
+                "goes on where this one stopped."
+            ) from error
+        finally:
+            self.journal.close()
+
+    def _check_kept(self) -> None:
+        self.values: dict[str, np.ndarray] = {}
+        for target, source in self.kept.items():
+            like = self.target[target]
+            self.values[target] = np.zeros(like.shape, like.dtype) if source is None else self.leaves[source].value()
+            if source is not None:
+                self._check(source, integrity.checksum(jnp.asarray(self.values[target])))
+
+    def _check(self, path: str, found: Any) -> None:
+        if integrity.digest(found) != self.manifest.leaves[path].checksum:
+            raise DamagedError(f"{self.origin.directory}: the values of {path} have changed")
+
+    def _open(self) -> None:
+        """Goes on with what is there, or begins anew."""
+        if self.journal.resume(self.identity) and (self.arrays / "_METADATA").is_file():
+            return
+        self.journal.close()
+        self.journal.path.unlink(missing_ok=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self._check_room()
+        self.partial.mkdir()
+        like = {
+            path: jnp.asarray(self.values[path]) if path in self.values else leaf for path, leaf in self.target.items()
+        }
+        blocks.write_skeleton(self.arrays, like, {job.path: job.chunks for job in self.jobs})
+        self.journal.begin(self.identity)
+
+    def _check_room(self) -> None:
+        needed = sum(unit.nbytes for job in self.jobs for unit in job.units())
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.directory} has room for {free / 1e9:.1f} GB, and the grown checkpoint is {needed / 1e9:.1f} "
+                "GB; nothing was written. Free some, or take a --workdir on another disk."
+            )
+
+    def _stream(self) -> dict[str, Sum]:
+        """Grows what is not on disk yet; returns the checksums of the target's leaves."""
+        reads: dict[str, Sum] = collections.defaultdict(lambda: ZERO)
+        written: dict[str, Sum] = collections.defaultdict(lambda: ZERO)
+        units = {unit.name: unit for job in self.jobs for unit in job.units()}
+        left = collections.Counter(unit.job.path for unit in units.values())
+        done = {name: sums for name, sums in self.journal.done.items() if self._is_there(units.get(name))}
+        bar = _bar(sum(unit.nbytes for unit in units.values()), sum(units[name].nbytes for name in done))
+
+        def finish(unit: Unit, sums: tuple[Sum, Sum]) -> None:
+            job = unit.job
+            written[job.path] = integrity.add(written[job.path], sums[1])
+            left[job.path] -= 1
+            if job.source is not None:
+                reads[job.source] = integrity.add(reads[job.source], sums[0])
+                if not left[job.path]:
+                    self._check(job.source, reads[job.source])
+
+        with bar:
+            for name, sums in done.items():
+                finish(units[name], sums)
+            # Closed before anything of the target is deleted.
+            with contextlib.closing(self._grown([u for name, u in units.items() if name not in done])) as grown:
+                for unit, sums in grown:
+                    self.journal.add(unit.name, *sums)
+                    finish(unit, sums)
+                    bar.update(unit.nbytes)
+        return dict(written)
+
+    def _is_there(self, unit: Unit | None) -> bool:
+        """Whether the files that the journal speaks of are really there: a machine may have lost power since."""
+        if unit is None:
+            return False
+        job = unit.job
+        size = math.prod(job.chunks) * jnp.dtype(job.way.dtype).itemsize
+        files = [
+            file
+            for layer in unit.layers
+            for file, _ in blocks.block_files(
+                self.arrays, job.path, job.way.shape, job.chunks, (layer,) if job.stacked else (), unit.start
+            )
+        ]
+        return all(file.is_file() and file.stat().st_size == size for file in files)
+
+    def _grown(self, units: list[Unit]) -> Generator[tuple[Unit, tuple[Sum, Sum]], None, None]:
+        """Reads, grows and writes: all three at the same time, on different blocks; yields what is on disk."""
+        room = threading.Semaphore(DEPTH)
+        pending: collections.deque[tuple[Unit, Any, list[Any]]] = collections.deque()
+
+        def settled() -> tuple[Unit, tuple[Sum, Sum]]:
+            unit, read, outs = pending.popleft()
+            total = ZERO
+            for out in outs:
+                total = integrity.add(total, out.result())
+            return unit, (ZERO if read is None else integrity.add(ZERO, np.asarray(read)), total)
+
+        with (
+            concurrent.futures.ThreadPoolExecutor(1, "read") as reader,
+            concurrent.futures.ThreadPoolExecutor(DEPTH, "write") as writer,
+        ):
+            ahead = collections.deque(reader.submit(self._load, unit) for unit in units[:1])
+            try:
+                for number, unit in enumerate(units):
+                    value = ahead.popleft().result()
+                    if number + 1 < len(units):
+                        ahead.append(reader.submit(self._load, units[number + 1]))
+                    read = self._checked(unit, value)
+                    outs = []
+                    for layer in unit.layers:
+                        room.acquire()
+                        block = self._block(unit, layer, value)
+                        outs.append(writer.submit(self._write, unit, layer, block, room))
+                        del block
+                    del value
+                    pending.append((unit, read, outs))
+                    while len(pending) > DEPTH:
+                        yield settled()
+                while pending:
+                    yield settled()
+            finally:
+                writer.shutdown(cancel_futures=True)
+                reader.shutdown(cancel_futures=True)
+
+    def _load(self, unit: Unit) -> Any:
+        """What a unit is grown from: (layers, rows, entries of a row), its rows' sources in their order.
+
+        Besides its own layer, those above that it looks up; of an array without layers, (rows, entries of a row).
+        """
+        job, way = unit.job, unit.job.way
+        if job.source is None:
+            return None
+        leaf, dim = self.leaves[job.source], way.row_dim
+        top = leaf.shape[0] - 1
+        layers = [(min(unit.old + above, top),) for above in range(1 + way.layers_above)] if job.stacked else [()]
+        if way.splits:
+            source, needed = (v[unit.start : unit.stop] for v in way.sources(dim))
+        else:
+            source, needed = np.arange(leaf.shape[dim]), np.ones(leaf.shape[dim], bool)
+        rows = np.unique(source[needed])
+        out = np.empty((len(layers), len(rows), *leaf.shape[dim + 1 :]), leaf.dtype)
+        breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)] if len(rows) else []
+        for at, lead in enumerate(layers):
+            for a, b in itertools.pairwise(breaks):
+                leaf.read(lead, int(rows[a]), out[at, a:b])
+        if len(rows) != len(source) or np.any(rows != source):
+            # Rows that need no source hold anything.
+            pick = np.searchsorted(rows, np.where(needed, source, rows[0] if len(rows) else 0))
+            out = out[:, pick] if len(rows) else np.zeros((len(layers), len(source), *out.shape[2:]), leaf.dtype)
+        flat = out.reshape(*out.shape[:2], -1)
+        return jax.device_put(flat if job.stacked else flat[0])
+
+    def _checked(self, unit: Unit, value: Any) -> Any:
+        """Starts the checksum of what was read, each row counted in the first block that it comes to."""
+        if value is None:
+            return None
+        way, counts = unit.job.way, None
+        source = np.arange(value.shape[way.row_dim])
+        if way.splits:
+            every, _ = way.sources(way.row_dim)
+            first = np.zeros(len(every), bool)
+            first[np.unique(every, return_index=True)[1]] = True
+            source, counts = every[unit.start : unit.stop], first[unit.start : unit.stop]
+        if unit.job.stacked and len(value) > 1:
+            value = value[:1]
+        return self._lanes(unit, unit.old, source, value, counts)
+
+    def _lanes(self, unit: Unit, layer: int, rows: np.ndarray, block: Any, counts: Any = None) -> Any:
+        """Starts the checksum of a block; blocks whose rows are as long share a program."""
+        lead = (np.array([layer], np.uint32),) if unit.job.stacked else ()
+        counts = np.ones(len(rows), bool) if counts is None else counts
+        return integrity.partial_checksum(block, (*lead, rows.astype(np.uint32)), counts)
+
+    def _block(self, unit: Unit, layer: int, value: Any) -> Any:
+        job, way = unit.job, unit.job.way
+        shape = (*(1,) * way.row_dim, unit.stop - unit.start, *way.shape[way.row_dim + 1 :])
+        if value is None:
+            return jnp.zeros((*shape[: way.row_dim + 1], math.prod(shape[way.row_dim + 1 :])), way.dtype)
+        before = (layer * way.shape[way.row_dim] if job.stacked else 0) + unit.start
+        offset = before * math.prod(way.shape[way.row_dim + 1 :])
+        words = np.array([offset >> 32, offset % 2**32], np.uint32)
+        entries = way.block(layer, slice(unit.start, unit.stop))
+        key = jax.random.fold_in(self.key, zlib.crc32(job.param.encode()))
+        return grow_block(Form(way, job.std), shape, value, entries, key, words)
+
+    def _write(self, unit: Unit, layer: int, block: Any, room: threading.Semaphore) -> Any:
+        """Writes a block, and returns its checksum."""
+        job = unit.job
+        try:
+            lead = (layer,) if job.stacked else ()
+            lanes = self._lanes(unit, layer, np.arange(unit.start, unit.stop), block)
+            values = np.asarray(block).reshape(-1, *job.way.shape[job.way.row_dim + 1 :])
+            blocks.write_block(self.arrays, job.path, job.way.shape, job.chunks, lead, unit.start, values)
+            return np.asarray(lanes)
+        finally:
+            room.release()
+
+    def _commit(
+        self, written: Mapping[str, Sum], meta: Callable[[dict[str, Any]], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        sums = {path: integrity.digest(total) for path, total in written.items()}
+        sums |= integrity.digests({path: integrity.checksum(jnp.asarray(v)) for path, v in self.values.items()})
+        signatures = {f"params/{path}": str(sig) for path, _, sig in plan.leaves(self.stage.cfg)}
+        leaves = {
+            path: Leaf(tuple(leaf.shape), jnp.dtype(leaf.dtype).name, signatures.get(path, ""), sums[path])
+            for path, leaf in self.target.items()
+        }
+        verified = self._verified()
+        (self.partial / "meta.json").write_text(json.dumps(meta(verified), indent=1, sort_keys=True) + "\n")
+        files = sorted(path for path in self.partial.rglob("*") if path.is_file())
+        described = {str(path.relative_to(self.partial)): integrity.describe_file(path) for path in files}
+        manifest = Manifest(0, leaves, {name: file for name, file in described.items() if name != integrity.MANIFEST})
+        (self.partial / integrity.MANIFEST).write_bytes(integrity.dump_manifest(manifest))
+        # A name must not be on disk before what it names; blocks are there since they were written.
+        there = {self.arrays / blocks.key_of(job.path) for job in self.jobs}
+        for path in [*self.partial.rglob("*"), self.partial]:
+            if path.is_dir() or path.parent not in there or not path.name[0].isdigit():
+                _fsync(path)
+        self.partial.rename(self.directory / "0")
+        _fsync(self.directory)
+        return verified
+
+    def _verified(self) -> dict[str, Any]:
+        size = {path: math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for path, leaf in self.wanted.items()}
+        return {
+            "source": {"leaves": len(size), "bytes": sum(size.values()), "checksums": "equal"},
+            "target": {"leaves": len(self.target), "bytes": sum(u.nbytes for job in self.jobs for u in job.units())},
+        }
+
+
+def _bar(total: int, done: int) -> Any:
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 20.0
+    return tqdm(
+        total=total, initial=done, desc="growing", unit="B", unit_scale=True, mininterval=interval, smoothing=0.1
+    )

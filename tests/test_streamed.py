@@ -1,0 +1,343 @@
+"""Growing from disk to disk: the bits of a growth in memory, whatever the blocks, the kills and the damage."""
+
+import dataclasses
+import errno
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore as ts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flm_jax import blocks, integrity, streamed
+from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, read_manifest, verify
+from flm_jax.growth import Growth, grown_config
+from flm_jax.growth.grow import fresh, moment_ways, param_ways
+from flm_jax.origin import lineage, read_origin
+from flm_jax.recipe import ResolvedStage, Stage, as_dict
+from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.step import StageProgram
+from flm_jax.stream_plan import Form, grow_block
+from flm_jax.transplant import grow_checkpoint
+from tests import small
+
+ROOT = Path(__file__).resolve().parent.parent
+OLD = small.config(heads=4, kv_heads=2, embed=16, mlp=24, head_dim=4)
+NEW = OLD.replace(embed=22, heads=9, kv_heads=3, head_dim=6, layers=5, mlp=31, vocab=70)
+SHARDED = small.shape(embed=16, mlp=24)
+SILENT = {"head_dim": "zero", "layers": "zero"}
+CHUNK = 900
+KEY = jax.random.key(3)
+
+
+def save(workdir: Path, cfg, mesh=None) -> Path:
+    """A checkpoint of random values, as a run saves it."""
+    stage = ResolvedStage(0, Stage("first", cfg, 0, 0), None)
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    rng = np.random.default_rng(0)
+
+    def one(like):
+        value = rng.uniform(0.1, 1, like.shape) if like.shape else np.asarray(5)
+        return jax.device_put(value.astype(like.dtype), like.sharding)
+
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(one, StageProgram(stage, mesh, 1).abstract_state)
+        meta = {"stage": "first", "model": as_dict(cfg), "lineage": lineage(stage), "ramp_steps": 0, "provenance": None}
+        with Checkpoints(workdir / "checkpoints" / "0_first") as store:
+            store.save(3, state, meta=meta)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return save(tmp_path_factory.mktemp("source") / "run", OLD)
+
+
+def stage_of(source: Path, target, growth) -> ResolvedStage:
+    origin = read_origin(source)
+    new = grown_config(origin.stage.cfg, target, growth)
+    return ResolvedStage(0, Stage("grown", new, 0, 0, growth=growth), origin.stage)
+
+
+def in_memory(source: Path, target, growth, seed=0) -> dict[str, str]:
+    """The checksums of the leaves of a growth in memory."""
+    origin, stage = read_origin(source), stage_of(source, target, growth)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        grown = StageProgram(stage, mesh, 1).grower()(origin.restore(mesh), jax.random.key(seed))
+        return integrity.digests({p: integrity.checksum(x) for p, x in integrity.leaf_paths(grown).items()})
+
+
+def stream(source: Path, workdir: Path, target=NEW, growth=None, chunk=CHUNK, **fields):
+    return grow_checkpoint(source, workdir, target, growth or Growth(), streamed=True, chunk_bytes=chunk, **fields)
+
+
+def step(workdir: Path) -> Path:
+    return workdir / "checkpoints" / "0_grown" / "0"
+
+
+def checksums(workdir: Path) -> dict[str, str]:
+    return {path: leaf.checksum for path, leaf in read_manifest(step(workdir)).leaves.items()}
+
+
+PLANS = {
+    "zero, carried, layers where it says": (NEW, Growth("zero", depth=(1, 2), optimizer="carry")),
+    "copies, exact": (NEW, Growth("copy", methods={**SILENT, "vocab": "mean"}, optimizer="exact")),
+    "noise and identity, anew": (
+        NEW,
+        Growth("noise", methods={**SILENT, "layers": "identity", "vocab": "zero"}, depth="top", optimizer="fresh"),
+    ),
+    "from above, asymmetric": (
+        NEW,
+        Growth("aki", methods={**SILENT, "layers": "stack", "vocab": "fresh"}, depth="stack", optimizer="asymmetric"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_streamed_is_in_memory_bit_for_bit(name, source, tmp_path):
+    target, growth = PLANS[name]
+    record = stream(source, tmp_path / "grown", target, growth)
+    assert checksums(tmp_path / "grown") == in_memory(source, target, growth)
+    assert verify(step(tmp_path / "grown").parent).ok
+    read = record["verification"]["streamed"]["source"]["leaves"]
+    assert read == (12 if growth.optimizer == "fresh" else 37)
+    assert json.loads((tmp_path / "grown" / "growth.json").read_text())["source_digest"] == read_origin(source).digest
+
+
+def test_a_sharded_source_with_masks_and_a_tied_embedding_restores_sharded(tmp_path):
+    """Chunks are the shares of eight devices; of the target, which grows again, they are blocks."""
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    tied = SHARDED.replace(tied=True)
+    source = save(tmp_path / "run", tied, mesh)
+    growth = Growth("mask", ramp_steps=3, methods={"vocab": "zero"})
+    target = tied.replace(embed=32, mlp=40, heads=8, kv_heads=4, layers=3, vocab=272, output_mult=2.0)
+    stream(source, tmp_path / "grown", target, growth, chunk=2000)
+    expected = in_memory(source, target, growth)
+    assert checksums(tmp_path / "grown") == expected
+    with jax.set_mesh(mesh):
+        program = StageProgram(read_origin(tmp_path / "grown").stage, mesh, 1)
+        with Checkpoints(step(tmp_path / "grown").parent, read_only=True) as store:
+            state = store.restore(program.abstract_state).state
+        assert not state.params["blocks"]["mlp"]["gate"].sharding.is_fully_replicated
+        found = {path: integrity.checksum(x) for path, x in integrity.leaf_paths(state).items()}
+        assert integrity.digests(found) == expected
+
+
+def leaf_of(tree, name: str):
+    found = {path: leaf for path, leaf in integrity.leaf_paths(tree).items() if path.endswith(name)}
+    return next(iter(found.values()))
+
+
+@settings(max_examples=6)
+@given(data=st.data())
+def test_any_block_of_any_leaf_is_that_of_the_whole(data):
+    """One way, compiled for the whole leaf and for blocks: every operator that takes, scales, draws or adds."""
+    dtype = data.draw(st.sampled_from(["float32", "bfloat16"]))
+    method = data.draw(st.sampled_from(["copy", "uneven", "noise", "net2net", "zero", "aki"]))
+    old = OLD.replace(param_dtype=dtype, layers=3)
+    growth = Growth(method, methods={**SILENT, "vocab": data.draw(st.sampled_from(["mean", "zero"]))})
+    sizes = {axis: data.draw(st.integers(1, 20)) for axis in ("embed", "mlp", "vocab")}
+    target = old.replace(layers=5, **{axis: old.sizes[axis] + more for axis, more in sizes.items()})
+    new = grown_config(old, target, growth)
+    moment = data.draw(st.booleans())
+    ways = moment_ways(old, new, growth, 2) if moment else param_ways(old, new, growth)
+    name = data.draw(st.sampled_from(["gate", "down", "query", "head", "embedding", "mlp_norm/scale"]))
+    way, value = leaf_of(ways, name), leaf_of(small.params(old), name)
+    std = new.std(way.signature)
+    whole = jax.jit(lambda x: way.grow(x, functools.partial(fresh, way, KEY, way.shape, std), KEY))(value)
+    stacked, dim, above = way.signature.stacked, way.row_dim, way.layers_above
+    rows = data.draw(st.integers(1, way.shape[dim])) if way.splits else way.shape[dim]
+    start = data.draw(st.integers(0, way.shape[dim] - rows))
+    layer = data.draw(st.integers(0, way.shape[0] - 1)) if stacked else 0
+    taken = value
+    if stacked:
+        below = way.sources(0)[0][layer]
+        taken = jnp.stack([value[min(below + i, len(value) - 1)] for i in range(1 + above)])
+    if way.splits:
+        taken = jnp.take(taken, way.sources(dim)[0][start : start + rows], axis=dim)
+    shape = (*(1,) * dim, rows, *way.shape[dim + 1 :])
+    offset = (layer * way.shape[dim] * stacked + start) * int(np.prod(way.shape[dim + 1 :]))
+    flat = taken.reshape(*taken.shape[: dim + 1], -1)
+    entries = way.block(layer, slice(start, start + rows))
+    block = grow_block(Form(way, std), shape, flat, entries, KEY, np.array([0, offset], np.uint32))
+    expected = whole[layer : layer + 1, start : start + rows] if stacked else whole[start : start + rows]
+    np.testing.assert_array_equal(np.asarray(block).reshape(shape), np.asarray(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_checksums_of_blocks_add_up(dtype):
+    x = jnp.asarray(np.random.default_rng(0).integers(-99, 99, (3, 11, 10)), dtype)
+    total = (0, 0)
+    for layer in range(3):
+        for start in range(0, 11, 4):
+            rows = np.arange(start, min(start + 4, 11), dtype=np.uint32)
+            block = x[layer : layer + 1, start : start + 4]
+            total = integrity.add(total, integrity.partial_checksum(block, (np.uint32([layer]), rows)))
+    assert integrity.digest(total) == integrity.digests({"x": integrity.checksum(x)})["x"]
+
+
+GO = """
+import sys
+from flm_jax.growth import Growth
+from flm_jax.transplant import grow_checkpoint
+from tests.test_streamed import NEW
+grow_checkpoint(sys.argv[1], sys.argv[2], NEW, Growth(), streamed=True, chunk_bytes=300)
+"""
+
+
+def test_killed_at_any_time_it_goes_on_to_the_same_bits(source, tmp_path):
+    expected = in_memory(source, NEW, Growth())
+    journal = step(tmp_path / "grown").parent / "0.growing.jsonl"
+    rng, lines = np.random.default_rng(0), [0]
+    for _ in range(3):
+        run = subprocess.Popen(
+            [sys.executable, "-c", GO, source, tmp_path / "grown"], cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        wanted = lines[-1] + int(rng.integers(20, 200))
+        while run.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= wanted):
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not step(tmp_path / "grown").exists()
+        lines.append(journal.read_bytes().count(b"\n"))
+        assert lines[-1] > lines[-2]
+    kept = step(tmp_path / "grown").parent / "0.growing" / "arrays"
+    before = {path: path.stat().st_mtime_ns for path in kept.glob("*/*")}
+    journal.write_bytes(journal.read_bytes()[:-3])  # a line that was cut off
+    stream(source, tmp_path / "grown", chunk=300)
+    assert checksums(tmp_path / "grown") == expected
+    after = {path: (step(tmp_path / "grown") / path.relative_to(kept.parent)).stat().st_mtime_ns for path in before}
+    assert sum(before[path] == after[path] for path in before) > len(before) - 20, "it began anew"
+    assert sorted(p.name for p in step(tmp_path / "grown").parent.iterdir()) == [".lock", "0"]
+
+
+class Full:
+    """A disk that has room for so many blocks."""
+
+    def __init__(self, blocks_left):
+        self.left, self.write = blocks_left, blocks.write_block
+
+    def __call__(self, *arguments):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
+        self.write(*arguments)
+
+
+def test_a_full_disk_is_said_and_the_same_call_goes_on_but_another_growth_begins_anew(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "write_block", Full(30))
+        with pytest.raises(CheckpointError, match="the disk cannot be written: No space left.*goes on where this one"):
+            stream(source, tmp_path / "grown")
+    assert not step(tmp_path / "grown").exists()
+    with pytest.raises(ValueError, match="is not empty"):
+        grow_checkpoint(source, tmp_path / "grown", NEW, Growth())
+    shutil.copytree(tmp_path / "grown", tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "write_block", full := Full(10**6))
+        stream(source, tmp_path / "grown")
+        once = full.left
+        stream(source, tmp_path / "other", seed=1)
+        assert once - full.left > 10**6 - once, "blocks of another seed were kept"
+    assert checksums(tmp_path / "other") == in_memory(source, NEW, Growth(), seed=1)
+    assert checksums(tmp_path / "grown") == in_memory(source, NEW, Growth())
+
+
+def test_killed_between_the_commit_and_the_record_it_only_writes_the_record(source, tmp_path):
+    stream(source, tmp_path / "grown")
+    record = (tmp_path / "grown" / "growth.json").read_text()
+    shutil.rmtree(tmp_path / "again", ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flm_jax.transplant.write_identity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stream(source, tmp_path / "again")
+        with pytest.raises(ValueError, match="holds another grown checkpoint"):
+            stream(source, tmp_path / "again", seed=1)
+    stream(source, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "growth.json").read_text())["plan"] == json.loads(record)["plan"]
+    assert checksums(tmp_path / "again") == checksums(tmp_path / "grown")
+    with pytest.raises(ValueError, match="is not empty"):
+        stream(source, tmp_path / "again")
+
+
+def test_a_damaged_source_is_refused_by_name_and_nothing_is_left(source, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    arrays = next(broken.rglob("manifest.ocdbt")).parent
+    (run,) = blocks.open_leaves(
+        arrays, {"params/blocks/mlp/up": jax.ShapeDtypeStruct((2, 16, 24), jnp.float32)}
+    ).values()
+    where = run.runs["0.0.0"]
+    content = bytearray(where.file.read_bytes())
+    content[where.offset + where.length // 2] ^= 8
+    where.file.write_bytes(content)
+    with pytest.raises(DamagedError, match="is damaged: it does not match its sha256"):
+        stream(broken, tmp_path / "grown")
+    with monkeypatch.context() as patch:  # files above 1 MiB have no sha256 of their own
+        patch.setattr(integrity, "file_faults", lambda *_, **__: [])
+        with pytest.raises(DamagedError, match="the values of params/blocks/mlp/up have changed"):
+            stream(broken, tmp_path / "grown")
+    assert [p.name for p in step(tmp_path / "grown").parent.iterdir()] == [".lock"]
+    where.file.write_bytes(content[:-20])
+    with pytest.raises(DamagedError, match=f"{where.file.name} has"):
+        stream(broken, tmp_path / "new")
+
+
+def test_what_cannot_be_streamed_is_refused_with_what_would_be_right(source, tmp_path, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"depth='distance' needs a run of the source.*or take a place, such as 'inter"
+    ):
+        stream(source, tmp_path / "grown", growth=Growth(depth="distance"))
+    with pytest.raises(ValueError, match="chunk_bytes=0 must be positive"):
+        stream(source, tmp_path / "grown", chunk=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises((CheckpointError, NotADirectoryError), match="Not a directory"):
+        stream(source, tmp_path / "file" / "grown")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(streamed.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="has room for 0.0 GB, and the grown checkpoint is 0.0 GB; nothing was"):
+        stream(source, tmp_path / "grown")
+    assert not step(tmp_path / "grown").exists()
+
+
+def test_on_the_command_line(source, tmp_path, capsys):
+    import gin
+
+    from experiments import launch
+
+    fields = {name: value for name, value in dataclasses.asdict(NEW).items() if value != getattr(OLD, name)}
+    given = {**dataclasses.asdict(OLD), **fields}
+    bindings = [f"ModelConfig.{name} = {value!r}" for name, value in given.items()]
+    bindings += ["grow.target = @ModelConfig()", "grow.growth = @Growth()", "Growth.method = 'zero'"]
+    gin.clear_config()
+    launch.run_grow(
+        str(source), str(tmp_path / "grown"), [], [*bindings, "grow.streamed = True", "grow.chunk_bytes = 5000"]
+    )
+    gin.clear_config()
+    assert "all with the checksums of the source" in capsys.readouterr().out
+    assert verify(step(tmp_path / "grown").parent).ok
+
+
+def test_values_are_found_in_a_tree_of_many_nodes(tmp_path):
+    spec = {"driver": "ocdbt", "base": f"file://{tmp_path}/", "config": {"max_decoded_node_bytes": 300}}
+    store = ts.KvStore.open({**spec, "config": {**spec["config"], "max_inline_value_bytes": 8}}).result()
+    content = {f"leaf.{'x' * (i % 7)}{i}/0.{i}": bytes([i]) * (i + 1) for i in range(60)}
+    for key, value in content.items():
+        store[key] = value
+    found = dict(blocks._ocdbt_values(tmp_path))
+    assert found.keys() == content.keys()
+    for key, run in found.items():
+        data = run.inline if run.inline is not None else run.file.read_bytes()[run.offset : run.offset + run.length]
+        assert data == content[key]
