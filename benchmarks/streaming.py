@@ -93,7 +93,7 @@ def child(work: Path, gigabytes: float, method: str, chunk_bytes: int) -> dict[s
     import jax
 
     from flm_jax.growth import Growth
-    from flm_jax.streamed import CHUNK_BYTES
+    from flm_jax.streamed.flow import CHUNK_BYTES
     from flm_jax.transplant import grow_checkpoint
 
     jax.numpy.zeros(()).block_until_ready()  # the process itself, with its runtime
@@ -243,7 +243,7 @@ is what this disk does for whoever has nothing to compute.
 
 def write_page(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the figures, and what they are of."""
-    from flm_jax.streamed import CHUNK_BYTES
+    from flm_jax.streamed.flow import CHUNK_BYTES
 
     source, target = shapes(_SIZE.value)
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))

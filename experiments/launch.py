@@ -24,7 +24,7 @@ from flm_jax.growth import Growth, GrowthError, Ramp
 from flm_jax.origin import read_origin
 from flm_jax.overview import dry_run as describe
 from flm_jax.recipe import Recipe, Run
-from flm_jax.streamed import CHUNK_BYTES
+from flm_jax.streamed.flow import CHUNK_BYTES
 from flm_jax.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,16 +22,13 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import operator
-import os
 import re
 import shutil
-import socket
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -39,7 +36,7 @@ from typing import IO, Any
 import jax
 import orbax.checkpoint as ocp
 
-from flm_jax import hosts, integrity, stored
+from flm_jax import hosts, integrity, steps, stored
 from flm_jax.integrity import (
     CheckpointError,
     DamagedError,
@@ -66,9 +63,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_LOCK = ".lock"
-_STEP = re.compile(r"0|[1-9][0-9]*")
-_LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(partial|deleted)")
 _BLOB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # Until a file system shows to one machine what another has just written.
 _SHOWN_WITHIN_S = 60.0
@@ -146,8 +140,7 @@ class Checkpoints:
         self._read_only = read_only
         self._lock: IO[str] | None = None
         self._pending: concurrent.futures.Future[None] | None = None
-        self._writing: str | None = None
-        self._ignored: set[tuple[str, str]] = set()
+        self._steps = steps.Steps(self.directory)
         self._refused: set[int] = set()  # steps whose damage only reading the values showed
         if not read_only:
             self._open()
@@ -170,12 +163,9 @@ class Checkpoints:
         with self._together("open"):
             if self._primary:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._lock = _take_lock(self.directory)
-                for entry in sorted(self.directory.iterdir()):
-                    if _LEFTOVER.fullmatch(entry.name) and entry.is_dir():
-                        _log.warning("%s: removed, a killed run left it unfinished", entry)
-                        shutil.rmtree(entry)
-        lock = self.directory / _LOCK
+                self._lock = steps.take_lock(self.directory)
+                self._steps.clear()
+        lock = self.directory / steps.LOCK
         written = hosts.from_first("lock", lock.read_text)
         with self._together("see"):
             deadline = time.monotonic() + _SHOWN_WITHIN_S
@@ -245,8 +235,8 @@ class Checkpoints:
             path: Leaf(tuple(leaf.shape), leaf.dtype.name, signatures.get(path, ""), "")
             for path, leaf in leaves.items()
         }
-        self._writing = f"{step}.partial"
-        partial = self.directory / self._writing
+        self._steps.writing = f"{step}.partial"
+        partial = self.directory / self._steps.writing
         try:
             with self._together("save"):
                 if self._primary:
@@ -304,7 +294,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps whose files are all there in full, oldest first; tells what else it finds, once each."""
-        return self._scan()[0]
+        return self._steps.scan()[0]
 
     def latest(self) -> int | None:
         """The newest of `steps`, or None.
@@ -341,7 +331,7 @@ class Checkpoints:
             return self._restore(abstract, wanted, operator.index(step), partial, unverified)
         if unverified:
             raise CheckpointError("unverified=True needs an explicit step")
-        good, bad = hosts.from_first("scan", self._scan)
+        good, bad = hosts.from_first("scan", self._steps.scan)
         for candidate in reversed(good):
             try:
                 return self._restore(abstract, wanted, candidate, partial, False)
@@ -365,35 +355,10 @@ class Checkpoints:
         self.wait()
         with self._together("discard"):
             if self._primary:
-                self._delete(newer for newer in self.steps() if newer > step)
+                self._steps.delete(newer for newer in self.steps() if newer > step)
 
     def _trusted(self) -> list[int]:
         return [step for step in self.steps() if step not in self._refused]
-
-    def _scan(self) -> tuple[list[int], list[int]]:
-        """Returns the steps that look whole, and those that do not but hold something."""
-        good, bad = [], []
-        entries = self.directory.iterdir() if self.directory.is_dir() else ()
-        for entry in sorted(entry for entry in entries if entry.is_dir()):
-            if entry.name == self._writing:
-                continue
-            if not _STEP.fullmatch(entry.name):
-                unfinished = _LEFTOVER.fullmatch(entry.name)
-                self._ignore(entry, "a save or deletion did not finish" if unfinished else "it is not named for a step")
-            elif not any(entry.iterdir()):
-                self._ignore(entry, "it is empty")
-            elif faults := _structure(entry):
-                bad.append(int(entry.name))
-                self._ignore(entry, faults[0])
-            else:
-                good.append(int(entry.name))
-        return sorted(good), sorted(bad)
-
-    def _ignore(self, entry: Path, reason: str) -> None:
-        if (entry.name, reason) not in self._ignored:
-            self._ignored.add((entry.name, reason))
-            damaged = _STEP.fullmatch(entry.name) and (entry / integrity.MANIFEST).exists()
-            _log.log(logging.ERROR if damaged else logging.WARNING, "%s is ignored: %s", entry, reason)
 
     def _finish(
         self,
@@ -410,11 +375,12 @@ class Checkpoints:
             with self._together("commit"):
                 if self._primary:
                     self._complete(step, partial, leaves, lanes, files)
-                    self._commit(step, partial)
+                    self._steps.commit(step, partial)
+                    self._refused.discard(step)
         except BaseException as error:
             self._abandon(partial)
             raise CheckpointError(f"{self.directory}: saving step {step} failed: {error}") from error
-        self._writing = None
+        self._steps.writing = None
         if self._primary:
             self._prune()
 
@@ -438,42 +404,18 @@ class Checkpoints:
         )
         (partial / integrity.MANIFEST).write_bytes(integrity.dump_manifest(manifest))
 
-    def _commit(self, step: int, partial: Path) -> None:
-        for path in [*partial.rglob("*"), partial]:  # a name must not be on disk before what it names
-            _fsync(path)
-        final = self.directory / str(step)
-        if final.exists():
-            # Not one that can be restored, or save() would have refused; but never delete what cannot be
-            # read.
-            aside = next(
-                path
-                for path in (self.directory / f"{step}.damaged-{i}" for i in range(1, 1_000_000))
-                if not path.exists()
-            )
-            final.rename(aside)
-            _log.warning("%s was in the way of the new step %d and is now %s", final, step, aside.name)
-        partial.rename(final)
-        _fsync(self.directory)
-        self._refused.discard(step)
-
     def _abandon(self, partial: Path) -> None:
         # What a full disk holds of an unfinished step would keep it full.
         if self._primary:
             shutil.rmtree(partial, ignore_errors=True)
-        self._writing = None
+        self._steps.writing = None
 
     def _prune(self) -> None:
         try:
             trusted = self._trusted()
-            self._delete(step for step in trusted[: -self._keep] if step not in self._keep_steps)
+            self._steps.delete(step for step in trusted[: -self._keep] if step not in self._keep_steps)
         except OSError as error:  # the save itself has succeeded
             _log.warning("%s: old checkpoints could not be deleted: %s", self.directory, error)
-
-    def _delete(self, steps: Iterable[int]) -> None:
-        for step in steps:
-            doomed = self.directory / f"{step}.deleted"
-            (self.directory / str(step)).rename(doomed)
-            shutil.rmtree(doomed)
 
     def _restore(
         self,
@@ -530,7 +472,7 @@ def verify(directory: str | Path, step: int | None = None) -> Report:
     """
     with Checkpoints(directory, read_only=True) as checkpoints:
         if step is None:
-            step = max((s for found in checkpoints._scan() for s in found), default=None)
+            step = max((s for found in checkpoints._steps.scan() for s in found), default=None)
         step_dir = checkpoints.directory / str(step)
         if step is None or not step_dir.is_dir():
             raise NoCheckpointError(
@@ -553,34 +495,3 @@ def verify(directory: str | Path, step: int | None = None) -> Report:
                     wrong = stored.wrong_leaves(manifest, arrays)
                     problems += [f"{step_dir}: the values of {name} have changed" for name in wrong]
     return Report(str(step_dir), step, len(manifest.leaves), size, tuple(problems))
-
-
-def _structure(step_dir: Path) -> list[str]:
-    try:
-        return integrity.file_faults(step_dir, read_manifest(step_dir), contents=False)
-    except CheckpointError as error:
-        return [str(error)]
-
-
-def _take_lock(directory: Path) -> IO[str]:
-    # Not deleted afterwards: a lock file that comes and goes can be held twice.
-    lock = (directory / _LOCK).open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        raise CheckpointError(f"{directory} is being written by another run (process {holder})") from error
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    return lock
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,7 +27,7 @@ from flm_jax.origin import Origin, lineage, read_origin
 from flm_jax.recipe import ResolvedStage, Stage, as_dict, write_identity, write_record
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram, TrainState
-from flm_jax.streamed import CHUNK_BYTES, finish, grow_streamed, unfinished
+from flm_jax.streamed.flow import CHUNK_BYTES, finish, grow_streamed, unfinished
 
 TRANSPLANT = "growth.json"
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -17,8 +18,9 @@ from flm_jax.config import small_52b, small_102b
 from flm_jax.data.source import DataConfig
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.growth import Growth
-from flm_jax.recipe import Recipe, Run, Stage
+from flm_jax.recipe import Recipe, Run, Stage, resolve
 from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.step import StageProgram, quietly_donated
 from flm_jax.topology import CHIPS, topology
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +180,30 @@ def test_growths_are_compiled_from_mesh_to_mesh_and_gather_no_matrix():
     total = overview.totals(found)
     assert total["flops"] == sum(record["flops"] for record in found)
     assert total["scratch_flops"] == total["tokens"] * found[1]["flops_per_token"]
+
+
+def test_what_keeps_its_shape_in_a_growth_keeps_its_memory():
+    """In depth alone, the embedding, the head and their moments do."""
+    cfg = small_52b(260)
+    growth = Growth("zero")
+    first, second = Stage("a", cfg, 1, 16), Stage("b", cfg.replace(layers=6), 1, 16, growth=growth)
+    before, after = resolve(Recipe((first, second), DataConfig(vocabulary=Bytes(), context=64)))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    old, new = StageProgram(before, mesh, 1), StageProgram(after, mesh, 1)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    kept = 3 * 2 * 260 * cfg.embed * 4 // 8
+    with jax.set_mesh(mesh), warnings.catch_warnings(action="error"), quietly_donated():
+        for donate, least, most in ((True, kept, 2 * kept), (False, 0, 0)):
+            done = new.grower(donate).lower(old.abstract_state, key).compile()
+            assert least <= done.memory_analysis().alias_size_in_bytes <= most
+
+
+def test_generation_lowers_and_compiles_for_a_mesh():
+    (stage,) = resolve(Recipe((Stage("a", small_52b(260), 1, 16),), DataConfig(vocabulary=Bytes(), context=64)))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    about = ahead.compiled(ahead.decoding(StageProgram(stage, mesh, 1), 2, 64, tokens=8), None, mesh)
+    assert about["fits"]
+    assert about["bytes_per_device"]["arguments"] > 0
 
 
 def test_a_mesh_for_a_stage_that_is_not_there_is_refused():

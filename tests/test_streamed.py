@@ -20,7 +20,7 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_jax import blocks, integrity, streamed
+from flm_jax import integrity
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, read_manifest, verify
 from flm_jax.growth import Growth, grown_config
 from flm_jax.growth.grow import fresh, moment_ways, param_ways
@@ -28,7 +28,8 @@ from flm_jax.origin import lineage, read_origin
 from flm_jax.recipe import ResolvedStage, Stage, as_dict
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram
-from flm_jax.stream_plan import Form, grow_block
+from flm_jax.streamed import blocks, flow
+from flm_jax.streamed.plan import Form, grow_block
 from flm_jax.transplant import grow_checkpoint
 from tests import small
 
@@ -306,7 +307,7 @@ def test_what_cannot_be_streamed_is_refused_with_what_would_be_right(source, tmp
     with pytest.raises((CheckpointError, NotADirectoryError), match="Not a directory"):
         stream(source, tmp_path / "file" / "grown")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(streamed.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(flow.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match="has room for 0.0 GB, and the grown checkpoint is 0.0 GB; nothing was"):
         stream(source, tmp_path / "grown")
     assert not step(tmp_path / "grown").exists()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from flm_jax import checkpoint, hosts
+from flm_jax import checkpoint, hosts, steps
 from flm_jax import train as training
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.source import DataConfig
@@ -74,7 +74,7 @@ def locked(folder: Path, work: str) -> object:
     """Trains where another run is at work."""
     held = contextlib.nullcontext()
     if hosts.first():
-        held = checkpoint._take_lock(folder / work / "checkpoints" / "0_first")
+        held = steps.take_lock(folder / work / "checkpoints" / "0_first")
     with held:
         return train(folder, work)
 

@@ -24,9 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from flm_jax import direct
 from flm_jax.integrity import DamagedError
 from flm_jax.stored import nest
+from flm_jax.streamed import direct
 
 _ZARR = ".zarray"
 

@@ -38,13 +38,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import blocks, integrity, plan
-from flm_jax.checkpoint import CheckpointError, DamagedError, _fsync, _take_lock, read_manifest
-from flm_jax.integrity import Leaf, Manifest, leaf_paths
-from flm_jax.journal import Journal, Sum
+from flm_jax import integrity, plan
+from flm_jax.integrity import CheckpointError, DamagedError, Leaf, Manifest, leaf_paths, read_manifest
 from flm_jax.origin import Origin
 from flm_jax.recipe import ResolvedStage, as_dict
-from flm_jax.stream_plan import Form, Unit, abstract_state, grow_block, jobs
+from flm_jax.steps import fsync, take_lock
+from flm_jax.streamed import blocks
+from flm_jax.streamed.journal import Journal, Sum
+from flm_jax.streamed.plan import Form, Unit, abstract_state, grow_block, jobs
 
 CHUNK_BYTES = 16 << 20
 # Blocks that are read, computed or written at the same time.
@@ -117,7 +118,7 @@ class _Pass:
     def run(self, meta: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _take_lock(self.directory):
+            with take_lock(self.directory):
                 if (self.directory / "0").exists():
                     if self.journal.resume(self.identity):
                         return self._verified()
@@ -353,9 +354,9 @@ class _Pass:
         there = {self.arrays / blocks.key_of(job.path) for job in self.jobs}
         for path in [*self.partial.rglob("*"), self.partial]:
             if path.is_dir() or path.parent not in there or not path.name[0].isdigit():
-                _fsync(path)
+                fsync(path)
         self.partial.rename(self.directory / "0")
-        _fsync(self.directory)
+        fsync(self.directory)
         return verified
 
     def _verified(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a streamed growth has to do: the leaves that grow, and the blocks of them, each grown by itself.
 
-A block is a run of rows of one layer of one leaf, contiguous in the leaf; see `flm_jax.streamed` for how they are used.
+A block is a run of rows of one layer of one leaf, contiguous in the leaf; `flow` says how they are used.
 """
 
 from __future__ import annotations
