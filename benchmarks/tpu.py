@@ -31,6 +31,8 @@ from flm_jax.topology import Topology, topology  # noqa: E402
 
 RECIPE = "gin_configs/recipes/tele_flm_1t.gin"
 MACHINE = "v5p-2048"
+# A growth may gather the norms' scales, which are vectors.
+VECTORS = 16 * 2**20
 # What else was weighed, for one stage each: what it is called, the stage, and what is bound differently.
 WEIGHED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("sequence 2 x tensor 8", "52b", ("MeshConfig.sequence = 2", "MeshConfig.tensor = 8")),
@@ -93,17 +95,27 @@ def faults(record: Mapping[str, Any], name: str, about: Mapping[str, Any]) -> li
     found = []
     if "train step" in name and not any("splash" in kernel for kernel in about["kernels"]):
         found.append(f"{where}: the attention kernel is not in the program")
-    gather, least = about["largest_gather"], smallest_matrix(record)
-    if gather is not None and gather["bytes"] >= least:
-        found.append(f"{where}: gathers {gather['shape']}, as large as a whole parameter ({plan.size(least)})")
+    whole = matrices(record)
+    found += [f"{where}: gathers {shape}, a whole parameter" for shape in about["gathers"] if extent(shape) in whole]
+    if name == "growth" and (gather := about["largest_gather"]) is not None and gather["bytes"] > VECTORS:
+        found.append(f"{where}: gathers {gather['shape']}")
     return found
 
 
-def smallest_matrix(record: Mapping[str, Any]) -> int:
-    """Bytes, in the compute dtype, of the smallest whole parameter that is no vector."""
+def matrices(record: Mapping[str, Any]) -> set[tuple[int, ...]]:
+    """The extents of every whole parameter that is no vector, and of its layers, one by one."""
     cfg = launch.recipes.from_dict(record["model"])
-    sizes = [x.size * cfg.compute.itemsize for _, x, sig in plan.leaves(cfg) if not sig.gains]
-    return int(min(sizes))
+    found: set[tuple[int, ...]] = set()
+    for _, x, sig in plan.leaves(cfg):
+        if not sig.gains:
+            found |= {tuple(sorted(x.shape)), tuple(sorted(x.shape[1:] if sig.stacked else x.shape))}
+    return found
+
+
+def extent(shape: str) -> tuple[int, ...]:
+    """The sizes of an array, in whichever order they lie: f32[1,64,8] -> (8, 64)."""
+    sizes = [int(n) for n in shape.split("[")[1].rstrip("]").split(",")]
+    return tuple(sorted(n for n in sizes if n > 1))
 
 
 def decoding(stage: ResolvedStage, run: Run, recipe: Recipe, devices: Any, machine: Topology) -> dict[str, Any]:
@@ -220,7 +232,9 @@ attention kernel, of which the compiler estimates nothing, at half of the peak. 
 work are taken to be hidden by it. The utilisation is that of model FLOPs (`plan.train_flops_per_token`: what is
 recomputed does not count). Good for comparing layouts, not for promising days.
 
-## What else was weighed
+## A growth may gather the norms' scales, which are vectors.
+VECTORS = 16 * 2**20
+# What else was weighed
 
 The train step of one stage, with something changed:
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from flm_jax import hlo, plan
+from flm_jax.attention import ATTENDED
 from flm_jax.config import ModelConfig
 from flm_jax.data.batches import Batch
 from flm_jax.generate import generate
 from flm_jax.model import SAVED
 from flm_jax.origin import begin
 from flm_jax.recipe import Recipe, ResolvedStage, Run, as_dict
-from flm_jax.sharding import make_mesh, mesh_axes, replicated, spec
+from flm_jax.sharding import fitting_axes, make_mesh, mesh_axes, replicated, spec
 from flm_jax.step import StageProgram, quietly_donated
 from flm_jax.topology import Topology
 
@@ -171,9 +172,10 @@ def stages(
         if topology is not None and mesh.shape["data"] % topology.slices:
             raise ValueError(
                 f"Stage {stage.stage.name!r}: MeshConfig.data={mesh.shape['data']} must be a multiple of the "
-                f"{topology.slices} slices of {topology.name}."
+                f"{topology.slices} slices of {topology.name}, such as {topology.slices}, and another axis smaller."
             )
         program = StageProgram(stage, mesh, recipe.loss_chunks, run.compiler_options)
+        program.check_trains(recipe.data.context)
         previous = None if before is None else StageProgram(before, mesh, 1)
         record = _arithmetic(recipe, stage, program, previous, topology, assumed)
         found = record["programs"] = {}
@@ -229,18 +231,22 @@ def _arithmetic(
     if topology is not None:
         chip = topology.chip
         record["memory"] = chip.memory
-        record["fits"], record["fits_by"] = size["total"] <= chip.memory, "arithmetic"
+        record["fits_by"] = "arithmetic"
         seconds = tokens * per_token / (topology.devices * chip.flops * assumed.utilisation)
         record["days"] = seconds / 86_400
     if previous is not None and not stage.ready:
         record["growth"] = _growth(previous, program, topology, assumed)
+    if topology is not None:
+        # At a growth, both states are there.
+        growing = 0 if record["growth"] is None else record["growth"]["on_device_bytes"]
+        record["fits"] = max(size["total"], growing) <= topology.chip.memory
     return record
 
 
 def _growth(
     previous: StageProgram, program: StageProgram, topology: Topology | None, assumed: Assumptions
 ) -> dict[str, Any]:
-    """Bytes and seconds to grow: in place on the mesh, and from checkpoint to checkpoint."""
+    """Bytes and seconds to grow: in place on the mesh, all hosts reading and writing; and streamed, by one of them."""
     plan_of_it = program.stage.stage.growth
     assert plan_of_it is not None
     read, written = (_bytes_in_all(p.abstract_state) for p in (previous, program))
@@ -257,6 +263,7 @@ def _growth(
         record |= {
             "read_seconds": read / rate,
             "write_seconds": written / rate,
+            "streamed_seconds": (read + written) / assumed.storage,
             "on_device_seconds": on_device / topology.chip.bandwidth,
         }
     return record
@@ -271,15 +278,20 @@ def _bytes_in_all(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-# The axes of what blocks save, after batch and time.
-_SAVED_AXES = {
-    "query": ("heads", "head_dim"),
-    "attended": ("heads", "head_dim"),
-    "key": ("kv_heads", "head_dim"),
-    "value": ("kv_heads", "head_dim"),
-    "gate": ("mlp",),
-    "up": ("mlp",),
-}
+def _products(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """What a block computes between the residual stream and itself, by the names that it saves under: their axes.
+
+    Every parameter that does not write the stream gives a product, named after it; the attention gives one more, which
+    is what the writer of heads reads.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for path, _, sig in plan.leaves(cfg):
+        if sig.stacked and not sig.gains:
+            if "embed" not in sig.writes:
+                found[path.split("/")[-1]] = sig.writes
+            elif "heads" in sig.reads:
+                found[ATTENDED] = sig.reads
+    return found
 
 
 def activations(cfg: ModelConfig, rows: int, context: int, chunks: int, mesh: Mesh) -> dict[str, int]:
@@ -292,22 +304,20 @@ def activations(cfg: ModelConfig, rows: int, context: int, chunks: int, mesh: Me
 
     def here(axes: Sequence[str], sizes: Sequence[int], itemsize: int) -> int:
         total = itemsize
-        for axis, size in zip(axes, sizes, strict=True):
-            parts = math.prod(mesh.shape[name] for name in mesh_axes(axis))
-            total *= -(-size // parts)
+        for size, names in zip(sizes, fitting_axes(sizes, axes, mesh), strict=True):
+            total *= size // math.prod(mesh.shape[name] for name in names)
         return total
 
     item = cfg.compute.itemsize
     stream = here(("batch", "stream", "residual"), (rows, context, cfg.embed), item)
     whole = here(("batch", "time", "residual"), (rows, context, cfg.embed), item)
 
-    def product(name: str) -> int:
-        axes = _SAVED_AXES[name]
+    def product(axes: tuple[str, ...]) -> int:
         return here(("batch", "time", *axes), (rows, context, *(cfg.sizes[a] for a in axes)), item)
 
-    inner = {name: product(name) for name in _SAVED_AXES}
-    saved = [name for name in SAVED.get(cfg.remat, tuple(_SAVED_AXES)) if name in inner]
-    a_layer = stream * (3 if cfg.remat in ("dots", "none") else 1) + sum(inner[name] for name in saved)
+    inner = {name: product(axes) for name, axes in _products(cfg).items()}
+    saved = sum(inner[name] for name in SAVED.get(cfg.remat, tuple(inner)))
+    a_layer = stream * (3 if cfg.remat in ("dots", "none") else 1) + saved
     weights = 0
     for _, like, sig in plan.leaves(cfg):
         if sig.stacked:
@@ -326,7 +336,7 @@ def compiled(lowered: Any, topology: Topology | None, mesh: Mesh) -> dict[str, A
         # On a CPU it is the partitioning that is looked at, and code that runs fast would be made in vain.
         done = lowered.compile(compiler_options=None if on_tpu else _QUICKLY)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = next((line for line in str(error).splitlines() if "xceeded" in line or "memory" in line), str(error))
         return {"fits": False, "compiler_said": said.strip()[:400], "compile_seconds": time.perf_counter() - start}
@@ -343,8 +353,9 @@ def compiled(lowered: Any, topology: Topology | None, mesh: Mesh) -> dict[str, A
     record["collectives"] = program.by_kind()
     gather = program.largest("all-gather")
     record["largest_gather"] = None if gather is None else {"shape": gather.shape, "bytes": gather.result}
+    record["gathers"] = sorted({c.shape for c in program.collectives if c.kind == "all-gather"})
     record["kernels"] = dict(program.kernels)
-    record["unread_loops"] = program.unread
+    record["unread"] = program.unread
     if topology is not None and topology.chip.clock and program.cycles:
         record["predicted"] = predicted(program, topology, mesh)
     return record
@@ -384,22 +395,39 @@ def _rate(group: Sequence[int], topology: Topology, mesh: Mesh) -> float:
     return topology.chip.links * max(along, 1) / len(topology.bounds)
 
 
+# Products of queries' size with keys' size that one run of each of splash's kernels computes, by what its name holds.
+_KERNEL_PRODUCTS = {"mha_fwd": 2, "mha_dkv": 4, "mha_dq": 3}
+
+
+def kernel_seconds(
+    kernels: Mapping[str, int], stage: ResolvedStage, context: int, topology: Topology, mesh: Mesh
+) -> float:
+    """Seconds of the attention kernels in one call, at half of the peak, on the device that has most to do.
+
+    Positions are split in runs, and later ones see more: of s shares the last does 2 - 1/s times the mean. What is
+    recomputed is in the count of runs.
+    """
+    cfg, s, shape = stage.cfg, stage.stage, mesh.shape
+    rows = s.batch_size // s.accumulate // (shape["data"] * shape["fsdp"])
+    causal_half = 0.5 * context * (context // shape["sequence"]) * (2 - 1 / shape["sequence"])
+    product = 2 * rows * cfg.heads // shape["tensor"] * causal_half * cfg.h_dim
+    runs = sum(times * n for name, times in kernels.items() for part, n in _KERNEL_PRODUCTS.items() if part in name)
+    return float(runs * product / (topology.chip.flops * KERNEL_UTILISATION))
+
+
 def _take_the_compilers_word(
     record: dict[str, Any], stage: ResolvedStage, recipe: Recipe, topology: Topology | None, mesh: Mesh
 ) -> None:
-    """Fits if every program did; the step's predicted time, with the attention kernel's share, and what follows."""
-    found = record["programs"]
-    said = [about["fits"] for about in found.values() if "fits" in about]
-    record["fits"], record["fits_by"] = all(said), "the TPU compiler"
-    step = found.get("train step", {})
-    if topology is None or "predicted" not in step:
-        return
-    chip, s, context = topology.chip, stage.stage, recipe.data.context
-    tokens = s.batch_size * context
-    # Forward once, and 2.5 times that backward, over the causal half of the scores.
-    attention = 3.5 * 2 * stage.cfg.layers * context * stage.cfg.heads * stage.cfg.h_dim * tokens
-    kernel = attention / mesh.size / (chip.flops * KERNEL_UTILISATION) if step["kernels"] else 0.0
-    step["predicted"]["kernel_seconds"] = kernel
-    step["predicted"]["seconds"] += kernel
-    needed = plan.train_flops_per_token(stage.cfg, context) * tokens / (mesh.size * chip.flops)
-    step["predicted"]["utilisation"] = needed / step["predicted"]["seconds"]
+    """Fits if every program did; the steps' predicted times, with the attention kernels' share, and what follows."""
+    said = [about["fits"] for about in record["programs"].values() if "fits" in about]
+    if said:
+        record["fits"], record["fits_by"] = all(said), "the TPU compiler"
+    for about in record["programs"].values():
+        if topology is None or "predicted" not in about or not about["kernels"]:
+            continue
+        predicted = about["predicted"]
+        predicted["kernel_seconds"] = kernel_seconds(about["kernels"], stage, recipe.data.context, topology, mesh)
+        predicted["seconds"] += predicted["kernel_seconds"]
+        tokens = stage.stage.batch_size * recipe.data.context
+        needed = plan.train_flops_per_token(stage.cfg, recipe.data.context) * tokens
+        predicted["utilisation"] = needed / (mesh.size * topology.chip.flops * predicted["seconds"])

@@ -1,8 +1,8 @@
 """Rotary positions and attention: kernels behind one function, and the key-value cache.
 
 The kernels: "plain" everywhere; "cudnn" on NVIDIA GPUs; "splash" on TPUs, where scores never leave the chip's fast
-memory and blocks that lie wholly in the future are skipped; "auto" is splash on TPUs and
-plain elsewhere.
+memory and blocks that lie wholly in the future are skipped; "auto" is splash on TPUs where it
+can cut the window up, and plain elsewhere.
 
 B batch, T query positions, S key positions, N query heads, K key heads, H head width.
 """
@@ -10,10 +10,12 @@ B batch, T query positions, S key positions, N query heads, K key heads, H head 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
@@ -93,6 +95,8 @@ def attend(
     if kernel in chosen:
         return chosen[kernel](q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
     # cudnn's function asks for the library already when it is traced, so it has to be asked for by name.
+    if splash_block(q_BTNH.shape[1]) is None:
+        return plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
     return jax.lax.platform_dependent(
         *(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT), default=plain, tpu=chosen["splash"]
     )
@@ -110,21 +114,38 @@ def _plain(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: An
     scores_BKXS = jnp.where(mask_BXS[:, None], scores_BKXS, jnp.finfo(wide).min)
     weights_BKXS = jax.nn.softmax(scores_BKXS, axis=-1).astype(v_BSKH.dtype)
     o_BXKH = jnp.einsum("BKXS,BSKH->BXKH", weights_BKXS, v_BSKH)
-    return jnp.moveaxis(o_BXKH.reshape(B, N // K, T, K, H), 1, 3).reshape(B, T, N, H)
+    o_BTNH = jnp.moveaxis(o_BXKH.reshape(B, N // K, T, K, H), 1, 3).reshape(B, T, N, H)
+    return checkpoint_name(o_BTNH, ATTENDED)
 
 
 def _cudnn(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: Any, *, width: float) -> jax.Array:
     del segments_BT
     mask_BNTS = jnp.broadcast_to(mask_BTS, (q_BTNH.shape[0], *mask_BTS.shape[1:]))[:, None]
-    return jax.nn.dot_product_attention(
+    o_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, mask=mask_BNTS, scale=width**-0.5, implementation="cudnn"
     )
+    return checkpoint_name(o_BTNH, ATTENDED)
 
 
 # Rows and columns of scores that the kernel holds at once: the largest that divide the window.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
-# What its backward pass needs of its forward pass, by the name that a checkpoint policy may keep it under.
-SPLASH_RESIDUALS = "attention residuals"
+# The attention's output, by the name that a checkpoint policy may keep it under; with what its backward pass needs
+# besides, where the kernel is splash.
+ATTENDED = "attended"
+
+
+def splash_parts() -> dict[str, int]:
+    """Over how many devices of the current mesh heads and positions are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {"heads": 1, "time": 1}
+    return {axis: math.prod(mesh.shape[name] for name in mesh_axes(axis)) for axis in ("heads", "time")}
+
+
+def splash_block(length: int) -> int | None:
+    """The largest block that divides a device's share of a window of so many positions."""
+    share, left = divmod(length, splash_parts()["time"])
+    return None if left else next((size for size in SPLASH_BLOCKS if share % size == 0), None)
 
 
 def _splash(
@@ -137,18 +158,12 @@ def _splash(
     """
     del mask_BTS
     B, T, N, _ = q_BTNH.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = {axis: 1 for axis in ("heads", "time")}
-    if not mesh.empty:
-        for axis in parts:
-            for name in mesh_axes(axis):
-                parts[axis] *= mesh.shape[name]
-    share = T // parts["time"]
-    block = next((size for size in SPLASH_BLOCKS if share % size == 0), None)
+    mesh, parts = jax.sharding.get_abstract_mesh(), splash_parts()
+    block = splash_block(T)
     if block is None:
         raise ValueError(
-            f"attention='splash': each device has {share} of the window's {T} positions, and the kernel works on "
-            f"blocks of {SPLASH_BLOCKS[-1]}; take a context that is a multiple of "
+            f"attention='splash': each device has {T // parts['time']} of the window's {T} positions, and the kernel "
+            f"works on blocks of {SPLASH_BLOCKS[-1]}; take a context that is a multiple of "
             f"{SPLASH_BLOCKS[-1] * parts['time']}, or attention='plain'."
         )
     columns = max(size for size in SPLASH_BLOCKS if T % size == 0)
@@ -167,7 +182,7 @@ def _splash(
         ),
         head_shards=parts["heads"],
         q_seq_shards=parts["time"],
-        residual_checkpoint_name=SPLASH_RESIDUALS,
+        residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
 

@@ -46,7 +46,8 @@ class ModelConfig:
       param_dtype: dtype of parameters.
       remat: what the backward pass recomputes: none (of it); all but products of weights (dots); all but what is split
         over `tensor` inside a block, the attention's and the MLP's (inner); all but the MLP's (mlp); all (full).
-      attention: kernel: plain, cudnn (NVIDIA GPUs), splash (TPUs), or auto: splash on TPUs, else plain.
+      attention: kernel: plain, cudnn (NVIDIA GPUs), splash (TPUs), or auto: splash on TPUs
+        where it can cut the window up, else plain.
       scan_unroll: layers a step of the scan over layers; `layers` unrolls it.
     """
 

@@ -1,7 +1,7 @@
 """Reading a compiled program: what moves between devices, and how long the TPU compiler thinks that it runs.
 
 The text names computations; a loop's body counts as often as the loop runs. Nothing of this is an interface that XLA
-promises, so what is not understood is counted in `Program.unread` rather than guessed.
+promises, so what is not understood is counted in `Program.unread`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(")
-_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_LAYOUT = re.compile(r"\{[^{}]*\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -28,6 +29,8 @@ _BOUND = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_PARTITIONS = re.compile(r"^HloModule .*\bnum_partitions=(\d+)", re.MULTILINE)
+_EVERYONE = re.compile(r"replica_groups=\{\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 
@@ -70,13 +73,16 @@ class Program:
       collectives: all of them.
       channels: by the number of its channel, where a collective stands in `collectives`.
       kernels: how often each hand-written kernel runs.
-      unread: loops whose number of rounds is not to be seen; their bodies count once.
+      devices: how many the program is for.
+      unread: loops whose number of rounds is not to be seen, whose bodies count once; collectives whose group or whose
+        dtype is not known.
     """
 
     cycles: int = 0
     collectives: list[Collective] = field(default_factory=list)
     channels: dict[str, int] = field(default_factory=dict)
     kernels: Counter[str] = field(default_factory=Counter)
+    devices: int = 1
     unread: int = 0
 
     def by_kind(self) -> dict[str, dict[str, float]]:
@@ -96,7 +102,8 @@ class Program:
 def read(text: str) -> Program:
     """Reads the text of a compiled program (`jax.stages.Compiled.as_text`)."""
     bodies, entry = _computations(text)
-    program = Program()
+    partitions = _PARTITIONS.search(text)
+    program = Program(devices=int(partitions[1]) if partitions else 1)
     _walk(entry, 1, bodies, program, counting=True)
     return program
 
@@ -126,7 +133,7 @@ def _walk(name: str, times: int, bodies: Mapping[str, Sequence[str]], into: Prog
             into.cycles += times * int(cycles[1])
         kind = operation.removesuffix("-start")
         if kind in KINDS:
-            _add(_collective(kind, shape, line, name, times, operation != kind), line, into)
+            _add(_collective(kind, shape, line, name, times, operation != kind, into), line, into)
         elif operation == "while" and (loop := _LOOP.search(line)):
             rounds = _rounds(line, bodies.get(loop[1], ()))
             into.unread += rounds is None
@@ -171,20 +178,33 @@ def _rounds(line: str, condition: Sequence[str]) -> int | None:
     return bounds.pop() if len(bounds) == 1 else None
 
 
-def _collective(kind: str, shape: str, line: str, computation: str, times: int, overlapped: bool) -> Collective:
-    shapes = [(_bytes(*found), f"{found[0]}[{found[1]}]") for found in _SHAPE.findall(shape)]
-    size, text = max(shapes, default=(0, ""))
-    if kind == "all-reduce" and not overlapped and shape.startswith("("):
-        size = sum(each for each, _ in shapes)
+def _collective(
+    kind: str, shape: str, line: str, computation: str, times: int, overlapped: bool, into: Program
+) -> Collective:
+    """One collective; its result is that of all its arrays, if it has several."""
+    if overlapped and kind != "all-reduce":
+        # What is started says its operands and its results: (operand, result, ...) or ((operands), (results), ...).
+        groups = re.findall(r"\(([^()]*)\)", _LAYOUT.sub("", shape)[1:-1])
+        parts = _SHAPE.findall(groups[1]) if len(groups) > 1 else _SHAPE.findall(shape)[1:2]
+    else:
+        parts = _SHAPE.findall(shape)
+    size = sum(_bytes(*part) for part in parts)
+    text = ", ".join(f"{dtype}[{dims}]" for dtype, dims in parts[:3]) + (", ..." if len(parts) > 3 else "")
+    group = tuple(range(into.devices)) if _EVERYONE.search(line) else _group(line)
+    into.unread += not group or any(_size(dtype) is None for dtype, _ in parts)
     if computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # On TPUs it is written as an all-reduce of which each device keeps its slice.
     elif kind == "reduce-scatter":
-        size *= max(len(_group(line)), 1)
-    return Collective(kind, size, text, _group(line), times, overlapped)
+        size *= max(len(group), 1)
+    return Collective(kind, size, text, group, times, overlapped)
+
+
+def _size(dtype: str) -> int | None:
+    return 1 if dtype.startswith("f8") else _BYTES.get(dtype)
 
 
 def _bytes(dtype: str, dims: str) -> int:
-    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+    return (_size(dtype) or 0) * math.prod(int(n) for n in dims.split(",") if n)
 
 
 def _group(line: str) -> tuple[int, ...]:

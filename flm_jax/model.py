@@ -18,7 +18,7 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from flm_jax.attention import SPLASH_RESIDUALS, Cache, attend, attention_mask, rotary_tables, rotate
+from flm_jax.attention import ATTENDED, Cache, attend, attention_mask, rotary_tables, rotate
 from flm_jax.config import ModelConfig
 from flm_jax.sharding import constrain, fitting_spec, mesh_axes
 from flm_jax.signature import Declared, Signature, draw
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         o_BTNH = attend(
             q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, shared.segments_BT, cfg.effective_head_width, cfg.attention
         )
-        o_BTNH = checkpoint_name(masked(o_BTNH, shared.masks.head_dim_H), "attended")
+        o_BTNH = masked(o_BTNH, shared.masks.head_dim_H)
         if shared.masks.heads_N is not None:
             o_BTNH = masked(o_BTNH, shared.masks.heads_N[:, None])
         y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, parameter(self, cfg, "out", "heads head_dim -> embed"))
@@ -197,7 +197,7 @@ class Block(nn.Module):
 SAVED = {
     "full": (),
     "mlp": ("gate", "up"),
-    "inner": ("query", "key", "value", SPLASH_RESIDUALS, "attended", "gate", "up"),
+    "inner": ("query", "key", "value", ATTENDED, "gate", "up"),
 }
 
 

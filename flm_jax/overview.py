@@ -67,13 +67,14 @@ def _growth(record: dict[str, Any]) -> list[str]:
     masks = f", masks ramp over {record['ramp_steps']} steps" if record["ramp_steps"] else ""
     lines = [
         f"  grows from {plan.count(growth['params_before'])} parameters by {growth['method']}{masks}",
-        f"    from checkpoint to checkpoint: reads {plan.size(growth['read_bytes'])}, writes "
-        f"{plan.size(growth['written_bytes'])}; in place: {plan.size(growth['on_device_bytes'])} a device",
+        f"    reads {plan.size(growth['read_bytes'])}, writes {plan.size(growth['written_bytes'])}; both states: "
+        f"{plan.size(growth['on_device_bytes'])} a device",
     ]
     if "read_seconds" in growth:
         lines.append(
-            f"    {growth['read_seconds']:.0f} s to read, {growth['write_seconds']:.0f} s to write, "
-            f"{growth['on_device_seconds']:.2f} s of the devices' memory bandwidth"
+            f"    on the mesh: {growth['read_seconds']:.0f} s to read and {growth['write_seconds']:.0f} s to write, "
+            f"all hosts at once, {growth['on_device_seconds']:.2f} s of the devices' memory bandwidth; streamed by one "
+            f"host: {growth['streamed_seconds'] / 3600:.1f} h"
         )
     return lines
 

@@ -117,23 +117,17 @@ class Run:
         return self.meshes.get(stage.name, self.mesh)
 
     def check(self, recipe: Recipe) -> None:
-        """Checks what names stages, and that windows can be split.
+        """Checks what names stages, and what gin may have given instead of a mesh.
 
         Raises:
-            ValueError: a stage is named that the recipe does not have, or a mesh does not divide the context.
+            ValueError: a stage is named that the recipe does not have, or a mesh is none.
         """
+        for mesh in (self.mesh, *self.meshes.values()):
+            if not isinstance(mesh, MeshConfig):
+                raise ValueError(f"Run.mesh or Run.meshes holds {mesh!r}; bind a MeshConfig, called: '@MeshConfig()'.")
         names = [stage.name for stage in recipe.stages]
         if unknown := sorted(set(self.meshes) - set(names)):
             raise ValueError(f"Run.meshes names {', '.join(unknown)}; the stages are {', '.join(names)}.")
-        for stage in recipe.stages:
-            sequence, context = self.mesh_of(stage).sequence, recipe.data.context
-            if context % max(sequence, 1):
-                fits = [n for n in range(1, context + 1) if context % n == 0]
-                near = [n for n in fits if n < sequence][-1:] + [n for n in fits if n > sequence][:1]
-                raise ValueError(
-                    f"Stage {stage.name!r}: MeshConfig.sequence={sequence} does not divide the context of {context} "
-                    f"tokens; the nearest sizes that do are {' and '.join(map(str, near))}."
-                )
 
 
 @dataclass(frozen=True)

@@ -173,19 +173,24 @@ def abstract(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def fitting_spec(shape: Sequence[int], axes: Sequence[str]) -> PartitionSpec:
-    """How an activation is split on the mesh of `jax.set_mesh`, as far as its dimensions divide.
+def fitting_axes(shape: Sequence[int], axes: Sequence[str], mesh: Any) -> list[tuple[str, ...]]:
+    """The mesh axes that each dimension of an activation is split over, as far as it divides.
 
     A single position, when text is generated, is not split at all.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    split: list[tuple[str, ...] | None] = []
+    split = []
     for axis, size in zip(axes, shape, strict=True):
         names = mesh_axes(axis)
         while names and size % math.prod(mesh.shape[name] for name in names):
             names = names[:-1]
-        split.append(names or None)
-    return PartitionSpec(*split)
+        split.append(names)
+    return split
+
+
+def fitting_spec(shape: Sequence[int], axes: Sequence[str]) -> PartitionSpec:
+    """How an activation is split on the mesh of `jax.set_mesh`."""
+    split = fitting_axes(shape, axes, jax.sharding.get_abstract_mesh())
+    return PartitionSpec(*(names or None for names in split))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:

@@ -74,13 +74,6 @@ class StageProgram:
         # Options are a compiler's own: others refuse them.
         on_tpu = mesh.devices.flat[0].platform == "tpu"
         self.options = dict(compiler_options) if compiler_options and on_tpu else None
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        if stage.stage.batch_size % (shards * stage.stage.accumulate):
-            raise ValueError(
-                f"Stage {stage.stage.name!r}: batch_size={stage.stage.batch_size} must be a multiple of data x fsdp x "
-                f"accumulate = {shards * stage.stage.accumulate}, such as "
-                f"{-(-stage.stage.batch_size // (shards * stage.stage.accumulate)) * shards * stage.stage.accumulate}."
-            )
         self.shapes, self.signatures = declared(stage.cfg)
         self.tx = optimizer(stage.stage.optimizer, stage.cfg, self.signatures, stage.frame)
         opt_shapes, opt_shardings = state_shardings(self.tx, self.signatures, self.shapes, mesh)
@@ -89,6 +82,29 @@ class StageProgram:
         self.shardings = TrainState(replicated(mesh), params, opt_shardings)
         self.abstract_state = abstract(shapes, self.shardings)
         self.rate = schedule(stage.stage.optimizer, stage.stage.steps)
+
+    def check_trains(self, context: int) -> None:
+        """Checks that the mesh can split this stage's batches: not every mesh that its state lives on trains it.
+
+        Raises:
+            ValueError: it cannot; the message names sizes that work.
+        """
+        stage, mesh = self.stage, self.mesh
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if context % mesh.shape["sequence"]:
+            fits = [n for n in range(1, context + 1) if context % n == 0]
+            sequence = mesh.shape["sequence"]
+            near = [n for n in fits if n < sequence][-1:] + [n for n in fits if n > sequence][:1]
+            raise ValueError(
+                f"Stage {stage.stage.name!r}: MeshConfig.sequence={sequence} does not divide the context of {context} "
+                f"tokens; the nearest sizes that do are {' and '.join(map(str, near))}."
+            )
+        if stage.stage.batch_size % (shards * stage.stage.accumulate):
+            raise ValueError(
+                f"Stage {stage.stage.name!r}: batch_size={stage.stage.batch_size} must be a multiple of data x fsdp x "
+                f"accumulate = {shards * stage.stage.accumulate}, such as "
+                f"{-(-stage.stage.batch_size // (shards * stage.stage.accumulate)) * shards * stage.stage.accumulate}."
+            )
 
     def settle(self, growth: Growth) -> None:
         """Takes a plan in place of the recipe's: one that says where layers go, once that is measured."""

@@ -95,7 +95,7 @@ CHIPS = {
         clock=1.75e9,
         per_host=4,
         counts=2,
-        sizes=_torus(8960),
+        sizes=_torus(6144),
         compiler=("v5", _MEGACORE),
         source=_TPU.format("TPU v5p", 8),
     ),

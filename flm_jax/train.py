@@ -104,6 +104,8 @@ def train(
             StageProgram(stage, make_mesh(run.mesh_of(stage.stage)), recipe.loss_chunks, run.compiler_options)
             for stage in stages
         ]
+        for program in programs:
+            program.check_trains(recipe.data.context)
     settings = fingerprint([as_dict(recipe), as_dict(run)])
     hosts.same("The recipe or its Run", settings, "Start every process with the same command.")
     data = open_data(recipe.data)
