@@ -11,7 +11,7 @@ import tokenize
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import gin
 
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a user's input can cause: one sentence is enough. Anything else is our error, and shows where.
 EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, library.NonFiniteError, hosts.PeerError)
 _registered: set[str] = set()
+T = TypeVar("T")
 Binding = tuple[str, str, str]  # scope, function, parameter
 
 
@@ -175,7 +176,7 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
     """Builds the recipe, and trains it, or only says what it would be."""
     with started():
         by_hand = parse(gin_files, gin_bindings)
-        recipe, run = train()
+        recipe, run = required(train)
         check_used(by_hand)
         if dry_run:
             for section in describe(recipe, run):
@@ -231,7 +232,22 @@ def recorded_data(checkpoint: str) -> source.DataConfig | None:
     return data
 
 
-def required(configured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def check_writable(json_file: str | None) -> None:
+    """Refuses a --json that cannot be written, before anything is computed for it.
+
+    Raises:
+        ValueError: it is a directory, or lies in none.
+    """
+    if json_file is None:
+        return
+    path = Path(json_file).absolute()
+    if path.is_dir():
+        raise ValueError(f"--json={json_file} is a directory; name a file in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--json={json_file}: there is no directory {path.parent}.")
+
+
+def required(configured: Callable[[], T]) -> T:
     """What gin gives a function; a binding that is missing is a user's error."""
     try:
         return configured()
@@ -249,7 +265,8 @@ def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: 
         for name, kind in (("target", config.ModelConfig), ("growth", Growth)):
             if not isinstance(settings[name], kind):
                 raise ValueError(f"grow.{name} is {settings[name]!r}; bind a {kind.__name__}, called: '@name()'.")
-        settings["data"] = settings["data"] or data
+        if not settings["streamed"]:
+            settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
         record = transplant.grow_checkpoint(source, workdir, **settings, records=records)
         hosts.say(transplant.lines(record["verification"]))
@@ -266,8 +283,7 @@ def run_verify(
         settings = verify()
         check_used(by_hand)
         settings["data"] = settings["data"] or data
-        if json_file and not Path(json_file).absolute().parent.is_dir():
-            raise ValueError(f"--json={json_file}: there is no directory {Path(json_file).absolute().parent}.")
+        check_writable(json_file)
         found = transplant.verify_checkpoints(source, target, **settings)
     hosts.say(transplant.lines(found))
     if json_file and hosts.first():
@@ -288,10 +304,9 @@ def run_plan(
     """Plans a recipe for a machine, stage by stage."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     try:
-        if json_file and not Path(json_file).absolute().parent.is_dir():
-            raise ValueError(f"--json={json_file}: there is no directory {Path(json_file).absolute().parent}.")
+        check_writable(json_file)
         by_hand = parse(gin_files, gin_bindings)
-        recipe, run = train()
+        recipe, run = required(train)
         check_used(by_hand)
         assumed = ahead.Assumptions(utilisation, storage)
         print(

@@ -30,6 +30,7 @@ _FAREWELL_MS = 10_000
 _LISTEN_S = 1.0
 _FAILED = "flm_jax/failed"
 _LONGEST = 4_000  # characters of an error that the others are told
+_over = threading.Event()  # The run is over, or this process is about to end.
 _turns: collections.Counter[str] = collections.Counter()
 
 
@@ -71,8 +72,10 @@ def join(
             )
         assert coordinator is not None and processes is not None and process is not None
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit():
-            raise ValueError(f"--coordinator={coordinator} must be host:port, such as 10.0.0.1:8476.")
+        if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+            raise ValueError(
+                f"--coordinator={coordinator} must be host:port, such as 10.0.0.1:8476, a port up to 65535."
+            )
         if not 0 <= process < processes:
             raise ValueError(
                 f"--process={process} with --processes={processes}: processes are numbered from 0 to {processes - 1}."
@@ -94,12 +97,11 @@ def join(
         raise ValueError(f"The processes did not meet ({how}): {error}") from error
     finally:
         patience.cancel()
-    over = threading.Event()
-    listener = threading.Thread(target=_listen, args=(over,), name="failures of others", daemon=True)
+    listener = threading.Thread(target=_listen, name="failures of others", daemon=True)
     listener.start()
 
     def end() -> None:
-        over.set()
+        _over.set()
         listener.join()
 
     atexit.register(end)
@@ -293,6 +295,7 @@ def leave(sentence: str) -> None:
     if not joined():
         return
     client = _client()
+    _over.set()  # This process leaves by itself, in its own time.
     with contextlib.suppress(Exception):  # Somebody else was first.
         client.key_value_set(_FAILED, f"process {jax.process_index()} failed: {sentence[:_LONGEST]}")
     sys.stdout.flush()
@@ -305,15 +308,15 @@ def leave(sentence: str) -> None:
         os._exit(1)
 
 
-def _listen(over: threading.Event) -> None:
+def _listen() -> None:
     """Ends this process some time after another has said that it failed; until the run is over."""
     client = _client()
     # Asked again and again: a thread that waited in C++ as the interpreter ends would take it down with an abort.
-    while not over.wait(_LISTEN_S):
+    while not _over.wait(_LISTEN_S):
         try:
             sentence = client.key_value_try_get(_FAILED)
         except Exception:  # Nobody has.
             continue
-        if not over.wait(_FAREWELL_MS / 1000):  # This one may be about to leave by itself.
+        if not _over.wait(_FAREWELL_MS / 1000):  # This one may be about to leave by itself.
             print(f"error: {sentence}", file=sys.stderr, flush=True)
             os._exit(1)

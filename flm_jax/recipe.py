@@ -257,7 +257,10 @@ def _check_steps(stage: Stage) -> None:
             f"steps={stage.steps}, batch_size={stage.batch_size} and accumulate={stage.accumulate} must be positive."
         )
     if stage.batch_size % stage.accumulate:
-        raise ValueError(f"accumulate={stage.accumulate} must divide batch_size={stage.batch_size}.")
+        near = -(-stage.batch_size // stage.accumulate) * stage.accumulate
+        raise ValueError(
+            f"accumulate={stage.accumulate} must divide batch_size={stage.batch_size}: take a batch of {near}, say."
+        )
     schedule(stage.optimizer, stage.steps)
 
 

@@ -89,7 +89,7 @@ def grow_checkpoint(
       data: held-out text for distances and the report; None: random tokens.
       tolerance: largest relative difference of logits that a preserving method may show, in float32.
       records: texts to keep, by file name.
-      streamed: block by block from disk to disk; mesh, data and tolerance are not used then.
+      streamed: block by block from disk to disk; nothing is run then, on a mesh or on data.
       chunk_bytes: the largest block, streamed.
 
     Returns:
@@ -102,6 +102,8 @@ def grow_checkpoint(
       DamagedError: the source is not as it was saved.
       CheckpointError: it does not record what it is, or the growth does not keep its promise; nothing is written.
     """
+    if streamed and (mesh is not None or data is not None):
+        raise ValueError("A streamed growth runs no model: it has no use for a mesh, nor for data. Leave them out.")
     workdir = Path(workdir).expanduser()
     directory = workdir / "checkpoints" / "0_grown"
     if workdir.exists() and any(workdir.iterdir()) and not (streamed and _begun(workdir, directory)):
@@ -167,8 +169,9 @@ def grow_checkpoint(
 
 def _begun(workdir: Path, directory: Path) -> bool:
     """Whether all that a work directory holds is a streamed growth that did not finish."""
-    parts = [path.relative_to(workdir).parts for path in (*workdir.iterdir(), *workdir.glob("*/*"))]
-    alone = sorted(parts) == [("checkpoints",), ("checkpoints", directory.name)]
+    # The record and texts may lie beside it already: the journal is what goes last.
+    inside = [path.relative_to(workdir).parts for path in (*workdir.iterdir(), *workdir.glob("*/*")) if path.is_dir()]
+    alone = sorted(inside) == [("checkpoints",), ("checkpoints", directory.name)]
     return alone and unfinished(directory)
 
 

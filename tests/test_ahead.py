@@ -1,8 +1,10 @@
 """Planning: topologies, what a compiled program's text says, and plans of small and of full-size recipes."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -100,6 +102,25 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %permute.3 = (f32[4], f32[4], u32[]) collective-permute-start(%x), channel_id=3, source_target_pairs={{0,1},{1,2}}
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("line", "sent", "unread"),
+    [
+        ("%a = (f32[4]{0}, f32[4]{0}, f32[8]{0}) all-gather(%x, %y, %z), replica_groups={{0,1,2,3}}", 64 * 3 / 4, 0),
+        ("%a = (f32[4]{0}, f32[4]{0}) all-to-all(%x, %y), replica_groups={{0,1}}", 32 / 2, 0),
+        ("%a = (f32[4], f32[2]) all-reduce-start(%x, %y), replica_groups={{0,1}}", 24.0, 0),
+        ("%a = ((f32[2], f32[1]), (f32[8], f32[4])) all-gather-start(%x, %y), replica_groups={{0,1,2,3}}", 36.0, 0),
+        ("%a = f32[16]{0} all-gather(%x), replica_groups={}, dimensions={0}", 64 * 7 / 8, 0),
+        ("%a = f8e4m3fn[16]{0} all-gather(%x), replica_groups={{0,1}}", 8.0, 0),
+        ("%a = c64[16]{0} all-gather(%x), replica_groups={{0,1}}", 0.0, 1),
+        ("%a = f32[16]{0} all-gather(%x), replica_groups=somehow", 0.0, 1),
+    ],
+)
+def test_every_form_of_a_collective_is_read_or_counted_as_unread(line, sent, unread):
+    found = hlo.read(f"HloModule m, num_partitions=8\n\nENTRY %main (x: f32[4]) -> f32[4] {{\n  {line}\n}}\n")
+    assert sum(c.sent for c in found.collectives) == sent
+    assert found.unread == unread
 
 
 def test_a_programs_text_is_read_with_loops_and_cut_up_collectives():
@@ -212,8 +233,46 @@ def test_a_mesh_for_a_stage_that_is_not_there_is_refused():
 
 
 def test_a_sequence_axis_that_does_not_divide_the_context_is_refused_with_sizes_that_do():
-    with pytest.raises(ValueError, match="sequence=3 does not divide the context of 64 tokens.*are 2 and 4"):
-        list(ahead.stages(recipe(), Run(mesh=MeshConfig(sequence=3)), jax.devices(), None))
+    odd = dataclasses.replace(recipe(), data=DataConfig(vocabulary=Bytes(), context=36))
+    for sequence in (8, -1):
+        run = Run(mesh=MeshConfig(data=1, sequence=sequence))
+        with pytest.raises(ValueError, match="sequence=8 does not divide the context of 36 tokens.*are 6 and 9"):
+            list(ahead.stages(odd, run, jax.devices(), None))
+
+
+def test_a_stage_may_train_on_a_mesh_that_could_not_train_the_one_before():
+    first = dataclasses.replace(recipe().stages[0], batch_size=4, accumulate=2)
+    stages = (first, recipe().stages[1])
+    run = Run(mesh=MeshConfig(fsdp=2, tensor=4), meshes={"second": MeshConfig(data=8)})
+    found = list(ahead.stages(dataclasses.replace(recipe(), stages=stages), run, jax.devices(), None))
+    assert "growth" in found[1]["programs"]
+    with pytest.raises(ValueError, match="'first': batch_size=4 must be a multiple of.* = 16, such as 16"):
+        list(ahead.stages(dataclasses.replace(recipe(), stages=stages), Run(), jax.devices(), None))
+
+
+def test_what_does_not_fit_at_a_growth_does_not_fit():
+    """A step of one row is small; at a growth the old state and the new one are there together."""
+    cfg = small_52b(260)
+    first = Stage("a", cfg.replace(layers=7), 1, 1)
+    second = Stage("b", cfg.replace(layers=8), 1, 1, growth=Growth("zero"))
+    both = Recipe((first, second), DataConfig(vocabulary=Bytes(), context=8))
+    machine = topology("h100-1")
+    *_, found = ahead.stages(both, Run(), jax.devices()[:1], machine)
+    step, growing = found["bytes_per_device"]["total"], found["growth"]["on_device_bytes"]
+    assert found["fits"]
+    assert step < growing
+    tight = dataclasses.replace(machine, chip=dataclasses.replace(machine.chip, memory=(step + growing) / 2))
+    *_, found = ahead.stages(both, Run(), jax.devices()[:1], tight)
+    assert not found["fits"]
+
+
+def test_a_step_looks_tokens_up_without_gathering_the_table():
+    cfg = small_52b(2048)
+    one = Recipe((Stage("one", cfg, 5, 16),), DataConfig(vocabulary=Bytes(), context=64))
+    (found,) = ahead.stages(one, Run(mesh=MeshConfig(fsdp=2, tensor=4)), jax.devices(), None, "cpu")
+    gathers = found["programs"]["train step"]["gathers"]
+    assert gathers
+    assert not any(set(map(int, re.findall(r"\d+(?=[,\]])", shape))) >= {2048, cfg.embed} for shape in gathers)
 
 
 def test_saved_activations_follow_the_remat_policy():

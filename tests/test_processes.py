@@ -179,6 +179,7 @@ def test_stopped_with_two_processes_and_gone_on_with_four_that_share_rows(two, r
         ({"coordinator": "a:1", "processes": 2}, "--coordinator, --processes needs --process as well"),
         ({"coordinator": "a:1", "processes": 2, "process": 2}, "numbered from 0 to 1"),
         ({"coordinator": "a", "processes": 2, "process": 0}, "--coordinator=a must be host:port"),
+        ({"coordinator": "a:99999", "processes": 2, "process": 0}, "a port up to 65535"),
         ({"process": 0, "distributed": True}, "leave --coordinator, --processes, --process out"),
     ],
     ids=str,

@@ -256,14 +256,15 @@ def test_a_full_disk_is_said_and_the_same_call_goes_on_but_another_growth_begins
     assert checksums(tmp_path / "grown") == in_memory(source, NEW, Growth())
 
 
-def test_killed_between_the_commit_and_the_record_it_only_writes_the_record(source, tmp_path):
+@pytest.mark.parametrize("where", ["write_identity", "write_record"])
+def test_killed_between_the_commit_and_the_record_it_only_writes_the_record(source, tmp_path, where):
     stream(source, tmp_path / "grown")
     record = (tmp_path / "grown" / "growth.json").read_text()
     shutil.rmtree(tmp_path / "again", ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flm_jax.transplant.write_identity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(f"flm_jax.transplant.{where}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            stream(source, tmp_path / "again")
+            stream(source, tmp_path / "again", records={"config.gin": "x"})
         with pytest.raises(ValueError, match="holds another grown checkpoint"):
             stream(source, tmp_path / "again", seed=1)
     stream(source, tmp_path / "again")
@@ -301,6 +302,8 @@ def test_what_cannot_be_streamed_is_refused_with_what_would_be_right(source, tmp
         ValueError, match=r"depth='distance' needs a run of the source.*or take a place, such as 'inter"
     ):
         stream(source, tmp_path / "grown", growth=Growth(depth="distance"))
+    with pytest.raises(ValueError, match="no use for a mesh, nor for data"):
+        grow_checkpoint(source, tmp_path / "grown", NEW, Growth(), mesh=MeshConfig(), streamed=True)
     with pytest.raises(ValueError, match="chunk_bytes=0 must be positive"):
         stream(source, tmp_path / "grown", chunk=0)
     (tmp_path / "file").write_text("")

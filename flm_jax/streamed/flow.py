@@ -118,7 +118,7 @@ class _Pass:
     def run(self, meta: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with take_lock(self.directory):
+            with take_lock(self.directory), self._cleared_if_damaged():
                 if (self.directory / "0").exists():
                     if self.journal.resume(self.identity):
                         return self._verified()
@@ -130,10 +130,6 @@ class _Pass:
                 self._open()
                 written = self._stream()
                 return self._commit(written, meta)
-        except DamagedError:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.journal.path.unlink(missing_ok=True)
-            raise
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename or self.directory} cannot be written: {error.strerror or error}. The same command "
@@ -141,6 +137,16 @@ class _Pass:
             ) from error
         finally:
             self.journal.close()
+
+    @contextlib.contextmanager
+    def _cleared_if_damaged(self) -> Generator[None, None, None]:
+        """Within it, under the lock: a source that is not as it was saved leaves nothing of the target."""
+        try:
+            yield
+        except DamagedError:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.journal.path.unlink(missing_ok=True)
+            raise
 
     def _check_kept(self) -> None:
         self.values: dict[str, np.ndarray] = {}
