@@ -10,6 +10,7 @@ from flm_jax.config import ModelConfig, small_52b, tele_flm_1t, tele_flm_52b, te
 from flm_jax.generate import empty_cache, generate
 from flm_jax.loss import loss_sum
 from flm_jax.plan import forward_flops_per_token, param_count
+from flm_jax.sharding import MeshConfig, make_mesh
 from tests import reference, small
 
 VARIANTS = {
@@ -150,6 +151,16 @@ def test_greedy_generation_takes_the_likeliest_token_each_time():
     for _ in range(5):
         rows = np.concatenate([rows, np.argmax(small.apply(cfg, params, rows)[:, -1:], -1).astype(np.int32)], axis=1)
     np.testing.assert_array_equal(out, rows[:, 4:])
+
+
+def test_one_row_is_continued_on_a_mesh_as_without_one():
+    """A single row, and a single position at a time, that a mesh cannot split stay whole."""
+    cfg = small.config(init_std_vector=1.0, heads=4, vocab=64)
+    params, prompt = small.params(cfg), small.tokens((1, 5))
+    expected = generate(cfg, params, prompt, 4, jax.random.key(0), temperature=0)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, sequence=2, tensor=2))):
+        found = generate(cfg, params, prompt, 4, jax.random.key(0), temperature=0)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
