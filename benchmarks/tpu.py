@@ -232,9 +232,7 @@ attention kernel, of which the compiler estimates nothing, at half of the peak. 
 work are taken to be hidden by it. The utilisation is that of model FLOPs (`plan.train_flops_per_token`: what is
 recomputed does not count). Good for comparing layouts, not for promising days.
 
-## A growth may gather the norms' scales, which are vectors.
-VECTORS = 16 * 2**20
-# What else was weighed
+## What else was weighed
 
 The train step of one stage, with something changed:
 
