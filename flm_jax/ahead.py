@@ -8,6 +8,9 @@ they lower, shard and exchange what they should, and says nothing of a TPU's mem
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
 import os
 import time
@@ -148,8 +151,9 @@ def stages(
       topology: the machine; None: whatever `devices` are, of which nothing more is known.
       compiler: "none" lowers only; else see the head of this file.
       assumed: what no compiler knows.
-      only: names of programs to compile; None: all but the initialisation and, on a CPU, the step with masks, which
-        differ from others in nothing that matters here; these are lowered.
+      only: names of programs to compile; None: all that differ in what matters here. On a CPU the growth is compiled
+        parameter by parameter: as a whole it takes more memory than a laptop may have. Moments move alike. The rest is
+        lowered.
       among: names of stages; None: all.
 
     Yields:
@@ -162,7 +166,8 @@ def stages(
     run.check(recipe)
     origin, resolved = begin(recipe)
     if only is None:
-        only = ("growth", "train step") + (("train step with masks",) if compiler == "tpu" else ())
+        on_tpu = ("growth", "train step with masks", "train step")
+        only = on_tpu if compiler == "tpu" else ("growth of parameters", "train step")
     before = None if origin is None else origin.stage
     for stage in resolved:
         if among is not None and stage.stage.name not in among:
@@ -183,10 +188,45 @@ def stages(
             found[name] = {"lowered": True}
             if compiler != "none" and name in only:
                 found[name] |= compiled(lowered, topology, mesh)
+            del lowered
+        if "growth" in found and "growth of parameters" in only:
+            found["growth of parameters"] = _parameter_growth(program, previous, topology)
+        _give_memory_back()
         if compiler == "tpu":
             _take_the_compilers_word(record, stage, recipe, topology, mesh)
         yield record
         before = stage
+
+
+def _parameter_growth(
+    program: StageProgram, previous: StageProgram | None, topology: Topology | None
+) -> dict[str, Any]:
+    """What growing every parameter by itself takes, in all."""
+    assert previous is not None
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    total: dict[str, Any] = {"lowered": True, "fits": True, "compile_seconds": 0.0, "collectives": {}}
+    gathers: list[dict[str, Any]] = []
+    for grower in program.parameter_growers():
+        with jax.set_mesh(program.mesh):
+            about = compiled(grower.lower(previous.abstract_state.params, key), topology, program.mesh)
+        total["compile_seconds"] += about["compile_seconds"]
+        for kind, moved in about["collectives"].items():
+            entry = total["collectives"].setdefault(kind, {"count": 0, "sent_bytes": 0.0})
+            for name, number in moved.items():
+                entry[name] += number
+        gathers += [about["largest_gather"]] if about["largest_gather"] else []
+        _give_memory_back()
+    total["largest_gather"] = max(gathers, key=lambda g: int(g["bytes"]), default=None)
+    return total
+
+
+def _give_memory_back() -> None:
+    """Lets go of what was traced and compiled: of a thousand devices' programs it is gigabytes."""
+    jax.clear_caches()
+    gc.collect()
+    # The C library keeps what is freed unless it is told not to; other systems' do as they please.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _arithmetic(

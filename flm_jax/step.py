@@ -143,6 +143,19 @@ class StageProgram:
 
         return jax.jit(grow_state, donate_argnums=(0,) if donate else (), out_shardings=self.shardings)
 
+    def parameter_growers(self) -> Iterator[Any]:
+        """Jitted, for one parameter after the other: those of the stage before, key -> this one, grown."""
+        before, plan = self.stage.before, self.stage.stage.growth
+        assert before is not None and plan is not None
+        old, new = before.cfg, self.stage.cfg
+        for number, where in enumerate(jax.tree.leaves(self.shardings.params)):
+
+            def one(params: Params, key: jax.Array, number: int = number) -> jax.Array:
+                grown: jax.Array = jax.tree.leaves(grow(params, old, new, plan, key))[number]
+                return grown
+
+            yield jax.jit(one, out_shardings=where)
+
     def masks(self, step: int | jax.Array) -> Masks | None:
         """The growth masks after `step` steps; None from the end of the ramp on, where they leave the program."""
         if isinstance(step, int) and step >= self.stage.ramp_steps:
