@@ -317,6 +317,7 @@ def _listen() -> None:
             sentence = client.key_value_try_get(_FAILED)
         except Exception:  # Nobody has.
             continue
-        if not _over.wait(_FAREWELL_MS / 1000):  # This one may be about to leave by itself.
+        # This one may be about to leave by itself; and the first, with which the service ends, leaves last.
+        if not _over.wait(_FAREWELL_MS / 1000 + (2.0 if first() else 0.0)):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
             os._exit(1)

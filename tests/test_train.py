@@ -305,7 +305,7 @@ def test_an_unmasked_growth_of_nothing_and_other_impossible_recipes(recipe):
         resolve(dataclasses.replace(recipe, loss_chunks=3))
     odd = dataclasses.replace(recipe, stages=(grow(first, batch_size=12),))
     with pytest.raises(ValueError, match=r"Stage 'first': batch_size=12 must be a multiple of .* = 8"):
-        StageProgram(resolve(odd)[0], make_mesh(MeshConfig(fsdp=8)), 1)
+        StageProgram(resolve(odd)[0], make_mesh(MeshConfig(fsdp=8)), 1).check_trains(16)
     for stages, message in cases:
         with pytest.raises(ValueError, match=message):
             resolve(dataclasses.replace(recipe, stages=stages))
