@@ -93,6 +93,8 @@ def faults(record: Mapping[str, Any], name: str, about: Mapping[str, Any]) -> li
     if not about["fits"]:
         return [f"{where} does not fit: {about['compiler_said']}"]
     found = []
+    if about["unread"]:
+        found.append(f"{where}: {about['unread']} loops or collectives of its text could not be read")
     if "train step" in name and not any("splash" in kernel for kernel in about["kernels"]):
         found.append(f"{where}: the attention kernel is not in the program")
     whole = matrices(record)

@@ -1,7 +1,7 @@
 """Reading a compiled program: what moves between devices, and how long the TPU compiler thinks that it runs.
 
-The text names computations; a loop's body counts as often as the loop runs. Nothing of this is an interface that XLA
-promises, so what is not understood is counted in `Program.unread`.
+The text names computations; a loop's body counts as often as the loop runs, and every branch of a choice once. Nothing
+of this is an interface that XLA promises, so what is not understood is counted in `Program.unread`.
 """
 
 from __future__ import annotations

@@ -103,16 +103,26 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
     # An axis of the mesh may take a part of a physical one: 4 of a torus's 16, say.
     if slices > 1:
-        if shape[0] % slices:
-            raise ValueError(
-                f"MeshConfig.data={shape[0]} must be a multiple of the {slices} slices that it is split over."
-            )
+        check_slices(shape[0], slices)
         inside, outside = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
         placed = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Linen's transforms know nothing of explicitly sharded types.
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_slices(data: int, slices: int) -> None:
+    """Checks that `data` can be split over slices first.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if data % slices:
+        raise ValueError(
+            f"MeshConfig.data={data} must be a multiple of the {slices} slices that it is split over, such as "
+            f"{slices}, and another axis smaller."
+        )
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

@@ -88,9 +88,13 @@ def relative(a, b):
 
 
 @st.composite
-def mixtures(draw):
-    """Any preserving operator on every axis that it grows; those that copy heads copy key heads too."""
-    free = [m for m in PRESERVING if m != "hypercloning"]
+def mixtures(draw, without=("noise",)):
+    """Any preserving operator on every axis that it grows; those that copy heads copy key heads too.
+
+    What noise adds to copies cancels up to its own rounding, which a model of a few entries does not average away: in
+    float32 it is held to its bound at the sizes of docs/growth_errors.md.
+    """
+    free = [m for m in PRESERVING if m not in ("hypercloning", *without)]
     methods = {axis: draw(st.sampled_from([m for m in free if axis in axes_of(m)])) for axis in KINDS}
     methods["kv_heads"] = methods["heads"]
     return Growth(method=None, methods=methods, depth=draw(st.sampled_from(STATIC)))
@@ -117,12 +121,21 @@ def test_exact_in_float64_on_any_axes_at_any_ratio(method, data):
 def test_exact_in_float32_with_any_mixture_of_methods(pair, growth):
     old, params, new, grown = grow_pair(pair, growth)
     found = compare(old, params, new, grown, growth, small.tokens())
-    # What noise adds to copies cancels up to its own rounding, which a narrow model does not average away.
-    bound = 1e-4 if "noise" in growth.methods.values() else 1e-5
     assert found.preserving
-    assert found.max_rel_logit_diff < bound
-    assert max(found.layer_diffs) < bound
+    assert found.max_rel_logit_diff < 1e-5
+    assert max(found.layer_diffs) < 1e-5
     assert len(found.layer_diffs) == new.layers
+
+
+@settings(max_examples=6)
+@given(data=st.data(), growth=mixtures(without=()))
+def test_exact_in_float64_with_any_mixture_of_methods_noise_included(data, growth):
+    with jax.enable_x64(True):
+        pair = data.draw(small.growths(compute_dtype="float64", param_dtype="float64"))
+        old, params, new, grown = grow_pair(pair, growth)
+        found = compare(old, params, new, grown, growth, small.tokens())
+        assert found.max_rel_logit_diff < 1e-12
+        assert max(found.layer_diffs) < 1e-12
 
 
 @settings(max_examples=5)

@@ -79,7 +79,7 @@ class StoredLeaf:
             below = (lead[0] % self.chunks[0]) * rows if lead else 0  # a chunk may hold several layers
             begin = (below + a - chunk * rows) * row_bytes
             for at in itertools.product(*grid):
-                index = (*(i // c for i, c in zip(lead, self.chunks, strict=False)), chunk, *at)
+                index = (*(i // c for i, c in zip(lead, self.chunks[:dim], strict=True)), chunk, *at)
                 wanted = out[a - start : b - start]
                 if all(len(g) == 1 for g in grid) and trailing == self.shape[dim + 1 :]:
                     self._fetch(index, begin, wanted.reshape(-1).view(np.uint8))
