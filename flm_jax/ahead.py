@@ -324,7 +324,7 @@ def _products(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
     """
     found: dict[str, tuple[str, ...]] = {}
     for path, _, sig in plan.leaves(cfg):
-        if sig.stacked and not sig.gains:
+        if sig.stacked and sig.reads:
             if "embed" not in sig.writes:
                 found[path.split("/")[-1]] = sig.writes
             elif "heads" in sig.reads:

@@ -20,6 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flm_jax.config import ModelConfig
 from flm_jax.sharding import mesh_axes, spec
 
 
@@ -37,12 +38,25 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def rotary_tables(
-    positions_BT: jax.Array, head_dim: int, width: float, theta: float, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, (B, T, 1, H/2), of RoPE (2104.09864) with frequencies theta^(-2i/width)."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    frequency_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / width)
+def rotary_frequencies(cfg: ModelConfig) -> jax.Array:
+    """Radians a position of every pair of a head, (H/2,): theta^(-2i/width) (2104.09864), scaled if the model says so.
+
+    Of the scaling (Llama 3.1, 2407.21783): with t the turns of a pair over the original context, it keeps the share
+    (t - low) / (high - low), between 0 and 1, of its frequency, and of the rest 1 / factor.
+    """
+    wide = jnp.promote_types(cfg.compute, jnp.float32)
+    frequency_H = cfg.rope_theta ** (-jnp.arange(0, cfg.h_dim, 2, dtype=wide) / cfg.effective_head_width)
+    if cfg.rope_scaling is None:
+        return frequency_H
+    s = cfg.rope_scaling
+    turns_H = frequency_H * (s.original_context / (2 * math.pi))
+    kept_H = jnp.clip((turns_H - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+    return frequency_H * kept_H + frequency_H / s.factor * (1 - kept_H)
+
+
+def rotary_tables(positions_BT: jax.Array, frequency_H: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, (B, T, 1, H/2), of RoPE (2104.09864)."""
+    wide = frequency_H.dtype
     angle_BT1H = positions_BT[:, :, None, None].astype(wide) * frequency_H[None, None, None]
     return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
 
@@ -56,12 +70,16 @@ def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attention_mask(
-    query_BT: jax.Array, key_BS: jax.Array, query_segment_BT: jax.Array, key_segment_BS: jax.Array
+    query_BT: jax.Array,
+    key_BS: jax.Array,
+    query_segment_BT: jax.Array,
+    key_segment_BS: jax.Array,
+    sliding_window: int | None = None,
 ) -> jax.Array:
-    """(B, T, S) bool: a query sees keys at its own position or before, in its own document."""
+    """(B, T, S) bool: a query sees keys at its own position or before, in its own document and within the window."""
     causal = query_BT[:, :, None] >= key_BS[:, None, :]
-    same = query_segment_BT[:, :, None] == key_segment_BS[:, None, :]
-    return causal & same
+    seen = causal & (query_segment_BT[:, :, None] == key_segment_BS[:, None, :])
+    return seen if sliding_window is None else seen & (query_BT[:, :, None] - key_BS[:, None, :] < sliding_window)
 
 
 def attend(
@@ -72,6 +90,7 @@ def attend(
     segments_BT: jax.Array | None,
     width: float,
     kernel: str,
+    sliding_window: int | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(width)) v, masked; query head n reads key head n // (N / K).
 
@@ -80,10 +99,11 @@ def attend(
       k_BSKH: keys, rotated.
       v_BSKH: values.
       mask_BTS: bool, (B or 1, T, S).
-      segments_BT: int32, (B or 1, T), where the mask is that of whole windows: causal within equal numbers. None: keys
+      segments_BT: int32, (B or 1, T), where the mask is that of whole rows: causal within equal numbers. None: keys
         are from a cache, and every kernel is the plain one.
       width: of a head, as the scores' scale takes it.
       kernel: "plain"; "cudnn" (`jax.nn.dot_product_attention` on NVIDIA GPUs, bf16 or fp16); "splash" (TPUs); "auto".
+      sliding_window: how many positions a query sees, as in the mask; splash makes its own of it.
 
     Returns:
       (B, T, N, H), in the dtype of `v`.
@@ -91,7 +111,8 @@ def attend(
     plain = functools.partial(_plain, width=width)
     if kernel == "plain" or segments_BT is None:
         return plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
-    chosen = {"cudnn": functools.partial(_cudnn, width=width), "splash": functools.partial(_splash, width=width)}
+    splash_kernel = functools.partial(_splash, width=width, sliding_window=sliding_window)
+    chosen = {"cudnn": functools.partial(_cudnn, width=width), "splash": splash_kernel}
     if kernel in chosen:
         return chosen[kernel](q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
     # cudnn's function asks for the library already when it is traced, so it has to be asked for by name.
@@ -149,7 +170,15 @@ def splash_block(length: int) -> int | None:
 
 
 def _splash(
-    q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: Any, *, width: float, interpret: bool = False
+    q_BTNH: Any,
+    k_BSKH: Any,
+    v_BSKH: Any,
+    mask_BTS: Any,
+    segments_BT: Any,
+    *,
+    width: float,
+    sliding_window: int | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """JAX's Pallas kernel for TPUs, on every device's own rows, heads and query positions; keys come whole.
 
@@ -167,7 +196,9 @@ def _splash(
             f"{SPLASH_BLOCKS[-1] * parts['time']}, or attention='plain'."
         )
     columns = max(size for size in SPLASH_BLOCKS if T % size == 0)
-    mask = splash_attention_mask.CausalMask((T, T), shard_count=parts["time"])
+    mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask((T, T), shard_count=parts["time"])
+    if sliding_window is not None:
+        mask = splash_attention_mask.LocalMask((T, T), (sliding_window - 1, 0), offset=0, shard_count=parts["time"])
     kernel = splash.make_splash_mha(
         mask=splash_attention_mask.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(

@@ -19,8 +19,35 @@ ATTENTION = ("plain", "cudnn", "splash", "auto")
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's change of the rotary frequencies for contexts longer than those of its training (2407.21783).
+
+    Pairs that turn fast keep their frequency, slow ones have it divided by `factor`, and those between are mixed.
+
+    Attributes:
+      factor: by which the frequencies of slow pairs are divided.
+      low_freq_factor: pairs that turn fewer times than this over `original_context` are slow.
+      high_freq_factor: pairs that turn more often than this are fast.
+      original_context: positions that the model was trained on before.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor or self.original_context < 1:
+            raise ValueError(
+                f"{self}: factor must be at least 1, 0 < low_freq_factor < high_freq_factor, original_context positive."
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Tele-FLM form: Llama's forward pass with an input and an output multiplier.
+
+    The fields from `qkv_bias` to `rope_scaling` are what relatives of Llama have besides; Tele-FLM has none of them.
 
     Attributes:
       embed: width of the residual stream (D).
@@ -37,6 +64,10 @@ class ModelConfig:
       head_width: the head width that scores are divided by the root of, and that rotary frequencies follow. None:
         `head_dim`. A growth of `head_dim` keeps the width it grew from here, so that old pairs turn as they did.
       rope_theta: base of the rotary frequencies (half-split layout).
+      qkv_bias: whether queries, keys and values have biases (Qwen2).
+      qk_norm: whether every query and key head goes through an RMSNorm of its own before it is rotated (Qwen3).
+      sliding_window: how many positions a query sees, its own included (Mistral); None: all before it.
+      rope_scaling: change of the rotary frequencies for long contexts (Llama 3.1); None: none.
       input_mult: multiplies the embedding's output.
       output_mult: multiplies the logits, before division by `embed / base_width`.
       base_width: width at which muP's multipliers are 1.
@@ -63,6 +94,10 @@ class ModelConfig:
     norm_width: float | None = None
     head_width: float | None = None
     rope_theta: float = 10_000.0
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    rope_scaling: RopeScaling | None = None
     input_mult: float = 1.0
     output_mult: float = 1.0
     base_width: int = 256
@@ -96,6 +131,10 @@ class ModelConfig:
             )
         if self.h_dim < 2 or self.h_dim % 2:
             raise ValueError(f"ModelConfig: head_dim={self.head_dim} must be even, for rotary pairs.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"ModelConfig.sliding_window={self.sliding_window} must be positive, or None for no window."
+            )
         for name, allowed in (("remat", REMAT_POLICIES), ("attention", ATTENTION)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -173,6 +212,8 @@ class ModelConfig:
 
     def std(self, signature: Signature) -> float:
         """Initial standard deviation (Tele-FLM, 2404.16645, Table 4: 4.242e-3 at 52B is 0.024 at the base width)."""
+        if signature.is_bias:
+            return 0.0
         if not signature.is_matrix_like:
             return self.init_std_vector
         return self.init_std / signature.width_mult(self.sizes, self.base_sizes) ** 0.5

@@ -1,7 +1,8 @@
 """The Transformer, top to bottom: what Tele-FLM computes (2404.16645, section 2; 2407.02783).
 
 Pre-norm blocks of attention with rotary positions and SwiGLU, RMSNorm, one more norm after the last block, no biases,
-an input multiplier on the embedding and an output multiplier on the logits. Growth masks enter here and nowhere else.
+an input multiplier on the embedding and an output multiplier on the logits. Llama and its relatives Mistral, Qwen2 and
+Qwen3 are the same but for what `ModelConfig` names. Growth masks enter here and nowhere else.
 
 Shapes: B batch, T time, D embed, N heads, K kv_heads, H head_dim, F mlp, L layers, V vocab.
 """
@@ -18,7 +19,7 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from flm_jax.attention import ATTENDED, Cache, attend, attention_mask, rotary_tables, rotate
+from flm_jax.attention import ATTENDED, Cache, attend, attention_mask, rotary_frequencies, rotary_tables, rotate
 from flm_jax.config import ModelConfig
 from flm_jax.sharding import constrain, fitting_spec, mesh_axes
 from flm_jax.signature import Declared, Signature, draw
@@ -57,8 +58,13 @@ class Shared(NamedTuple):
 
 
 def times(x: jax.Array, last: jax.Array) -> jax.Array:
-    """`x` times something over its last axes, in the dtype of `x`; nothing else is broadcast in this project."""
+    """`x` times something over its last axes, in the dtype of `x`; only this and `plus` broadcast."""
     return x * jnp.expand_dims(last.astype(x.dtype), range(x.ndim - last.ndim))
+
+
+def plus(x: jax.Array, last: jax.Array) -> jax.Array:
+    """`x` plus a bias over its last axes."""
+    return x + jnp.expand_dims(last, range(x.ndim - last.ndim))
 
 
 def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -107,6 +113,12 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     return split(table_VD, tokens_BT)
 
 
+def normalised(x: jax.Array, width: Any, eps: float, mask: jax.Array | None) -> jax.Array:
+    """Gives x * rsqrt(sum(x^2) / width + eps) over the last axis; a mask hides entries from the sum."""
+    square = jnp.sum(masked(x * x, mask), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(square / width + eps)
+
+
 class RMSNorm(nn.Module):
     """x * rsqrt(sum(x^2) / width + eps) * scale, computed in at least float32."""
 
@@ -117,11 +129,24 @@ class RMSNorm(nn.Module):
         """(B, T, D) -> (B, T, D); under a mask m: x * rsqrt(sum(m x^2) / width + eps) * scale * m."""
         scale_D = parameter(self, self.cfg, "scale", "embed")
         x = x_BTD.astype(scale_D.dtype)
-        square_BT1 = jnp.sum(masked(x * x, masks.embed_D), axis=-1, keepdims=True)
         width = self.cfg.effective_norm_width if masks.norm_width is None else masks.norm_width.astype(x.dtype)
-        y = masked(x * jax.lax.rsqrt(square_BT1 / width + self.cfg.norm_eps), masks.embed_D)
+        y = masked(normalised(x, width, self.cfg.norm_eps, masks.embed_D), masks.embed_D)
         y_BTD = times(y, scale_D).astype(x_BTD.dtype)
         return constrain(y_BTD, "batch", "time", "residual")
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of every head by itself, one scale for all heads, computed in at least float32 (Qwen3, 2505.09388)."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTNH: jax.Array, masks: Masks) -> jax.Array:
+        """(B, T, N, H) -> (B, T, N, H); a mask hides entries of the head from the mean square, and they count less."""
+        scale_H = parameter(self, self.cfg, "scale", "head_dim")
+        x, mask_H = x_BTNH.astype(scale_H.dtype), masks.head_dim_H
+        width = float(self.cfg.h_dim) if mask_H is None else jnp.sum(mask_H.astype(x.dtype))
+        return times(normalised(x, width, self.cfg.norm_eps, mask_H), scale_H).astype(x_BTNH.dtype)
 
 
 class Attention(nn.Module):
@@ -136,6 +161,13 @@ class Attention(nn.Module):
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, parameter(self, cfg, "query", "embed -> heads head_dim"))
         k_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "key", "embed -> kv_heads head_dim*"))
         v_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "value", "embed -> kv_heads head_dim"))
+        if cfg.qkv_bias:
+            q_BTNH = plus(q_BTNH, parameter(self, cfg, "query_bias", "-> heads head_dim"))
+            k_BSKH = plus(k_BSKH, parameter(self, cfg, "key_bias", "-> kv_heads head_dim*"))
+            v_BSKH = plus(v_BSKH, parameter(self, cfg, "value_bias", "-> kv_heads head_dim"))
+        if cfg.qk_norm:
+            q_BTNH = HeadNorm(cfg, name="query_norm")(q_BTNH, shared.masks)
+            k_BSKH = HeadNorm(cfg, name="key_norm")(k_BSKH, shared.masks)
         q_BTNH = masked(rotate(q_BTNH, shared.rotary), shared.masks.head_dim_H)
         q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "time", "heads", "head_dim"), "query")
         k_BSKH = constrain(rotate(k_BSKH, shared.rotary), "batch", "time", "kv_heads", "head_dim")
@@ -146,7 +178,10 @@ class Attention(nn.Module):
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), start)
             cache = (k_BSKH, v_BSKH)
         o_BTNH = attend(
-            q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, shared.segments_BT, cfg.effective_head_width, cfg.attention
+            *(q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, shared.segments_BT),
+            width=cfg.effective_head_width,
+            kernel=cfg.attention,
+            sliding_window=cfg.sliding_window,
         )
         o_BTNH = masked(o_BTNH, shared.masks.head_dim_H)
         if shared.masks.heads_N is not None:
@@ -253,13 +288,14 @@ class Transformer(nn.Module):
         length, segments_1T = None, None
         if cache is None:
             segments_1T = jnp.zeros_like(time) if segments_BT is None else segments_BT
-            positions, mask_BTS = time, attention_mask(time, time, segments_1T, segments_1T)
+            positions, mask_BTS = time, attention_mask(time, time, segments_1T, segments_1T, cfg.sliding_window)
         else:
             length, layer_cache = cache.length, (cache.key_LBSKH, cache.value_LBSKH)
             positions = time + length
             keys_1S = jnp.arange(cache.key_LBSKH.shape[2], dtype=jnp.int32)[None]
-            mask_BTS = attention_mask(positions, keys_1S, jnp.zeros_like(positions), jnp.zeros_like(keys_1S))
-        rotary = rotary_tables(positions, cfg.h_dim, cfg.effective_head_width, cfg.rope_theta, cfg.compute)
+            alike = jnp.zeros_like(positions), jnp.zeros_like(keys_1S)
+            mask_BTS = attention_mask(positions, keys_1S, *alike, cfg.sliding_window)
+        rotary = rotary_tables(positions, rotary_frequencies(cfg))
         x_BTD = masked(look_up(self.embedding_VD, tokens_BT) * cfg.input_mult, masks.embed_D)
         x_BTD = constrain(x_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "embedded_BTD", x_BTD)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flm_jax.config import ModelConfig
+from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.data.source import DataConfig
 from flm_jax.growth.frame import Frame, frame
 from flm_jax.growth.masks import Ramp
@@ -291,7 +291,7 @@ def fingerprint(record: Any) -> str:
 def from_dict(data: Any) -> Any:
     """A model's or a growth's configuration, from what `as_dict` made of it."""
     if isinstance(data, dict) and "class" in data:
-        made = {kind.__name__: kind for kind in (ModelConfig, Growth, Ramp)}[data["class"]]
+        made = {kind.__name__: kind for kind in (ModelConfig, RopeScaling, Growth, Ramp)}[data["class"]]
         return made(**{name: from_dict(value) for name, value in data.items() if name != "class"})
     return {name: from_dict(value) for name, value in data.items()} if isinstance(data, dict) else data
 

@@ -73,6 +73,8 @@ class Signature:
     def parse(cls, text: str) -> Signature:
         """Parses ``"embed -> heads head_dim"``, ``"embed"`` (a gain), or ``"layers: embed -> mlp"`` (stacked).
 
+        What reads nothing, as in ``"-> heads head_dim"``, is a bias.
+
         A star marks a written axis that meets another's: ``"embed -> kv_heads head_dim*"`` for keys.
 
         Raises:
@@ -87,8 +89,10 @@ class Signature:
         sides = [tuple(side.split()) for side in body.split("->")]
         meets = frozenset(axis[:-1] for axis in sides[-1] if axis.endswith("*") and len(sides) == 2)
         sides[-1] = tuple(axis.removesuffix("*") if axis[:-1] in meets else axis for axis in sides[-1])
-        if len(sides) > 2 or not any(sides):
-            raise ValueError(f"Signature {text!r}: expected 'reads -> writes', or axis names alone for a gain.")
+        if len(sides) > 2 or not sides[-1]:
+            raise ValueError(
+                f"Signature {text!r}: expected 'reads -> writes', axis names alone for a gain, '-> writes' for a bias."
+            )
         for axis in (axis for side in sides for axis in side):
             if axis not in KINDS or KINDS[axis] is Kind.STACK:
                 known = ", ".join(name for name, kind in KINDS.items() if kind is not Kind.STACK)
@@ -99,7 +103,7 @@ class Signature:
 
     def __str__(self) -> str:
         writes = (f"{axis}*" if axis in self.meets else axis for axis in self.writes)
-        body = " ".join(self.gains) if self.gains else f"{' '.join(self.reads)} -> {' '.join(writes)}"
+        body = " ".join(self.gains) if self.gains else f"{' '.join(self.reads)} -> {' '.join(writes)}".lstrip()
         return f"{STACK_AXIS}: {body}" if self.stacked else body
 
     def stack(self, stacked: bool = True) -> Signature:
@@ -134,9 +138,14 @@ class Signature:
         return all(any(KINDS[a] in inside for a in side) for side in (self.reads, self.writes))
 
     @property
+    def is_bias(self) -> bool:
+        """Whether it is added to what others write: it reads nothing."""
+        return not self.gains and not self.reads
+
+    @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to what multiplies activations, not to gains."""
-        return not self.gains
+        """Whether weight decay applies: to what multiplies activations, neither to gains nor to biases."""
+        return bool(self.reads)
 
     def width_mult(self, sizes: Sizes, base: Sizes) -> float:
         """MuP's width multiplier: fan-in over fan-in at the base width, for matrix-like parameters; otherwise 1.
@@ -185,7 +194,7 @@ def draw(
     dtype: jnp.dtype,
     offset: int | jax.Array = 0,
 ) -> jax.Array:
-    """Fresh values: ones for a gain, else a normal of standard deviation `std`, truncated at three of them.
+    """Fresh values: ones for a gain, zeros for a bias, else a normal of deviation `std`, truncated at three of them.
 
     Every value follows from the key and its place alone, so that a block of a parameter can be drawn without the rest.
 
@@ -199,4 +208,6 @@ def draw(
     """
     if signature.gains:
         return jnp.ones(shape, dtype)
+    if signature.is_bias:
+        return jnp.zeros(shape, dtype)
     return (std * truncated_normal(key, 3.0, shape, offset)).astype(dtype)

@@ -7,13 +7,30 @@ def rms_norm(x, scale, eps):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
-def rope(x, theta):
+def frequency(i, dim, theta, scaling):
+    """Of pair i; scaled as Llama 3.1 does it: by wavelength, in positions."""
+    plain = theta ** (-2 * i / dim)
+    if scaling is None:
+        return plain
+    wavelength = 2 * np.pi / plain
+    shortest_slow = scaling.original_context / scaling.low_freq_factor
+    longest_fast = scaling.original_context / scaling.high_freq_factor
+    if wavelength > shortest_slow:
+        return plain / scaling.factor
+    if wavelength < longest_fast:
+        return plain
+    smooth = scaling.original_context / wavelength - scaling.low_freq_factor
+    smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+    return (1 - smooth) * plain / scaling.factor + smooth * plain
+
+
+def rope(x, cfg):
     """x: (time, head_dim), half-split pairs (i, i + H/2), one position at a time."""
     time, dim = x.shape
     out = np.empty_like(x)
     for t in range(time):
         for i in range(dim // 2):
-            angle = t * theta ** (-2 * i / dim)
+            angle = t * frequency(i, dim, cfg.rope_theta, cfg.rope_scaling)
             a, b = x[t, i], x[t, i + dim // 2]
             out[t, i] = a * np.cos(angle) - b * np.sin(angle)
             out[t, i + dim // 2] = b * np.cos(angle) + a * np.sin(angle)
@@ -36,11 +53,17 @@ def forward(cfg, params, tokens, segments=None):
         y = rms_norm(x, w["attention_norm/scale"], cfg.norm_eps)
         attended = np.zeros_like(x)
         for head in range(cfg.heads):
-            q = rope(y @ w["attention/query"][:, head], cfg.rope_theta)
-            k = rope(y @ w["attention/key"][:, head // group], cfg.rope_theta)
-            v = y @ w["attention/value"][:, head // group]
+            q, k, v = (
+                y @ w[f"attention/{name}"][:, which] + (w[f"attention/{name}_bias"][which] if cfg.qkv_bias else 0)
+                for name, which in (("query", head), ("key", head // group), ("value", head // group))
+            )
+            if cfg.qk_norm:
+                q = rms_norm(q, w["attention/query_norm/scale"], cfg.norm_eps)
+                k = rms_norm(k, w["attention/key_norm/scale"], cfg.norm_eps)
+            q, k = rope(q, cfg), rope(k, cfg)
             for t in range(len(tokens)):
-                seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+                first = 0 if cfg.sliding_window is None else max(t - cfg.sliding_window + 1, 0)
+                seen = [s for s in range(first, t + 1) if segments[s] == segments[t]]
                 weights = softmax(np.array([q[t] @ k[s] for s in seen]) / np.sqrt(cfg.head_dim))
                 attended[t] += sum(a * v[s] for a, s in zip(weights, seen, strict=True)) @ w["attention/out"][head]
         x = x + attended

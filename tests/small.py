@@ -8,10 +8,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from flm_jax import model
-from flm_jax.config import ModelConfig
+from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.signature import KINDS
 
 VOCAB = 61
+# Within a dozen positions some pairs of a head are fast, some slow, some between.
+SCALING = RopeScaling(factor=4.0, low_freq_factor=0.05, high_freq_factor=0.4, original_context=8)
 
 
 def config(**changes) -> ModelConfig:
@@ -71,13 +73,14 @@ apply = jax.jit(model.apply, static_argnums=0)
 def params(cfg: ModelConfig, seed: int = 0):
     """Parameters of the sizes that initialisation gives, drawn by numpy (compiling each shape's draw takes seconds).
 
-    The scales of norms are not 1, as after training.
+    The scales of norms are not 1, and biases not 0, as after training.
     """
     shapes, signatures = model.declared(cfg)
     rng = np.random.default_rng(seed)
 
     def one(like, sig):
-        value = rng.uniform(0.5, 1.5, like.shape) if sig.gains else cfg.std(sig) * rng.standard_normal(like.shape)
+        std = 0.3 if sig.is_bias else cfg.std(sig)
+        value = rng.uniform(0.5, 1.5, like.shape) if sig.gains else std * rng.standard_normal(like.shape)
         return jnp.asarray(value, like.dtype)
 
     return jax.tree.map(one, shapes, signatures)
@@ -87,6 +90,7 @@ def waves(signature, key, shape, *, std, dtype):
     """In place of `draw`: as arbitrary, as dependent on its key, and compiled at once."""
     if signature.gains:
         return jnp.ones(shape, dtype)
+    std = std or 0.3  # biases, too
     phase = jax.random.key_data(key).astype(jnp.float32).sum() * 1e-9
     index = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape)
     return (1.4 * std * jnp.cos(index * 1.618 + phase)).astype(dtype)
@@ -94,7 +98,10 @@ def waves(signature, key, shape, *, std, dtype):
 
 @st.composite
 def growths(draw, axes=tuple(KINDS), multiples=False, **fixed):
-    """A pair of configurations: any subset of axes grows, at any ratio; grouped queries, tied embeddings included."""
+    """A pair of configurations: any subset of axes grows, at any ratio; any field that a relative of Llama has.
+
+    Under query and key norms heads keep their width: only masks can change it.
+    """
     kv, group = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3, 4]))
     old = dict(
         embed=draw(st.integers(3, 20)) * 2,
@@ -104,11 +111,17 @@ def growths(draw, axes=tuple(KINDS), multiples=False, **fixed):
         heads=kv * group,
         head_dim=draw(st.sampled_from([2, 4, 6])),
         tied=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        sliding_window=draw(st.sampled_from([None, 5])),
+        rope_scaling=draw(st.sampled_from([None, SCALING])),
         vocab=VOCAB,
         **fixed,
     )
     grown = draw(st.sets(st.sampled_from(sorted(axes)), min_size=1))
     new = dict(old)
+    if old["qk_norm"]:
+        grown = (grown - {"head_dim"}) or {"mlp"}
     for axis, most, step in (("embed", 2, 1), ("mlp", 2, 1), ("layers", 2, 1), ("head_dim", 1, 2), ("vocab", 1, 1)):
         if axis in grown:
             most *= old[axis]

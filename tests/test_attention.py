@@ -13,12 +13,12 @@ from flm_jax.sharding import MeshConfig, make_mesh
 B, T, WIDTH = 2, 256, 100.0
 
 
-def inputs(heads, kv_heads, head_dim=128):
+def inputs(heads, kv_heads, head_dim=128, sliding_window=None):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, head_dim)), jnp.float32) for n in (heads, kv_heads, kv_heads))
     segments = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.02, axis=1), jnp.int32)
     time = jnp.arange(T)[None]
-    return (q, k, v), (attention.attention_mask(time, time, segments, segments), segments)
+    return (q, k, v), (attention.attention_mask(time, time, segments, segments, sliding_window), segments)
 
 
 def value_and_gradients(kernel, tensors, masks):
@@ -47,6 +47,14 @@ def test_splash_is_the_plain_kernel_with_its_gradients(kv_heads, mesh):
     else:
         with jax.set_mesh(make_mesh(mesh)):
             found = value_and_gradients(SPLASH, tensors, masks)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+def test_splash_sees_no_further_than_a_sliding_window():
+    tensors, masks = inputs(4, 2, sliding_window=70)
+    expected = value_and_gradients(PLAIN, tensors, masks)
+    found = value_and_gradients(functools.partial(SPLASH, sliding_window=70), tensors, masks)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
 

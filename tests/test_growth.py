@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm_jax import model
+from flm_jax.convert.fold import fold
 from flm_jax.growth import (
     REGISTRY,
     Growth,
     axis_maps,
     compare,
-    fold_norm_width,
     grow,
     grow_moments,
     grow_optimizer,
@@ -184,7 +184,29 @@ GROWN = (
     small.config(heads=4, kv_heads=2, layers=2),
     small.config(embed=30, heads=9, kv_heads=3, head_dim=12, layers=3, mlp=50),
 )
+# All that relatives of Llama have besides.
+RELATIVE = dict(qkv_bias=True, qk_norm=True, sliding_window=5, rope_scaling=small.SCALING)
 MULTIPLES = GROWN[0], small.config(embed=48, heads=16, kv_heads=4, head_dim=12, layers=3, mlp=80)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize("method", PRESERVING)
+def test_exact_with_all_that_relatives_of_llama_have(method, tied, x64):
+    """Biases, norms of queries and keys, a sliding window, scaled frequencies; every axis that the method grows."""
+    fields = dict(compute_dtype="float64", param_dtype="float64", tied=tied, **RELATIVE)
+    old, target = (cfg.replace(**fields) for cfg in pair_for(method))
+    if method != "mask":
+        target = target.replace(head_dim=old.head_dim)
+    growth = plan_with(method)
+    old, params, new, grown = grow_pair((old, target), growth)
+    assert relative(logits(old, params), logits(new, grown, masks_at(old, new, growth, 0))) < 1e-12
+
+
+def test_heads_behind_norms_of_their_own_do_not_grow_wider_by_zeros():
+    """Drawn queries would change the mean square that their norm divides by; masks hide them from it."""
+    old = small.config(qk_norm=True)
+    with pytest.raises(ValueError, match="head_dim grows by 'zero'.*grow head_dim by 'mask'"):
+        axis_maps(old, old.replace(head_dim=12), Growth("zero"))
 
 
 def pair_for(method):
@@ -211,11 +233,15 @@ def loss(cfg, params, masks, tokens):
 gradient = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
 
 
+@pytest.mark.parametrize("fields", [{}, RELATIVE], ids=["plain", "relatives of Llama"])
 @pytest.mark.parametrize("method", PRESERVING)
-def test_no_new_entry_is_dead(method):
+def test_no_new_entry_is_dead(method, fields):
     """After two SGD steps every fresh slice of every parameter has had a gradient."""
     growth = plan_with(method, ramp_steps=10)
-    old, _, new, grown = grow_pair(pair_for(method), growth)
+    old, target = (cfg.replace(**fields) for cfg in pair_for(method))
+    if fields and method != "mask":
+        target = target.replace(head_dim=old.head_dim)
+    old, _, new, grown = grow_pair((old, target), growth)
     maps, (_, signatures) = axis_maps(old, new, growth), model.declared(new)
     seen = jax.tree.map(jnp.zeros_like, grown)
     tokens = small.tokens((4, 64))
@@ -259,17 +285,43 @@ def test_the_published_rule_that_forgets_eps_fails():
     assert relative(logits(old, params), logits(folded, shrunk)) < 1e-5
 
 
-def test_a_kept_norm_width_folds_into_a_model_with_ordinary_norms(x64):
-    """By a decoder that is not ours, and knows no norm width."""
-    growth = Growth("zero")
-    wide = dict(compute_dtype="float64", param_dtype="float64")
-    old, params, new, grown = grow_pair((small.config(**wide), small.config(embed=30, mlp=50, **wide)), growth)
-    folded, cfg = fold_norm_width(grown, new)
-    assert cfg.norm_width is None
+FOLDED = {
+    "norm width": (dict(), dict(embed=30, mlp=50)),
+    "norm and head width": (dict(), dict(embed=30, head_dim=12)),
+    "with biases": (dict(qkv_bias=True), dict(embed=30, head_dim=12)),
+    "with query and key norms": (dict(qk_norm=True), dict(embed=30, heads=3)),
+    "with scaled frequencies": (dict(rope_scaling=small.SCALING), dict(embed=30, head_dim=12)),
+    "tied": (dict(tied=True, input_mult=3.0), dict(embed=30)),
+    "multipliers": (dict(input_mult=3.0, output_mult=0.5), dict(embed=30)),
+}
+
+
+@pytest.mark.parametrize("multipliers", [True, False], ids=["multipliers too", "multipliers kept"])
+@pytest.mark.parametrize(("fields", "changes"), FOLDED.values(), ids=FOLDED)
+def test_kept_widths_and_multipliers_fold_into_an_ordinary_model(fields, changes, multipliers, x64):
+    """By a decoder that is not ours, and knows no kept widths."""
+    old = small.config(compute_dtype="float64", param_dtype="float64", **fields)
+    old, params, new, grown = grow_pair((old, old.replace(**changes, kv_heads=changes.get("heads"))), Growth("zero"))
+    folded, cfg = fold(grown, new, multipliers)
+    assert (cfg.norm_width, cfg.head_width) == (None, None)
+    if multipliers:
+        assert (cfg.input_mult, cfg.logits_mult) == (1, 1)
     tokens = small.tokens((1, 9))
     expected = logits(old, params, tokens=tokens)[0]
     assert relative(expected, reference.forward(cfg, folded, tokens[0])) < 1e-12
-    assert relative(expected, reference.forward(cfg.replace(norm_eps=new.norm_eps), folded, tokens[0])) > 1e-4
+    # What it holds in place of the widths is needed, every bit of it.
+    assert relative(expected, reference.forward(cfg.replace(norm_eps=new.norm_eps), folded, tokens[0])) > 1e-5
+
+
+def test_the_widths_of_heads_behind_norms_fold_too(x64):
+    """They grow by masks, which are gone at the end of the ramp: the model after it is what is folded."""
+    wide = dict(compute_dtype="float64", param_dtype="float64", qk_norm=True, rope_scaling=small.SCALING)
+    growth = Growth("zero", methods={"head_dim": "mask"})
+    _, _, new, grown = grow_pair((small.config(**wide), small.config(embed=30, head_dim=12, **wide)), growth)
+    assert (new.norm_width, new.head_width) == (24, 8)
+    tokens = small.tokens((1, 9))
+    folded, cfg = fold(grown, new)
+    assert relative(logits(new, grown, tokens=tokens)[0], reference.forward(cfg, folded, tokens[0])) < 1e-12
 
 
 def test_a_stale_multiplier_fails():

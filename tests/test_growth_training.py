@@ -83,6 +83,14 @@ def test_adamw_goes_on_exactly_for_25_steps(target, method, x64):
     assert worse < 1e-12
 
 
+def test_adamw_goes_on_exactly_with_biases_and_norms_of_queries_and_keys(x64):
+    fields = dict(qkv_bias=True, qk_norm=True, kv_heads=2)
+    target = QUARTER.replace(**{**fields, "heads": 6, "kv_heads": 3})
+    far, worse = run_on(OLD.replace(**fields), target, Growth("uneven", optimizer="exact"))
+    assert far < 1e-12
+    assert worse < 1e-12
+
+
 @pytest.mark.parametrize(
     ("new", "growth", "message"),
     [

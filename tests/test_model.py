@@ -18,6 +18,10 @@ VARIANTS = {
     "grouped queries": dict(heads=6, kv_heads=2, head_dim=4),
     "tied": dict(tied=True),
     "multipliers": dict(input_mult=3.0, output_mult=0.5),
+    "biases": dict(qkv_bias=True, heads=4, kv_heads=2, head_dim=4),
+    "query and key norms": dict(qk_norm=True, heads=4, kv_heads=2, head_dim=4),
+    "sliding window": dict(sliding_window=3),
+    "scaled frequencies": dict(rope_scaling=small.SCALING, head_dim=16),
 }
 
 
@@ -70,7 +74,7 @@ def test_scan_equals_a_python_loop_over_blocks():
     x = params["embedding"][tokens]
     # Layer by layer: a one-layer model whose final norm and head are left out.
     shared = model.Shared(
-        model.rotary_tables(jnp.arange(10)[None], cfg.head_dim, cfg.head_dim, cfg.rope_theta, cfg.compute),
+        model.rotary_tables(jnp.arange(10)[None], model.rotary_frequencies(cfg)),
         model.attention_mask(*[jnp.arange(10)[None]] * 2, *[jnp.zeros((1, 10), int)] * 2),
         None,
         model.Masks(),

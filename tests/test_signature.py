@@ -19,6 +19,7 @@ TEXTS = [
     "layers: embed -> heads head_dim",
     "layers: mlp -> embed",
     "embed -> vocab",
+    "layers: -> kv_heads head_dim*",
 ]
 
 
@@ -33,6 +34,7 @@ def test_parse_and_print_are_inverse(text):
         ("embed -> width", "unknown axis 'width'; known axes are embed, heads"),
         ("a: embed", "only 'layers' may stand before a colon"),
         ("embed -> mlp -> embed", "expected 'reads -> writes'"),
+        ("embed ->", "expected 'reads -> writes'"),
         ("->", "expected 'reads -> writes'"),
         ("layers -> embed", "unknown axis 'layers'"),
     ],

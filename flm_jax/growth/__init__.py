@@ -7,7 +7,7 @@
 >>> compare(old, params, new, new_params, plan, tokens_BT).max_rel_logit_diff
 """
 
-from flm_jax.growth.grow import fold_norm_width, grow, grow_moments, grow_optimizer
+from flm_jax.growth.grow import grow, grow_moments, grow_optimizer
 from flm_jax.growth.masks import Ramp
 from flm_jax.growth.operators import REGISTRY, Operator, register
 from flm_jax.growth.plan import Growth, axis_maps, grown_config, mask_flags, masks_at, promises
@@ -22,7 +22,6 @@ __all__ = [
     "Verification",
     "axis_maps",
     "compare",
-    "fold_norm_width",
     "grow",
     "grow_moments",
     "grow_optimizer",

@@ -176,18 +176,6 @@ def grow_optimizer(
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
 
 
-def fold_norm_width(params: Params, cfg: ModelConfig) -> tuple[Params, ModelConfig]:
-    """The same function with ordinary norms, which divide by the model's own width, for other implementations.
-
-    With d the kept width and D the model's: scale sqrt(d / D) and eps d / D, since x / sqrt(s / d + eps) is
-    sqrt(d / D) x / sqrt(s / D + eps d / D). In bfloat16 the scales would be rounded: keep them in float32.
-    """
-    ratio = cfg.effective_norm_width / cfg.embed
-    _, signatures = declared(cfg)
-    folded = jax.tree.map(lambda x, sig: x * ratio**0.5 if sig.gains else x, params, signatures)
-    return folded, cfg.replace(norm_width=None, norm_eps=cfg.norm_eps * ratio)
-
-
 def check_shapes(tree: Params, cfg: ModelConfig) -> None:
     """Checks that these are parameters, or averages, of a model.
 

@@ -142,6 +142,13 @@ def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, A
         for axis in AXES
         if spans[axis].new != spans[axis].old
     }
+    if new.qk_norm and "head_dim" in maps and not maps["head_dim"].masked:
+        operator = operators.lookup(growth.method_of("head_dim"))
+        if operator.preserving:
+            raise ValueError(
+                f"head_dim grows by {operator.name!r}, but queries and keys go through norms, whose mean squares its "
+                "new entries would change: grow head_dim by 'mask', which hides them there (Growth.methods)."
+            )
     both = [growth.method_of(axis) for axis in ("heads", "kv_heads") if axis in maps]
     if len(set(both)) > 1 and (maps["heads"].speaks or maps["kv_heads"].speaks):
         raise ValueError(
