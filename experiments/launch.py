@@ -21,7 +21,7 @@ from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.data import corpora, source, train_vocabulary
 from flm_jax.growth import Growth, GrowthError, Ramp
-from flm_jax.origin import read_origin
+from flm_jax.origin import model_of, read_origin
 from flm_jax.overview import dry_run as describe
 from flm_jax.recipe import Recipe, Run
 from flm_jax.streamed.flow import CHUNK_BYTES
@@ -45,6 +45,8 @@ def register() -> None:
         config.small_52b,
         config.small_102b,
         config.small_1t,
+        config.RopeScaling,
+        model_of,
         optimizer.OptimizerConfig,
         sharding.MeshConfig,
         recipes.Stage,
@@ -190,7 +192,7 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
 
 @gin.configurable(module="flm_jax")
 def grow(
-    target: config.ModelConfig = gin.REQUIRED,
+    target: config.ModelConfig | Mapping[str, Any] = gin.REQUIRED,
     growth: Growth = gin.REQUIRED,
     seed: int = 0,
     mesh: sharding.MeshConfig | None = None,
@@ -262,9 +264,11 @@ def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: 
         by_hand = parse(gin_files, gin_bindings)
         settings = required(grow)
         check_used(by_hand)
-        for name, kind in (("target", config.ModelConfig), ("growth", Growth)):
-            if not isinstance(settings[name], kind):
-                raise ValueError(f"grow.{name} is {settings[name]!r}; bind a {kind.__name__}, called: '@name()'.")
+        for name, kinds in (("target", (config.ModelConfig, Mapping)), ("growth", (Growth,))):
+            if not isinstance(settings[name], kinds):
+                right = f"bind a {kinds[0].__name__}, called: '@name()'"
+                more = ", or what changes, such as {'embed': 720}" if Mapping in kinds else ""
+                raise ValueError(f"grow.{name} is {settings[name]!r}; {right}{more}.")
         if not settings["streamed"]:
             settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}

@@ -222,6 +222,19 @@ class ModelConfig:
         """This configuration with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
+    def changed(self, changes: Mapping[str, Any]) -> ModelConfig:
+        """This configuration with fields changed as a user names them; key heads follow heads unless they are named.
+
+        Raises:
+            ValueError: there is no such field, or the values do not fit.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise ValueError(f"A model has no {', '.join(unknown)}; its fields are {', '.join(known)}.")
+        heads, group = changes.get("heads", self.heads), self.heads // self.k_heads
+        follow = {"kv_heads": heads // group} if heads != self.heads and heads % group == 0 else {}
+        return self.replace(**{**follow, **changes})
+
 
 def tele_flm_52b(remat: str = "full", attention: str = "auto") -> ModelConfig:
     """Tele-FLM-52B (2404.16645, Tables 3 and 4; read in the paper). 52.85 B parameters.

@@ -146,7 +146,9 @@ def _words(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def _position(shape: tuple[int, ...], places: tuple[jax.Array, ...] = ()) -> jax.Array:
+def _position(
+    shape: tuple[int, ...], places: tuple[jax.Array, ...] = (), whole: tuple[int, ...] | None = None
+) -> jax.Array:
     """A uint32 for every position; no two of one leading index share theirs (below 2**32 of them).
 
     The leading index is mixed, not multiplied by its stride: strides of stacked layers are multiples of large
@@ -163,13 +165,19 @@ def _position(shape: tuple[int, ...], places: tuple[jax.Array, ...] = ()) -> jax
     stride = 1
     for axis in range(len(shape) - 1, 0, -1):
         position = position + index(axis) * np.uint32(stride % 2**32)
-        stride *= shape[axis]
+        stride *= (whole or shape)[axis]
     return position
 
 
-def _lanes(x: jax.Array, places: tuple[jax.Array, ...] = (), counts: jax.Array | None = None) -> jax.Array:
+def _lanes(
+    x: jax.Array,
+    places: tuple[jax.Array, ...] = (),
+    counts: jax.Array | None = None,
+    whole: tuple[int, ...] | None = None,
+) -> jax.Array:
     words = _words(x)
-    position = _position(words.shape, places)
+    # Eight-byte dtypes have an axis more as words.
+    position = _position(words.shape, places, None if whole is None else (*whole, *words.shape[len(whole) :]))
     first = _mix(words ^ (position * np.uint32(0x9E3779B1)))
     second = _mix(first + position)
     if counts is not None:
@@ -217,21 +225,25 @@ def checksum(x: jax.Array) -> jax.Array:
     return _jitted(replicated)(x)
 
 
-_jitted_part = jax.jit(_lanes)
+_jitted_part = jax.jit(_lanes, static_argnames="whole")
 
 
-def partial_checksum(x: jax.Array, places: tuple[Any, ...], counts: Any = None) -> jax.Array:
+def partial_checksum(
+    x: jax.Array, places: tuple[Any, ...], counts: Any = None, whole: tuple[int, ...] | None = None
+) -> jax.Array:
     """Starts the checksum of a block of an array: those of blocks that make it up add up to that of the whole.
 
     Args:
-        x: the block, whole along all but its first one or two axes.
-        places: for these axes, uint32 vectors: the index in the whole array of every entry along the axis.
-        counts: bool, along the last of these axes: entries that are left out, as another block has them; None: none is.
+        x: the block.
+        places: for its first axes, uint32 vectors: the index in the whole array of every entry along the axis; it is
+            whole along the others.
+        counts: bool, along the last of these axes: entries that are left out, as another block has them; None: none.
+        whole: shape of the whole array, where the block is not whole along an axis after its second.
 
     Returns:
         uint32[2], not waited for; see `add`.
     """
-    return _jitted_part(x, places, counts)
+    return _jitted_part(x, places, counts, whole=whole)
 
 
 def add(total: tuple[int, int], lanes: Any) -> tuple[int, int]:

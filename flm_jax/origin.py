@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, read_manifest
+from flm_jax.config import ModelConfig
+from flm_jax.integrity import file_faults
 from flm_jax.recipe import Recipe, ResolvedStage, Stage, as_dict, from_dict, resolve
 from flm_jax.step import StageProgram, TrainState
+
+# The file of a checkpoint that says where its data stands; it is of the run alone.
+POSITION = "data"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +32,7 @@ class Origin:
       digest: over all of its state.
       stage: its stage, with those before it as far as they decide how training goes on.
       meta: its record.
+      trained: whether an optimizer's state is there too; a converted checkpoint has weights alone.
     """
 
     directory: Path
@@ -31,17 +40,34 @@ class Origin:
     digest: str
     stage: ResolvedStage
     meta: dict[str, Any]
+    trained: bool
+
+    @functools.cached_property
+    def files(self) -> dict[str, bytes]:
+        """What came with the weights and goes with them, by file name: a tokenizer, say.
+
+        Raises:
+            DamagedError: one is not as it was saved.
+        """
+        names = sorted(path.name for path in (self.directory / "blobs").glob("*") if path.name != POSITION)
+        if faults := file_faults(self.directory, read_manifest(self.directory), contents=True) if names else []:
+            raise DamagedError("; ".join(faults[:3]))
+        return {name: (self.directory / "blobs" / name).read_bytes() for name in names}
 
     def restore(self, mesh: Mesh) -> TrainState:
-        """The state on a mesh, every bit of it checked.
+        """The state on a mesh, every bit of it checked; of weights alone, with the optimizer's state of a first step.
 
         Raises:
             DamagedError: it is not as it was saved.
         """
         program = StageProgram(self.stage, mesh, 1)
         with Checkpoints(self.directory.parent, read_only=True) as store:
-            state: TrainState = store.restore(program.abstract_state, self.step).state
-        return state
+            found = store.restore(kept(program.abstract_state, self.trained), self.step).state
+        if self.trained:
+            state: TrainState = found
+            return state
+        init = jax.jit(program.tx.init, out_shardings=program.shardings.opt_state)
+        return TrainState(found["step"], found["params"], init(found["params"]))
 
     def check_settled(self, grows: bool) -> None:
         """Checks that nothing of its own growth is still on its way that would be lost.
@@ -60,6 +86,25 @@ class Origin:
                     f"{self.directory} is at step {self.step}, and its {what} rise over {steps}: take a later "
                     "checkpoint" + ("." if grows else ", or the grown one at step 0.")
                 )
+
+
+def kept(state: TrainState, trained: bool) -> Any:
+    """What a checkpoint holds of a state: all of it, or the weights alone."""
+    return state if trained else {"step": state.step, "params": state.params}
+
+
+def model_of(checkpoint: str, changes: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The configuration of a checkpoint's model, so that no recipe needs to repeat it.
+
+    Args:
+        checkpoint: a step, a stage's directory or a work directory.
+        changes: fields that are to differ.
+
+    Raises:
+        ValueError: there is no such field.
+        CheckpointError: as `read_origin`.
+    """
+    return read_origin(checkpoint).stage.cfg.changed(changes or {})
 
 
 def read_origin(path: str | Path) -> Origin:
@@ -85,7 +130,8 @@ def read_origin(path: str | Path) -> Origin:
         described = Stage(meta["stage"], model, steps=0, batch_size=0, growth=growth)
         stage = ResolvedStage(index - len(generations), described, stage)
     assert stage is not None
-    return Origin(directory, int(directory.name), manifest.state_digest, stage, meta)
+    trained = any(path.startswith("opt_state/") for path in manifest.leaves)
+    return Origin(directory, int(directory.name), manifest.state_digest, stage, meta, trained)
 
 
 def begin(recipe: Recipe) -> tuple[Origin | None, tuple[ResolvedStage, ...]]:

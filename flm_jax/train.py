@@ -47,7 +47,7 @@ from flm_jax.generate import generate
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import judge, observe
 from flm_jax.loss import bits_per_byte
-from flm_jax.origin import Origin, begin, lineage
+from flm_jax.origin import POSITION, Origin, begin, lineage
 from flm_jax.progress import Interrupts, Progress
 from flm_jax.recipe import (
     DATA,
@@ -136,7 +136,7 @@ def train(
         position: bytes | None = None
         if restored is not None:
             state, history = restored.state, json.loads(json.dumps(restored.meta["history"]))
-            position = restored.blobs["data"]
+            position = restored.blobs[POSITION]
             for program in programs:
                 for record in history["growths"]:
                     if record["stage"] == program.stage.stage.name:
@@ -352,7 +352,8 @@ class _StageRun:
         advice = "Read the data from a token store, with streamed=False."
         hosts.same("What was read of the data", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
-        self.store.save(step, state, signatures=signatures, meta=meta, blobs={"data": self.batches.state()})
+        blobs = {**({} if self.origin is None else self.origin.files), POSITION: self.batches.state()}
+        self.store.save(step, state, signatures=signatures, meta=meta, blobs=blobs)
 
 
 def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[int, Restored | None]:

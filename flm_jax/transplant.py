@@ -20,10 +20,10 @@ from flm_jax.evaluate import few_rows, make_eval, put_batch
 from flm_jax.generate import generate
 from flm_jax.growth.distance import settle
 from flm_jax.growth.examine import copies_apart, dead_slices, fresh_entries
-from flm_jax.growth.plan import Growth, axis_maps, grown_config, masks_at, promises
+from flm_jax.growth.plan import Growth, axis_maps, changed, grown_config, masks_at, promises
 from flm_jax.growth.verify import compare
 from flm_jax.model import Params
-from flm_jax.origin import Origin, lineage, read_origin
+from flm_jax.origin import Origin, kept, lineage, read_origin
 from flm_jax.recipe import ResolvedStage, Stage, as_dict, write_identity, write_record
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram, TrainState
@@ -64,7 +64,7 @@ def held_out(data: DataConfig | None, vocab: int, rows: int, windows: int = 32) 
 def grow_checkpoint(
     source: str | Path,
     workdir: str | Path,
-    target: ModelConfig,
+    target: ModelConfig | Mapping[str, Any],
     growth: Growth,
     seed: int = 0,
     mesh: MeshConfig | None = None,
@@ -82,7 +82,7 @@ def grow_checkpoint(
     Args:
       source: a step, a stage's directory or a work directory.
       workdir: new, or empty.
-      target: the shape to grow to.
+      target: the shape to grow to; or the fields in which it differs from the source's.
       growth: how.
       seed: for what is drawn.
       mesh: how devices are laid out.
@@ -111,7 +111,7 @@ def grow_checkpoint(
     origin = read_origin(source)
     origin.check_settled(grows=True)
     old = origin.stage.cfg
-    new = grown_config(old, target, growth)
+    new = grown_config(old, changed(old, target, growth) if isinstance(target, Mapping) else target, growth)
     if not axis_maps(old, new, growth.placeholder):
         raise ValueError(f"Nothing grows: the checkpoint has the target's shape already, {plan.shape_line(old)}.")
 
@@ -204,7 +204,8 @@ def _grow_in_memory(
             raise CheckpointError(f"The growth does not hold, and nothing was written: {_failures(found)}")
         signatures = {f"params/{path}": str(sig) for path, _, sig in plan.leaves(new)}
         with Checkpoints(directory) as store:
-            store.save(0, grown, signatures=signatures, meta=recorded(record), blobs={})
+            held = kept(grown, origin.trained)
+            store.save(0, held, signatures=signatures, meta=recorded(record), blobs=origin.files)
             store.wait()
     return record
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -202,14 +203,11 @@ def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> Model
     if squares is not None and growth.norm == "keep":
         kept = old.effective_norm_width * squares
         target = target.replace(norm_width=None if np.isclose(kept, target.embed, rtol=1e-12) else kept)
-    # A tied embedding is a writer that is also read as the head, without a reader's weights: where copies make the
-    # stream's sum of squares grow, logits do as much.
-    louder = squares if embed is not None and squares is not None and embed.speaks else 1.0
     kept = old.effective_head_width
     target = target.replace(head_width=None if kept == target.h_dim else kept)
     for name, before, after in (
         ("input_mult", old.input_mult, target.input_mult),
-        ("output_mult", old.logits_mult / louder, target.logits_mult),
+        ("output_mult", _kept_logits_mult(old, target, maps), target.logits_mult),
     ):
         if target.tied and not np.isclose(before, after, rtol=1e-12, atol=0):
             right = getattr(target, name) * before / after
@@ -218,6 +216,30 @@ def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> Model
                 f"can absorb that alone; set {name}={right:g} in the grown model."
             )
     return target
+
+
+def changed(old: ModelConfig, changes: Mapping[str, Any], growth: Growth) -> ModelConfig:
+    """A target that differs from a model in some fields only; logits keep their multiplier, unless it is changed too.
+
+    Raises:
+        ValueError: there is no such field, or as `axis_maps`.
+    """
+    target = old.changed({"norm_width": None, **changes})
+    if "output_mult" in changes or "base_width" in changes:
+        return target
+    kept = _kept_logits_mult(old, target, axis_maps(old, target, growth.placeholder))
+    return target.replace(output_mult=kept * target.embed / target.base_width)
+
+
+def _kept_logits_mult(old: ModelConfig, target: ModelConfig, maps: Mapping[str, AxisMap]) -> float:
+    """What logits must be multiplied by, so that the head stays as it is.
+
+    A tied embedding is a writer that is also read as the head, without a reader's weights: where copies make the
+    stream's sum of squares grow, logits do as much.
+    """
+    embed = maps.get("embed")
+    louder = embed.squares if target.tied and embed is not None and embed.speaks else None
+    return old.logits_mult / (louder or 1.0)
 
 
 def promises(old: ModelConfig, new: ModelConfig, growth: Growth) -> bool:

@@ -39,13 +39,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax import integrity, plan
-from flm_jax.integrity import CheckpointError, DamagedError, Leaf, Manifest, leaf_paths, read_manifest
+from flm_jax.integrity import CheckpointError, DamagedError, Leaf, leaf_paths, read_manifest
 from flm_jax.origin import Origin
 from flm_jax.recipe import ResolvedStage, as_dict
-from flm_jax.steps import fsync, take_lock
+from flm_jax.steps import take_lock
 from flm_jax.streamed import blocks
 from flm_jax.streamed.journal import Journal, Sum
 from flm_jax.streamed.plan import Form, Unit, abstract_state, grow_block, jobs
+from flm_jax.streamed.seal import seal
 
 CHUNK_BYTES = 16 << 20
 # Blocks that are read, computed or written at the same time.
@@ -104,7 +105,7 @@ class _Pass:
         self.partial = directory / "0.growing"
         self.arrays = self.partial / "arrays"
         self.journal = Journal(directory / "0.growing.jsonl")
-        states = abstract_state(origin.stage), abstract_state(stage)
+        states = abstract_state(origin.stage, origin.trained), abstract_state(stage, origin.trained)
         self.jobs, self.kept = jobs(origin.stage, stage, states, chunk_bytes)
         wanted, self.target = map(leaf_paths, states)
         self.manifest = read_manifest(origin.directory)
@@ -351,18 +352,7 @@ class _Pass:
             for path, leaf in self.target.items()
         }
         verified = self._verified()
-        (self.partial / "meta.json").write_text(json.dumps(meta(verified), indent=1, sort_keys=True) + "\n")
-        files = sorted(path for path in self.partial.rglob("*") if path.is_file())
-        described = {str(path.relative_to(self.partial)): integrity.describe_file(path) for path in files}
-        manifest = Manifest(0, leaves, {name: file for name, file in described.items() if name != integrity.MANIFEST})
-        (self.partial / integrity.MANIFEST).write_bytes(integrity.dump_manifest(manifest))
-        # A name must not be on disk before what it names; blocks are there since they were written.
-        there = {self.arrays / blocks.key_of(job.path) for job in self.jobs}
-        for path in [*self.partial.rglob("*"), self.partial]:
-            if path.is_dir() or path.parent not in there or not path.name[0].isdigit():
-                fsync(path)
-        self.partial.rename(self.directory / "0")
-        fsync(self.directory)
+        seal(self.partial, leaves, meta(verified), self.origin.files, [job.path for job in self.jobs])
         return verified
 
     def _verified(self) -> dict[str, Any]:

@@ -138,9 +138,10 @@ def _labels(state: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), list(leaf_paths(state)))
 
 
-def abstract_state(stage: ResolvedStage) -> Any:
-    """Shapes of a stage's state."""
-    return StageProgram(stage, make_mesh(devices=jax.devices()[:1]), 1).abstract_state
+def abstract_state(stage: ResolvedStage, trained: bool = True) -> Any:
+    """Shapes of a stage's state; of weights alone, without the optimizer's."""
+    state = StageProgram(stage, make_mesh(devices=jax.devices()[:1]), 1).abstract_state
+    return state if trained else state.replace(opt_state=())
 
 
 def _job(path: str, source: str, way: Way, param: str, std: float, chunk_bytes: int) -> Job:
