@@ -1,1 +1,1 @@
-"""Checkpoints of other programs, in and out."""
+"""Models in the formats of other programs, in and out."""

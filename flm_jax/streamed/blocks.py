@@ -257,3 +257,21 @@ def write_block(
     size = math.prod(chunks) * rows.dtype.itemsize  # chunks at the edge are stored whole
     for file, box in block_files(arrays, path, shape, chunks, lead, row):
         direct.write(file, rows[(slice(None), *box)], size)
+
+
+def write_chunk(arrays: Path, path: str, chunks: tuple[int, ...], index: tuple[int, ...], values: np.ndarray) -> None:
+    """Writes one chunk of a leaf, and returns when it is on disk.
+
+    Args:
+      arrays: where `write_skeleton` wrote.
+      path: the leaf's.
+      chunks: shape of its chunks.
+      index: of the chunk in their grid.
+      values: what it holds, without leading dimensions of one; smaller than a chunk where the leaf ends.
+    """
+    shape = chunks[len(chunks) - values.ndim :]
+    if values.shape != shape:  # chunks at the edge are stored whole
+        whole = np.zeros(shape, values.dtype)
+        whole[tuple(slice(0, size) for size in values.shape)] = values
+        values = whole
+    direct.write(arrays / key_of(path) / ".".join(map(str, index)), values, values.nbytes)

@@ -192,7 +192,7 @@ class _Pass:
         units = {unit.name: unit for job in self.jobs for unit in job.units()}
         left = collections.Counter(unit.job.path for unit in units.values())
         done = {name: sums for name, sums in self.journal.done.items() if self._is_there(units.get(name))}
-        bar = _bar(sum(unit.nbytes for unit in units.values()), sum(units[name].nbytes for name in done))
+        shown = bar(sum(unit.nbytes for unit in units.values()), sum(units[name].nbytes for name in done))
 
         def finish(unit: Unit, sums: tuple[Sum, Sum]) -> None:
             job = unit.job
@@ -203,7 +203,7 @@ class _Pass:
                 if not left[job.path]:
                     self._check(job.source, reads[job.source])
 
-        with bar:
+        with shown:
             for name, sums in done.items():
                 finish(units[name], sums)
             # Closed before anything of the target is deleted.
@@ -211,7 +211,7 @@ class _Pass:
                 for unit, sums in grown:
                     self.journal.add(unit.name, *sums)
                     finish(unit, sums)
-                    bar.update(unit.nbytes)
+                    shown.update(unit.nbytes)
         return dict(written)
 
     def _is_there(self, unit: Unit | None) -> bool:
@@ -363,10 +363,9 @@ class _Pass:
         }
 
 
-def _bar(total: int, done: int) -> Any:
+def bar(total: int, done: int, what: str = "growing") -> Any:
+    """Shows how many bytes of a total are done."""
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 20.0
-    return tqdm(
-        total=total, initial=done, desc="growing", unit="B", unit_scale=True, mininterval=interval, smoothing=0.1
-    )
+    return tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, mininterval=interval, smoothing=0.1)

@@ -1,0 +1,303 @@
+"""Configurations of other programs: the families that differ from Llama in no more than `ModelConfig` has a field for.
+
+What a config.json says that no field expresses is refused by its name: a model that is read must be the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from flm_jax.config import ModelConfig, RopeScaling
+
+CONFIG = "config.json"
+# Fields that not every family has.
+SPECIAL = ("qkv_bias", "qk_norm", "sliding_window", "input_mult", "output_mult")
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture by its name in a config.json.
+
+    Attributes:
+      architecture: the class that computes it elsewhere.
+      model_type: how its configuration is found there.
+      allows: the fields of `SPECIAL` that its models may have.
+      always: those that all of its models have.
+      divides: whether the width must be a multiple of the heads, though their own width may be any.
+      defaults: what a config.json that leaves it out means.
+    """
+
+    architecture: str
+    model_type: str
+    allows: frozenset[str] = frozenset()
+    always: frozenset[str] = frozenset()
+    divides: bool = False
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    def has(self, cfg: ModelConfig) -> bool:
+        """Whether its models include this one."""
+        special = {name for name in SPECIAL if getattr(cfg, name) != _PLAIN[name] and name not in self.allows}
+        lacking = {name for name in self.always if not getattr(cfg, name)}
+        return not special and not lacking and not (self.divides and cfg.embed % cfg.heads)
+
+
+_PLAIN = {field.name: field.default for field in fields(ModelConfig)}
+_WINDOW = frozenset({"sliding_window"})
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family("LlamaForCausalLM", "llama", divides=True),
+        Family("MistralForCausalLM", "mistral", _WINDOW, defaults=(("sliding_window", 4096),)),
+        Family("Qwen2ForCausalLM", "qwen2", _WINDOW | {"qkv_bias"}, frozenset({"qkv_bias"})),
+        Family(
+            "Qwen3ForCausalLM", "qwen3", _WINDOW | {"qk_norm"}, frozenset({"qk_norm"}), defaults=(("head_dim", 128),)
+        ),
+        Family("TeleFLMForCausalLM", "TeleFLM", frozenset({"input_mult", "output_mult"})),
+    )
+}
+TELE_FLM = FAMILIES["TeleFLMForCausalLM"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a file.
+
+    Raises:
+      ValueError: it is missing, or something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"There is no {path.name} in {path.parent}: it must lie beside the weights.") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold one JSON object, not a {type(found).__name__}.")
+    return found
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json.
+
+    Raises:
+      ValueError: it is none of ours.
+    """
+    named = config.get("architectures") or []
+    for name in named:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    code = " The code that it brings is never run." if "auto_map" in config else ""
+    raise ValueError(
+        f"{where} names the architecture {', '.join(map(str, named)) or 'nothing'}; what can be read is "
+        f"{', '.join(FAMILIES)}.{code}"
+    )
+
+
+def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """The model that a config.json describes; the dtype of its parameters is for others to say.
+
+    Its muP multipliers are 1 at its own width (but for Tele-FLM, which has its own), so that the width it has now is
+    the base from which growth scales initialisation and rates.
+
+    Args:
+      config: the object in it.
+      where: names the file in messages.
+
+    Raises:
+      ValueError: names what is missing, unknown or not supported.
+    """
+    family = family_of(config, where)
+    given = {**dict(family.defaults), **config}
+
+    def size(name: str, default: int | None = None) -> int:
+        value = given.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: {name} is {value!r}; it must be a positive integer.")
+        return value
+
+    def number(name: str, default: float) -> float:
+        value = given.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{where}: {name} is {value!r}; it must be a number.")
+        return float(value)
+
+    _refuse(given, where)
+    embed, heads, layers = size("hidden_size"), size("num_attention_heads"), size("num_hidden_layers")
+    std = number("initializer_range", 0.02)
+    mults: dict[str, Any] = dict(base_width=embed)
+    if family is TELE_FLM and given.get("use_mup"):
+        mults = _multipliers(
+            embed, number("input_mult", 1.0), number("output_mult", 1.0), number("mup_scale_factor", 1.0)
+        )
+    try:
+        return ModelConfig(
+            embed=embed,
+            layers=layers,
+            heads=heads,
+            mlp=size("intermediate_size"),
+            vocab=size("vocab_size"),
+            kv_heads=size("num_key_value_heads", heads),
+            head_dim=size("head_dim", embed // heads),
+            tied=bool(given.get("tie_word_embeddings", False)),
+            norm_eps=number("rms_norm_eps", 1e-6),
+            rope_theta=_rope(given).get("rope_theta") or number("rope_theta", 10_000.0),
+            qkv_bias="qkv_bias" in family.always,
+            qk_norm="qk_norm" in family.always,
+            sliding_window=_sliding_window(given, family, layers, where),
+            rope_scaling=_rope_scaling(given, where),
+            init_std=std,
+            init_std_vector=std,
+            **mults,
+        )
+    except ValueError as error:
+        raise ValueError(error if str(error).startswith(where) else f"{where}: {error}") from error
+
+
+def _multipliers(embed: int, input_mult: float, output_mult: float, scale: float) -> dict[str, Any]:
+    """Tele-FLM's: logits are multiplied by output_mult / mup_scale_factor, the width over the base width."""
+    base = round(embed / scale)
+    if base >= 1 and embed / base == scale:
+        return dict(base_width=base, input_mult=input_mult, output_mult=output_mult)
+    return dict(base_width=embed, input_mult=input_mult, output_mult=output_mult / scale)
+
+
+def _refuse(config: Mapping[str, Any], where: str) -> None:
+    """Refuses what would make it another model."""
+    for name, plain in (
+        ("attention_bias", (False, None)),
+        ("mlp_bias", (False, None)),
+        ("hidden_act", ("silu", None)),
+        ("partial_rotary_factor", (1.0, 1, None)),
+        ("quantization_config", (None,)),
+    ):
+        if config.get(name) not in plain:
+            found = config[name].get("quant_method") if isinstance(config[name], dict) else config[name]
+            raise ValueError(
+                f"{where}: {name} is {found!r}, which is not supported; it must be {plain[0]!r} or absent."
+            )
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _rope_scaling(config: Mapping[str, Any], where: str) -> RopeScaling | None:
+    rope = _rope(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"{where}: rotary frequencies are scaled by {kind!r}; only 'llama3' is supported.")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [name for name in names if not isinstance(rope.get(name), int | float)]:
+        raise ValueError(f"{where}: the scaling of rotary frequencies lacks {', '.join(missing)}.")
+    factor, low, high, original = (rope[name] for name in names)
+    return RopeScaling(float(factor), float(low), float(high), int(original))
+
+
+def _sliding_window(config: Mapping[str, Any], family: Family, layers: int, where: str) -> int | None:
+    window = config.get("sliding_window")
+    if "sliding_window" not in family.allows or window is None:
+        return None
+    kinds = config.get("layer_types")
+    if family.model_type != "mistral":
+        if not config.get("use_sliding_window", False):
+            return None
+        first = config.get("max_window_layers", 28)
+        kinds = kinds or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    found = set(kinds or ["sliding_attention"])
+    if found == {"full_attention"}:
+        return None
+    if found != {"sliding_attention"}:
+        raise ValueError(
+            f"{where}: layers differ in what they see ({', '.join(sorted(found))}); only one sliding window for all "
+            "layers, or none, is supported."
+        )
+    return int(window)
+
+
+def choose(cfg: ModelConfig, asked: str | None, before: Mapping[str, Any]) -> Family:
+    """The family to write a model as: the one asked for, else the one it came as, else the first that has it.
+
+    Args:
+      cfg: the model, kept widths folded; multipliers too, unless they are Tele-FLM's own.
+      asked: an architecture; None: any.
+      before: the config.json that it came with; empty: none.
+
+    Raises:
+      ValueError: none has all that the model has.
+    """
+    came = [name for name in before.get("architectures") or [] if name in FAMILIES]
+    plain = [family.architecture for family in FAMILIES.values() if family is not TELE_FLM]
+    for name in [asked] if asked else [*came, *plain]:
+        if name not in FAMILIES:
+            raise ValueError(f"The architecture {name!r} is not known; use one of {', '.join(FAMILIES)}.")
+        if FAMILIES[name].has(cfg):
+            return FAMILIES[name]
+    special = [f"{name}={getattr(cfg, name)!r}" for name in SPECIAL if getattr(cfg, name) != _PLAIN[name]]
+    raise ValueError(
+        f"{asked or 'No architecture that other programs know'} cannot hold this model: "
+        f"{', '.join([*special, f'{cfg.embed} wide with {cfg.heads} heads'])}."
+    )
+
+
+def config_json(
+    cfg: ModelConfig, family: Family, dtype: str, context: int, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config.json of a model.
+
+    Args:
+      cfg: the model, folded.
+      family: what it is written as.
+      dtype: of the weights.
+      context: positions that it was trained on, where `before` does not say.
+      before: the config.json that it came with, for what decides nothing here: token ids, say.
+    """
+    stale = ("rope_parameters", "rope_scaling", "layer_types", "dtype", "auto_map", "use_mup", "input_mult")
+    stale += ("output_mult", "mup_scale_factor", "max_window_layers", "use_sliding_window", "sliding_window")
+    config = {name: value for name, value in before.items() if name not in stale}
+    config.setdefault("max_position_embeddings", context)
+    config |= {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "hidden_size": cfg.embed,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.k_heads,
+        "head_dim": cfg.h_dim,
+        "intermediate_size": cfg.mlp,
+        "vocab_size": cfg.vocab,
+        "tie_word_embeddings": cfg.tied,
+        "hidden_act": "silu",
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "torch_dtype": dtype,
+    }
+    if cfg.rope_scaling is not None:
+        s = cfg.rope_scaling
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_context,
+        }
+    if "sliding_window" in family.allows:
+        config["sliding_window"] = cfg.sliding_window
+        if family.model_type != "mistral":
+            config |= {"use_sliding_window": cfg.sliding_window is not None, "max_window_layers": 0}
+    if family is TELE_FLM:
+        scale = cfg.embed / cfg.base_width
+        config |= {
+            "use_mup": True,
+            "mup_scale_factor": scale,
+            "input_mult": cfg.input_mult,
+            "output_mult": cfg.output_mult,
+        }
+    return config

@@ -1,0 +1,312 @@
+"""A model of another program becomes a checkpoint, a run of rows at a time, so that it may be larger than memory."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax import integrity, plan
+from flm_jax.config import ModelConfig
+from flm_jax.convert import families
+from flm_jax.convert.layout import Part, parts
+from flm_jax.convert.safetensors import Stored, open_shards
+from flm_jax.integrity import CheckpointError, Leaf
+from flm_jax.origin import lineage
+from flm_jax.recipe import ResolvedStage, Stage, as_dict
+from flm_jax.steps import take_lock
+from flm_jax.streamed import blocks
+from flm_jax.streamed.flow import bar
+from flm_jax.streamed.seal import seal
+
+DTYPES = ("float32", "bfloat16", "float16")
+CHUNK_BYTES = 16 << 20
+# Tiles that are read, turned and written at the same time.
+WORKERS = 2
+# What goes with the weights; programs that a directory may bring are left where they are.
+FILES = (
+    families.CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+STAGE = "converted"
+# Buffers that old files keep, and that follow from the configuration.
+_DERIVED = ".rotary_emb.inv_freq"
+_SHOWN = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tile:
+    """A run of rows of a tensor there, which is one stored chunk of the array here."""
+
+    part: Part
+    lead: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def import_model(
+    source: str | Path, workdir: str | Path, dtype: str | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> dict[str, Any]:
+    """Makes step 0 of a new work directory of a directory with config.json, safetensors and tokenizer.
+
+    The checkpoint has weights alone; it can be grown, verified, trained on (`Recipe.start`) and written out again.
+
+    Args:
+      source: the directory; it is only read, and no program in it is run.
+      workdir: new, or empty; what an import that was killed has left there is cleared.
+      dtype: of the parameters; None: that of the files.
+      chunk_bytes: the largest run of rows, and stored chunk.
+
+    Returns:
+      What was read and written, JSON-able; also in the work directory's checkpoint.
+
+    Raises:
+      ValueError: it is not a model that can be read (see `families`); a tensor is missing, unknown, or of another shape
+        than config.json says; the tokenizer has more tokens than the model; the work directory is in use.
+      FormatError: the files are damaged.
+      CheckpointError: there is no room.
+    """
+    source, workdir = Path(source).expanduser(), Path(workdir).expanduser()
+    if not source.is_dir():
+        raise ValueError(f"{source} is no directory; give one with {families.CONFIG} and safetensors files.")
+    where = str(source / families.CONFIG)
+    config = families.read_json(source / families.CONFIG)
+    cfg = families.model_config(config, where)
+    stored = open_shards(source)
+    cfg = cfg.replace(param_dtype=_dtype(dtype, stored, source))
+    found = _match(cfg, stored, source)
+    files = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
+    _check_tokenizer(cfg, source)
+    directory = workdir / "checkpoints" / f"0_{STAGE}"
+    _check_new(workdir, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with take_lock(directory):
+        partial = directory / "0.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            leaves = _write(cfg, found, partial, chunk_bytes)
+            record = {
+                "stage": STAGE,
+                "source": str(source),
+                "architecture": families.family_of(config, where).architecture,
+                "tensors": len(found),
+                "bytes": sum(tensor.nbytes for tensor in found.values()),
+                "params": plan.param_count(cfg),
+                "files": sorted(files),
+            }
+            stage = ResolvedStage(0, Stage(STAGE, cfg, steps=0, batch_size=0), None)
+            meta = {
+                "stage": STAGE,
+                "model": as_dict(cfg),
+                "lineage": lineage(stage),
+                "ramp_steps": 0,
+                "provenance": record,
+                "converted": config,
+            }
+            seal(partial, leaves, meta, files, [path for path in leaves if path != "step"])
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"{error.filename or directory}: {error.strerror or error}. Nothing was left in {workdir}."
+            ) from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return {**record, "model": plan.shape_line(cfg), "dtype": cfg.param_dtype}
+
+
+def _dtype(asked: str | None, stored: Mapping[str, Stored], source: Path) -> str:
+    if asked is not None:
+        if asked not in DTYPES:
+            raise ValueError(f"dtype={asked!r}: use one of {', '.join(DTYPES)}.")
+        return asked
+    found = collections.Counter(tensor.dtype.name for name, tensor in stored.items() if not name.endswith(_DERIVED))
+    if len(found) == 1 and (name := next(iter(found))) in DTYPES:
+        return name
+    listed = ", ".join(f"{count} of {name}" for name, count in found.most_common())
+    raise ValueError(
+        f"{source} holds tensors of more than one dtype, or of none of ours ({listed}): say which, as dtype."
+    )
+
+
+def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> dict[tuple[str, tuple[int, ...]], Stored]:
+    """The tensor of every part of every parameter.
+
+    Raises:
+      ValueError: one is missing, of another shape or no floating-point numbers, or there are others.
+    """
+    expected = {part.name(lead): (part, lead) for part in parts(cfg) for lead in part.leads}
+    if missing := [name for name in expected if name not in stored]:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the {len(expected)} tensors that its {families.CONFIG} asks for: "
+            f"{_few(missing)}."
+        )
+    unknown = [name for name in stored if name not in expected and not name.endswith(_DERIVED)]
+    if cfg.tied and "lm_head.weight" in unknown:
+        _check_same(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+        unknown.remove("lm_head.weight")
+    if unknown:
+        raise ValueError(
+            f"{source} has {len(unknown)} tensors that its {families.CONFIG} has no place for: {_few(unknown)}. They "
+            "would be lost, so nothing is read."
+        )
+    for name, (part, _) in expected.items():
+        tensor = stored[name]
+        if tensor.shape != part.theirs:
+            raise ValueError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}, but by {families.CONFIG} it has "
+                f"{list(part.theirs)} ({part.signature})."
+            )
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
+            raise ValueError(f"{tensor.file}: {name} is {tensor.dtype.name}; only weights of 16 bits or more are read.")
+    return {(part.path, lead): stored[name] for name, (part, lead) in expected.items()}
+
+
+def _check_same(head: Stored, embedding: Stored) -> None:
+    """Some files keep a tied matrix twice; then it must be the same."""
+    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    step = max((64 << 20) // max(head.row_bytes, 1), 1)
+    for start in range(0, head.count if same else 0, step):
+        stop = min(start + step, head.count)
+        same = same and head.rows(start, stop).tobytes() == embedding.rows(start, stop).tobytes()
+    if not same:
+        raise ValueError(
+            f"{head.file}: lm_head.weight differs from the embedding, though {families.CONFIG} ties them; with "
+            '"tie_word_embeddings": false it is a model with a head of its own.'
+        )
+
+
+def _check_tokenizer(cfg: ModelConfig, source: Path) -> None:
+    file = source / "tokenizer.json"
+    if not file.is_file():
+        return
+    import tokenizers
+
+    try:
+        ids = tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()
+    except Exception as error:  # The library raises Exception itself.
+        raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
+    size = max(ids, default=-1) + 1
+    if size > cfg.vocab:
+        raise ValueError(
+            f"{file} has {size} tokens, but the model's embedding only {cfg.vocab} rows: the two do not belong together."
+        )
+
+
+def _check_new(workdir: Path, directory: Path) -> None:
+    left = {".lock", "0.partial"}
+    inside = [path for path in workdir.rglob("*") if path != directory and path != directory.parent]
+    ours = all(directory in path.parents and path.relative_to(directory).parts[0] in left for path in inside)
+    if workdir.exists() and not (workdir.is_dir() and ours):
+        raise ValueError(f"{workdir} is not empty; convert into a new directory.")
+
+
+def _write(
+    cfg: ModelConfig, found: Mapping[tuple[str, tuple[int, ...]], Stored], partial: Path, chunk_bytes: int
+) -> dict[str, Leaf]:
+    """Writes the arrays; returns the leaves with their checksums."""
+    arrays, every = partial / "arrays", list(parts(cfg))
+    likes = {f"params/{part.path}": jax.ShapeDtypeStruct(part.whole, part.dtype) for part in every}
+    needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in likes.values())
+    partial.mkdir()
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise CheckpointError(
+            f"{partial.parent} has room for {plan.size(free)}, and the checkpoint takes {plan.size(needed)}."
+        )
+    step = jnp.zeros((), jnp.int32)
+    runs = {part.path: _run(part, chunk_bytes) for part in every}
+    chunks = {f"params/{part.path}": _chunk(part, runs[part.path]) for part in every}
+    blocks.write_skeleton(arrays, {**likes, "step": step}, chunks)
+    sums: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
+
+    def convert(tile: Tile) -> tuple[Tile, Any]:
+        part = tile.part
+        tensor = found[part.path, tile.lead]
+        rows = tensor.rows(tile.start * part.row_step, tile.stop * part.row_step)
+        block = np.ascontiguousarray(part.to_ours(rows).astype(part.dtype))
+        path = f"params/{part.path}"
+        blocks.write_chunk(arrays, path, chunks[path], (*tile.lead, *_at(part, tile.start // runs[part.path])), block)
+        places = [np.arange(size) for size in block.shape[: part.dim]] + [np.arange(tile.start, tile.stop)]
+        stacked = block[None] if tile.lead else block
+        where = tuple(np.asarray(place, np.uint32) for place in (*([tile.lead] if tile.lead else []), *places))
+        return tile, np.asarray(integrity.partial_checksum(stacked, where, whole=part.whole))
+
+    with bar(needed, 0, "converting") as shown:
+        for tile, lanes in in_parallel(convert, _tiles(every, runs)):
+            path = f"params/{tile.part.path}"
+            sums[path] = integrity.add(sums[path], lanes)
+            shown.update(
+                math.prod(tile.part.shape)
+                // tile.part.shape[tile.part.dim]
+                * (tile.stop - tile.start)
+                * tile.part.dtype.itemsize
+            )
+    leaves = {
+        f"params/{part.path}": Leaf(
+            part.whole, part.dtype.name, str(part.signature), integrity.digest(sums[f"params/{part.path}"])
+        )
+        for part in every
+    }
+    return {"step": Leaf((), "int32", "", integrity.digests({"step": integrity.checksum(step)})["step"]), **leaves}
+
+
+def _run(part: Part, chunk_bytes: int) -> int:
+    """How many indices along a part's `dim` make a tile."""
+    row = math.prod(part.shape) // part.shape[part.dim] * max(part.dtype.itemsize, 4)
+    return min(max(chunk_bytes // row, 1), part.shape[part.dim])
+
+
+def _chunk(part: Part, run: int) -> tuple[int, ...]:
+    shape = [*((1,) if part.layers else ()), *part.shape]
+    shape[part.dim + bool(part.layers)] = run
+    return tuple(shape)
+
+
+def _at(part: Part, number: int) -> tuple[int, ...]:
+    """A chunk's index within its layer."""
+    return tuple(number if dim == part.dim else 0 for dim in range(len(part.shape)))
+
+
+def _tiles(every: list[Part], runs: Mapping[str, int]) -> Iterator[Tile]:
+    for part in every:
+        size, run = part.shape[part.dim], runs[part.path]
+        for lead in part.leads:
+            for start in range(0, size, run):
+                yield Tile(part, lead, start, min(start + run, size))
+
+
+def in_parallel(function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
+    """Results in order, of a few calls at a time: no more of them are held than are worked on."""
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        pending: collections.deque[Any] = collections.deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > WORKERS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
