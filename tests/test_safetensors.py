@@ -120,6 +120,15 @@ def test_shards_of_the_library_are_read_in_the_order_of_the_index(tmp_path):
     assert all(same(found[name].read(), x) for name, x in tensors.items())
 
 
+def test_a_header_may_name_tensors_in_any_order(tmp_path):
+    (tmp_path / SINGLE).write_bytes(
+        raw({"b": entry(offsets=(8, 16)), "none": entry(shape=(0,), offsets=(8, 8)), "a": entry()}, bytes(8) + b"x" * 8)
+    )
+    found = open_shards(tmp_path)
+    assert list(found) == ["a", "none", "b"]
+    assert found["b"].read().tobytes() == b"x" * 8
+
+
 def test_an_index_of_the_single_file_is_read(tmp_path):
     write_all(tmp_path, {"a": drawn((3,), np.float32)})
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE}}))
@@ -473,6 +482,24 @@ def test_a_failed_write_cannot_be_closed_over(tmp_path, monkeypatch):
         writer.write("x", 0, np.zeros((6, 2), np.float32))
     with pytest.raises(RuntimeError, match="a write failed, so nothing is kept"):
         writer.close()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_closing_does_not_overtake_a_write(tmp_path, monkeypatch):
+    writer, real, begun, closed = writer_of(tmp_path, x=(6, 2)), os.pwrite, threading.Event(), threading.Event()
+
+    def slow(*args):
+        begun.set()
+        assert closed.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(writer.write, "x", 0, np.zeros((6, 2), np.float32))
+        assert begun.wait(60)
+        with pytest.raises(RuntimeError, match="a thread is still writing, so nothing is kept"):
+            writer.close()
+        closed.set()
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -259,7 +259,15 @@ def config_json(
       context: positions that it was trained on, where `before` does not say.
       before: the config.json that it came with, for what decides nothing here: token ids, say.
     """
-    stale = ("rope_parameters", "rope_scaling", "layer_types", "dtype", "auto_map", "use_mup", "input_mult")
+    stale: tuple[str, ...] = (
+        "rope_parameters",
+        "rope_scaling",
+        "layer_types",
+        "dtype",
+        "auto_map",
+        "use_mup",
+        "input_mult",
+    )
     stale += ("output_mult", "mup_scale_factor", "max_window_layers", "use_sliding_window", "sliding_window")
     config = {name: value for name, value in before.items() if name not in stale}
     config.setdefault("max_position_embeddings", context)

@@ -60,6 +60,11 @@ class Tile:
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        """Here."""
+        return (self.stop - self.start) * self.part.index_bytes
+
 
 def import_model(
     source: str | Path, workdir: str | Path, dtype: str | None = None, chunk_bytes: int = CHUNK_BYTES
@@ -206,7 +211,7 @@ def _check_tokenizer(cfg: ModelConfig, source: Path) -> None:
     size = max(ids, default=-1) + 1
     if size > cfg.vocab:
         raise ValueError(
-            f"{file} has {size} tokens, but the model's embedding only {cfg.vocab} rows: the two do not belong together."
+            f"{file} has {size} tokens, but the model's embedding only {cfg.vocab} rows: they do not belong together."
         )
 
 
@@ -247,18 +252,13 @@ def _write(
         places = [np.arange(size) for size in block.shape[: part.dim]] + [np.arange(tile.start, tile.stop)]
         stacked = block[None] if tile.lead else block
         where = tuple(np.asarray(place, np.uint32) for place in (*([tile.lead] if tile.lead else []), *places))
-        return tile, np.asarray(integrity.partial_checksum(stacked, where, whole=part.whole))
+        return tile, np.asarray(integrity.partial_checksum(jnp.asarray(stacked), where, whole=part.whole))
 
     with bar(needed, 0, "converting") as shown:
         for tile, lanes in in_parallel(convert, _tiles(every, runs)):
             path = f"params/{tile.part.path}"
             sums[path] = integrity.add(sums[path], lanes)
-            shown.update(
-                math.prod(tile.part.shape)
-                // tile.part.shape[tile.part.dim]
-                * (tile.stop - tile.start)
-                * tile.part.dtype.itemsize
-            )
+            shown.update(tile.nbytes)
     leaves = {
         f"params/{part.path}": Leaf(
             part.whole, part.dtype.name, str(part.signature), integrity.digest(sums[f"params/{part.path}"])
@@ -270,8 +270,7 @@ def _write(
 
 def _run(part: Part, chunk_bytes: int) -> int:
     """How many indices along a part's `dim` make a tile."""
-    row = math.prod(part.shape) // part.shape[part.dim] * max(part.dtype.itemsize, 4)
-    return min(max(chunk_bytes // row, 1), part.shape[part.dim])
+    return min(max(chunk_bytes // part.index_bytes, 1), part.shape[part.dim])
 
 
 def _chunk(part: Part, run: int) -> tuple[int, ...]:

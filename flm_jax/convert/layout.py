@@ -88,6 +88,11 @@ class Part:
         return math.prod(self.shape[self.dim + 1 :]) if self.turned or self.signature.is_bias else 1
 
     @property
+    def index_bytes(self) -> int:
+        """Bytes here of one index along `dim`."""
+        return math.prod(self.shape) // self.shape[self.dim] * self.dtype.itemsize
+
+    @property
     def theirs(self) -> tuple[int, ...]:
         """The shape there."""
         if self.turned:
@@ -117,7 +122,9 @@ def parts(cfg: ModelConfig) -> Iterator[Part]:
 
 def tensors(cfg: ModelConfig, dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
     """All of a model's tensors there: name to shape and dtype, layer after layer as a forward pass meets them."""
-    first, stacked, last = {}, [], {}
+    first: dict[str, jax.ShapeDtypeStruct] = {}
+    last: dict[str, jax.ShapeDtypeStruct] = {}
+    stacked = []
     for part in parts(cfg):
         like = jax.ShapeDtypeStruct(part.theirs, dtype)
         if part.layers:

@@ -89,7 +89,8 @@ class Writer:
 
     def _begin(self, file: Path, shard: list[Stored], metadata: Mapping[str, str]) -> None:
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        shard, end = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize), 0
+        shard = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)
+        end = 0
         for t in shard:
             offsets = [end, end + t.nbytes]
             header[t.name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": offsets}
@@ -101,7 +102,6 @@ class Writer:
             self._tensors[t.name] = Stored(t.name, t.dtype, t.shape, file, offset)
         with _partial(file).open("wb") as stream:
             stream.write(len(raw).to_bytes(8, "little") + raw)
-            stream.truncate(8 + len(raw) + end)
 
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
         """Writes a run of rows to its place.

@@ -1,0 +1,186 @@
+"""A checkpoint becomes a model that other programs read with no code of ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flm_jax import integrity, plan
+from flm_jax.config import ModelConfig
+from flm_jax.convert import families
+from flm_jax.convert.fold import factors
+from flm_jax.convert.importing import DTYPES, in_parallel
+from flm_jax.convert.layout import Part, parts, tensors
+from flm_jax.convert.safetensors_writer import Writer
+from flm_jax.integrity import CheckpointError, DamagedError, read_manifest
+from flm_jax.origin import Origin, read_origin
+from flm_jax.streamed import blocks
+from flm_jax.streamed.flow import bar
+
+SHARD_BYTES = 5 * 10**9
+# Of a tensor's turned copy; a larger one is read once for every so many bytes of it.
+HELD_BYTES = 512 << 20
+READ_BYTES = 16 << 20
+
+
+def export_model(
+    source: str | Path,
+    target: str | Path,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    held_bytes: int = HELD_BYTES,
+) -> dict[str, Any]:
+    """Writes a checkpoint's weights as config.json and safetensors, with the tokenizer that it came with.
+
+    Kept widths and multipliers are folded into the weights (see `fold`); what nothing folds into stays as it is, bit
+    for bit where the dtype does.
+
+    Args:
+      source: a step, a stage's directory or a work directory, past the ramp of its masks; it is only read.
+      target: a directory, new or empty.
+      architecture: what to write it as (`families.FAMILIES`); None: as it came, or the first that has all of it. As
+        TeleFLMForCausalLM the multipliers stay multipliers.
+      dtype: of the weights; None: that of the parameters.
+      shard_bytes: the largest file, unless one tensor is larger.
+      held_bytes: of one tensor that are held in memory; more is read several times.
+
+    Returns:
+      What was written, JSON-able.
+
+    Raises:
+      ValueError: the target is in use, masks are still rising, or no architecture has all that the model has.
+      DamagedError: the checkpoint is not as it was saved; nothing is left of the target.
+      CheckpointError: as `read_origin`, or there is no room.
+    """
+    target = Path(target).expanduser()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} is not empty; export into a new directory.")
+    origin = read_origin(source)
+    origin.check_settled(grows=True)
+    before = origin.meta.get("converted") or _recorded(origin)
+    family, by, cfg = _plain(origin.stage.cfg, architecture, before)
+    dtype = dtype or cfg.param_dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
+    context = (origin.meta.get("data") or {}).get("context", 4096)
+    config = families.config_json(cfg, family, dtype, context, before)
+    planned = tensors(cfg, np.dtype(jnp.dtype(dtype)))
+    needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in planned.values())
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        if (free := shutil.disk_usage(target).free) < needed:
+            raise CheckpointError(f"{target} has room for {plan.size(free)}, and the model takes {plan.size(needed)}.")
+        with Writer(target, planned, shard_bytes) as writer, bar(needed, 0, "converting") as shown:
+            for nbytes in _export(origin, by, writer, np.dtype(jnp.dtype(dtype)), held_bytes):
+                shown.update(nbytes)
+        files = {name: content for name, content in origin.files.items() if name != families.CONFIG}
+        for name, content in files.items():
+            (target / name).write_bytes(content)
+        (target / families.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    except BaseException:
+        if made:
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            for path in target.iterdir():
+                path.unlink()
+        raise
+    leaves = jax.tree.leaves(by)
+    return {
+        "source": str(origin.directory),
+        "architecture": family.architecture,
+        "model": plan.shape_line(cfg),
+        "params": plan.param_count(cfg),
+        "dtype": dtype,
+        "tensors": len(planned),
+        "bytes": needed,
+        "folded": sum(f != 1 for f in leaves),
+        "files": [families.CONFIG, *sorted(files)],
+        "tokenizer": any(name.startswith("tokenizer.") for name in files),
+    }
+
+
+def _recorded(origin: Origin) -> Mapping[str, Any]:
+    """The config.json that the weights came with, through whatever growth and training; empty where there was none."""
+    text = origin.files.get(families.CONFIG)
+    return json.loads(text) if text else {}
+
+
+def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]) -> Any:
+    """The family, by what each parameter is multiplied, and the configuration that is written."""
+    came = (before.get("architectures") or [None])[0]
+    own = families.TELE_FLM.architecture
+    keeps = (architecture or came) == own
+    by, plain = factors(cfg, multipliers=not keeps)
+    return families.choose(plain, architecture or (own if keeps else None), before), by, plain
+
+
+def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes: int) -> Any:
+    """Writes every tensor, and checks what it reads; yields the bytes of each run of rows."""
+    old = origin.stage.cfg
+    manifest = read_manifest(origin.directory)
+    every = list(parts(old))
+    wanted = {f"params/{p.path}": jax.ShapeDtypeStruct(p.whole, p.dtype) for p in every}
+    integrity.compare(manifest.leaves, wanted, where=str(origin.directory), partial=True)
+    if faults := integrity.file_faults(origin.directory, manifest, contents=True):
+        raise DamagedError("; ".join(faults[:3]))
+    leaves = blocks.open_leaves(origin.directory / "arrays", wanted)
+    for part, factor in zip(every, jax.tree.leaves(by), strict=True):
+        path = f"params/{part.path}"
+        total = (0, 0)
+        share = max(held_bytes // (part.index_bytes or 1), 1)
+        slabs = [
+            (lead, start, min(start + share, part.shape[part.dim]))
+            for lead in part.leads
+            for start in range(0, part.shape[part.dim], share)
+        ]
+
+        def one(slab: Any, part: Part = part, factor: float = factor, path: str = path) -> Any:
+            lead, start, stop = slab
+            block, sums = _read(leaves[path], part, lead, start, stop)
+            if factor != 1:
+                block = block.astype(np.promote_types(np.float32, dtype if dtype.kind == "f" else np.float32)) * factor
+            rows = part.to_theirs(block.astype(dtype))
+            writer.write(part.name(lead), start * part.row_step, rows)
+            return sums, rows.nbytes
+
+        for sums, nbytes in in_parallel(one, iter(slabs)):
+            total = integrity.add(total, sums)
+            yield nbytes
+        if integrity.digest(total) != manifest.leaves[path].checksum:
+            raise DamagedError(f"{origin.directory}: the values of {path} have changed")
+
+
+def _read(
+    leaf: blocks.StoredLeaf, part: Part, lead: tuple[int, ...], start: int, stop: int
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Indices start to stop along a part's `dim`, whole along the others, and the checksum of just these."""
+    first = part.shape[0]
+    if part.dim == 0:
+        out = np.empty((stop - start, *part.shape[1:]), part.dtype)
+        leaf.read(lead, start, out)
+        return out, _sums(out, part, lead, start)
+    out = np.empty((*part.shape[: part.dim], stop - start, *part.shape[part.dim + 1 :]), part.dtype)
+    step = max(READ_BYTES // (math.prod(part.shape[1:]) * part.dtype.itemsize), 1)
+    for row in range(0, first, step):
+        rows = np.empty((min(step, first - row), *part.shape[1:]), part.dtype)
+        leaf.read(lead, row, rows)
+        out[row : row + len(rows)] = rows[(slice(None),) * part.dim + (slice(start, stop),)]
+    return out, _sums(out, part, lead, start)
+
+
+def _sums(block: np.ndarray, part: Part, lead: tuple[int, ...], start: int) -> tuple[int, int]:
+    places = [np.arange(size) for size in block.shape[: part.dim]]
+    places.append(np.arange(start, start + block.shape[part.dim]))
+    stacked = block[None] if lead else block
+    where = tuple(np.asarray(place, np.uint32) for place in (*([lead] if lead else []), *places))
+    return integrity.add((0, 0), np.asarray(integrity.partial_checksum(jnp.asarray(stacked), where, whole=part.whole)))
