@@ -15,10 +15,11 @@ from typing import Any, NoReturn, TypeVar
 
 import gin
 
-from flm_jax import ahead, config, hosts, optimizer, overview, sharding, transplant
+from flm_jax import ahead, config, hosts, optimizer, overview, plan, sharding, transplant
 from flm_jax import recipe as recipes
 from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
+from flm_jax.convert import exporting, importing
 from flm_jax.data import corpora, source, train_vocabulary
 from flm_jax.growth import Growth, GrowthError, Ramp
 from flm_jax.origin import model_of, read_origin
@@ -147,7 +148,9 @@ def _log_from(level: int) -> None:
 @contextlib.contextmanager
 def started() -> Iterator[None]:
     """What a launcher does, its errors told in one sentence."""
-    _log_from(logging.WARNING if hosts.first() else logging.ERROR)
+    _log_from(logging.WARNING)  # before JAX looks for devices, and tells of all that it does not find
+    if not hosts.first():
+        _log_from(logging.ERROR)
     try:
         yield
     except EXPECTED as error:
@@ -294,6 +297,34 @@ def run_verify(
         Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
     if not found["holds"]:
         sys.exit(1)
+
+
+def run_import(source: str, workdir: str, dtype: str | None) -> None:
+    """Makes a checkpoint of another program's model, and says what it is."""
+    with started():
+        found = importing.import_model(source, workdir, dtype)
+    hosts.say(
+        f"{found['architecture']}: {found['model']}; {plan.count(found['params'])} parameters in {found['tensors']} "
+        f"tensors, kept as {found['dtype']}; with {', '.join(found['files'])}."
+    )
+    hosts.say(f"Written to {workdir}. Grow it with --source={workdir}, or go on from it with Recipe.start.")
+
+
+def run_export(workdir: str, target: str, architecture: str | None, dtype: str | None, shard_bytes: int) -> None:
+    """Writes a checkpoint for other programs, and says what it has become."""
+    with started():
+        found = exporting.export_model(workdir, target, architecture, dtype, shard_bytes)
+    folded = (
+        f"{found['folded']} kinds of parameters took over multipliers and kept widths"
+        if found["folded"]
+        else ("nothing to fold")
+    )
+    tokenizer = "" if found["tokenizer"] else "; the checkpoint has no tokenizer to go with it"
+    hosts.say(
+        f"{found['architecture']}: {found['model']}; {plan.count(found['params'])} parameters as {found['dtype']}, "
+        f"{plan.size(found['bytes'])}; {folded}{tokenizer}."
+    )
+    hosts.say(f"Written to {target}: {', '.join(found['files'])} and the weights.")
 
 
 def run_plan(

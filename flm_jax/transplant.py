@@ -272,10 +272,11 @@ def _verify(
     masks = masks_at(old, new, growth, 0)
     batch = put_batch(tokens.batches[0], mesh)
     measured = compare(old, state.params, new, grown.params, growth, batch.inputs_BT, batch.segments_BT)
-    losses = [
-        make_eval(cfg, mesh)(params, tokens.batches, under)
-        for cfg, params, under in ((old, state.params, None), (new, grown.params, masks))
-    ]
+    with jax.default_matmul_precision("highest"):
+        losses = [
+            make_eval(cfg.for_comparison, mesh)(params, tokens.batches, under)
+            for cfg, params, under in ((old, state.params, None), (new, grown.params, masks))
+        ]
     greedy = _greedy(old, state.params, new, grown.params, masks, batch.inputs_BT[:, :16])
     same_vocab = old.vocab == new.vocab
     optimizer = _optimizer_faults(after, grown, mesh)

@@ -38,11 +38,14 @@ class Family:
     divides: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
 
-    def has(self, cfg: ModelConfig) -> bool:
-        """Whether its models include this one."""
-        special = {name for name in SPECIAL if getattr(cfg, name) != _PLAIN[name] and name not in self.allows}
-        lacking = {name for name in self.always if not getattr(cfg, name)}
-        return not special and not lacking and not (self.divides and cfg.embed % cfg.heads)
+    def against(self, cfg: ModelConfig) -> list[str]:
+        """Why its models do not include this one, in words; empty where they do."""
+        special = [name for name in SPECIAL if getattr(cfg, name) != _PLAIN[name] and name not in self.allows]
+        lacking = [name for name in sorted(self.always) if not getattr(cfg, name)]
+        found = [f"{name}={getattr(cfg, name)!r}" for name in (*special, *lacking)]
+        if self.divides and cfg.embed % cfg.heads:
+            found.append(f"a width of {cfg.embed} that is no multiple of its {cfg.heads} heads")
+        return found
 
 
 _PLAIN = {field.name: field.default for field in fields(ModelConfig)}
@@ -235,16 +238,14 @@ def choose(cfg: ModelConfig, asked: str | None, before: Mapping[str, Any]) -> Fa
     """
     came = [name for name in before.get("architectures") or [] if name in FAMILIES]
     plain = [family.architecture for family in FAMILIES.values() if family is not TELE_FLM]
+    reasons = []
     for name in [asked] if asked else [*came, *plain]:
         if name not in FAMILIES:
             raise ValueError(f"The architecture {name!r} is not known; use one of {', '.join(FAMILIES)}.")
-        if FAMILIES[name].has(cfg):
+        if not (against := FAMILIES[name].against(cfg)):
             return FAMILIES[name]
-    special = [f"{name}={getattr(cfg, name)!r}" for name in SPECIAL if getattr(cfg, name) != _PLAIN[name]]
-    raise ValueError(
-        f"{asked or 'No architecture that other programs know'} cannot hold this model: "
-        f"{', '.join([*special, f'{cfg.embed} wide with {cfg.heads} heads'])}."
-    )
+        reasons.append(f"{name} cannot hold a model with {', '.join(against)}")
+    raise ValueError("; ".join(reasons) + ".")
 
 
 def config_json(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -201,9 +202,12 @@ def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str,
     tree = {
         path: jnp.zeros((1,) * len(leaf.shape), leaf.dtype) if path in chunks else leaf for path, leaf in leaves.items()
     }
-    with contextlib.closing(
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
-    ) as orbax:
+    with (
+        _quietly(),
+        contextlib.closing(
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+        ) as orbax,
+    ):
         orbax.save(arrays, args=ocp.args.PyTreeSave(nest(tree)))
     # It repeats what the arrays themselves say, and reading does without.
     shutil.rmtree(arrays / "array_metadatas", ignore_errors=True)
@@ -221,6 +225,18 @@ def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str,
             file.unlink()
         described = {**zarr, "shape": list(leaves[path].shape), "chunks": list(shape)}
         (folder / _ZARR).write_text(json.dumps(described, sort_keys=True, separators=(",", ":")))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Within it, orbax does not warn that there is nothing to merge: plain files are what was asked for."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def block_files(

@@ -1,0 +1,488 @@
+"""Models of the Llama family in and out, against `transformers`, which computes them with none of our code."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flm_jax.checkpoint import Checkpoints, DamagedError
+from flm_jax.config import ModelConfig, RopeScaling
+from flm_jax.convert import families
+from flm_jax.convert.exporting import export_model
+from flm_jax.convert.importing import import_model
+from flm_jax.convert.layout import parts
+from flm_jax.convert.safetensors import SINGLE, open_shards
+from flm_jax.generate import generate
+from flm_jax.growth import Growth, grow, grown_config
+from flm_jax.growth.plan import changed
+from flm_jax.origin import lineage, model_of, read_origin
+from flm_jax.recipe import ResolvedStage, Stage, as_dict
+from flm_jax.sharding import make_mesh
+from flm_jax.transplant import grow_checkpoint, verify_checkpoints
+from tests import small
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 97
+SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+    max_position_embeddings=64,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=1000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+MODELS = {
+    "Llama": ("Llama", {}),
+    "Llama, every key head its own": ("Llama", dict(num_key_value_heads=4)),
+    "Llama, tied": ("Llama", dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
+    "Llama, wide heads": ("Llama", dict(head_dim=16)),
+    "Llama 3.1": ("Llama", dict(rope_parameters=LLAMA3, head_dim=16)),
+    "Mistral": ("Mistral", dict(sliding_window=None)),
+    "Mistral, sliding window": ("Mistral", dict(sliding_window=7, tie_word_embeddings=True)),
+    "Qwen2": ("Qwen2", {}),
+    "Qwen2, tied": ("Qwen2", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "Qwen2, sliding window": ("Qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    "Qwen3": ("Qwen3", dict(head_dim=16)),
+    "Qwen3, tied, scaled": ("Qwen3", dict(head_dim=12, tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "Qwen3, sliding window": (
+        "Qwen3",
+        dict(head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=0),
+    ),
+}
+
+
+def theirs(family, fields, dtype="float32"):
+    """A model with random weights, norms and biases among them."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **fields})
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        for name, value in made.named_parameters():
+            if value.ndim == 1:
+                value.copy_(torch.rand_like(value) + (0.5 if "norm" in name else -0.5))
+    return made
+
+
+def logits_of(made, tokens):
+    with torch.no_grad():
+        return made(torch.tensor(tokens)).logits.to(torch.float32).numpy()
+
+
+def read(workdir):
+    origin = read_origin(workdir)
+    mesh = make_mesh(None, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return origin.stage.cfg, origin.restore(mesh).params
+
+
+def our_logits(workdir, tokens):
+    cfg, params = read(workdir)
+    return np.asarray(small.apply(cfg.for_comparison, params, jnp.asarray(tokens, jnp.int32)))
+
+
+def loaded(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def relative(a, b):
+    return np.abs(a - b).max() / np.abs(a).max()
+
+
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 40))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """By name: the model, its directory, and the checkpoint that it becomes; each made once."""
+    made = {}
+
+    def one(name):
+        if name not in made:
+            family, fields = MODELS[name]
+            base = tmp_path_factory.mktemp(family)
+            reference = theirs(family, fields)
+            reference.save_pretrained(base / "in")
+            import_model(base / "in", base / "checkpoint", chunk_bytes=3000)
+            made[name] = reference, base
+        return made[name]
+
+    return one
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logits_are_theirs_and_so_is_the_continuation(name, saved):
+    reference, base = saved(name)
+    expected = logits_of(reference, TOKENS)
+    assert relative(expected, our_logits(base / "checkpoint", TOKENS)) < 1e-5
+    cfg, params = read(base / "checkpoint")
+    prompt = TOKENS[:, :9]
+    given = dict(attention_mask=torch.ones(prompt.shape, dtype=torch.long), eos_token_id=None, pad_token_id=0)
+    continued = reference.generate(torch.tensor(prompt), max_new_tokens=20, do_sample=False, **given)
+    ours = generate(cfg.for_comparison, params, jnp.asarray(prompt, jnp.int32), 20, jax.random.key(0), 0.0)
+    np.testing.assert_array_equal(ours, continued[:, 9:].numpy())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_goes_in_comes_out_bit_for_bit(name, saved, tmp_path):
+    reference, base = saved(name)
+    found = export_model(base / "checkpoint", tmp_path / "out", shard_bytes=60_000, held_bytes=5000)
+    assert found["folded"] == 0
+    before, after = open_shards(base / "in"), open_shards(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for tensor, value in before.items():
+        assert (value.dtype, value.shape) == (after[tensor].dtype, after[tensor].shape)
+        assert value.read().tobytes() == after[tensor].read().tobytes(), tensor
+    again = loaded(tmp_path / "out")
+    assert type(again) is type(reference)
+    np.testing.assert_array_equal(logits_of(again, TOKENS), logits_of(reference, TOKENS))
+    # And what decides nothing of the forward pass is as it was.
+    for field in ("bos_token_id", "eos_token_id", "max_position_embeddings", "initializer_range"):
+        assert getattr(again.config, field) == getattr(reference.config, field)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_stay_sixteen_bits_or_are_widened_and_narrowed_again(dtype, tmp_path):
+    reference = theirs("Llama", {}, dtype)
+    reference.save_pretrained(tmp_path / "in")
+    for kept in (None, "float32"):
+        found = import_model(tmp_path / "in", tmp_path / f"{kept}", dtype=kept)
+        assert found["dtype"] == (kept or dtype)
+        export_model(tmp_path / f"{kept}", tmp_path / f"{kept}_out", dtype=dtype)
+        before, after = open_shards(tmp_path / "in"), open_shards(tmp_path / f"{kept}_out")
+        assert all(value.read().tobytes() == after[name].read().tobytes() for name, value in before.items())
+        again = loaded(tmp_path / f"{kept}_out")
+        assert again.dtype == getattr(torch, dtype)
+    # Weights of 16 bits, computed in 32.
+    expected = logits_of(reference.to(torch.float32), TOKENS)
+    assert relative(expected, our_logits(tmp_path / "None", TOKENS)) < 1e-5
+
+
+GROWN = {
+    "Llama": dict(embed=60, layers=4, heads=6, mlp=100),
+    "Llama, tied": dict(embed=60, layers=5, heads=6, mlp=100),
+    "Llama 3.1": dict(embed=60, head_dim=20),
+    "Mistral, sliding window": dict(embed=50, layers=4, heads=8),
+    "Qwen2, tied": dict(embed=60, head_dim=16, heads=6, layers=4),
+    "Qwen3": dict(embed=60, heads=6, layers=4),
+    "Qwen3, tied, scaled": dict(embed=72, mlp=90),
+}
+
+
+@pytest.mark.parametrize("method", ["zero", "copy"])
+@pytest.mark.parametrize("name", GROWN)
+def test_a_grown_model_computes_the_same_elsewhere_too(name, method, saved, tmp_path):
+    """Kept widths are folded: transformers knows none."""
+    reference, base = saved(name)
+    changes = dict(GROWN[name])
+    if method == "copy":
+        changes.pop("head_dim", None)
+    plan = Growth("zero", methods=dict.fromkeys(["embed", "heads", "kv_heads", "mlp"], method))
+    cfg, params = read(base / "checkpoint")
+    new = grown_config(cfg, changed(cfg, changes, plan), plan)
+    grown = jax.jit(lambda p: grow(p, cfg, new, plan, jax.random.key(1)))(params)
+    export_model(keep(tmp_path, new, grown), tmp_path / "out")
+    again = loaded(tmp_path / "out")
+    assert relative(logits_of(reference, TOKENS), logits_of(again, TOKENS)) < 1e-5
+    assert sum(value.numel() for value in again.parameters()) > sum(value.numel() for value in reference.parameters())
+
+
+def test_a_converted_checkpoint_grows_by_the_launchers_way_in_memory_and_streamed(saved, tmp_path):
+    reference, base = saved("Qwen2, tied")
+    digests = []
+    for streamed in (False, True):
+        grow_checkpoint(
+            base / "checkpoint", tmp_path / f"{streamed}", GROWN["Qwen2, tied"], Growth(), streamed=streamed
+        )
+        origin = read_origin(tmp_path / f"{streamed}")
+        assert not origin.trained
+        assert origin.files == read_origin(base / "checkpoint").files
+        digests.append(origin.digest)
+    assert digests[0] == digests[1]
+    assert verify_checkpoints(base / "checkpoint", tmp_path / "True")["holds"]
+    export_model(tmp_path / "True", tmp_path / "out")
+    assert relative(logits_of(reference, TOKENS), logits_of(loaded(tmp_path / "out"), TOKENS)) < 1e-5
+
+
+def test_while_masks_rise_nothing_is_written_out(saved, tmp_path):
+    _, base = saved("Qwen3")
+    plan = Growth("zero", methods={"head_dim": "mask"}, ramp_steps=4)
+    cfg = read(base / "checkpoint")[0]
+    new = grown_config(cfg, changed(cfg, dict(head_dim=20), plan), plan)
+    origin = read_origin(keep(tmp_path, new, small.params(new), before=cfg, growth=plan))
+    assert origin.stage.ramp_steps == 4
+    with pytest.raises(ValueError, match="masks rise over 4: take a later checkpoint"):
+        export_model(origin.directory, tmp_path / "out")
+
+
+def keep(tmp_path, cfg, params, before=None, growth=None):
+    """A checkpoint of weights, as a run or a growth leaves it."""
+    earlier = None if before is None else ResolvedStage(-1, Stage("before", before, steps=0, batch_size=0), None)
+    stage = ResolvedStage(0, Stage("mine", cfg, steps=0, batch_size=0, growth=growth), earlier)
+    meta = {"stage": "mine", "lineage": lineage(stage), "model": as_dict(cfg), "data": {"context": 128}}
+    with Checkpoints(tmp_path / "mine" / "checkpoints" / "0_mine") as store:
+        store.save(0, {"step": jnp.int32(0), "params": params}, meta=meta)
+        store.wait()
+    return tmp_path / "mine"
+
+
+def ours(tmp_path, **fields):
+    """A model of our own, multipliers and all."""
+    cfg = small.config(vocab=VOCAB, input_mult=3.0, output_mult=0.5, **fields)
+    return keep(tmp_path, cfg, small.params(cfg))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (dict(), "Llama"),
+        (dict(tied=True), "Llama"),
+        (dict(norm_width=20.0, head_width=6.0), "Llama"),
+        (dict(heads=5, kv_heads=5), "Mistral"),
+        (dict(qkv_bias=True, tied=True), "Qwen2"),
+        (dict(qk_norm=True, norm_width=20.0, head_width=6.0), "Qwen3"),
+    ],
+    ids=["plain", "tied", "kept widths", "a width that heads do not divide", "biases", "norms of queries and keys"],
+)
+def test_a_model_of_our_own_is_theirs_too(fields, expected, tmp_path):
+    workdir = ours(tmp_path, **fields)
+    found = export_model(workdir, tmp_path / "out")
+    assert found["architecture"] == f"{expected}ForCausalLM"
+    assert found["folded"]
+    again = loaded(tmp_path / "out")
+    assert relative(our_logits(workdir, TOKENS), logits_of(again, TOKENS)) < 1e-5
+    assert again.config.max_position_embeddings == 128
+
+
+def test_as_tele_flm_the_multipliers_stay_and_come_back(tmp_path):
+    workdir = ours(tmp_path)
+    found = export_model(workdir, tmp_path / "out", architecture="TeleFLMForCausalLM")
+    assert found["folded"] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    said = {name: config[name] for name in ("use_mup", "input_mult", "output_mult", "mup_scale_factor")}
+    assert said == {"use_mup": True, "input_mult": 3.0, "output_mult": 0.5, "mup_scale_factor": 1.5}
+    import_model(tmp_path / "out", tmp_path / "again")
+    np.testing.assert_array_equal(our_logits(workdir, TOKENS), our_logits(tmp_path / "again", TOKENS))
+    # By Llama's forward pass between the two multipliers, which is what the released code computes.
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    inner = loaded(tmp_path / "out")
+    with torch.no_grad():
+        embedded = inner.model.embed_tokens(torch.tensor(TOKENS)) * 3.0
+        logits = inner(inputs_embeds=embedded).logits * (0.5 / 1.5)
+    assert relative(our_logits(workdir, TOKENS), logits.numpy()) < 1e-5
+
+
+def test_the_published_multipliers_of_tele_flm():
+    config = dict(
+        architectures=["TeleFLMForCausalLM"],
+        auto_map={"AutoModelForCausalLM": "modeling_teleflm.TeleFLM"},
+        **(SHAPE | dict(hidden_size=20_480, num_attention_heads=160, num_key_value_heads=160)),
+        use_mup=True,
+        input_mult=1.0,
+        output_mult=2.0,
+        mup_scale_factor=80.0,
+    )
+    cfg = families.model_config(config, "config.json")
+    assert (cfg.base_width, cfg.logits_mult) == (256, 0.025)
+    assert families.model_config(config | dict(use_mup=False), "config.json").logits_mult == 1.0
+
+
+def test_every_parameter_of_every_family_has_a_name_of_its_own():
+    for family, fields in MODELS.values():
+        config = getattr(transformers, f"{family}Config")(**{**SHAPE, **fields})
+        cfg = families.model_config(
+            {"architectures": [f"{family}ForCausalLM"], **json.loads(config.to_json_string())}, "config.json"
+        )
+        names = [part.name(lead) for part in parts(cfg) for lead in part.leads]
+        with torch.device("meta"):
+            made = transformers.AutoModelForCausalLM.from_config(config)
+        shapes = {name: tuple(value.shape) for name, value in made.named_parameters()}
+        assert len(names) == len(set(names))
+        assert shapes == {part.name(lead): part.theirs for part in parts(cfg) for lead in part.leads}
+
+
+def test_the_configuration_of_a_checkpoint_need_not_be_repeated(saved):
+    _, base = saved("Llama 3.1")
+    cfg = model_of(str(base / "checkpoint"), {"embed": 60, "heads": 8})
+    assert (cfg.embed, cfg.heads, cfg.k_heads, cfg.h_dim) == (60, 8, 4, 16)
+    assert cfg.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 16)
+    with pytest.raises(ValueError, match="no width; its fields are embed, layers"):
+        model_of(str(base / "checkpoint"), {"width": 60})
+
+
+def edit(base, tmp_path, **changes):
+    """A copy of a saved model whose config.json says something else."""
+    shutil.copytree(base / "in", tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Llama", dict(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel; what can be read is Llama"),
+        ("Llama", dict(architectures=["X"], auto_map={"a": "b"}), "The code that it brings is never run"),
+        ("Llama", dict(architectures="absent"), "names the architecture nothing"),
+        ("Llama", dict(attention_bias=True), "attention_bias is True, which is not supported"),
+        ("Llama", dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+        ("Llama", dict(quantization_config={"quant_method": "gptq"}), "quantization_config is 'gptq'"),
+        ("Llama", dict(hidden_size="absent"), "hidden_size is None; it must be a positive integer"),
+        ("Llama", dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "scaled by 'yarn'; only 'llama3'"),
+        ("Llama", dict(rope_parameters=dict(rope_type="llama3", factor=4.0)), "lacks low_freq_factor, high_freq"),
+        ("Llama", dict(num_key_value_heads=3), "kv_heads=3 must divide heads=4"),
+        ("Llama", dict(intermediate_size=96), r"down_proj.weight has shape \[48, 80\], but by .* it has \[48, 96\]"),
+        ("Llama", dict(vocab_size=98), r"embed_tokens.weight has shape \[97, 48\], but .* \[98, 48\] \(vocab -> embed"),
+        ("Llama", dict(num_hidden_layers=4), "lacks 9 of the 39 tensors .*: model.layers.3"),
+        ("Llama", dict(num_hidden_layers=2), "has 9 tensors that .* no place for: model.layers.2"),
+        ("Llama", dict(tie_word_embeddings=True), "lm_head.weight differs from the embedding"),
+        ("Qwen2", dict(architectures=["LlamaForCausalLM"]), "no place for: model.layers.0.self_attn.k_proj.bias"),
+        (
+            "Qwen2, sliding window",
+            dict(max_window_layers=1, layer_types="absent"),
+            r"layers differ in what they see \(full_attention, sliding_attention\)",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_name(name, changes, message, saved, tmp_path):
+    _, base = saved(name)
+    with pytest.raises(ValueError, match=message):
+        import_model(edit(base, tmp_path, **changes), tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_tied_matrix_may_be_there_twice_if_it_is_the_same(saved, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    _, base = saved("Llama, tied")
+    folder = edit(base, tmp_path)
+    tensors = load_file(folder / SINGLE)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, folder / SINGLE)
+    import_model(folder, tmp_path / "checkpoint")
+    assert read_origin(tmp_path / "checkpoint").digest == read_origin(base / "checkpoint").digest
+
+
+def test_old_files_that_keep_frequencies_are_read(saved, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    _, base = saved("Llama")
+    folder = edit(base, tmp_path)
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for i in range(3)}
+    save_file({**load_file(folder / SINGLE), **extra}, folder / SINGLE)
+    import_model(folder, tmp_path / "checkpoint")
+    assert read_origin(tmp_path / "checkpoint").digest == read_origin(base / "checkpoint").digest
+
+
+def tokenizer(size):
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+
+
+def test_the_tokenizer_goes_along_and_must_fit(saved, tmp_path):
+    reference, base = saved("Llama")
+    folder = edit(base, tmp_path)
+    tokenizer(VOCAB - 5).save(str(folder / "tokenizer.json"))
+    (folder / "modeling_mine.py").write_text("raise SystemExit('never run')")
+    import_model(folder, tmp_path / "checkpoint")
+    grow_checkpoint(tmp_path / "checkpoint", tmp_path / "grown", dict(mlp=100), Growth(), streamed=True)
+    export_model(tmp_path / "grown", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "modeling_mine.py").exists()
+    tokenizer(VOCAB + 3).save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has 100 tokens, but the model's embedding only 97 rows"):
+        import_model(folder, tmp_path / "other")
+
+
+@pytest.mark.parametrize("where", ["config", "cut", "header"])
+def test_damaged_files_leave_nothing(where, saved, tmp_path):
+    _, base = saved("Llama")
+    folder = edit(base, tmp_path)
+    file = folder / (SINGLE if where != "config" else "config.json")
+    data = file.read_bytes()
+    damaged, message = {
+        "config": (data[:-5], "config.json cannot be read"),
+        "cut": (data[:-100], "was cut short: it has .* and should have"),
+        "header": ((10**6).to_bytes(8, "little") + data[8:], "its header alone goes to byte 1000008"),
+    }[where]
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=message):
+        import_model(folder, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_nothing_is_written_over(saved, tmp_path):
+    _, base = saved("Llama")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="used is not empty; convert into a new directory"):
+        import_model(base / "in", tmp_path / "used")
+    with pytest.raises(ValueError, match="used is not empty; export into a new directory"):
+        export_model(base / "checkpoint", tmp_path / "used")
+    with pytest.raises(ValueError, match="checkpoint is not empty"):
+        import_model(base / "in", base / "checkpoint")
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["mine.txt"]
+
+
+def test_an_import_that_was_killed_is_begun_again(saved, tmp_path):
+    _, base = saved("Llama")
+    left = tmp_path / "checkpoint" / "checkpoints" / "0_converted" / "0.partial" / "arrays"
+    left.mkdir(parents=True)
+    (left / "some").write_text("left")
+    import_model(base / "in", tmp_path / "checkpoint")
+    assert read_origin(tmp_path / "checkpoint").digest == read_origin(base / "checkpoint").digest
+
+
+def test_a_checkpoint_whose_bits_have_changed_is_not_written_out(saved, tmp_path):
+    _, base = saved("Llama")
+    shutil.copytree(base / "checkpoint", tmp_path / "checkpoint")
+    arrays = tmp_path / "checkpoint" / "checkpoints" / "0_converted" / "0" / "arrays"
+    chunk = max((path for path in arrays.glob("params.*/*") if path.name[0].isdigit()), key=lambda p: p.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(DamagedError, match="does not match|have changed"):
+        export_model(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_configurations_say_what_they_mean_when_fields_are_left_out():
+    """Real files leave out what is their family's default."""
+    base = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+    read = lambda family, **more: families.model_config(  # noqa: E731
+        {"architectures": [f"{family}ForCausalLM"], **base, **more}, "config.json"
+    )
+    assert (read("Llama").k_heads, read("Llama").h_dim, read("Llama").norm_eps) == (4, 12, 1e-6)
+    assert read("Mistral").sliding_window == 4096
+    assert read("Mistral", sliding_window=None).sliding_window is None
+    assert read("Qwen3").h_dim == 128
+    assert read("Qwen2", sliding_window=5).sliding_window is None
+    assert read("Llama", rope_theta=5e5).rope_theta == 5e5
+    assert read("Llama", rope_scaling=None, rope_parameters=dict(rope_theta=7.0)).rope_theta == 7.0
+    scaled = read("Llama", rope_theta=9.0, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"})
+    assert (scaled.rope_theta, scaled.rope_scaling.factor) == (9.0, 8.0)
+
+
+def test_no_field_of_a_model_is_forgotten_on_the_way_out():
+    """A field that is added to the model must be folded, written, or refused."""
+    known = {"embed", "layers", "heads", "mlp", "vocab", "kv_heads", "head_dim", "tied", "norm_eps", "rope_theta"}
+    known |= {"rope_scaling", "norm_width", "head_width", "base_width", *families.SPECIAL}  # what decides the function
+    known |= {"init_std", "init_std_vector", "compute_dtype", "param_dtype", "remat", "attention", "scan_unroll"}
+    assert known == {field.name for field in dataclasses.fields(ModelConfig)}
