@@ -38,18 +38,19 @@ def main(argv: list[str]) -> None:
     """Parses flags, and calls one function."""
     if len(argv) > 1:
         app.usage(shorthelp=True, detailed_error=f"unexpected argument {argv[1]!r}", exitcode=2)
-    if (_FROM.value is None) == (_TO.value is None):
+    source, target = _FROM.value, _TO.value
+    if (source is None) == (target is None):
         app.usage(shorthelp=True, detailed_error="give one of --from_hf and --to_hf", exitcode=2)
-    if _FROM.value is not None and _ARCHITECTURE.value is not None:
+    if source is not None and _ARCHITECTURE.value is not None:
         app.usage(shorthelp=True, detailed_error="--architecture belongs to --to_hf", exitcode=2)
 
     # Imported here, so that --help answers at once.
     from experiments import launch
 
-    if _FROM.value is not None:
-        launch.run_import(_FROM.value, _WORKDIR.value, _DTYPE.value)
-    else:
-        launch.run_export(_WORKDIR.value, _TO.value, _ARCHITECTURE.value, _DTYPE.value, int(_SHARD_GB.value * 1e9))
+    if source is not None:
+        launch.run_import(source, _WORKDIR.value, _DTYPE.value)
+    elif target is not None:
+        launch.run_export(_WORKDIR.value, target, _ARCHITECTURE.value, _DTYPE.value, int(_SHARD_GB.value * 1e9))
 
 
 if __name__ == "__main__":
