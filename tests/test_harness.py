@@ -1,0 +1,374 @@
+"""lm-eval on our models: the answers of its own HFLM on the same model, and evaluation from the command line."""
+
+import dataclasses
+import json
+import math
+import os
+from types import SimpleNamespace
+
+# Before anything of Hugging Face is imported: no test needs a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flm_jax import evaluation, model, score
+from flm_jax.checkpoint import Checkpoints
+from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
+from flm_jax.evaluation import What, evaluate_checkpoint
+from flm_jax.origin import lineage
+from flm_jax.recipe import ResolvedStage, Stage, as_dict
+from flm_jax.score import Scorer, Window, bits_per_byte_of_text, rolling_windows
+from flm_jax.sharding import MeshConfig, make_mesh, param_shardings
+from flm_jax.step import StageProgram
+from tests import small
+from tests.hub import END, TEXT, llama, write_tokenizer
+
+CONTEXT = 40
+ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)
+WORDS = TEXT.split()
+
+
+def mesh_of(config):
+    return make_mesh(config, jax.devices()[:1] if config == ONE else None)
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=args, task_name=None) for args in arguments]
+
+
+PAIRS = requests(
+    ("The small model", " grows"),
+    ("", "It grows, and"),
+    ("", END + " grows"),  # begins with the prefix, where that is the end of a document
+    ("Nothing that it knew ", "is lost"),  # the space goes to the continuation
+    (" ".join(WORDS * 4), " and a longer one"),  # loses its beginning
+    ("one", " one"),
+    ("ways", " " + " ".join(WORDS[:6])),
+)
+TEXTS = requests((TEXT,), ("",), ("a",), (" ".join(WORDS[:14]),), (TEXT * 2,))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["no token begins", "a token begins"])
+def pair(request, tmp_path_factory):
+    """lm-eval's model, and ours on one device, of the same weights and tokenizer."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    from flm_jax.harness import HarnessModel
+
+    folder = write_tokenizer(tmp_path_factory.mktemp("hub"), request.param)
+    vocabulary = TokenizerVocabulary.from_directory(folder)
+    theirs, cfg, params = llama(vocabulary.eos_id)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hf = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=3, max_length=CONTEXT, device="cpu")
+    ours = HarnessModel(Scorer(cfg, params, mesh_of(ONE), CONTEXT, 3), vocabulary, progress=False)
+    return hf, ours
+
+
+@pytest.fixture(scope="module")
+def on_eight(pair):
+    from flm_jax.harness import HarnessModel
+
+    _, ours = pair
+    cfg, mesh = ours.scorer.cfg, mesh_of(EIGHT)
+    shapes, signatures = model.declared(cfg)
+    params = jax.device_put(ours.scorer.params, param_shardings(signatures, shapes, mesh))
+    return HarnessModel(Scorer(cfg, params, mesh, CONTEXT, 3), ours.vocabulary, progress=False)
+
+
+def assert_same_scores(found, expected):
+    np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], rtol=2e-5, atol=2e-4)
+    assert [f[1] for f in found] == [e[1] for e in expected]
+
+
+def greedy_pairs(hf, ours):
+    """Continuations that are the likeliest, and the same with another last token."""
+    found = []
+    for context in ("It grows, and", "Nothing", "12"):
+        ids = ours.tok_encode(context)
+        for _ in range(3):
+            ids.append(int(jnp.argmax(model.apply(ours.scorer.cfg, ours.scorer.params, jnp.array([ids]))[0, -1])))
+        before, after = ours.tok_encode(context), ids[-3:]
+        found += [((context, ""), before, after), ((context, ""), before, [*after[:2], (after[2] + 1) % 290])]
+    return found
+
+
+def test_log_likelihoods_are_those_of_hflm(pair, on_eight):
+    hf, ours = pair
+    expected = hf.loglikelihood(PAIRS, disable_tqdm=True)
+    assert_same_scores(ours.loglikelihood(PAIRS), expected)
+    assert_same_scores(on_eight.loglikelihood(PAIRS), expected)
+
+
+def test_greedy_is_said_of_the_likeliest_tokens(pair, on_eight):
+    hf, ours = pair
+    asked = greedy_pairs(hf, ours)
+    expected = hf._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert [greedy for _, greedy in expected] == [True, False] * 3
+    for found in (ours, on_eight):
+        assert_same_scores(found._loglikelihood_tokens(asked), expected)
+
+
+def test_rolling_log_likelihoods_are_those_of_hflm(pair, on_eight):
+    hf, ours = pair
+    expected = hf.loglikelihood_rolling(TEXTS, disable_tqdm=True)
+    assert expected[1] == 0 or ours.vocabulary.special.begin
+    for found in (ours, on_eight):
+        np.testing.assert_allclose(found.loglikelihood_rolling(TEXTS), expected, rtol=2e-5, atol=2e-4)
+
+
+def test_generation_is_that_of_hflm(pair, on_eight):
+    hf, ours = pair
+    prompts = ["It", "Nothing that it knew", " ".join(WORDS * 4), "the large one.\n", "12 345"]
+    free = hf.generate_until(requests(*[(p, {"until": [], "max_gen_toks": 20}) for p in prompts]), disable_tqdm=True)
+    assert len({*free}) == len(prompts) and all(free)
+    # Texts that stop are taken from what is generated without them, so that they are met in the midst of it.
+    until = [text[len(text) // 2 :][:3] for text in free]
+    asked = requests(
+        *[(p, {"until": [], "max_gen_toks": 20}) for p in prompts],
+        *[(p, {"until": [stop], "max_gen_toks": 20}) for p, stop in zip(prompts, until, strict=True)],
+        *[(p, {"until": until[0], "max_gen_toks": 7, "do_sample": False, "temperature": 0.0}) for p in prompts[:2]],
+    )
+    expected = hf.generate_until(asked, disable_tqdm=True)
+    assert expected[: len(prompts)] == free and expected[len(prompts) : 2 * len(prompts)] != free
+    assert ours.generate_until(asked) == expected
+    assert on_eight.generate_until(asked) == expected
+
+
+def test_generation_stops_at_an_end_and_goes_on_after_a_look(pair, monkeypatch):
+    """Short rounds change nothing; an end that the model writes is one, and so is a special token that a task names."""
+    from flm_jax import harness
+
+    _, ours = pair
+    asked = requests(("It grows", {"until": [], "max_gen_toks": 20}), ("12", {"until": [], "max_gen_toks": 11}))
+    expected = ours.generate_until(asked)
+    monkeypatch.setattr(harness, "FIRST_STEPS", 2)
+    assert ours.generate_until(asked) == expected
+    ids = ours.tok_encode("It grows")
+    first = int(jnp.argmax(model.apply(ours.scorer.cfg, ours.scorer.params, jnp.array([ids]))[0, -1]))
+    monkeypatch.setattr(ours, "_special", dataclasses.replace(ours._special, stop_ids=(first,)))
+    assert ours.generate_until(asked)[0] == ""
+
+
+def test_sampling_has_a_seed_and_a_temperature(pair):
+    from flm_jax.harness import HarnessModel
+
+    _, ours = pair
+    asked = requests(("It", {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 3.0}))
+    one, same, other = (
+        HarnessModel(ours.scorer, ours.vocabulary, seed, progress=False).generate_until(asked) for seed in (0, 0, 1)
+    )
+    assert one == same != other
+    greedy = requests(("It", {"until": [], "max_gen_toks": 8}))
+    assert ours.generate_until(greedy) != one
+
+
+def test_what_a_task_may_not_ask_is_said(pair):
+    _, ours = pair
+    for asked, message in (
+        ({"num_beams": 4}, "generate with num_beams: known are"),
+        ({"do_sample": True, "temperature": 1.0, "top_p": 0.9}, "generate with top_p"),
+        ({"max_gen_toks": CONTEXT}, "asks for 40 generated tokens, and the model reads 40"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours.generate_until(requests(("It", asked)))
+    with pytest.raises(ValueError, match="1 tokens of context and 41 to predict"):
+        ours.scorer.score([Window([1], [2] * 41)])
+
+
+@pytest.mark.parametrize("context", [1, 5, 16, 17])
+def test_rolling_windows_are_those_of_lm_eval(context):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    for length in (0, 1, context - 1, context, context + 1, 3 * context, 3 * context + 2):
+        tokens = list(range(100, 100 + length))
+        expected = [make_disjoint_window(w) for w in get_rolling_token_windows(tokens, 7, context, 1)]
+        assert [tuple(w) for w in rolling_windows(tokens, 7, context)] == expected
+
+
+@pytest.mark.parametrize("mesh", [ONE, EIGHT, MeshConfig(data=2, sequence=2, tensor=2)], ids=["1", "8", "sequence"])
+def test_scores_are_those_computed_directly(mesh, monkeypatch):
+    """Also with the head in chunks, and on a mesh that splits positions."""
+    cfg = small.shape()
+    params, rng = small.params(cfg), np.random.default_rng(0)
+    windows = [
+        Window(rng.integers(0, cfg.vocab, before).tolist(), rng.integers(0, cfg.vocab, after).tolist())
+        for before, after in ((1, 1), (30, 3), (4, 20), (1, 24), (90, 24))
+    ]
+    expected = []
+    for before, after in windows:
+        ids = (before + after)[-25:]
+        log_probs = jax.nn.log_softmax(small.apply(cfg, params, np.array([ids[:-1]], np.int32))[0])[-len(after) :]
+        greedy = bool((np.argmax(log_probs, -1) == after).all())
+        expected.append((sum(float(row[t]) for row, t in zip(log_probs, after, strict=True)), greedy))
+    for at_once in (score.LOGITS_AT_ONCE, 4 * 24 * cfg.vocab):
+        monkeypatch.setattr(score, "LOGITS_AT_ONCE", at_once)
+        assert_same_scores(Scorer(cfg, params, mesh_of(mesh), 24, rows=3).score(windows), expected)
+
+
+def test_few_shapes_are_compiled():
+    scorer = Scorer(small.shape(), None, mesh_of(ONE), 100)
+    assert [scorer.bucket(n) for n in (1, 16, 17, 33, 65, 100)] == [16, 16, 32, 64, 112, 112]
+    assert list(scorer.batches([3, 9, 1, 7]))[0] == [1, 3, 0, 2]
+    assert Scorer(small.shape(), None, mesh_of(EIGHT), 100, rows=5).rows == 8
+
+
+def test_bits_a_byte_are_the_rolling_sum(pair, monkeypatch):
+    _, ours = pair
+    scorer, texts = ours.scorer, [request.args[0] for request in TEXTS]
+    found = bits_per_byte_of_text(scorer.cfg, scorer.params, ours.vocabulary, texts, CONTEXT, scorer.mesh)
+    # What a tokenizer puts before a text is no part of it.
+    with_begin = -sum(ours.loglikelihood_rolling(TEXTS))
+    assert (found.nats == pytest.approx(with_begin, rel=1e-6)) == (not ours.vocabulary.special.begin)
+    monkeypatch.setattr(ours, "_special", dataclasses.replace(ours._special, begin=()))
+    nats = -sum(ours.loglikelihood_rolling(TEXTS))
+    assert found.nats == pytest.approx(nats, rel=1e-6)
+    size = sum(len(text.encode()) for text in texts)
+    assert (found.documents, found.bytes) == (4, size)
+    assert found.bits_per_byte == pytest.approx(nats / size / math.log(2), rel=1e-6)
+    with pytest.raises(ValueError, match="there is no text"):
+        bits_per_byte_of_text(scorer.cfg, scorer.params, ours.vocabulary, [""], CONTEXT, scorer.mesh)
+
+
+def test_many_documents_are_scored_in_parts():
+    """The same sum, whatever is scored together."""
+    cfg = small.shape()
+    params, vocabulary, texts = small.params(cfg), ByteVocabulary(), [f"text {i}" for i in range(70)]
+    whole = bits_per_byte_of_text(cfg, params, vocabulary, texts, 8, mesh_of(ONE), rows=1)
+    parts = [bits_per_byte_of_text(cfg, params, vocabulary, [text], 8, mesh_of(ONE), rows=1) for text in texts[:60:20]]
+    assert whole.documents == 70 and whole.tokens == sum(map(len, texts))
+    alike = bits_per_byte_of_text(cfg, params, vocabulary, texts[:60:20], 8, mesh_of(ONE), rows=4)
+    assert alike.nats == pytest.approx(sum(part.nats for part in parts), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A checkpoint that holds its tokenizer, as one that came from a Hugging Face directory does."""
+    root = tmp_path_factory.mktemp("converted")
+    folder = write_tokenizer(root / "hub")
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
+    _, cfg, params = llama(TokenizerVocabulary.from_directory(folder).eos_id)
+    stage, mesh = ResolvedStage(0, Stage("converted", cfg, 0, 0), None), mesh_of(ONE)
+    with jax.set_mesh(mesh):
+        state = StageProgram(stage, mesh, 1).initialiser()(jax.random.key(0)).replace(params=params)
+        meta = {"stage": "converted", "model": as_dict(cfg), "lineage": lineage(stage)}
+        with Checkpoints(root / "run" / "checkpoints" / "0_converted") as store:
+            store.save(0, state, meta=meta, blobs={file.name: file.read_bytes() for file in folder.iterdir()})
+            store.wait()
+    return root / "run"
+
+
+TASK = """
+task: little_choices
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: @FILE
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    lines = [{"question": "It grows, and goes", "choices": [" on", " off", " one"], "answer": i % 3} for i in range(6)]
+    (tmp_path / "little.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "little.yaml").write_text(TASK.replace("@FILE", str(tmp_path / "little.jsonl")))
+    return tmp_path / "tasks"
+
+
+def launched(checkpoint, what, tokenizer=None, batch_size=4, json_file=None, bindings=()):
+    import gin
+
+    from experiments import launch
+
+    gin.clear_config()
+    try:
+        launch.run_evaluate(str(checkpoint), what, tokenizer, batch_size, None, json_file, [], list(bindings))
+    finally:
+        gin.clear_config()
+
+
+def test_a_task_of_ones_own_runs_from_a_checkpoint_without_a_network(converted, tasks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    what = What(("little_*",), str(tasks), limit=5, text=str(tmp_path / "text.txt"), prompt="It grows", tokens=5)
+    (tmp_path / "text.txt").write_text(TEXT)
+    mesh = ("evaluate.mesh = @MeshConfig()", "MeshConfig.fsdp = 4", "MeshConfig.tensor = 2")
+    launched(converted, what, json_file=str(tmp_path / "found.json"), bindings=mesh)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["max_length"] == 64 and found["tokenizer"]["kind"] == "tokenizer" and found["step"] == 0
+    assert found["lm_eval"]["results"]["little_choices"]["acc,none"] in (0.2, 0.4)  # one of three choices each time
+    assert found["lm_eval"]["n-samples"]["little_choices"]["effective"] == 5
+    vocabulary = TokenizerVocabulary.from_directory(converted.parent / "hub")
+    _, cfg, params = llama(vocabulary.eos_id)
+    direct = bits_per_byte_of_text(cfg, params, vocabulary, [TEXT], 64, mesh_of(ONE))
+    assert found["text"]["bits_per_byte"] == pytest.approx(direct.bits_per_byte, rel=1e-5)
+    assert len(found["generated"]["tokens"]) == 5
+    said = capsys.readouterr().out
+    assert f"{direct.bits_per_byte:.4f} bits a byte" in said and "little_choices" in said and "It grows" in said
+
+
+def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch):
+    def refused(what, **changes):
+        with pytest.raises(SystemExit) as stop:
+            launched(changes.pop("checkpoint", converted), what, **changes)
+        assert stop.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    text = What(text=str(tmp_path / "nowhere.txt"))
+    assert "there is no text file or folder" in refused(text)
+    assert "no tokenizer.json in" in refused(text, tokenizer=str(tmp_path))
+    large = write_tokenizer(tmp_path / "large", size=310)
+    assert "The tokenizer has 310 ids, and the model only 304" in refused(text, tokenizer=str(large))
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
+    assert "is not UTF-8 text" in refused(What(text=str(tmp_path / "latin.txt")))
+    assert "is no folder" in refused(What(("x",), str(tmp_path / "nowhere")))
+
+    # lm-eval's own tasks take ten seconds to read.
+    from lm_eval import tasks as theirs
+
+    manager = theirs.TaskManager
+    monkeypatch.setattr(
+        theirs, "TaskManager", lambda include_path, include_defaults=False: manager(None, include_path, False)
+    )
+    error = refused(What(("litle_choices",), str(tasks)))
+    assert "knows no task 'litle_choices'; close to it: 'little_choices'" in error
+
+
+def test_a_run_is_evaluated_with_the_vocabulary_it_was_trained_with(data, converted, tmp_path):
+    from flm_jax import train as training
+    from flm_jax.recipe import Recipe, Run
+
+    recipe = Recipe(stages=(Stage("first", small.shape(), 2, 8),), data=data, eval_windows=8, eval_every=2)
+    training.train(recipe, Run(mesh=EIGHT, sample_tokens=0), tmp_path / "run")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(TEXT)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    found = [
+        evaluate_checkpoint(tmp_path / "run", What(text=str(tmp_path / name)), data=data, mesh=EIGHT)
+        for name in ("texts", "texts.jsonl")
+    ]
+    assert found[0]["tokenizer"]["kind"] == "bytes" and found[0]["max_length"] == data.context
+    assert found[0]["text"]["tokens"] == found[0]["text"]["bytes"] == len(TEXT.encode())
+    assert found[0]["text"]["nats"] == pytest.approx(found[1]["text"]["nats"])
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json, and its work directory does not record"):
+        evaluate_checkpoint(tmp_path / "run", What(text="x"))
+    tokenizer = str(write_tokenizer(tmp_path / "tokenizer", size=260))
+    with pytest.raises(ValueError, match="nothing says how many tokens .* give --max_length"):
+        evaluate_checkpoint(tmp_path / "run", What(text="x"), tokenizer)
+    assert evaluation.LONGEST_BY_DEFAULT >= data.context
