@@ -152,7 +152,7 @@ class HarnessModel(TemplateLM):
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
         stops = [stop for stop in handle_stop_sequences(wanted.pop("until"), eos=self._special.eos) if stop]
         most = wanted.pop("max_gen_toks")
-        temperature = float(wanted.pop("temperature", 0.0)) if wanted.pop("do_sample") else 0.0
+        temperature = float(wanted.pop("temperature", 0.0)) * bool(wanted.pop("do_sample"))
         harmless = {"num_beams": 1} | ({} if temperature else {"top_p": None, "top_k": None})
         unknown = [name for name, x in wanted.items() if name not in harmless or harmless[name] not in (None, x)]
         if unknown:
@@ -178,8 +178,12 @@ class HarnessModel(TemplateLM):
                 self._extend([left[i] for i in numbers], min(steps, most), temperature, ids)
             bar.update(sum(row.done for row in left))
             steps, left = 2 * steps, [row for row in left if not row.done]
-        texts = [self.vocabulary.decode(row.tokens) for row in rows]
+        texts = [self._written(row.tokens) for row in rows]
         return [postprocess_generated_text(text, stops, None) for text in texts]
+
+    def _written(self, tokens: list[int]) -> str:
+        # A model may have more rows than the tokenizer ids; HFLM leaves them out without a trace.
+        return self.vocabulary.decode(token for token in tokens if token < self.vocabulary.size)
 
     def _extend(self, rows: list[_Continuation], steps: int, temperature: float, stop_ids: set[int]) -> None:
         """Generates some more tokens of a batch, all of it read anew, and sees which rows are done."""
@@ -200,7 +204,7 @@ class HarnessModel(TemplateLM):
             row.tokens = (row.tokens + new)[: row.most]
             end = next((i for i, token in enumerate(row.tokens) if token in stop_ids), None)
             row.tokens = row.tokens[:end]
-            written = self.vocabulary.decode(row.tokens)
+            written = self._written(row.tokens)
             row.done = end is not None or len(row.tokens) == row.most or any(stop in written for stop in row.stops)
 
 

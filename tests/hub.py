@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
 from flm_jax.config import ModelConfig
 
@@ -71,7 +70,7 @@ def llama(eos_id: int, vocab: int = 304):
         rope_theta=10_000.0,
         compute_dtype="float32",
     )
-    weights = {name: jnp.asarray(np.array(value.detach())) for name, value in theirs.named_parameters()}
+    weights = {name: jnp.asarray(value.detach().numpy()) for name, value in theirs.named_parameters()}
 
     def stacked(name, *shape):
         layers = [weights[f"model.layers.{layer}.{name}.weight"] for layer in range(cfg.layers)]

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 # Before anything of Hugging Face is imported: no test needs a network.
@@ -14,10 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import evaluation, model, score
+from flm_jax import model, score
 from flm_jax.checkpoint import Checkpoints
+from flm_jax.data.source import DataConfig
+from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.evaluation import What, evaluate_checkpoint
+from flm_jax.growth import Growth
+from flm_jax.growth.plan import masks_at
 from flm_jax.origin import lineage
 from flm_jax.recipe import ResolvedStage, Stage, as_dict
 from flm_jax.score import Scorer, Window, bits_per_byte_of_text, rolling_windows
@@ -84,16 +90,23 @@ def assert_same_scores(found, expected):
     assert [f[1] for f in found] == [e[1] for e in expected]
 
 
-def greedy_pairs(hf, ours):
+def greedy_pairs(ours):
     """Continuations that are the likeliest, and the same with another last token."""
+    before = [[7, token] for token in (50, 60, 70)]
     found = []
-    for context in ("It grows, and", "Nothing", "12"):
-        ids = ours.tok_encode(context)
-        for _ in range(3):
-            ids.append(int(jnp.argmax(model.apply(ours.scorer.cfg, ours.scorer.params, jnp.array([ids]))[0, -1])))
-        before, after = ours.tok_encode(context), ids[-3:]
-        found += [((context, ""), before, after), ((context, ""), before, [*after[:2], (after[2] + 1) % 290])]
+    for context, after in zip(before, likeliest(ours, before, 3), strict=True):
+        found += [(("", ""), context, after), (("", ""), context, [*after[:2], (after[2] + 1) % 290])]
     return found
+
+
+def likeliest(ours, prompts, steps):
+    """Token by token, what the model holds for likeliest, without its cache."""
+    rows = np.array(prompts, np.int32)
+    for _ in range(steps):
+        padded = np.pad(rows, ((0, 0), (0, 8 - rows.shape[1])))
+        logits = small.apply(ours.scorer.cfg, ours.scorer.params, padded)[:, rows.shape[1] - 1]
+        rows = np.concatenate([rows, np.argmax(logits, -1).astype(np.int32)[:, None]], axis=1)
+    return rows[:, -steps:].tolist()
 
 
 def test_log_likelihoods_are_those_of_hflm(pair, on_eight):
@@ -105,7 +118,7 @@ def test_log_likelihoods_are_those_of_hflm(pair, on_eight):
 
 def test_greedy_is_said_of_the_likeliest_tokens(pair, on_eight):
     hf, ours = pair
-    asked = greedy_pairs(hf, ours)
+    asked = greedy_pairs(ours)
     expected = hf._loglikelihood_tokens(asked, disable_tqdm=True)
     assert [greedy for _, greedy in expected] == [True, False] * 3
     for found in (ours, on_eight):
@@ -147,8 +160,7 @@ def test_generation_stops_at_an_end_and_goes_on_after_a_look(pair, monkeypatch):
     expected = ours.generate_until(asked)
     monkeypatch.setattr(harness, "FIRST_STEPS", 2)
     assert ours.generate_until(asked) == expected
-    ids = ours.tok_encode("It grows")
-    first = int(jnp.argmax(model.apply(ours.scorer.cfg, ours.scorer.params, jnp.array([ids]))[0, -1]))
+    ((first,),) = likeliest(ours, [ours.tok_encode("It grows")[-7:]], 1)
     monkeypatch.setattr(ours, "_special", dataclasses.replace(ours._special, stop_ids=(first,)))
     assert ours.generate_until(asked)[0] == ""
 
@@ -192,7 +204,7 @@ def test_rolling_windows_are_those_of_lm_eval(context):
 @pytest.mark.parametrize("mesh", [ONE, EIGHT, MeshConfig(data=2, sequence=2, tensor=2)], ids=["1", "8", "sequence"])
 def test_scores_are_those_computed_directly(mesh, monkeypatch):
     """Also with the head in chunks, and on a mesh that splits positions."""
-    cfg = small.shape()
+    cfg = small.shape(init_std_vector=1.0)
     params, rng = small.params(cfg), np.random.default_rng(0)
     windows = [
         Window(rng.integers(0, cfg.vocab, before).tolist(), rng.integers(0, cfg.vocab, after).tolist())
@@ -202,7 +214,7 @@ def test_scores_are_those_computed_directly(mesh, monkeypatch):
     for before, after in windows:
         ids = (before + after)[-25:]
         log_probs = jax.nn.log_softmax(small.apply(cfg, params, np.array([ids[:-1]], np.int32))[0])[-len(after) :]
-        greedy = bool((np.argmax(log_probs, -1) == after).all())
+        greedy = np.argmax(log_probs, -1).tolist() == after
         expected.append((sum(float(row[t]) for row, t in zip(log_probs, after, strict=True)), greedy))
     for at_once in (score.LOGITS_AT_ONCE, 4 * 24 * cfg.vocab):
         monkeypatch.setattr(score, "LOGITS_AT_ONCE", at_once)
@@ -212,7 +224,7 @@ def test_scores_are_those_computed_directly(mesh, monkeypatch):
 def test_few_shapes_are_compiled():
     scorer = Scorer(small.shape(), None, mesh_of(ONE), 100)
     assert [scorer.bucket(n) for n in (1, 16, 17, 33, 65, 100)] == [16, 16, 32, 64, 112, 112]
-    assert list(scorer.batches([3, 9, 1, 7]))[0] == [1, 3, 0, 2]
+    assert next(scorer.batches([3, 9, 1, 7])) == [1, 3, 0, 2]
     assert Scorer(small.shape(), None, mesh_of(EIGHT), 100, rows=5).rows == 8
 
 
@@ -244,6 +256,19 @@ def test_many_documents_are_scored_in_parts():
     assert alike.nats == pytest.approx(sum(part.nats for part in parts), rel=1e-5)
 
 
+def saved(workdir, cfg, params, blobs, stage=None):
+    """A work directory with one checkpoint."""
+    stage, mesh = stage or ResolvedStage(0, Stage("saved", cfg, 0, 0), None), mesh_of(ONE)
+    with jax.set_mesh(mesh):
+        like = StageProgram(stage, mesh, 1).abstract_state
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like).replace(params=params)
+        meta = {"stage": "saved", "model": as_dict(cfg), "lineage": lineage(stage)}
+        with Checkpoints(workdir / "checkpoints" / "0_saved") as store:
+            store.save(0, state, meta=meta, blobs=blobs)
+            store.wait()
+    return workdir
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A checkpoint that holds its tokenizer, as one that came from a Hugging Face directory does."""
@@ -251,14 +276,7 @@ def converted(tmp_path_factory):
     folder = write_tokenizer(root / "hub")
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
     _, cfg, params = llama(TokenizerVocabulary.from_directory(folder).eos_id)
-    stage, mesh = ResolvedStage(0, Stage("converted", cfg, 0, 0), None), mesh_of(ONE)
-    with jax.set_mesh(mesh):
-        state = StageProgram(stage, mesh, 1).initialiser()(jax.random.key(0)).replace(params=params)
-        meta = {"stage": "converted", "model": as_dict(cfg), "lineage": lineage(stage)}
-        with Checkpoints(root / "run" / "checkpoints" / "0_converted") as store:
-            store.save(0, state, meta=meta, blobs={file.name: file.read_bytes() for file in folder.iterdir()})
-            store.wait()
-    return root / "run"
+    return saved(root / "run", cfg, params, {file.name: file.read_bytes() for file in folder.iterdir()})
 
 
 TASK = """
@@ -350,25 +368,87 @@ def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch
     assert "knows no task 'litle_choices'; close to it: 'little_choices'" in error
 
 
-def test_a_run_is_evaluated_with_the_vocabulary_it_was_trained_with(data, converted, tmp_path):
-    from flm_jax import train as training
-    from flm_jax.recipe import Recipe, Run
-
-    recipe = Recipe(stages=(Stage("first", small.shape(), 2, 8),), data=data, eval_windows=8, eval_every=2)
-    training.train(recipe, Run(mesh=EIGHT, sample_tokens=0), tmp_path / "run")
+def test_a_run_is_evaluated_with_the_vocabulary_it_was_trained_with(data, tmp_path, capsys):
+    run = saved(tmp_path / "run", small.shape(), small.params(small.shape()), {"data": b"{}"})
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text(TEXT)
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
-    found = [
-        evaluate_checkpoint(tmp_path / "run", What(text=str(tmp_path / name)), data=data, mesh=EIGHT)
-        for name in ("texts", "texts.jsonl")
-    ]
-    assert found[0]["tokenizer"]["kind"] == "bytes" and found[0]["max_length"] == data.context
-    assert found[0]["text"]["tokens"] == found[0]["text"]["bytes"] == len(TEXT.encode())
-    assert found[0]["text"]["nats"] == pytest.approx(found[1]["text"]["nats"])
+    text = What(text=str(tmp_path / "texts"))
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json, and its work directory does not record"):
-        evaluate_checkpoint(tmp_path / "run", What(text="x"))
+        evaluate_checkpoint(run, text)
     tokenizer = str(write_tokenizer(tmp_path / "tokenizer", size=260))
     with pytest.raises(ValueError, match="nothing says how many tokens .* give --max_length"):
-        evaluate_checkpoint(tmp_path / "run", What(text="x"), tokenizer)
-    assert evaluation.LONGEST_BY_DEFAULT >= data.context
+        evaluate_checkpoint(run, text, tokenizer)
+    (run / "config.gin").write_text(
+        "DataConfig.corpus = @TextFolder()\nDataConfig.vocabulary = @Bytes()\nDataConfig.context = 16\n"
+        f"TextFolder.path = {data.corpus.path!r}\nDataConfig.cache_dir = {data.cache_dir!r}\n"
+    )
+    launched(run, text, json_file=str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["tokenizer"]["kind"] == "bytes" and found["max_length"] == 16
+    assert found["text"]["tokens"] == found["text"]["bytes"] == len(TEXT.encode())
+    lines = evaluate_checkpoint(run, What(text=str(tmp_path / "texts.jsonl")), data=data, mesh=EIGHT)
+    assert lines["text"]["nats"] == pytest.approx(found["text"]["nats"], rel=1e-5)
+    assert "16 tokens at once" in capsys.readouterr().out
+
+
+def test_a_checkpoints_tokenizer_is_a_vocabulary_to_train_with(converted):
+    import gin
+
+    from experiments import launch
+
+    gin.clear_config()
+    try:
+        bindings = ["DataConfig.vocabulary = @Pretrained()", f"Pretrained.path = {str(converted)!r}"]
+        launch.parse([], [*bindings, "verify.data = @DataConfig()"])
+        config = launch.verify()["data"].vocabulary
+    finally:
+        gin.clear_config()
+    assert config.load().digest == TokenizerVocabulary.from_directory(converted.parent / "hub").digest
+
+
+def test_a_model_in_a_ramp_is_what_its_masks_let_through(tmp_path):
+    old, new = (small.shape(mlp=mlp, init_std_vector=1.0) for mlp in (40, 56))
+    plan = Growth("mask", ramp_steps=4)
+    params, mesh = small.params(new), mesh_of(ONE)
+    before = ResolvedStage(0, Stage("before", old, 0, 0), None)
+    stage = ResolvedStage(1, Stage("saved", new, 0, 0, growth=plan), before)
+    run = saved(tmp_path / "run", new, params, {}, stage)
+    (tmp_path / "a.txt").write_text(TEXT)
+    found = evaluate_checkpoint(
+        run, What(text=str(tmp_path / "a.txt")), max_length=16, data=DataConfig(vocabulary=Bytes())
+    )
+    masked, plain = (
+        bits_per_byte_of_text(new, params, ByteVocabulary(), [TEXT], 16, mesh, masks=masks).nats
+        for masks in (masks_at(old, new, plan, 0), None)
+    )
+    assert found["text"]["nats"] == pytest.approx(masked, rel=1e-5)
+    assert abs(masked - plain) > 0.1
+
+
+def test_the_command_says_what_it_can_do_where_nothing_is_asked(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "experiments/evaluate.py", f"--checkpoint={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "say what to evaluate: --lm_eval, --text or --generate" in done.stdout + done.stderr
+
+
+def test_evaluating_text_needs_neither_tensorflow_nor_lm_eval(converted, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    code = f"""
+import sys
+for name in ("tensorflow", "seqio", "lm_eval", "torch", "transformers"):
+    sys.modules[name] = None  # importing it now fails
+from flm_jax.evaluation import What, evaluate_checkpoint
+evaluate_checkpoint({str(converted)!r}, What(text={str(tmp_path / "a.txt")!r}))
+try:
+    evaluate_checkpoint({str(converted)!r}, What(tasks=("x",)))
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pip install -e '.[eval]'" in done.stdout
