@@ -119,7 +119,7 @@ def evaluate_checkpoint(
         scorer = Scorer(cfg, params, placed, length, batch_size, masks)
         model = harness.HarnessModel(scorer, vocabulary, progress=first())
         results = harness.run_tasks(model, what.tasks, what.include_path, what.limit, what.num_fewshot)
-        found["lm_eval"] = {key: results[key] for key in harness.KEPT if key in results}
+        found["lm_eval"] = harness.record(results)
         say(harness.table(results))
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ try:
 except ImportError as error:
     raise ImportError(f"lm-eval cannot be imported ({error}): pip install -e '.[eval]'") from error
 
+# What is worth keeping of lm-eval's results; the rest describes the machine.
+KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval_version")
 # Tokens that are generated before it is looked whether any request is done; then twice as many, and so on.
 FIRST_STEPS = 32
 
@@ -260,8 +263,10 @@ def run_tasks(
     return found
 
 
-# What is worth keeping of lm-eval's results; the rest describes the machine.
-KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval_version")
+def record(results: dict[str, Any]) -> dict[str, Any]:
+    """What of the results is worth keeping, JSON-able."""
+    kept: dict[str, Any] = json.loads(json.dumps({key: results[key] for key in KEPT if key in results}, default=str))
+    return kept
 
 
 def table(results: dict[str, Any]) -> str:

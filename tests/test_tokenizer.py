@@ -91,6 +91,8 @@ def test_special_tokens_are_as_the_files_say(folder, vocabulary):
     write(folder, "special_tokens_map.json", eos_token={"content": "g"})
     assert read(folder).eos_id == read(folder).encode("g")[0]
     assert read(folder, eos_id=12).special.stop_ids == (12, eos, 7)
+    write(folder, "generation_config.json", eos_token_id=0)
+    assert read(folder).special.stop_ids[1:] == (0,)
     (folder / "special_tokens_map.json").unlink()
     (folder / "generation_config.json").unlink()
     assert read(folder).eos_id == 9

@@ -323,7 +323,7 @@ def _special(processor: Any, said: Mapping[str, Mapping[str, Any]], eos_id: int 
         return None
 
     listed: Any = next(
-        (said[name]["eos_token_id"] for name in CONFIGS[2:] if said.get(name, {}).get("eos_token_id")), []
+        (found for name in CONFIGS[2:] if (found := said.get(name, {}).get("eos_token_id")) is not None), []
     )
     stops = [int(i) for i in (listed if isinstance(listed, list) else [listed])]
     bos = token("bos")
@@ -341,9 +341,8 @@ def _special(processor: Any, said: Mapping[str, Mapping[str, Any]], eos_id: int 
         end = (eos,) if config.get("add_eos_token") else ()
     else:
         plain, whole = (processor.encode("a", add_special_tokens=add).ids for add in (False, True))
-        start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
-        if start is not None:
-            begin, end = tuple(whole[:start]), tuple(whole[start + len(plain) :])
+        start = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), len(whole))
+        begin, end = tuple(whole[:start]), tuple(whole[start + len(plain) :])
     prefix = eos if bos is None else bos
     texts = [processor.decode([i], skip_special_tokens=False) for i in (prefix, eos)]
     return Special(prefix, tuple(dict.fromkeys([eos, *stops])), begin, end, *texts)
