@@ -208,7 +208,7 @@ class HarnessModel(TemplateLM):
             end = next((i for i, token in enumerate(row.tokens) if token in stop_ids), None)
             row.tokens = row.tokens[:end]
             written = self._written(row.tokens)
-            row.done = end is not None or len(row.tokens) == row.most or any(stop in written for stop in row.stops)
+            row.done = end is not None or len(row.tokens) >= row.most or any(stop in written for stop in row.stops)
 
 
 def run_tasks(

@@ -21,7 +21,7 @@ from flm_jax.checkpoint import Checkpoints
 from flm_jax.data.source import DataConfig
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
-from flm_jax.evaluation import What, evaluate_checkpoint
+from flm_jax.evaluation import LONGEST_BY_DEFAULT, What, evaluate_checkpoint, find_length
 from flm_jax.growth import Growth
 from flm_jax.growth.plan import masks_at
 from flm_jax.origin import lineage
@@ -163,8 +163,15 @@ def test_generation_stops_at_an_end_and_goes_on_after_a_look(pair, monkeypatch):
     monkeypatch.setattr(harness, "FIRST_STEPS", 2)
     assert ours.generate_until(asked) == expected
     ((first,),) = likeliest(ours, [ours.tok_encode("It grows")[-7:]], 1)
-    monkeypatch.setattr(ours, "_special", dataclasses.replace(ours._special, stop_ids=(first,)))
-    assert ours.generate_until(asked)[0] == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "_special", dataclasses.replace(ours._special, stop_ids=(first,)))
+        assert ours.generate_until(asked)[0] == ""
+    assert ours.generate_until(asked)[0] == expected[0] != ""
+    # Were that token special, and named by a task: it is not written out, and stops all the same.
+    encode, decode = ours.vocabulary.encode, ours.vocabulary.decode
+    monkeypatch.setattr(ours.vocabulary, "encode", lambda text: [first] if text == "<halt>" else encode(text))
+    monkeypatch.setattr(ours.vocabulary, "decode", lambda ids: decode(i for i in ids if i != first))
+    assert ours.generate_until(requests(("It grows", {"until": ["<halt>"], "max_gen_toks": 20}))) == [""]
 
 
 def test_sampling_has_a_seed_and_a_temperature(pair):
@@ -245,6 +252,10 @@ def test_bits_a_byte_are_the_rolling_sum(pair, monkeypatch):
     assert found.bits_per_byte == pytest.approx(nats / size / math.log(2), rel=1e-6)
     with pytest.raises(ValueError, match="there is no text"):
         bits_per_byte_of_text(scorer.cfg, scorer.params, ours.vocabulary, [""], CONTEXT, scorer.mesh)
+    with pytest.raises(ValueError, match="has 359 ids, and the model only 304"):
+        bits_per_byte_of_text(scorer.cfg, scorer.params, ByteVocabulary(100), texts, CONTEXT, scorer.mesh)
+    with pytest.raises(ValueError, match="has 359 ids, and the model only 304"):
+        type(ours)(scorer, ByteVocabulary(100))
 
 
 def test_many_documents_are_scored_in_parts():
@@ -409,6 +420,13 @@ def test_a_checkpoints_tokenizer_is_a_vocabulary_to_train_with(converted):
     assert config.load().digest == TokenizerVocabulary.from_directory(converted.parent / "hub").digest
 
 
+def test_a_model_that_could_read_very_much_does_so_where_it_is_asked_to(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    for said, expected in ((1024, 1024), (131_072, LONGEST_BY_DEFAULT)):
+        (tmp_path / "blobs" / "config.json").write_text(json.dumps({"max_position_embeddings": said}))
+        assert find_length(SimpleNamespace(directory=tmp_path), None) == expected
+
+
 def test_a_model_in_a_ramp_is_what_its_masks_let_through(tmp_path):
     old, new = (small.shape(mlp=mlp, init_std_vector=1.0) for mlp in (40, 56))
     plan = Growth("mask", ramp_steps=4)
@@ -444,7 +462,7 @@ def test_evaluating_text_needs_neither_tensorflow_nor_lm_eval(converted, tmp_pat
 import sys
 for name in ("tensorflow", "seqio", "lm_eval", "torch", "transformers"):
     sys.modules[name] = None  # importing it now fails
-from flm_jax.evaluation import What, evaluate_checkpoint
+from flm_jax.evaluation import LONGEST_BY_DEFAULT, What, evaluate_checkpoint, find_length
 evaluate_checkpoint({str(converted)!r}, What(text={str(tmp_path / "a.txt")!r}))
 try:
     evaluate_checkpoint({str(converted)!r}, What(tasks=("x",)))
