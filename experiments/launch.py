@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import gin
 
-from flm_jax import ahead, config, hosts, optimizer, overview, plan, sharding, transplant
+from flm_jax import ahead, config, evaluation, hosts, optimizer, overview, plan, sharding, transplant
 from flm_jax import recipe as recipes
 from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
@@ -63,6 +63,7 @@ def register() -> None:
         corpora.SeqioTask,
         train_vocabulary.Bytes,
         train_vocabulary.SentencePiece,
+        train_vocabulary.Pretrained,
     ]
     for configurable in known:
         if configurable.__name__ not in _registered:
@@ -225,6 +226,12 @@ def verify(
     return dict(mesh=mesh, data=data, tolerance=tolerance)
 
 
+@gin.configurable(module="flm_jax")
+def evaluate(mesh: sharding.MeshConfig | None = None) -> sharding.MeshConfig | None:
+    """What `experiments/evaluate.py` takes from gin: how devices are laid out."""
+    return mesh
+
+
 def recorded_data(checkpoint: str) -> source.DataConfig | None:
     """The data that a checkpoint's run was configured with, if its work directory records that."""
     recorded = read_origin(checkpoint).directory.parents[2] / "config.gin"
@@ -325,6 +332,33 @@ def run_export(workdir: str, target: str, architecture: str | None, dtype: str |
         f"{plan.size(found['bytes'])}; {folded}{tokenizer}."
     )
     hosts.say(f"Written to {target}: {', '.join(found['files'])} and the weights.")
+
+
+def run_evaluate(
+    checkpoint: str,
+    what: evaluation.What,
+    tokenizer: str | None,
+    batch_size: int,
+    max_length: int | None,
+    json_file: str | None,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+) -> None:
+    """Evaluates a checkpoint, and says what was found."""
+    with started():
+        check_writable(json_file)
+        data = recorded_data(checkpoint)
+        by_hand = parse(gin_files, gin_bindings)
+        mesh = evaluate()
+        check_used(by_hand)
+        try:
+            found = evaluation.evaluate_checkpoint(
+                checkpoint, what, tokenizer, data, mesh, batch_size, max_length, hosts.say
+            )
+        except ImportError as error:
+            fail(error)
+    if json_file and hosts.first():
+        Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def run_plan(

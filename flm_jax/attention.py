@@ -31,11 +31,13 @@ class Cache(NamedTuple):
       key_LBSKH: rotated keys, one slice a layer.
       value_LBSKH: values.
       length: () int32, how many of the S positions are filled.
+      start_B: int32, the first position of each row that is not padding; None: every row begins at 0.
     """
 
     key_LBSKH: jax.Array
     value_LBSKH: jax.Array
     length: jax.Array
+    start_B: jax.Array | None = None
 
 
 def rotary_frequencies(cfg: ModelConfig) -> jax.Array:

@@ -30,17 +30,19 @@ def generate(
     key: jax.Array,
     temperature: float = 1.0,
     masks: Masks | None = None,
+    start_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Continues prompts of equal length.
+    """Continues prompts.
 
     Args:
       cfg: the model.
       params: its parameters.
-      prompt_BT: (B, T) int32, T at least 1.
+      prompt_BT: (B, T) int32, T at least 1; a shorter prompt lies at the end of its row.
       steps: tokens to add.
       key: for sampling.
       temperature: divides the logits; 0 takes the likeliest token.
       masks: growth masks, during their ramp.
+      start_B: int32, where the prompt of each row starts, below T; what lies before is not seen. None: at 0.
 
     Returns:
       (B, steps) int32.
@@ -64,7 +66,8 @@ def generate(
         return (token_B, cache), token_B
 
     keys = jax.random.split(key, steps)
-    logits_BV, cache = forward(prompt_BT, empty_cache(cfg, B, T + steps))
+    # Rotary positions are relative: where in its row a prompt starts makes no difference but to rounding.
+    logits_BV, cache = forward(prompt_BT, empty_cache(cfg, B, T + steps)._replace(start_B=start_B))
     first_B = choose(logits_BV, keys[0])
     _, rest_SB = jax.lax.scan(step, (first_B, cache), keys[1:])
     tokens_BS = jnp.concatenate([first_B[None], rest_SB]).T

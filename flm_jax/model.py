@@ -295,6 +295,8 @@ class Transformer(nn.Module):
             keys_1S = jnp.arange(cache.key_LBSKH.shape[2], dtype=jnp.int32)[None]
             alike = jnp.zeros_like(positions), jnp.zeros_like(keys_1S)
             mask_BTS = attention_mask(positions, keys_1S, *alike, cfg.sliding_window)
+            if cache.start_B is not None:
+                mask_BTS = mask_BTS & (keys_1S >= cache.start_B[:, None])[:, None]
         rotary = rotary_tables(positions, rotary_frequencies(cfg))
         x_BTD = masked(look_up(self.embedding_VD, tokens_BT) * cfg.input_mult, masks.embed_D)
         x_BTD = constrain(x_BTD, "batch", "stream", "residual")
@@ -302,7 +304,7 @@ class Transformer(nn.Module):
         shared = Shared(rotary, mask_BTS, segments_1T, masks, length)
         x_BTD, layer_cache = self.blocks(x_BTD, masks.layers_L, layer_cache, shared)
         if cache is not None:
-            cache = Cache(layer_cache[0], layer_cache[1], cache.length + tokens_BT.shape[1])
+            cache = Cache(layer_cache[0], layer_cache[1], cache.length + tokens_BT.shape[1], cache.start_B)
         return self.final_norm(x_BTD, masks), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, read_manifest
 from flm_jax.config import ModelConfig
+from flm_jax.growth.plan import masks_at
 from flm_jax.integrity import file_faults
+from flm_jax.model import Masks, Params
 from flm_jax.recipe import Recipe, ResolvedStage, Stage, as_dict, from_dict, resolve
 from flm_jax.step import StageProgram, TrainState
 
@@ -68,6 +70,23 @@ class Origin:
             return state
         init = jax.jit(program.tx.init, out_shardings=program.shardings.opt_state)
         return TrainState(found["step"], found["params"], init(found["params"]))
+
+    def restore_params(self, mesh: Mesh) -> Params:
+        """The parameters alone on a mesh, every bit of them checked.
+
+        Raises:
+            DamagedError: the checkpoint is not as it was saved.
+        """
+        abstract = {"params": StageProgram(self.stage, mesh, 1).abstract_state.params}
+        with Checkpoints(self.directory.parent, read_only=True) as store:
+            return store.restore(abstract, self.step, partial=True).state["params"]
+
+    def masks(self) -> Masks | None:
+        """The masks of its own growth, where they are still rising: the model is what they let through."""
+        growth, before = self.stage.stage.growth, self.stage.before
+        if growth is None or before is None or self.step >= self.stage.ramp_steps:
+            return None
+        return masks_at(before.cfg, self.stage.cfg, growth, self.step)
 
     def check_settled(self, grows: bool) -> None:
         """Checks that nothing of its own growth is still on its way that would be lost.

@@ -1,5 +1,7 @@
 """The model: what it computes, and that no arrangement of the computation changes it."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,6 +157,30 @@ def test_greedy_generation_takes_the_likeliest_token_each_time():
     for _ in range(5):
         rows = np.concatenate([rows, np.argmax(small.apply(cfg, params, rows)[:, -1:], -1).astype(np.int32)], axis=1)
     np.testing.assert_array_equal(out, rows[:, 4:])
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "mesh"])
+def test_a_padded_prompt_is_continued_as_alone(mesh):
+    cfg = small.config(init_std_vector=1.0, heads=4, kv_heads=2, vocab=64)
+    params, lengths = small.params(cfg), (1, 3, 7, 9)
+    prompts = [small.tokens((1, n), seed=n) for n in lengths]
+    alone = [generate(cfg, params, prompt, 5, jax.random.key(0), temperature=0)[0] for prompt in prompts]
+    padded, start = np.full((4, 9), 60, np.int32), np.array([9 - n for n in lengths], np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[9 - prompt.shape[1] :] = prompt
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
+        found = generate(cfg, params, padded, 5, jax.random.key(0), temperature=0, start_B=start)
+    np.testing.assert_array_equal(found, alone)
+
+
+def test_what_lies_before_a_prompt_changes_no_logit():
+    cfg = small.config(heads=4, kv_heads=2)
+    params, tokens = small.params(cfg), small.tokens((2, 9))
+    cache = empty_cache(cfg, 2, 9)._replace(start_B=jnp.array([0, 4], jnp.int32))
+    logits, after = jax.jit(model.Transformer(cfg).apply)({"params": params}, tokens, cache=cache)
+    np.testing.assert_array_equal(after.start_B, cache.start_B)
+    np.testing.assert_allclose(logits[0], small.apply(cfg, params, tokens[:1])[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits[1, 4:], small.apply(cfg, params, tokens[1:, 4:])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_one_row_is_continued_on_a_mesh_as_without_one():

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
 import time
 from pathlib import Path
 
-from flm_jax.data import train_vocabulary
 from flm_jax.data.corpora import SPLITS, Corpus, SeqioTask
 from flm_jax.data.store import FORMAT, STORE_FILE, TokenStore
 from flm_jax.data.store_writer import StoreWriter
-from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary
+from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary, identity
 
 _log = logging.getLogger(__name__)
 
 
 def store_path(corpus: Corpus, vocabulary_config: VocabularyConfig, cache_dir: str | Path) -> Path:
     """Where the store of this corpus and vocabulary lies: its name changes whenever its content would."""
-    kind = type(vocabulary_config).__name__
-    vocabulary = [train_vocabulary.FORMAT, kind, dataclasses.asdict(vocabulary_config)]
-    if isinstance(corpus, SeqioTask):
-        vocabulary = []  # it brings its own
+    # A seqio task brings its own.
+    vocabulary = [] if isinstance(corpus, SeqioTask) else identity(vocabulary_config)
     key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), vocabulary]).encode()).hexdigest()
     return Path(cache_dir).expanduser() / f"{type(corpus).__name__.lower()}-{key[:16]}"
 

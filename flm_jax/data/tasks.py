@@ -14,7 +14,7 @@ import functools
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from flm_jax.data import reading
 from flm_jax.data.corpora import Corpus, FileCorpus, Jsonl, SeqioTask, Tfds, check_split
 from flm_jax.data.reading import load_tensorflow
-from flm_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from flm_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +146,9 @@ def from_seqio(vocabulary: Any, name: str) -> Vocabulary:
         return ByteVocabulary(extra_ids=vocabulary.extra_ids)
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return SentencePieceVocabulary(model=vocabulary.sp_model)  # its extra ids are pieces of this model
+    if isinstance(vocabulary, _tokenizer_class()):
+        tokenizer: TokenizerVocabulary = vocabulary.tokenizer
+        return tokenizer
     raise ValueError(
         f"{name} has a {type(vocabulary).__name__}: SentencePieceVocabulary and ByteVocabulary can be read"
     )
@@ -156,12 +159,64 @@ def to_seqio(vocabulary: Vocabulary) -> Any:
     tf, seqio = load_tensorflow()
     if isinstance(vocabulary, ByteVocabulary):
         return seqio.ByteVocabulary(extra_ids=vocabulary.size - 259)
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return _tokenizer_class()(vocabulary)
     assert isinstance(vocabulary, SentencePieceVocabulary)
     # seqio wants a file; one in TensorFlow's memory cannot be left behind, moved or altered.
     path = f"ram://flm_jax/{vocabulary.digest}.model"
     with tf.io.gfile.GFile(path, "wb") as file:
         file.write(vocabulary.model)
     return seqio.SentencePieceVocabulary(path)
+
+
+@functools.cache
+def _tokenizer_class() -> Any:
+    """A seqio vocabulary that tokenises in Python, by a tokenizer of ours; seqio is loaded here, and not before."""
+    tf, seqio = load_tensorflow()
+    base: Any = seqio.Vocabulary
+
+    class TokenizerOfOurs(base):
+        """Our tokenizer for seqio."""
+
+        def __init__(self, tokenizer: TokenizerVocabulary) -> None:
+            super().__init__()
+            self.tokenizer = tokenizer
+
+        @property
+        def eos_id(self) -> int:
+            return self.tokenizer.eos_id
+
+        @property
+        def bos_id(self) -> None:
+            return None  # as with the other vocabularies, a document is what lies between two ends
+
+        @property
+        def unk_id(self) -> None:
+            return None
+
+        @property
+        def _base_vocab_size(self) -> int:
+            return self.tokenizer.size
+
+        def _encode(self, s: str) -> list[int]:
+            return self.tokenizer.encode(s)
+
+        def _decode(self, ids: Iterable[int]) -> str:
+            return self.tokenizer.decode(ids)
+
+        def _encode_tf(self, s: Any) -> Any:
+            # Declared free of state, or the position of a stream could not be saved.
+            encode = lambda text: np.asarray(self.tokenizer.encode(text.decode()), np.int32)  # noqa: E731
+            return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32, stateful=False), [None])
+
+        def _decode_tf(self, ids: Any) -> Any:
+            decode = lambda array: self.tokenizer.decode(array).encode()  # noqa: E731
+            return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string, stateful=False), [])
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, TokenizerOfOurs) and other.tokenizer.digest == self.tokenizer.digest
+
+    return TokenizerOfOurs
 
 
 def register_task(corpus: Corpus, vocabulary: Vocabulary, shuffle_buffer_size: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Train a vocabulary on a corpus, once: SentencePiece BPE with byte fallback, kept in a cache.
+"""The vocabulary of a corpus: bytes, a tokenizer that exists, or SentencePiece BPE trained once and kept in a cache.
 
 Everything here is deterministic: the sample of chunks is chosen by hash, not by chance; the trainer runs on
 one thread (the model file records the number of threads, and one suffices: 8 MB take two seconds).
@@ -13,15 +13,18 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from flm_jax.data.corpora import Corpus, SeqioTask, TextCorpus
 from flm_jax.data.files import atomic_write, sha256_file
 from flm_jax.data.vocabulary import (
     EOS_ID,
     PAD_ID,
+    TOKENIZER,
     UNK_ID,
     ByteVocabulary,
     SentencePieceVocabulary,
+    TokenizerVocabulary,
     Vocabulary,
 )
 
@@ -47,11 +50,52 @@ class SentencePiece:
     sample_bytes: int = 8_000_000
 
 
-VocabularyConfig = Bytes | SentencePiece
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A Hugging Face tokenizer, as it is: nothing to train.
+
+    Attributes:
+      path: a directory with tokenizer.json and what belongs to it; or a checkpoint that holds them: a step, a stage's
+        directory or a work directory.
+      eos_id: the id that ends a document; None: as the files say.
+    """
+
+    path: str = dataclasses.field(metadata={"identity": False})
+    eos_id: int | None = None
+
+    def load(self) -> TokenizerVocabulary:
+        """The tokenizer.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: as `TokenizerVocabulary.from_directory`.
+        """
+        root = Path(self.path).expanduser()
+        if not (root / TOKENIZER).is_file():
+            # Not at the top: an origin's recipe knows of data itself.
+            from flm_jax.checkpoint import CheckpointError
+            from flm_jax.origin import read_origin
+
+            try:
+                root = read_origin(root).directory / "blobs"
+            except CheckpointError as error:
+                raise FileNotFoundError(
+                    f"Pretrained: {self.path} holds no {TOKENIZER}, and is no checkpoint that could: {error}"
+                ) from None
+        return TokenizerVocabulary.from_directory(root, self.eos_id)
+
+
+VocabularyConfig = Bytes | SentencePiece | Pretrained
+
+
+def identity(config: VocabularyConfig) -> list[Any]:
+    """What decides the vocabulary of a corpus, JSON-able: of a tokenizer its content, wherever it lies."""
+    decides = config.load().digest if isinstance(config, Pretrained) else dataclasses.asdict(config)
+    return [FORMAT, type(config).__name__, decides]
 
 
 def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | Path) -> Vocabulary:
-    """The vocabulary of a corpus: trained, from the cache, or the one that a seqio task brings.
+    """The vocabulary of a corpus: trained, from the cache, read, or the one that a seqio task brings.
 
     Args:
       config: what to build; ignored for a SeqioTask, which brings its own.
@@ -68,6 +112,8 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
         return tasks.resolve(corpus).vocabulary
     if isinstance(config, Bytes):
         return ByteVocabulary()
+    if isinstance(config, Pretrained):
+        return config.load()
     key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), dataclasses.astuple(config)]).encode()).hexdigest()[:16]
     model_path = Path(cache_dir).expanduser() / f"vocabulary-{key}.model"
     record_path = model_path.with_suffix(".json")

@@ -1,23 +1,46 @@
-"""Vocabularies: text to token ids and back, identical to seqio's, without TensorFlow.
+"""Vocabularies: text to token ids and back, without TensorFlow.
 
-Ids 0, 1 and 2 are padding, end of document and unknown in both kinds. `spec()` holds everything needed to
-build the same vocabulary again (a SentencePiece model included), so a store or a checkpoint that records it
-stands on its own.
+Bytes and SentencePiece are identical to seqio's, and ids 0, 1 and 2 are padding, end of document and unknown in both;
+a Hugging Face tokenizer has special ids of its own. `spec()` holds everything needed to build the same vocabulary again
+(a SentencePiece model or a tokenizer.json included), so a store or a checkpoint that records it stands on its own.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Special:
+    """The ids that a model is asked and stopped with.
+
+    Attributes:
+      prefix_id: what the first token of a text is predicted from: the beginning of a document, or, where a vocabulary
+        has none, the end of the one before.
+      stop_ids: each of them ends a continuation; the first is the end of a document.
+      begin: what the tokenizer itself puts before a text that a model shall read.
+      end: what it puts after.
+      prefix: how `prefix_id` is written, '' if it cannot be.
+      eos: how the end of a document is written, '' if it cannot be.
+    """
+
+    prefix_id: int = EOS_ID
+    stop_ids: tuple[int, ...] = (EOS_ID,)
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    prefix: str = ""
+    eos: str = ""
 
 
 class Vocabulary(Protocol):
@@ -25,7 +48,7 @@ class Vocabulary(Protocol):
 
     @property
     def kind(self) -> str:
-        """'bytes' or 'sentencepiece'."""
+        """'bytes', 'sentencepiece' or 'tokenizer'."""
         ...
 
     @property
@@ -36,6 +59,11 @@ class Vocabulary(Protocol):
     @property
     def eos_id(self) -> int:
         """The id that ends a document."""
+        ...
+
+    @property
+    def special(self) -> Special:
+        """What a model is asked and stopped with."""
         ...
 
     @property
@@ -74,6 +102,7 @@ class ByteVocabulary:
 
     kind = "bytes"
     eos_id = EOS_ID
+    special = Special()
 
     def __init__(self, extra_ids: int = 0) -> None:
         """Builds the vocabulary.
@@ -139,6 +168,7 @@ class SentencePieceVocabulary:
         self.eos_id = int(self._processor.eos_id())
         if self.eos_id < 0:
             raise ValueError(f"{where} has no end-of-document id: train it with eos_id=1")
+        self.special = Special(self.eos_id, (self.eos_id,))
 
     @functools.cached_property
     def _processor(self) -> Any:
@@ -171,6 +201,153 @@ class SentencePieceVocabulary:
         }
 
 
+TOKENIZER = "tokenizer.json"
+# What may say how a tokenizer's special tokens are used, beside it.
+CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+
+
+class TokenizerVocabulary:
+    """A Hugging Face tokenizer.json.
+
+    As there, a special token that is written out in a text is that token. The library writes texts back as the file's
+    decoder has it: exactly with byte-level BPE, and up to spaces at the beginning with some others.
+    """
+
+    kind = "tokenizer"
+
+    def __init__(self, model: bytes, special: Special, where: str = "the tokenizer") -> None:
+        """Loads a tokenizer; `from_directory` is the way in from files.
+
+        Args:
+          model: the bytes of tokenizer.json.
+          special: its special ids; the first that stops ends a document.
+          where: for errors.
+
+        Raises:
+          ValueError: no tokenizer, or one without those ids; or the library that reads it is not installed.
+        """
+        self.model, self.special, self.eos_id = model, special, special.stop_ids[0]
+        self._processor = _load(model, where)
+        self.size = 1 + max(self._processor.get_vocab(with_added_tokens=True).values(), default=-1)
+        for number in (self.eos_id, special.prefix_id):
+            if not self._is_known(number):
+                raise ValueError(
+                    f"{where} has no token {number} to begin or end a document with: its ids are below {self.size}"
+                )
+        # The end of a document is among a store's tokens; no other special id is.
+        self.digest = hashlib.sha256(
+            f"tokenizer {self.eos_id} {hashlib.sha256(model).hexdigest()}".encode()
+        ).hexdigest()
+
+    @classmethod
+    def from_directory(cls, path: str | Path, eos_id: int | None = None) -> TokenizerVocabulary:
+        """The tokenizer in a directory, such as a Hugging Face model's or the blobs of a checkpoint step.
+
+        Args:
+          path: holds tokenizer.json, and what says how its special tokens are used: tokenizer_config.json,
+            special_tokens_map.json, generation_config.json or config.json.
+          eos_id: the id that ends a document; None: as those files say, in this order.
+
+        Raises:
+          FileNotFoundError: there is no tokenizer.json.
+          ValueError: a file is damaged, or none says what ends a document.
+        """
+        root = Path(path).expanduser()
+        file = root / TOKENIZER
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no {TOKENIZER} in {root}; give the directory that a tokenizer lies in")
+        said: dict[str, dict[str, Any]] = {}
+        for name in CONFIGS:
+            if (root / name).is_file():
+                try:
+                    said[name] = dict(json.loads((root / name).read_bytes()))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{root / name} is damaged: {error}") from None
+        model = file.read_bytes()
+        return cls(model, _special(_load(model, str(file)), said, eos_id, str(file)), str(file))
+
+    def _is_known(self, number: int) -> bool:
+        return 0 <= number < self.size and self._processor.id_to_token(number) is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without the special ones that the tokenizer would add."""
+        return [int(i) for i in self._processor.encode(text, add_special_tokens=False).ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; special tokens leave nothing behind."""
+        return "".join(
+            str(self._processor.decode(list(run), skip_special_tokens=True)) if known else REPLACEMENT * len(list(run))
+            for known, run in itertools.groupby(map(int, ids), self._is_known)
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """See Vocabulary.spec; `model` is tokenizer.json, compressed, in base 64."""
+        packed = base64.b64encode(zlib.compress(self.model, 9)).decode()
+        return {
+            "kind": self.kind,
+            "size": self.size,
+            "eos_id": self.eos_id,
+            "digest": self.digest,
+            "special": json.loads(json.dumps(dataclasses.asdict(self.special))),
+            "model": packed,
+        }
+
+
+def _load(model: bytes, where: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(f"{where} is read by the package tokenizers: pip install -r requirements.txt") from None
+    try:
+        processor = tokenizers.Tokenizer.from_str(model.decode())
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{where} is not a tokenizer that the package tokenizers can read: {error}") from None
+    # A file may ask for either, and no text is cut or filled here.
+    processor.no_truncation()
+    processor.no_padding()
+    return processor
+
+
+def _special(processor: Any, said: Mapping[str, Mapping[str, Any]], eos_id: int | None, where: str) -> Special:
+    """How the special tokens of a tokenizer are used, by the content of its configuration files."""
+
+    def token(role: str) -> int | None:
+        for name in CONFIGS[:2]:
+            found = said.get(name, {}).get(f"{role}_token")
+            text = found.get("content") if isinstance(found, Mapping) else found
+            if text is not None:
+                number = processor.token_to_id(text)
+                if number is None:
+                    raise ValueError(f"{name} calls {text!r} the {role} token, and {where} has no such token")
+                return int(number)
+        return None
+
+    listed: Any = next(
+        (found for name in CONFIGS[2:] if (found := said.get(name, {}).get("eos_token_id")) is not None), []
+    )
+    stops = [int(i) for i in (listed if isinstance(listed, list) else [listed])]
+    bos = token("bos")
+    eos = next((i for i in (eos_id, token("eos"), *stops) if i is not None), None)
+    if eos is None:
+        raise ValueError(
+            f"nothing says which token of {where} ends a document: there is no eos_token in {' or '.join(CONFIGS[:2])} "
+            f"and no eos_token_id in {' or '.join(CONFIGS[2:])} beside it; add one of them, or give eos_id"
+        )
+    config = said.get(CONFIGS[0], {})
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    if "add_bos_token" in config or "add_eos_token" in config:  # goes before what the file itself would add
+        begin = (bos,) if config.get("add_bos_token") and bos is not None else ()
+        end = (eos,) if config.get("add_eos_token") else ()
+    else:
+        plain, whole = (processor.encode("a", add_special_tokens=add).ids for add in (False, True))
+        start = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), len(whole))
+        begin, end = tuple(whole[:start]), tuple(whole[start + len(plain) :])
+    prefix = eos if bos is None else bos
+    texts = [processor.decode([i], skip_special_tokens=False) for i in (prefix, eos)]
+    return Special(prefix, tuple(dict.fromkeys([eos, *stops])), begin, end, *texts)
+
+
 def from_spec(spec: dict[str, Any]) -> Vocabulary:
     """The vocabulary that a `spec()` records.
 
@@ -180,14 +357,22 @@ def from_spec(spec: dict[str, Any]) -> Vocabulary:
     vocabulary: Vocabulary
     if spec.get("kind") == "bytes":
         vocabulary = ByteVocabulary(extra_ids=int(spec["size"]) - 259)
-    elif spec.get("kind") == "sentencepiece":
+    elif spec.get("kind") in ("sentencepiece", "tokenizer"):
         try:
             model = zlib.decompress(base64.b64decode(spec["model"], validate=True))
         except (ValueError, zlib.error) as error:
             raise ValueError(f"the vocabulary's recorded model is damaged: {error}") from None
-        vocabulary = SentencePieceVocabulary(model=model)
+        if spec["kind"] == "sentencepiece":
+            vocabulary = SentencePieceVocabulary(model=model)
+        else:
+            recorded: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in spec["special"].items()
+            }
+            vocabulary = TokenizerVocabulary(model, Special(**recorded))
     else:
-        raise ValueError(f"unknown vocabulary kind {spec.get('kind')!r}: known are 'bytes' and 'sentencepiece'")
+        raise ValueError(
+            f"unknown vocabulary kind {spec.get('kind')!r}: known are 'bytes', 'sentencepiece' and 'tokenizer'"
+        )
     if vocabulary.digest != spec["digest"]:
         raise ValueError(f"the vocabulary's record says sha256 {spec['digest']}, its content has {vocabulary.digest}")
     return vocabulary

@@ -1,0 +1,187 @@
+"""Evaluating a checkpoint: which tokenizer is its own, how much it reads at once, and what is asked of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flm_jax.data.source import DataConfig
+from flm_jax.data.text import Jsonl, TextFolder
+from flm_jax.data.train_vocabulary import build_vocabulary
+from flm_jax.data.vocabulary import TOKENIZER, TokenizerVocabulary, Vocabulary
+from flm_jax.generate import generate
+from flm_jax.hosts import fetch, first
+from flm_jax.origin import Origin, read_origin
+from flm_jax.score import Scorer, bits_per_byte_of_text, check_vocabulary
+from flm_jax.sharding import MeshConfig, make_mesh
+
+# A model that says it reads a hundred thousand tokens is evaluated on so many only where that is asked for.
+LONGEST_BY_DEFAULT = 4096
+
+
+@dataclass(frozen=True)
+class What:
+    """What to evaluate; None and () ask for nothing.
+
+    Attributes:
+      tasks: of lm-eval, or patterns of their names.
+      include_path: a folder with tasks of one's own.
+      limit: examples a task; below 1, a share of them.
+      num_fewshot: examples shown before each question; None: as each task has it.
+      text: bits a byte of this: see `read_texts`.
+      prompt: a text to continue.
+      tokens: by how many tokens.
+    """
+
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    text: str | None = None
+    prompt: str | None = None
+    tokens: int = 64
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    what: What,
+    tokenizer: str | None = None,
+    data: DataConfig | None = None,
+    mesh: MeshConfig | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint; it is only read.
+
+    Args:
+      checkpoint: a step, a stage's directory or a work directory.
+      what: what to evaluate.
+      tokenizer: a directory with tokenizer.json; None: the checkpoint's own, or the vocabulary of `data`.
+      data: what the checkpoint's run was configured with, if that is known.
+      mesh: how devices are laid out.
+      batch_size: rows read at once.
+      max_length: tokens read at once; None: what the model was made for, at most LONGEST_BY_DEFAULT.
+      say: is given what was found, in words, as it is found.
+
+    Returns:
+      JSON-able: checkpoint, step, digest, tokenizer, max_length, and what was asked for: lm_eval, text, generated.
+
+    Raises:
+      ValueError: the tokenizer is not to be found or not this model's; a task or a text is not there.
+      ImportError: tasks are asked for, and lm-eval is not installed.
+      DamagedError: the checkpoint is not as it was saved.
+    """
+    if what.tasks:
+        from flm_jax import harness  # at once: that it is missing should not be known an hour later
+    origin = read_origin(checkpoint)
+    cfg = origin.stage.cfg
+    vocabulary = find_vocabulary(origin, tokenizer, data)
+    check_vocabulary(vocabulary, cfg.vocab)
+    length = max_length or find_length(origin, data)
+    placed = make_mesh(mesh)
+    with jax.set_mesh(placed):
+        params = origin.restore_params(placed)
+    masks = origin.masks()
+    found: dict[str, Any] = {
+        "checkpoint": str(origin.directory),
+        "step": origin.step,
+        "digest": origin.digest,
+        "tokenizer": {"kind": vocabulary.kind, "size": vocabulary.size, "digest": vocabulary.digest},
+        "max_length": length,
+    }
+    say(f"{origin.directory}: {vocabulary.kind} vocabulary of {vocabulary.size} ids, {length} tokens at once.")
+    if what.text is not None:
+        texts = read_texts(what.text)
+        score = bits_per_byte_of_text(cfg, params, vocabulary, texts, length, placed, batch_size, masks)
+        found["text"] = {"path": what.text, **score._asdict(), "bits_per_byte": score.bits_per_byte}
+        say(
+            f"{what.text}: {score.bits_per_byte:.4f} bits a byte; {score.nats / score.tokens:.4f} nats a token, "
+            f"{score.documents} documents, {score.tokens} tokens, {score.bytes} bytes."
+        )
+    if what.prompt is not None:
+        ids = vocabulary.special.begin + tuple(vocabulary.encode(what.prompt)) or (vocabulary.special.prefix_id,)
+        with jax.set_mesh(placed):
+            prompt_BT = np.asarray([ids], np.int32)
+            tokens_BS = generate(cfg, params, prompt_BT, what.tokens, jax.random.key(0), 0.0, masks)
+        new = [int(token) for token in fetch(tokens_BS)[0]]
+        stops = vocabulary.special.stop_ids
+        end = next((i for i, token in enumerate(new) if token in stops), len(new))
+        found["generated"] = {"prompt": what.prompt, "text": vocabulary.decode(new[:end]), "tokens": new[:end]}
+        say(what.prompt + found["generated"]["text"])
+    if what.tasks:
+        scorer = Scorer(cfg, params, placed, length, batch_size, masks)
+        model = harness.HarnessModel(scorer, vocabulary, progress=first())
+        results = harness.run_tasks(model, what.tasks, what.include_path, what.limit, what.num_fewshot)
+        found["lm_eval"] = harness.record(results)
+        say(harness.table(results))
+    return found
+
+
+def find_vocabulary(origin: Origin, tokenizer: str | None, data: DataConfig | None) -> Vocabulary:
+    """What the ids of a checkpoint's model mean.
+
+    Args:
+      origin: the checkpoint.
+      tokenizer: a directory with tokenizer.json, which goes before all else.
+      data: what the checkpoint's run was configured with, if that is known.
+
+    Raises:
+      ValueError: nothing says so.
+      FileNotFoundError: `tokenizer` is no such directory, or the data's corpus is not there any more.
+    """
+    if tokenizer is not None:
+        return TokenizerVocabulary.from_directory(tokenizer)
+    blobs = origin.directory / "blobs"
+    if (blobs / TOKENIZER).is_file():
+        return TokenizerVocabulary.from_directory(blobs)
+    if data is not None:
+        return build_vocabulary(data.vocabulary, data.corpus, data.cache_dir)
+    raise ValueError(
+        f"{origin.directory} holds no {TOKENIZER}, and its work directory does not record what data it was trained on: "
+        "give a directory that a tokenizer lies in, with --tokenizer."
+    )
+
+
+def find_length(origin: Origin, data: DataConfig | None) -> int:
+    """How many tokens a checkpoint's model was made to read at once, at most LONGEST_BY_DEFAULT.
+
+    Raises:
+      ValueError: nothing says so.
+    """
+    config = origin.directory / "blobs" / "config.json"
+    length = json.loads(config.read_bytes()).get("max_position_embeddings") if config.is_file() else None
+    if length is None and data is not None:
+        length = data.context
+    if length is None:
+        raise ValueError(
+            f"nothing says how many tokens the model of {origin.directory} reads at once: neither a config.json of its "
+            "own nor data that its run was configured with; give --max_length."
+        )
+    return min(int(length), LONGEST_BY_DEFAULT)
+
+
+def read_texts(path: str | Path) -> Iterator[str]:
+    """The documents of a text file (one), of a *.jsonl (the field "text" of each line), or of a folder of *.txt.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is not UTF-8, or not what its name says.
+    """
+    root = Path(path).expanduser()
+    if root.is_dir():
+        return (text.decode() for _, _, text in TextFolder(str(root)).contents())
+    if root.suffix == ".jsonl":
+        return (text for _, text in Jsonl(str(root)).lines())
+    if not root.is_file():
+        raise FileNotFoundError(f"there is no text file or folder {root}")
+    try:
+        return iter([root.read_bytes().decode()])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{root} is not UTF-8 text ({error.reason} at byte {error.start})") from None
