@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flm_jax import train as training
 from flm_jax.checkpoint import Checkpoints, DamagedError
 from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.convert import families
@@ -16,14 +17,16 @@ from flm_jax.convert.exporting import export_model
 from flm_jax.convert.importing import import_model
 from flm_jax.convert.layout import parts
 from flm_jax.convert.safetensors import SINGLE, open_shards
+from flm_jax.data.train_vocabulary import Pretrained
 from flm_jax.generate import generate
 from flm_jax.growth import Growth, grow, grown_config
 from flm_jax.growth.plan import changed
+from flm_jax.optimizer import OptimizerConfig
 from flm_jax.origin import lineage, model_of, read_origin
-from flm_jax.recipe import ResolvedStage, Stage, as_dict
-from flm_jax.sharding import make_mesh
+from flm_jax.recipe import Recipe, ResolvedStage, Run, Stage, as_dict
+from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.transplant import grow_checkpoint, verify_checkpoints
-from tests import small
+from tests import hub, small
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -486,3 +489,32 @@ def test_no_field_of_a_model_is_forgotten_on_the_way_out():
     known |= {"rope_scaling", "norm_width", "head_width", "base_width", *families.SPECIAL}  # what decides the function
     known |= {"init_std", "init_std_vector", "compute_dtype", "param_dtype", "remat", "attention", "scan_unroll"}
     assert known == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def test_training_goes_on_from_a_converted_model_and_its_result_is_theirs(data, tmp_path):
+    """In, trained, grown within the run with AdamW going on exactly, trained, and out, its tokenizer with it."""
+    reference = theirs("Qwen2", dict(vocab_size=304, tie_word_embeddings=True))
+    reference.save_pretrained(tmp_path / "in")
+    hub.write_tokenizer(tmp_path / "in")
+    import_model(tmp_path / "in", tmp_path / "checkpoint")
+    start = str(tmp_path / "checkpoint")
+    adamw = OptimizerConfig(learning_rate=1e-2)
+    larger = model_of(start, dict(embed=64, mlp=96, heads=8, compute_dtype="float32", output_mult=1.0))
+    stages = (
+        Stage("first", model_of(start, dict(compute_dtype="float32")), 2, 8, adamw),
+        Stage("larger", larger, 2, 8, adamw, Growth("copy", optimizer="exact")),
+    )
+    tokenised = dataclasses.replace(data, vocabulary=Pretrained(start))
+    recipe = Recipe(stages=stages, data=tokenised, eval_windows=8, eval_every=4, start=start)
+    run = Run(mesh=MeshConfig(fsdp=2, tensor=2), checkpoint_every=2, log_every=1, sample_tokens=4)
+    result = training.train(recipe, run, tmp_path / "run")
+    assert result["growths"][0]["max_rel_logit_diff"] < 1e-5
+    origin = read_origin(tmp_path / "run")
+    assert origin.trained
+    assert origin.files == read_origin(start).files
+    export_model(tmp_path / "run", tmp_path / "out")
+    again = loaded(tmp_path / "out")
+    assert relative(our_logits(tmp_path / "run", TOKENS), logits_of(again, TOKENS)) < 1e-5
+    assert relative(logits_of(reference, TOKENS), logits_of(again, TOKENS)) > 1e-3
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("the small model")["input_ids"]) == "the small model"
