@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 
-from flm_jax.config import ModelConfig
+from flm_jax.convert.importing import import_model
+from flm_jax.data.vocabulary import TokenizerVocabulary
+from flm_jax.origin import read_origin
+from flm_jax.sharding import make_mesh
 
 TEXT = "It grows, and goes on: the small model is in the large one.\nNothing that it knew is lost; 12 345 ways, été.\n"
 BEGIN, END = "<s>", "</s>"
@@ -37,12 +40,17 @@ def write_tokenizer(folder: Path, begin: bool = False, size: int = 300) -> Path:
     return folder
 
 
-def llama(eos_id: int, vocab: int = 304):
-    """A random Llama in float32 with grouped queries, our configuration of it, and its parameters as ours."""
+def llama(folder: Path, vocab: int = 304):
+    """A random Llama in float32 with grouped queries, beside a tokenizer, and what it is here.
+
+    Returns:
+      Their model; the work directory that it was converted into; its configuration and parameters there.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    end = TokenizerVocabulary.from_directory(folder).eos_id
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=32,
@@ -51,48 +59,15 @@ def llama(eos_id: int, vocab: int = 304):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        rms_norm_eps=1e-5,
         initializer_range=0.4,
-        tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=eos_id,
-        pad_token_id=eos_id,
+        eos_token_id=end,
+        pad_token_id=end,
     )
     theirs = LlamaForCausalLM(config).eval()
-    cfg = ModelConfig(
-        embed=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        mlp=48,
-        vocab=vocab,
-        base_width=32,
-        rope_theta=10_000.0,
-        compute_dtype="float32",
-    )
-    weights = {name: jnp.asarray(value.detach().numpy()) for name, value in theirs.named_parameters()}
-
-    def stacked(name, *shape):
-        layers = [weights[f"model.layers.{layer}.{name}.weight"] for layer in range(cfg.layers)]
-        return jnp.stack([layer.T.reshape(shape) if shape else layer for layer in layers])
-
-    heads = {"q": cfg.heads, "k": cfg.k_heads, "v": cfg.k_heads}
-    attention = {
-        name: stacked(f"self_attn.{name[0]}_proj", cfg.embed, heads[name[0]], cfg.h_dim)
-        for name in ("query", "key", "value")
-    }
-    attention["out"] = stacked("self_attn.o_proj", cfg.heads, cfg.h_dim, cfg.embed)
-    mlp = {name: stacked(f"mlp.{name}_proj", cfg.embed, cfg.mlp) for name in ("gate", "up")}
-    mlp["down"] = stacked("mlp.down_proj", cfg.mlp, cfg.embed)
-    params = {
-        "embedding": weights["model.embed_tokens.weight"],
-        "blocks": {
-            "attention": attention,
-            "attention_norm": {"scale": stacked("input_layernorm")},
-            "mlp": mlp,
-            "mlp_norm": {"scale": stacked("post_attention_layernorm")},
-        },
-        "final_norm": {"scale": weights["model.norm.weight"]},
-        "head": weights["lm_head.weight"].T,
-    }
-    return theirs, cfg, params
+    theirs.save_pretrained(folder)
+    workdir = folder.parent / f"{folder.name}_converted"
+    import_model(folder, workdir)
+    origin, mesh = read_origin(workdir), make_mesh(None, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return theirs, workdir, origin.stage.cfg, origin.restore_params(mesh)
