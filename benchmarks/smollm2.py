@@ -283,7 +283,7 @@ def main(argv: list[str]) -> None:
     """Measures, writes, and judges."""
     if len(argv) > 1:
         app.usage(shorthelp=True, detailed_error=f"unexpected argument {argv[1]!r}", exitcode=2)
-    from benchmarks.machine import hardware
+    from benchmarks.disk import machine
 
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(_DIR.value or temporary)
@@ -291,7 +291,7 @@ def main(argv: list[str]) -> None:
         found = measure(base)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
-    text = page(found, hardware())
+    text = page(found, machine())
     if _WRITE.value:
         Path(_WRITE.value).write_text(text)
     else:

@@ -11,15 +11,12 @@ and synced, 64 MiB at a time, both before and after the growth; the source is dr
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from absl import app, flags, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.machine import hardware
+from benchmarks import disk
 
 _SIZE = flags.DEFINE_float("size", 4.0, "GB of the target's state.")
 _METHODS = flags.DEFINE_multi_string("method", ["zero", "copy"], "How all but the layers grow.")
@@ -36,8 +33,6 @@ _DIR = flags.DEFINE_string("dir", None, "Where the checkpoints go meanwhile; a t
 _WRITE = flags.DEFINE_string("write", None, "Write the page to this file.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 _CHILD = flags.DEFINE_string("child", None, "Used by the program itself.")
-
-PIECE = 64 << 20
 
 
 def shapes(gigabytes: float) -> tuple[Any, Any]:
@@ -82,14 +77,6 @@ def save_source(workdir: Path, gigabytes: float) -> None:
             store.save(1, state, meta=meta)
 
 
-def memory(field: str) -> int:
-    """Bytes of this process: VmRSS, what is resident now, or VmHWM, the most that was."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 def child(work: Path, gigabytes: float, method: str, chunk_bytes: int) -> dict[str, float]:
     """Grows, and measures its own time and memory."""
     import jax
@@ -100,60 +87,12 @@ def child(work: Path, gigabytes: float, method: str, chunk_bytes: int) -> dict[s
 
     jax.numpy.zeros(()).block_until_ready()  # the process itself, with its runtime
     growth = Growth(method, methods={"layers": "zero"})
-    base = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    before, since = used.ru_utime + used.ru_stime, time.perf_counter()
-    record = grow_checkpoint(
-        work / "source",
-        work / method,
-        shapes(gigabytes)[1],
-        growth,
-        streamed=True,
-        chunk_bytes=chunk_bytes or CHUNK_BYTES,
+    target, chunk_bytes = shapes(gigabytes)[1], chunk_bytes or CHUNK_BYTES
+    record, found = disk.measured(
+        lambda: grow_checkpoint(work / "source", work / method, target, growth, streamed=True, chunk_bytes=chunk_bytes)
     )
-    seconds = time.perf_counter() - since
-    used = resource.getrusage(resource.RUSAGE_SELF)
     moved = record["verification"]["streamed"]
-    read, written, cpu = moved["source"]["bytes"], moved["target"]["bytes"], used.ru_utime + used.ru_stime - before
-    return {"seconds": seconds, "base": base, "peak": memory("VmHWM"), "read": read, "written": written, "cpu": cpu}
-
-
-def forget(folder: Path) -> list[Path]:
-    """Drops the files of a folder from the page cache; returns them."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
-    return files
-
-
-def floor(work: Path, read: int, written: int, past_cache: bool = False) -> tuple[float, float]:
-    """Seconds to read the source's files, and to write and sync as many bytes as the target has."""
-    aligned = mmap.mmap(-1, PIECE)  # as O_DIRECT wants it
-    aligned.write(os.urandom(1 << 20) * (PIECE >> 20))
-    buffer, flag = memoryview(aligned), os.O_DIRECT if past_cache else 0
-    files = forget(work / "source")
-    since, done = time.perf_counter(), 0
-    for path in files:
-        file = os.open(path, os.O_RDONLY | flag)
-        while got := os.readv(file, [buffer]):
-            done += got
-            if got % 4096:
-                break
-        os.close(file)
-    reading = (time.perf_counter() - since) * read / done
-    since = time.perf_counter()
-    file = os.open(work / "floor", os.O_WRONLY | os.O_CREAT | flag)
-    for at in range(0, written // 4096 * 4096, PIECE):
-        os.write(file, buffer[: min(PIECE, written // 4096 * 4096 - at)])
-    os.fsync(file)
-    os.close(file)
-    writing = time.perf_counter() - since
-    (work / "floor").unlink()
-    return reading, writing
+    return {**found, "read": moved["source"]["bytes"], "written": moved["target"]["bytes"]}
 
 
 def measure(work: Path, method: str) -> dict[str, Any]:
@@ -162,14 +101,14 @@ def measure(work: Path, method: str) -> dict[str, Any]:
     from flm_jax import plan
 
     read, written = 12 * plan.param_count(source), 12 * plan.param_count(target)
-    floors = [floor(work, read, written)]
-    forget(work / "source")
+    floors = [disk.floor(work / "source", read, written)]
+    disk.forget(work / "source")
     arguments = ["--child", method, f"--dir={work}", f"--size={_SIZE.value}", f"--chunk_bytes={_CHUNK.value}"]
     found = call(arguments)
     load = os.getloadavg()[0]
     shutil.rmtree(work / method)
-    floors.append(floor(work, read, written))
-    past = sum(floor(work, read, written, past_cache=True))
+    floors.append(disk.floor(work / "source", read, written))
+    past = sum(disk.floor(work / "source", read, written, past_cache=True))
     lowest = statistics.mean(map(sum, floors))
     print(f"{method}: {found['seconds']:.1f} s, floor {' '.join(f'{a:.1f}+{b:.1f}' for a, b in floors)} s", flush=True)
     return {
@@ -260,7 +199,7 @@ def write_page(path: Path, rows: list[dict[str, Any]]) -> None:
         layers=source.layers,
         grown_layers=target.layers,
         rows=table,
-        machine=hardware(),
+        machine=disk.machine(),
         load=statistics.mean(row["load"] for row in rows),
         per_gb=statistics.mean(row["cpu_seconds"] / row["written_gb"] for row in rows),
     )

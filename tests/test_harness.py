@@ -345,7 +345,9 @@ def test_a_task_of_ones_own_runs_from_a_checkpoint_without_a_network(converted, 
     assert found["text"]["bits_per_byte"] == pytest.approx(direct.bits_per_byte, rel=1e-3)  # in bfloat16
     assert len(found["generated"]["tokens"]) == 5
     said = capsys.readouterr().out
-    assert f"{found['text']['bits_per_byte']:.4f} bits a byte" in said and "little_choices" in said and "It grows" in said
+    assert (
+        f"{found['text']['bits_per_byte']:.4f} bits a byte" in said and "little_choices" in said and "It grows" in said
+    )
 
 
 def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from flm_jax.streamed import blocks
 from flm_jax.streamed.flow import bar
 
 SHARD_BYTES = 5 * 10**9
-# Of a tensor's turned copy; a larger one is read once for every so many bytes of it.
+# Of a tensor's turned copy, where the checkpoint's chunks are not runs of its rows there, as those of an import are; a
+# larger one is read once for every so many bytes of it.
 HELD_BYTES = 512 << 20
 READ_BYTES = 16 << 20
 
@@ -51,7 +54,7 @@ def export_model(
         TeleFLMForCausalLM the multipliers stay multipliers.
       dtype: of the weights; None: that of the parameters.
       shard_bytes: the largest file, unless one tensor is larger.
-      held_bytes: of one tensor that are held in memory; more is read several times.
+      held_bytes: of one tensor that are held in memory, unless its chunks need less; more is read several times.
 
     Returns:
       What was written, JSON-able.
@@ -124,7 +127,7 @@ def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]
     return families.choose(plain, architecture or (own if keeps else None), before), by, plain
 
 
-def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes: int) -> Any:
+def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes: int) -> Iterator[int]:
     """Writes every tensor, and checks what it reads; yields the bytes of each run of rows."""
     old = origin.stage.cfg
     manifest = read_manifest(origin.directory)
@@ -137,19 +140,19 @@ def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes
     for part, factor in zip(every, jax.tree.leaves(by), strict=True):
         path = f"params/{part.path}"
         total = (0, 0)
-        share = max(held_bytes // (part.index_bytes or 1), 1)
-        slabs = [
-            (lead, start, min(start + share, part.shape[part.dim]))
-            for lead in part.leads
-            for start in range(0, part.shape[part.dim], share)
-        ]
+        share, size = _share(leaves[path], part, held_bytes), part.shape[part.dim]
+        slabs = [(lead, at, min(at + share, size)) for lead in part.leads for at in range(0, size, share)]
 
         def one(slab: Any, part: Part = part, factor: float = factor, path: str = path) -> Any:
             lead, start, stop = slab
-            block, sums = _read(leaves[path], part, lead, start, stop)
-            if factor != 1:
-                block = block.astype(np.promote_types(np.float32, dtype if dtype.kind == "f" else np.float32)) * factor
-            rows = part.to_theirs(block.astype(dtype))
+            rows = np.empty(((stop - start) * part.row_step, *part.theirs[1:]), dtype)
+            sums = (0, 0)
+            for first, block in _pieces(leaves[path], part, lead, start, stop):
+                sums = integrity.add(sums, _sums(block, part, lead, first, start))
+                if factor != 1:
+                    wide = np.promote_types(np.float32, dtype if dtype.kind == "f" else np.float32)
+                    block = (block.astype(wide) * factor).astype(dtype)
+                part.to_theirs(block, rows, first)
             writer.write(part.name(lead), start * part.row_step, rows)
             return sums, rows.nbytes
 
@@ -160,27 +163,51 @@ def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes
             raise DamagedError(f"{origin.directory}: the values of {path} have changed")
 
 
-def _read(
+def _share(leaf: blocks.StoredLeaf, part: Part, held_bytes: int) -> int:
+    """How many indices along a part's `dim` are held at once: whole chunks where they fit, so none is read twice."""
+    chunk = leaf.chunks[part.dim + bool(part.layers)] if part.dim else 1
+    return max(min(max(READ_BYTES // (chunk * part.index_bytes), 1) * chunk, held_bytes // part.index_bytes), 1)
+
+
+def _pieces(
     leaf: blocks.StoredLeaf, part: Part, lead: tuple[int, ...], start: int, stop: int
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Indices start to stop along a part's `dim`, whole along the others, and the checksum of just these."""
-    first = part.shape[0]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Indices start to stop along a part's `dim`, by runs along the first dimension, and where these begin."""
     if part.dim == 0:
         out = np.empty((stop - start, *part.shape[1:]), part.dtype)
         leaf.read(lead, start, out)
-        return out, _sums(out, part, lead, start)
-    out = np.empty((*part.shape[: part.dim], stop - start, *part.shape[part.dim + 1 :]), part.dtype)
-    step = max(READ_BYTES // (math.prod(part.shape[1:]) * part.dtype.itemsize), 1)
-    for row in range(0, first, step):
-        rows = np.empty((min(step, first - row), *part.shape[1:]), part.dtype)
-        leaf.read(lead, row, rows)
-        out[row : row + len(rows)] = rows[(slice(None),) * part.dim + (slice(start, stop),)]
-    return out, _sums(out, part, lead, start)
+        yield 0, out
+        return
+    axis = part.dim + len(lead)
+    chunk = leaf.chunks[axis]
+    columns = _columns(leaf, lead, axis, start // chunk, -(-stop // chunk))
+    begin, shape = start // chunk * chunk, columns.shape[len(lead) :]
+    step = max(READ_BYTES // (math.prod(shape[1:]) * part.dtype.itemsize), 1)
+    for first in range(0, shape[0], step):
+        out = np.empty((min(step, shape[0] - first), *shape[1:]), part.dtype)
+        columns.read(lead, first, out)
+        yield first, out[(slice(None),) * part.dim + (slice(start - begin, stop - begin),)]
 
 
-def _sums(block: np.ndarray, part: Part, lead: tuple[int, ...], start: int) -> tuple[int, int]:
-    places = [np.arange(size) for size in block.shape[: part.dim]]
-    places.append(np.arange(start, start + block.shape[part.dim]))
+def _columns(leaf: blocks.StoredLeaf, lead: tuple[int, ...], axis: int, start: int, stop: int) -> blocks.StoredLeaf:
+    """Of a leaf, for one layer, only the chunks of these numbers along an axis."""
+    chunk = leaf.chunks[axis]
+    grid = [range(-(-size // of)) for size, of in zip(leaf.shape, leaf.chunks, strict=True)]
+    grid[: len(lead)] = [range(at // of, at // of + 1) for at, of in zip(lead, leaf.chunks, strict=False)]
+    grid[axis] = range(start, stop)
+    runs = {}
+    for index in itertools.product(*grid):
+        if run := leaf.runs.get(".".join(map(str, index))):
+            runs[".".join(map(str, (*index[:axis], index[axis] - start, *index[axis + 1 :])))] = run
+    along = min(stop * chunk, leaf.shape[axis]) - start * chunk
+    return dataclasses.replace(leaf, shape=(*leaf.shape[:axis], along, *leaf.shape[axis + 1 :]), runs=runs)
+
+
+def _sums(block: np.ndarray, part: Part, lead: tuple[int, ...], first: int, start: int) -> np.ndarray:
+    """The checksum of a piece."""
+    places = [np.arange(size) for size in block.shape[: part.dim + 1]]
+    places[0] += first
+    places[-1] += start
     stacked = block[None] if lead else block
     where = tuple(np.asarray(place, np.uint32) for place in (*([lead] if lead else []), *places))
-    return integrity.add((0, 0), np.asarray(integrity.partial_checksum(jnp.asarray(stacked), where, whole=part.whole)))
+    return np.asarray(integrity.partial_checksum(jnp.asarray(stacked), where, whole=part.whole))

@@ -246,7 +246,7 @@ def _write(
         part = tile.part
         tensor = found[part.path, tile.lead]
         rows = tensor.rows(tile.start * part.row_step, tile.stop * part.row_step)
-        block = np.ascontiguousarray(part.to_ours(rows).astype(part.dtype))
+        block = part.to_ours(rows).astype(part.dtype, copy=False)
         path = f"params/{part.path}"
         blocks.write_chunk(arrays, path, chunks[path], (*tile.lead, *_at(part, tile.start // runs[part.path])), block)
         places = [np.arange(size) for size in block.shape[: part.dim]] + [np.arange(tile.start, tile.stop)]
@@ -269,8 +269,9 @@ def _write(
 
 
 def _run(part: Part, chunk_bytes: int) -> int:
-    """How many indices along a part's `dim` make a tile."""
-    return min(max(chunk_bytes // part.index_bytes, 1), part.shape[part.dim])
+    """How many indices along a part's `dim` make a tile: all about the same, as the last chunk is stored whole."""
+    size, most = part.shape[part.dim], max(chunk_bytes // part.index_bytes, 1)
+    return -(-size // -(-size // most))
 
 
 def _chunk(part: Part, run: int) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ WORDS = {
     "up": "up_proj",
     "down": "down_proj",
 }
+_SQUARE = 256
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,34 @@ class Part:
         return (math.prod(self.shape),) if self.signature.is_bias else self.shape
 
     def to_ours(self, rows: np.ndarray) -> np.ndarray:
-        """A run of their rows as it lies here: whole along all dimensions but `dim`."""
-        count, read = len(rows) // self.row_step, self.shape[: self.dim]
-        split = rows.reshape(count, *self.shape[self.dim + 1 :], *read)
-        return np.moveaxis(split, range(-self.dim, 0), range(self.dim)) if self.turned else split
+        """A run of their rows as it lies here: whole along all dimensions but `dim`, contiguous if they are."""
+        if not self.turned:
+            return rows.reshape(-1, *self.shape[1:])
+        out = np.empty(rows.shape[::-1], rows.dtype)
+        _turn(rows, out)
+        return out.reshape(*self.shape[: self.dim], -1, *self.shape[self.dim + 1 :])
 
-    def to_theirs(self, block: np.ndarray) -> np.ndarray:
-        """The inverse: a block that is whole along all dimensions but `dim`, as a run of their rows."""
-        if self.turned:
-            block = np.moveaxis(block, range(self.dim), range(-self.dim, 0))
-            return block.reshape(-1, self.theirs[1])
-        return block.reshape(-1, *self.theirs[1:])
+    def to_theirs(self, block: np.ndarray, rows: np.ndarray, first: int = 0) -> None:
+        """The inverse, of a part of a run of their rows, in their dtype.
+
+        Args:
+          block: here; from index `first` of the first dimension, whole along the others but `dim`.
+          rows: there; the whole run, of which the entries of the block are written.
+          first: where the block begins. 0 unless the first dimension is one that is read.
+        """
+        if not self.turned:
+            rows[...] = block.reshape(rows.shape)
+            return
+        flat = block.reshape(math.prod(block.shape[: self.dim]), -1)
+        at = first * (len(flat) // len(block))
+        _turn(flat, rows[:, at : at + len(flat)])
+
+
+def _turn(matrix: np.ndarray, out: np.ndarray) -> None:
+    """Writes the transpose, by squares: lines that are a power of two long would push each other out of the cache."""
+    for i in range(0, matrix.shape[0], _SQUARE):
+        for j in range(0, matrix.shape[1], _SQUARE):
+            out[j : j + _SQUARE, i : i + _SQUARE] = matrix[i : i + _SQUARE, j : j + _SQUARE].T
 
 
 def parts(cfg: ModelConfig) -> Iterator[Part]:

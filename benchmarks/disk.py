@@ -1,0 +1,82 @@
+"""What the disk allows, and what a process takes: for the benchmarks of programs that stream from disk to disk."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PIECE = 64 << 20
+
+
+def memory(field: str) -> int:
+    """Bytes of this process: VmRSS, what is resident now, or VmHWM, the most that was."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def measured(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """Calls a function in a process that has imported what it needs.
+
+    Returns:
+      Its result; its seconds and the processor's, the process's bytes before it, and the most while it ran.
+    """
+    base = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    before, since = used.ru_utime + used.ru_stime, time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - since
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = used.ru_utime + used.ru_stime - before
+    return result, {"seconds": seconds, "base": base, "peak": memory("VmHWM"), "cpu": cpu}
+
+
+def forget(folder: Path) -> list[Path]:
+    """Drops the files of a folder from the page cache; returns them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    return files
+
+
+def floor(source: Path, read: int, written: int, past_cache: bool = False) -> tuple[float, float]:
+    """Seconds to read so many bytes of a folder's files, and to write and sync so many in a file beside it."""
+    aligned = mmap.mmap(-1, PIECE)  # as O_DIRECT wants it
+    aligned.write(os.urandom(1 << 20) * (PIECE >> 20))
+    buffer, flag = memoryview(aligned), os.O_DIRECT if past_cache else 0
+    files = forget(source)
+    since, done = time.perf_counter(), 0
+    for path in files:
+        file = os.open(path, os.O_RDONLY | flag)
+        while got := os.readv(file, [buffer]):
+            done += got
+            if got % 4096:
+                break
+        os.close(file)
+    reading = (time.perf_counter() - since) * read / done
+    scratch = source.parent / "floor"
+    since = time.perf_counter()
+    file = os.open(scratch, os.O_WRONLY | os.O_CREAT | flag)
+    for at in range(0, written // 4096 * 4096, PIECE):
+        os.write(file, buffer[: min(PIECE, written // 4096 * 4096 - at)])
+    os.fsync(file)
+    os.close(file)
+    writing = time.perf_counter() - since
+    scratch.unlink()
+    return reading, writing
+
+
+def machine() -> str:
+    """The processors, in words."""
+    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return f"{os.cpu_count()} cores of an {model.partition(':')[2].strip()}"
