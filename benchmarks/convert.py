@@ -195,22 +195,23 @@ PAGE = """# What converting a model costs
 
     {command}
 
-A Llama 4,096 wide with a vocabulary of 32,768, in bfloat16, in several safetensors files: {sizes}.
-Its largest tensors have {largest:.2f} GB. It is read in its own dtype (import), read as float32, and what was read in its own dtype is written
-out again (export). The tensors that come out must be those that went in, bit for bit. {same}
+A Llama 4,096 wide with a vocabulary of 32,768, in bfloat16, in several safetensors files:
+{sizes}.
+Its largest tensors have {largest:.2f} GB. It is read in its own dtype (import), read as float32, and what was read in its
+own dtype is written out again (export). The tensors that come out must be those that went in, bit for bit. {same}
 
 | conversion | read | written | time | floor | time / floor | floor past the cache | processor time | memory |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
 - Memory is the process's own at its highest, less what it was before the conversion, with everything imported (VmHWM and
-  VmRSS; the page cache is not in it). By the files' size, from small to
-  large: {peaks}.
+  VmRSS; the page cache is not in it). By the files' size, from small to large:
+  {peaks}.
 - The floor is the time that this file system takes for the same bytes in plain order: the files read, and one file of
   what is written, written and synced; the mean of a measurement before the conversion and one after it. What is read is
   dropped from the page cache before each.
-- An import reads and writes past the page cache (O_DIRECT); an export reads past it and writes through it. The floor past the cache is what
-  this disk does for whoever has nothing to compute.
+- An import reads and writes past the page cache (O_DIRECT); an export reads past it and writes through it. The floor
+  past the cache is what this disk does for whoever has nothing to compute.
 - Processor time is that of all threads. It goes into turning matrices, which lie the other way round in a checkpoint, and
   into the checksums that a checkpoint has of all values. Some of it is spent once, on compiling.
 
@@ -235,7 +236,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     asked = f"--size={_SIZE.value:g} --small={_SMALL.value:g}"
     return PAGE.format(
         command=f"python benchmarks/convert.py {asked} --write=docs/convert_benchmark.md",
-        sizes=" and ".join(f"{size:.2f} GB (layers: {layers})" for size, layers in sizes),
+        sizes=" and ".join(f"{size:.2f} GB ({layers} layers)" for size, layers in sizes),
         largest=rows[0]["largest_gb"],
         same=f"{differ} of them are not." if differ else "They all are.",
         rows=table,

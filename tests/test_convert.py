@@ -3,20 +3,23 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flm_jax import integrity
 from flm_jax import train as training
-from flm_jax.checkpoint import Checkpoints, DamagedError
+from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
 from flm_jax.config import ModelConfig, RopeScaling
-from flm_jax.convert import families
+from flm_jax.convert import exporting, families, importing
 from flm_jax.convert.exporting import export_model
 from flm_jax.convert.importing import import_model
 from flm_jax.convert.layout import parts
 from flm_jax.convert.safetensors import SINGLE, open_shards
+from flm_jax.convert.safetensors_writer import Writer
 from flm_jax.data.train_vocabulary import Pretrained
 from flm_jax.generate import generate
 from flm_jax.growth import Growth, grow, grown_config
@@ -25,6 +28,7 @@ from flm_jax.optimizer import OptimizerConfig
 from flm_jax.origin import lineage, model_of, read_origin
 from flm_jax.recipe import Recipe, ResolvedStage, Run, Stage, as_dict
 from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.streamed import blocks
 from flm_jax.transplant import grow_checkpoint, verify_checkpoints
 from tests import hub, small
 
@@ -346,6 +350,8 @@ def edit(base, tmp_path, **changes):
         ("Llama", dict(architectures="absent"), "names the architecture nothing"),
         ("Llama", dict(attention_bias=True), "attention_bias is True, which is not supported"),
         ("Llama", dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+        ("Llama", dict(mlp_bias=True), "mlp_bias is True"),
+        ("Llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
         ("Llama", dict(quantization_config={"quant_method": "gptq"}), "quantization_config is 'gptq'"),
         ("Llama", dict(hidden_size="absent"), "hidden_size is None; it must be a positive integer"),
         ("Llama", dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "scaled by 'yarn'; only 'llama3'"),
@@ -380,6 +386,112 @@ def test_a_tied_matrix_may_be_there_twice_if_it_is_the_same(saved, tmp_path):
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, folder / SINGLE)
     import_model(folder, tmp_path / "checkpoint")
     assert read_origin(tmp_path / "checkpoint").digest == read_origin(base / "checkpoint").digest
+
+
+def test_a_tied_matrix_that_differs_at_its_end_is_seen(saved, tmp_path, monkeypatch):
+    from safetensors.numpy import load_file, save_file
+
+    _, base = saved("Llama, tied")
+    folder = edit(base, tmp_path)
+    tensors = load_file(folder / SINGLE)
+    other = tensors["model.embed_tokens.weight"].copy()
+    other[-1, -1] += 1
+    save_file({**tensors, "lm_head.weight": other}, folder / SINGLE)
+    monkeypatch.setattr(importing, "CHUNK_BYTES", 1000)
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+        import_model(folder, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "message"),
+    [
+        (np.int8, "float32", "q_proj.weight is int8; only weights of 16 bits or more are read"),
+        ("float8_e4m3fn", "float32", "q_proj.weight is float8_e4m3fn; only weights of 16 bits or more"),
+        (np.float16, None, "more than one dtype.*29 of float32, 1 of float16.*: say which"),
+        (np.float32, "float64", "dtype='float64': use one of float32, bfloat16, float16"),
+    ],
+)
+def test_weights_of_other_kinds_are_refused(kind, dtype, message, saved, tmp_path):
+    _, base = saved("Llama")
+    folder = edit(base, tmp_path)
+    tensors = {name: value.read() for name, value in open_shards(folder).items()}
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].astype(jnp.dtype(kind))
+    (folder / SINGLE).unlink()
+    with Writer(folder, tensors) as writer:
+        for tensor, value in tensors.items():
+            writer.write(tensor, 0, value)
+    with pytest.raises(ValueError, match=message):
+        import_model(folder, tmp_path / "checkpoint", dtype)
+
+
+def test_without_room_nothing_is_begun(saved, tmp_path, monkeypatch):
+    _, base = saved("Llama")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match="has room for 1 kB, and the checkpoint takes 2.* kB"):
+        import_model(base / "in", tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="has room for 1 kB, and the model takes 2.* kB"):
+        export_model(base / "checkpoint", tmp_path / "out")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_a_disk_that_fails_half_way_leaves_no_checkpoint(saved, tmp_path, monkeypatch):
+    _, base = saved("Llama")
+    real, calls = blocks.write_chunk, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) > 5:
+            raise OSError(28, "No space left on device", "some/chunk")
+        real(*arguments)
+
+    monkeypatch.setattr(blocks, "write_chunk", failing)
+    with pytest.raises(CheckpointError, match="some/chunk: No space left on device. Nothing was left"):
+        import_model(base / "in", tmp_path / "checkpoint")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_what_is_folded_is_rounded_once(tmp_path):
+    """A head of 16 bits is multiplied in 32, and then rounded."""
+    cfg = small.config(vocab=VOCAB, output_mult=0.7, param_dtype="bfloat16")
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.params(cfg))
+    export_model(keep(tmp_path, cfg, params), tmp_path / "out")
+    head = np.asarray(params["head"]).astype(np.float32) * np.float32(cfg.logits_mult)
+    found = open_shards(tmp_path / "out")["lm_head.weight"].read()
+    np.testing.assert_array_equal(found, head.T.astype(found.dtype))
+    assert found.dtype == jnp.bfloat16
+
+
+def test_matrices_are_written_in_any_number_of_pieces(saved, tmp_path, monkeypatch):
+    _, base = saved("Qwen2")
+    monkeypatch.setattr(exporting, "READ_BYTES", 900)
+    # One chunk a parameter, as a run or a growth in memory leaves it, and the chunks of an import.
+    cfg, params = read(base / "checkpoint")
+    for number, source in enumerate((base / "checkpoint", keep(tmp_path, cfg, params))):
+        export_model(source, tmp_path / f"{number}", architecture="Qwen2ForCausalLM", held_bytes=1000)
+        before, after = open_shards(base / "in"), open_shards(tmp_path / f"{number}")
+        assert all(value.read().tobytes() == after[name].read().tobytes() for name, value in before.items())
+
+
+def test_what_a_configuration_said_before_does_not_contradict_what_it_says_now(saved, tmp_path):
+    _, base = saved("Qwen3, sliding window")
+    folder = edit(base, tmp_path, dtype="float16", rope_parameters=dict(rope_type="default", rope_theta=5e5))
+    import_model(folder, tmp_path / "checkpoint")
+    export_model(tmp_path / "checkpoint", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"dtype", "rope_parameters", "layer_types", "auto_map"} & config.keys()
+    assert (config["rope_theta"], config["torch_dtype"], config["sliding_window"]) == (5e5, "float32", 9)
+
+
+def test_an_architecture_that_lacks_or_wants_something_is_refused(saved, tmp_path):
+    for name, asked, message in (
+        ("Llama", "Qwen2ForCausalLM", "Qwen2ForCausalLM cannot hold a model with qkv_bias=False"),
+        ("Qwen3", "LlamaForCausalLM", "LlamaForCausalLM cannot hold a model with qk_norm=True"),
+        ("Llama", "GPT2LMHeadModel", "'GPT2LMHeadModel' is not known; use one of Llama"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_model(saved(name)[1] / "checkpoint", tmp_path / "out", architecture=asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_old_files_that_keep_frequencies_are_read(saved, tmp_path):
@@ -453,15 +565,19 @@ def test_an_import_that_was_killed_is_begun_again(saved, tmp_path):
     assert read_origin(tmp_path / "checkpoint").digest == read_origin(base / "checkpoint").digest
 
 
-def test_a_checkpoint_whose_bits_have_changed_is_not_written_out(saved, tmp_path):
+@pytest.mark.parametrize("hashed", [True, False], ids=["small files", "large files"])
+def test_a_checkpoint_whose_bits_have_changed_is_not_written_out(hashed, saved, tmp_path, monkeypatch):
+    """Large files have no checksum of their own: the values have."""
     _, base = saved("Llama")
-    shutil.copytree(base / "checkpoint", tmp_path / "checkpoint")
+    if not hashed:
+        monkeypatch.setattr(integrity, "HASHED_BYTES", 0)
+    import_model(base / "in", tmp_path / "checkpoint", chunk_bytes=3000)
     arrays = tmp_path / "checkpoint" / "checkpoints" / "0_converted" / "0" / "arrays"
     chunk = max((path for path in arrays.glob("params.*/*") if path.name[0].isdigit()), key=lambda p: p.stat().st_size)
     data = bytearray(chunk.read_bytes())
     data[100] ^= 1
     chunk.write_bytes(data)
-    with pytest.raises(DamagedError, match="does not match|have changed"):
+    with pytest.raises(DamagedError, match="does not match its sha256" if hashed else "have changed"):
         export_model(tmp_path / "checkpoint", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -476,7 +592,7 @@ def test_configurations_say_what_they_mean_when_fields_are_left_out():
     assert read("Mistral").sliding_window == 4096
     assert read("Mistral", sliding_window=None).sliding_window is None
     assert read("Qwen3").h_dim == 128
-    assert read("Qwen2", sliding_window=5).sliding_window is None
+    assert read("Qwen2", sliding_window=5, max_window_layers=0).sliding_window is None
     assert read("Llama", rope_theta=5e5).rope_theta == 5e5
     assert read("Llama", rope_scaling=None, rope_parameters=dict(rope_theta=7.0)).rope_theta == 7.0
     scaled = read("Llama", rope_theta=9.0, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"})

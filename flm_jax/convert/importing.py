@@ -187,7 +187,7 @@ def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> dict
 def _check_same(head: Stored, embedding: Stored) -> None:
     """Some files keep a tied matrix twice; then it must be the same."""
     same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    step = max((64 << 20) // max(head.row_bytes, 1), 1)
+    step = max(CHUNK_BYTES // max(head.row_bytes, 1), 1)
     for start in range(0, head.count if same else 0, step):
         stop = min(start + step, head.count)
         same = same and head.rows(start, stop).tobytes() == embedding.rows(start, stop).tobytes()
