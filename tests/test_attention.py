@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import attention
+from flm_jax import attention, model
 from flm_jax.sharding import MeshConfig, make_mesh
+from tests import small
 
 B, T, WIDTH = 2, 256, 100.0
 
@@ -76,3 +77,17 @@ def test_a_window_that_the_kernel_cannot_cut_up_is_refused_with_one_that_it_can(
         pytest.raises(ValueError, match="64 of the window's 256 positions.*multiple of 512, or attention='plain'"),
     ):
         attention.attend(q, k, v, mask, segments, WIDTH, "splash")
+
+
+def test_the_model_tells_its_kernel_of_its_sliding_window(monkeypatch):
+    """Splash makes a mask of its own: what the model passes is all that it knows."""
+    seen = {}
+
+    def splash(q, k, v, mask, segments, **given):
+        seen.update(given)
+        return attention._plain(q, k, v, mask, segments, width=given["width"])
+
+    monkeypatch.setattr(attention, "_splash", splash)
+    cfg = small.config(sliding_window=5, attention="splash")
+    jax.eval_shape(lambda params: model.apply(cfg, params, small.tokens()), small.params(cfg))
+    assert seen == {"width": 8.0, "sliding_window": 5}
