@@ -32,7 +32,7 @@ from flm_jax.growth.axis_map import append, nested
 from flm_jax.growth.depth import METRICS, PLACES, by_distance, place
 from flm_jax.growth.distance import layer_distances
 from flm_jax.growth.examine import copies_apart, dead_slices
-from flm_jax.growth.plan import ramp_steps
+from flm_jax.growth.plan import changed, ramp_steps
 from flm_jax.growth.verify import forward
 from flm_jax.loss import loss_sum
 from flm_jax.optimizer import OptimizerConfig, optimizer
@@ -200,6 +200,22 @@ def test_exact_with_all_that_relatives_of_llama_have(method, tied, x64):
     growth = plan_with(method)
     old, params, new, grown = grow_pair((old, target), growth)
     assert relative(logits(old, params), logits(new, grown, masks_at(old, new, growth, 0))) < 1e-12
+
+
+def test_a_target_may_name_only_what_changes():
+    """Key heads follow, logits keep their multiplier, widths that were kept are asked for anew."""
+    old = small.config(heads=4, kv_heads=2, norm_width=20.0, output_mult=0.5, base_width=24)
+    target = changed(old, dict(embed=30, heads=6), Growth("copy"))
+    assert (target.embed, target.heads, target.kv_heads, target.head_dim, target.mlp) == (30, 6, 3, 8, 40)
+    assert target.logits_mult == pytest.approx(old.logits_mult, rel=1e-12)
+    assert target.norm_width is None
+    # Tied, copies speak louder, and the multiplier makes up for it.
+    tied = changed(old.replace(tied=True), dict(embed=30), Growth("copy"))
+    assert tied.logits_mult == pytest.approx(old.logits_mult * 24 / 30, rel=1e-12)
+    assert changed(old, dict(embed=30, output_mult=3.0), Growth("zero")).output_mult == 3.0
+    assert grown_config(old, changed(old, dict(embed=30), Growth("mask")), Growth("mask")).norm_width is None
+    with pytest.raises(ValueError, match="no width; its fields are embed, layers"):
+        changed(old, dict(width=30), Growth())
 
 
 def test_heads_behind_norms_of_their_own_do_not_grow_wider_by_zeros():

@@ -73,6 +73,20 @@ def test_roles_and_muP_classes():
     assert [text for text, matrix in classes.items() if matrix] == [TEXTS[2], TEXTS[3]]
 
 
+def test_a_bias_begins_at_zero_and_neither_decays_nor_scales_with_the_width():
+    cfg = small.config(qkv_bias=True)
+    params, signatures = jax.jit(model.init_params, static_argnums=0)(cfg, jax.random.key(0)), model.declared(cfg)[1]
+    biases = [
+        (x, sig) for x, sig in zip(jax.tree.leaves(params), jax.tree.leaves(signatures), strict=True) if sig.is_bias
+    ]
+    assert len(biases) == 3
+    for x, sig in biases:
+        assert not np.any(x)
+        assert (sig.decays, sig.is_matrix_like, cfg.std(sig)) == (False, False, 0.0)
+    decaying = {str(sig) for sig in jax.tree.leaves(signatures) if sig.decays}
+    assert "vocab -> embed" in decaying and "embed" not in decaying
+
+
 def test_initial_deviation_falls_with_the_root_of_fan_in():
     cfg = small_1t(vocab=small.VOCAB)
     params, signatures = jax.jit(model.init_params, static_argnums=0)(cfg, jax.random.key(0)), model.declared(cfg)[1]
