@@ -11,6 +11,7 @@ logits, and greedy continuations. Every step is the command that a user would ru
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -258,7 +259,9 @@ def page(found: dict[str, Any], hardware: str) -> str:
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]
     first = found["grown"][0]
     short = lambda command: command.replace(found["base"], "runs")  # noqa: E731
-    texts = [f"> {json.dumps(prompt)[1:-1]} **{json.dumps(text)[1:-1]}**" for prompt, text in found["texts"].items()]
+    # As JSON writes them, so that line breaks show.
+    shown = functools.partial(json.dumps, ensure_ascii=False)
+    texts = [f"    {shown(prompt)}\n        {shown(text)}" for prompt, text in found["texts"].items()]
     return PAGE.format(
         hardware=hardware,
         convert=short(found["convert"]["command"]),
@@ -268,14 +271,14 @@ def page(found: dict[str, Any], hardware: str) -> str:
         convert_peak=plan.size(found["convert"]["peak_bytes"]),
         count=len(PROMPTS),
         logits=found["logits"],
-        grow=short(first["steps"]["grow"]["command"]).replace("'\"'\"'", '"'),
+        grow=short(first["steps"]["grow"]["command"]).replace("'\"'\"'", '"').replace(" '--", " \\\n        '--"),
         export=short(first["steps"]["export"]["command"]),
         params_after=plan.count(first["params"]),
         rows="\n".join(rows),
         tokens=first["tokens"],
         grow_peak=plan.size(max(g["steps"]["grow"]["peak_bytes"] for g in found["grown"])),
         new_tokens=NEW_TOKENS,
-        texts="\n>\n".join(texts),
+        texts="\n".join(texts),
     )
 
 
