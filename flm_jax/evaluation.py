@@ -17,7 +17,7 @@ from flm_jax.data.train_vocabulary import build_vocabulary
 from flm_jax.data.vocabulary import TOKENIZER, TokenizerVocabulary, Vocabulary
 from flm_jax.generate import generate
 from flm_jax.hosts import fetch, first
-from flm_jax.origin import Origin, read_origin
+from flm_jax.origin import CONFIG, Origin, read_origin
 from flm_jax.score import Scorer, bits_per_byte_of_text, check_vocabulary
 from flm_jax.sharding import MeshConfig, make_mesh
 
@@ -155,10 +155,9 @@ def find_length(origin: Origin, data: DataConfig | None) -> int:
     Raises:
       ValueError: nothing says so.
     """
-    config = origin.directory / "blobs" / "config.json"
-    length = json.loads(config.read_bytes()).get("max_position_embeddings") if config.is_file() else None
-    if length is None and data is not None:
-        length = data.context
+    config = json.loads(origin.files.get(CONFIG, b"{}"))
+    said = [config.get("max_position_embeddings"), None if data is None else data.context]
+    length = max((n for n in said if n is not None), default=None)
     if length is None:
         raise ValueError(
             f"nothing says how many tokens the model of {origin.directory} reads at once: neither a config.json of its "

@@ -22,6 +22,8 @@ from flm_jax.step import StageProgram, TrainState
 
 # The file of a checkpoint that says where its data stands; it is of the run alone.
 POSITION = "data"
+# Of a converted model: its configuration there, and its tokenizer.
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +58,20 @@ class Origin:
             raise DamagedError("; ".join(faults[:3]))
         return {name: (self.directory / "blobs" / name).read_bytes() for name in names}
 
-    def restore(self, mesh: Mesh) -> TrainState:
+    def files_with(self, tokenizer: bytes | None) -> dict[str, bytes]:
+        """What goes on with the weights where training reads with this tokenizer.json; None: with something else.
+
+        Another vocabulary makes the tokenizer that came with them, and the ids of its special tokens, another model's.
+        """
+        same = self.files.get(TOKENIZER) == tokenizer
+        return {name: content for name, content in self.files.items() if same or name == CONFIG}
+
+    def restore(self, mesh: Mesh, optimizer: bool = True) -> TrainState:
         """The state on a mesh, every bit of it checked; of weights alone, with the optimizer's state of a first step.
+
+        Args:
+            mesh: where to.
+            optimizer: False: of weights alone, without an optimizer's state.
 
         Raises:
             DamagedError: it is not as it was saved.
@@ -68,6 +82,8 @@ class Origin:
         if self.trained:
             state: TrainState = found
             return state
+        if not optimizer:
+            return TrainState(found["step"], found["params"], ())
         init = jax.jit(program.tx.init, out_shardings=program.shardings.opt_state)
         return TrainState(found["step"], found["params"], init(found["params"]))
 

@@ -296,6 +296,22 @@ def from_dict(data: Any) -> Any:
     return {name: from_dict(value) for name, value in data.items()} if isinstance(data, dict) else data
 
 
+def completed(record: Any) -> Any:
+    """A record with the fields that configurations have gained since: at their defaults, they change nothing."""
+    if isinstance(record, list):
+        return [completed(value) for value in record]
+    if not isinstance(record, dict):
+        return record
+    known = (Recipe, Stage, DataConfig, ModelConfig, OptimizerConfig, Growth, Ramp, RopeScaling)
+    fields = next((dataclasses.fields(kind) for kind in known if kind.__name__ == record.get("class")), ())
+    gained = {
+        field.name: as_dict(field.default)
+        for field in fields
+        if field.default is not dataclasses.MISSING and field.metadata.get("identity", True)
+    }
+    return {**gained, **{name: completed(value) for name, value in record.items()}}
+
+
 def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
     """Where two such structures differ: ``stages.0.steps: 100 there, 200 here``."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -315,7 +331,7 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
         ValueError: it was begun with something else, and the message names what differs; or it is no work directory.
     """
     if (workdir / file).exists():
-        found = list(differences(json.loads((workdir / file).read_text()), json.loads(json.dumps(mine))))
+        found = list(differences(completed(json.loads((workdir / file).read_text())), json.loads(json.dumps(mine))))
         if found:
             more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
             raise ValueError(

@@ -123,12 +123,13 @@ class StageProgram:
 
         return jax.jit(initialise, out_shardings=self.shardings)
 
-    def grower(self, donate: bool = False) -> Any:
+    def grower(self, donate: bool = False, weights: bool = False) -> Any:
         """Jitted: the state at the end of the stage before, key -> the state at the start of this one.
 
         Args:
           donate: the given state is used up: what keeps its shape and place keeps its memory, such as the embedding
             where a model grows in depth alone. What grows cannot, and XLA warns of it (`quietly_donated`).
+          weights: the state is of weights alone.
         """
         before, plan = self.stage.before, self.stage.stage.growth
         assert before is not None and plan is not None
@@ -141,7 +142,8 @@ class StageProgram:
                 opt_state=grow_optimizer(state.opt_state, old, new, plan, before.frame, self.stage.frame),
             )
 
-        return jax.jit(grow_state, donate_argnums=(0,) if donate else (), out_shardings=self.shardings)
+        shardings = self.shardings.replace(opt_state=()) if weights else self.shardings
+        return jax.jit(grow_state, donate_argnums=(0,) if donate else (), out_shardings=shardings)
 
     def parameter_growers(self) -> Iterator[Any]:
         """Jitted, for one parameter after the other: those of the stage before, key -> this one, grown."""

@@ -352,7 +352,9 @@ class _StageRun:
         advice = "Read the data from a token store, with streamed=False."
         hosts.same("What was read of the data", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
-        blobs = {**({} if self.origin is None else self.origin.files), POSITION: self.batches.state()}
+        tokenizer = getattr(self.data.vocabulary, "model", None)
+        files = {} if self.origin is None else self.origin.files_with(tokenizer)
+        blobs = {**files, POSITION: self.batches.state()}
         self.store.save(step, state, signatures=signatures, meta=meta, blobs=blobs)
 
 

@@ -191,13 +191,13 @@ def _grow_in_memory(
     old = origin.stage.cfg
     tokens = held_out(data, old.vocab, few_rows(placed))
     with jax.set_mesh(placed):
-        state = origin.restore(placed)
+        state = origin.restore(placed, optimizer=False)
         batch = put_batch(tokens.batches[0], placed)
         growth, distances = settle(growth, old, new.layers, state.params, batch.inputs_BT, batch.segments_BT)
         stage = ResolvedStage(0, Stage("grown", new, 0, 0, growth=growth), origin.stage)
         recorded = functools.partial(meta, stage, stage.ramp_steps)  # refuses a ramp that does not fit, before it grows
         program = StageProgram(stage, placed, 1)
-        grown = program.grower()(state, jax.random.key(seed))
+        grown = program.grower(weights=not origin.trained)(state, jax.random.key(seed))
         found = _verify(origin.stage, state, stage, grown, tokens, tolerance, placed)
         record = describe(growth, distances, found)
         if not found["holds"]:
@@ -253,8 +253,8 @@ def verify_checkpoints(
     placed = make_mesh(mesh)
     tokens = held_out(data, before.stage.cfg.vocab, few_rows(placed))
     with jax.set_mesh(placed):
-        states = before.restore(placed), after.restore(placed)
-        return _verify(before.stage, states[0], after.stage, states[1], tokens, tolerance, placed)
+        states = (origin.restore(placed, optimizer=False) for origin in (before, after))
+        return _verify(before.stage, next(states), after.stage, next(states), tokens, tolerance, placed)
 
 
 def _verify(
@@ -325,6 +325,8 @@ def _greedy(
 def _optimizer_faults(after: ResolvedStage, grown: TrainState, mesh: Mesh) -> list[str]:
     """Leaves of the state whose shape or dtype is not that of a fresh one."""
     expected = StageProgram(after, mesh, 1).abstract_state
+    if not jax.tree.leaves(grown.opt_state):  # weights alone
+        expected = expected.replace(opt_state=())
     pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree_util.tree_leaves_with_path(grown), strict=True)
     return [
         f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, not {like.dtype}{list(like.shape)}"

@@ -350,6 +350,17 @@ def edit(base, tmp_path, **changes):
         ("Llama", dict(architectures="absent"), "names the architecture nothing"),
         ("Llama", dict(attention_bias=True), "attention_bias is True, which is not supported"),
         ("Llama", dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+        ("Llama", dict(rope_parameters=dict(rope_theta="1e6")), "rope_theta is '1e6'; it must be a positive number"),
+        ("Llama", dict(rms_norm_eps=-1.0), "rms_norm_eps is -1.0; it must be a positive number"),
+        ("Llama", dict(rope_parameters=dict(rope_theta=5.0), rope_scaling=LLAMA3), "say different things"),
+        ("Llama", dict(rope_scaling="linear"), "given as 'linear'; one object of numbers is read"),
+        ("Llama", dict(rope_parameters=dict(full_attention=LLAMA3)), "one object of numbers is read"),
+        (
+            "Llama",
+            dict(rope_parameters=dict(rope_theta=5.0, partial_rotary_factor=0.5)),
+            "partial_rotary_factor is 0.5",
+        ),
+        ("Llama", dict(clip_qkv=8.0), "clip_qkv is 8.0, which is not supported; it must be absent"),
         ("Llama", dict(mlp_bias=True), "mlp_bias is True"),
         ("Llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
         ("Llama", dict(quantization_config={"quant_method": "gptq"}), "quantization_config is 'gptq'"),
@@ -460,6 +471,19 @@ def test_what_is_folded_is_rounded_once(tmp_path):
     found = open_shards(tmp_path / "out")["lm_head.weight"].read()
     np.testing.assert_array_equal(found, head.T.astype(found.dtype))
     assert found.dtype == jnp.bfloat16
+
+
+def test_what_float16_cannot_hold_is_refused_by_name(tmp_path):
+    cfg = small.config(vocab=VOCAB)
+    params = small.params(cfg)
+    params["blocks"]["mlp"]["up"] = params["blocks"]["mlp"]["up"].at[1, 3, 5].set(1e5)
+    workdir = keep(tmp_path, cfg, params)
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight has weights beyond what float16 holds"):
+        export_model(workdir, tmp_path / "out", dtype="float16")
+    export_model(workdir, tmp_path / "out")
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight has weights beyond what float16 holds"):
+        import_model(tmp_path / "out", tmp_path / "again", dtype="float16")
+    assert not [path for path in (tmp_path / "again").rglob("*") if path.is_file() and path.name != ".lock"]
 
 
 def test_matrices_are_written_in_any_number_of_pieces(saved, tmp_path, monkeypatch):
@@ -593,7 +617,10 @@ def test_configurations_say_what_they_mean_when_fields_are_left_out():
     assert read("Mistral", sliding_window=None).sliding_window is None
     assert read("Qwen3").h_dim == 128
     assert read("Qwen2", sliding_window=5, max_window_layers=0).sliding_window is None
+    assert read("Qwen2", use_sliding_window=True, max_window_layers=0).sliding_window == 4096
+    assert read("Qwen3", use_sliding_window=True, max_window_layers=None).sliding_window is None  # 28 layers see all
     assert read("Llama", rope_theta=5e5).rope_theta == 5e5
+    assert read("Llama", rope_theta=10**10).rope_theta == 1e10
     assert read("Llama", rope_scaling=None, rope_parameters=dict(rope_theta=7.0)).rope_theta == 7.0
     scaled = read("Llama", rope_theta=9.0, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"})
     assert (scaled.rope_theta, scaled.rope_scaling.factor) == (9.0, 8.0)
@@ -628,6 +655,8 @@ def test_training_goes_on_from_a_converted_model_and_its_result_is_theirs(data, 
     origin = read_origin(tmp_path / "run")
     assert origin.trained
     assert origin.files == read_origin(start).files
+    # Trained on other tokens, its ids would mean other texts to the tokenizer that it came with.
+    assert origin.files_with(None) == {"config.json": origin.files["config.json"]}
     export_model(tmp_path / "run", tmp_path / "out")
     again = loaded(tmp_path / "out")
     assert relative(our_logits(tmp_path / "run", TOKENS), logits_of(again, TOKENS)) < 1e-5

@@ -20,7 +20,7 @@ from flm_jax.data.corpora import TextFolder
 from flm_jax.data.source import open_data
 from flm_jax.growth import Growth, GrowthError
 from flm_jax.optimizer import OptimizerConfig
-from flm_jax.recipe import Recipe, Run, Stage, as_dict, resolve
+from flm_jax.recipe import Recipe, Run, Stage, as_dict, check_identity, resolve
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram
 from tests import small
@@ -515,6 +515,21 @@ def test_a_missing_gin_file_is_named(tmp_path, capsys):
 
 # The full-size ones want another mesh: see test_ahead.py.
 SMALL = [f for f in sorted((ROOT / "gin_configs/recipes").glob("*.gin")) if not f.name.startswith("tele_flm")]
+
+
+def test_a_record_from_before_a_field_was_there_is_the_same_recipe(tmp_path):
+    """A configuration that gains a field is, at its default, what it was: runs begun before go on."""
+    stage = Stage("first", shape(), 4, 8, growth=None)
+    mine = as_dict(Recipe(stages=(stage,)))
+    old = json.loads(json.dumps(mine))
+    for name in ("qkv_bias", "qk_norm", "sliding_window", "rope_scaling"):
+        del old["stages"][0]["model"][name]
+    del old["eval_every"]
+    (tmp_path / "recipe.json").write_text(json.dumps(old))
+    check_identity(tmp_path, "recipe.json", mine, "another recipe")
+    changed = as_dict(Recipe(stages=(dataclasses.replace(stage, model=shape(qkv_bias=True)),)))
+    with pytest.raises(ValueError, match="model.qkv_bias: False there, True here"):
+        check_identity(tmp_path, "recipe.json", changed, "another recipe")
 
 
 @pytest.mark.parametrize("file", SMALL, ids=lambda f: f.name)

@@ -20,7 +20,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.convert import families
 from flm_jax.convert.fold import factors
 from flm_jax.convert.importing import DTYPES, in_parallel
-from flm_jax.convert.layout import Part, parts, tensors
+from flm_jax.convert.layout import Part, cast, parts, tensors
 from flm_jax.convert.safetensors_writer import Writer
 from flm_jax.integrity import CheckpointError, DamagedError, read_manifest
 from flm_jax.origin import Origin, read_origin
@@ -68,13 +68,17 @@ def export_model(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} is not empty; export into a new directory.")
     origin = read_origin(source)
-    origin.check_settled(grows=True)
+    if origin.step < origin.stage.ramp_steps:
+        raise ValueError(
+            f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.stage.ramp_steps}: take a "
+            "later checkpoint, for masks are known nowhere else."
+        )
     before = origin.meta.get("converted") or _recorded(origin)
     family, by, cfg = _plain(origin.stage.cfg, architecture, before)
     dtype = dtype or cfg.param_dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
-    context = (origin.meta.get("data") or {}).get("context", 4096)
+    context = (origin.meta.get("data") or {}).get("context")
     config = families.config_json(cfg, family, dtype, context, before)
     planned = tensors(cfg, np.dtype(jnp.dtype(dtype)))
     needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in planned.values())
@@ -150,9 +154,8 @@ def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes
             for first, block in _pieces(leaves[path], part, lead, start, stop):
                 sums = integrity.add(sums, _sums(block, part, lead, first, start))
                 if factor != 1:
-                    wide = np.promote_types(np.float32, dtype if dtype.kind == "f" else np.float32)
-                    block = (block.astype(wide) * factor).astype(dtype)
-                part.to_theirs(block, rows, first)
+                    block = block.astype(np.float32) * np.float32(factor)
+                part.to_theirs(cast(block, dtype, part.name(lead)), rows, first)
             writer.write(part.name(lead), start * part.row_step, rows)
             return sums, rows.nbytes
 

@@ -6,6 +6,7 @@ What a config.json says that no field expresses is refused by its name: a model 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -50,14 +51,19 @@ class Family:
 
 _PLAIN = {field.name: field.default for field in fields(ModelConfig)}
 _WINDOW = frozenset({"sliding_window"})
+_QWEN = (("sliding_window", 4096),)
 FAMILIES = {
     family.architecture: family
     for family in (
         Family("LlamaForCausalLM", "llama", divides=True),
         Family("MistralForCausalLM", "mistral", _WINDOW, defaults=(("sliding_window", 4096),)),
-        Family("Qwen2ForCausalLM", "qwen2", _WINDOW | {"qkv_bias"}, frozenset({"qkv_bias"})),
+        Family("Qwen2ForCausalLM", "qwen2", _WINDOW | {"qkv_bias"}, frozenset({"qkv_bias"}), defaults=_QWEN),
         Family(
-            "Qwen3ForCausalLM", "qwen3", _WINDOW | {"qk_norm"}, frozenset({"qk_norm"}), defaults=(("head_dim", 128),)
+            "Qwen3ForCausalLM",
+            "qwen3",
+            _WINDOW | {"qk_norm"},
+            frozenset({"qk_norm"}),
+            defaults=(("head_dim", 128), *_QWEN),
         ),
         Family("TeleFLMForCausalLM", "TeleFLM", frozenset({"input_mult", "output_mult"})),
     )
@@ -89,6 +95,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
       ValueError: it is none of ours.
     """
     named = config.get("architectures") or []
+    named = [named] if isinstance(named, str) else named
     for name in named:
         if name in FAMILIES:
             return FAMILIES[name]
@@ -122,14 +129,15 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             raise ValueError(f"{where}: {name} is {value!r}; it must be a positive integer.")
         return value
 
-    def number(name: str, default: float) -> float:
-        value = given.get(name)
+    def number(name: str, default: float, within: Mapping[str, Any] = given) -> float:
+        value = within.get(name)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{where}: {name} is {value!r}; it must be a number.")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{where}: {name} is {value!r}; it must be a positive number.")
         return float(value)
 
     _refuse(given, where)
+    rope = _rope(given, where)
     embed, heads, layers = size("hidden_size"), size("num_attention_heads"), size("num_hidden_layers")
     std = number("initializer_range", 0.02)
     mults: dict[str, Any] = dict(base_width=embed)
@@ -148,11 +156,11 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             head_dim=size("head_dim", embed // heads),
             tied=bool(given.get("tie_word_embeddings", False)),
             norm_eps=number("rms_norm_eps", 1e-6),
-            rope_theta=_rope(given).get("rope_theta") or number("rope_theta", 10_000.0),
+            rope_theta=number("rope_theta", number("rope_theta", 10_000.0), rope),
             qkv_bias="qkv_bias" in family.always,
             qk_norm="qk_norm" in family.always,
             sliding_window=_sliding_window(given, family, layers, where),
-            rope_scaling=_rope_scaling(given, where),
+            rope_scaling=_rope_scaling(rope, where),
             init_std=std,
             init_std_vector=std,
             **mults,
@@ -177,21 +185,29 @@ def _refuse(config: Mapping[str, Any], where: str) -> None:
         ("hidden_act", ("silu", None)),
         ("partial_rotary_factor", (1.0, 1, None)),
         ("quantization_config", (None,)),
+        ("clip_qkv", (None,)),
+        ("use_mrope", (False, None)),
     ):
         if config.get(name) not in plain:
             found = config[name].get("quant_method") if isinstance(config[name], dict) else config[name]
-            raise ValueError(
-                f"{where}: {name} is {found!r}, which is not supported; it must be {plain[0]!r} or absent."
-            )
+            right = "absent" if plain[0] is None else f"{plain[0]!r} or absent"
+            raise ValueError(f"{where}: {name} is {found!r}, which is not supported; it must be {right}.")
 
 
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return found if isinstance(found, Mapping) else {}
+def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """What is said of rotary frequencies, under the older name or the newer."""
+    given = [config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name) is not None]
+    for found in given:
+        if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
+            raise ValueError(f"{where}: rotary frequencies are given as {found!r:.80}; one object of numbers is read.")
+        if found.get("partial_rotary_factor", 1.0) != 1:
+            raise ValueError(f"{where}: partial_rotary_factor is {found['partial_rotary_factor']!r}; it must be 1.")
+    if len(given) == 2 and given[0] != given[1]:
+        raise ValueError(f"{where}: rope_scaling and rope_parameters say different things; leave one of them.")
+    return given[0] if given else {}
 
 
-def _rope_scaling(config: Mapping[str, Any], where: str) -> RopeScaling | None:
-    rope = _rope(config)
+def _rope_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -212,7 +228,8 @@ def _sliding_window(config: Mapping[str, Any], family: Family, layers: int, wher
     if family.model_type != "mistral":
         if not config.get("use_sliding_window", False):
             return None
-        first = config.get("max_window_layers", 28)
+        first = config.get("max_window_layers")
+        first = 28 if first is None else first
         kinds = kinds or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     found = set(kinds or ["sliding_attention"])
     if found == {"full_attention"}:
@@ -249,7 +266,7 @@ def choose(cfg: ModelConfig, asked: str | None, before: Mapping[str, Any]) -> Fa
 
 
 def config_json(
-    cfg: ModelConfig, family: Family, dtype: str, context: int, before: Mapping[str, Any]
+    cfg: ModelConfig, family: Family, dtype: str, context: int | None, before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The config.json of a model.
 
@@ -257,7 +274,7 @@ def config_json(
       cfg: the model, folded.
       family: what it is written as.
       dtype: of the weights.
-      context: positions that it was trained on, where `before` does not say.
+      context: positions that it was trained on, if that is known; `before` may say more.
       before: the config.json that it came with, for what decides nothing here: token ids, say.
     """
     stale: tuple[str, ...] = (
@@ -271,7 +288,7 @@ def config_json(
     )
     stale += ("output_mult", "mup_scale_factor", "max_window_layers", "use_sliding_window", "sliding_window")
     config = {name: value for name, value in before.items() if name not in stale}
-    config.setdefault("max_position_embeddings", context)
+    config["max_position_embeddings"] = max(config.get("max_position_embeddings") or 0, context or 0) or 4096
     config |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,

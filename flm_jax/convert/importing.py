@@ -18,7 +18,7 @@ import numpy as np
 from flm_jax import integrity, plan
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
-from flm_jax.convert.layout import Part, parts
+from flm_jax.convert.layout import Part, cast, parts
 from flm_jax.convert.safetensors import Stored, open_shards
 from flm_jax.integrity import CheckpointError, Leaf
 from flm_jax.origin import lineage
@@ -44,6 +44,12 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
+    "tekken.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
 )
 STAGE = "converted"
 # Buffers that old files keep, and that follow from the configuration.
@@ -246,7 +252,7 @@ def _write(
         part = tile.part
         tensor = found[part.path, tile.lead]
         rows = tensor.rows(tile.start * part.row_step, tile.stop * part.row_step)
-        block = part.to_ours(rows).astype(part.dtype, copy=False)
+        block = cast(part.to_ours(rows), part.dtype, part.name(tile.lead))
         path = f"params/{part.path}"
         blocks.write_chunk(arrays, path, chunks[path], (*tile.lead, *_at(part, tile.start // runs[part.path])), block)
         places = [np.arange(size) for size in block.shape[: part.dim]] + [np.arange(tile.start, tile.stop)]
