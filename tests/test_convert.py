@@ -345,9 +345,13 @@ def edit(base, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("Llama", dict(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel; what can be read is Llama"),
+        (
+            "Llama",
+            dict(architectures=["GPT2LMHeadModel"]),
+            "names GPT2LMHeadModel as its architecture; what can be read is Llama",
+        ),
         ("Llama", dict(architectures=["X"], auto_map={"a": "b"}), "The code that it brings is never run"),
-        ("Llama", dict(architectures="absent"), "names the architecture nothing"),
+        ("Llama", dict(architectures="absent"), "names nothing as its architecture"),
         ("Llama", dict(attention_bias=True), "attention_bias is True, which is not supported"),
         ("Llama", dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         ("Llama", dict(rope_parameters=dict(rope_theta="1e6")), "rope_theta is '1e6'; it must be a positive number"),
@@ -418,7 +422,7 @@ def test_a_tied_matrix_that_differs_at_its_end_is_seen(saved, tmp_path, monkeypa
     [
         (np.int8, "float32", "q_proj.weight is int8; only weights of 16 bits or more are read"),
         ("float8_e4m3fn", "float32", "q_proj.weight is float8_e4m3fn; only weights of 16 bits or more"),
-        (np.float16, None, "more than one dtype.*29 of float32, 1 of float16.*: say which"),
+        (np.float16, None, "more than one dtype.*29 of float32, 1 of float16.*with --dtype"),
         (np.float32, "float64", "dtype='float64': use one of float32, bfloat16, float16"),
     ],
 )

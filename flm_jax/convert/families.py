@@ -101,7 +101,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             return FAMILIES[name]
     code = " The code that it brings is never run." if "auto_map" in config else ""
     raise ValueError(
-        f"{where} names the architecture {', '.join(map(str, named)) or 'nothing'}; what can be read is "
+        f"{where} names {', '.join(map(str, named)) or 'nothing'} as its architecture; what can be read is "
         f"{', '.join(FAMILIES)}.{code}"
     )
 

@@ -153,7 +153,8 @@ def _dtype(asked: str | None, stored: Mapping[str, Stored], source: Path) -> str
         return name
     listed = ", ".join(f"{count} of {name}" for name, count in found.most_common())
     raise ValueError(
-        f"{source} holds tensors of more than one dtype, or of none of ours ({listed}): say which, as dtype."
+        f"{source} holds tensors of more than one dtype, or of another than {', '.join(DTYPES)}: {listed}. Say which "
+        "the parameters shall have, with --dtype."
     )
 
 
