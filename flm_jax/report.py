@@ -94,7 +94,9 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     lines = curve(result)
     for (name, xs, ys), row in zip(lines, result["stages"], strict=True):
         axes.plot(xs, ys, marker="o", markersize=3, label=f"{name}: {plan.count(row['params'])} parameters")
-    for (_, xs, ys), growth in zip(lines[1:], result["growths"], strict=True):
+    points = {name: (xs, ys) for name, xs, ys in lines}
+    for growth in result["growths"]:
+        xs, ys = points[growth["stage"]]
         axes.axvline(xs[0], color="grey", linewidth=0.8, linestyle="--")
         axes.annotate(
             f"grown by {growth['method']}",
