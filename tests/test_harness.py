@@ -418,11 +418,19 @@ def test_a_checkpoints_tokenizer_is_a_vocabulary_to_train_with(converted):
     assert config.load().digest == TokenizerVocabulary.from_directory(converted.parent / "hub").digest
 
 
-def test_a_model_that_could_read_very_much_does_so_where_it_is_asked_to(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    for said, expected in ((1024, 1024), (131_072, LONGEST_BY_DEFAULT)):
-        (tmp_path / "blobs" / "config.json").write_text(json.dumps({"max_position_embeddings": said}))
-        assert find_length(SimpleNamespace(directory=tmp_path), None) == expected
+def test_a_model_that_could_read_very_much_does_so_where_it_is_asked_to():
+    def origin(**said):
+        return SimpleNamespace(
+            directory="runs/some/0", files={"config.json": json.dumps(said).encode()} if said else {}
+        )
+
+    assert find_length(origin(max_position_embeddings=1024), None) == 1024
+    assert find_length(origin(max_position_embeddings=131_072), None) == LONGEST_BY_DEFAULT
+    # A run may have trained it to read more than it did when it came.
+    assert find_length(origin(max_position_embeddings=64), DataConfig(context=128)) == 128
+    assert find_length(origin(), DataConfig(context=128)) == 128
+    with pytest.raises(ValueError, match="nothing says how many tokens the model of runs/some/0 reads at once"):
+        find_length(origin(), None)
 
 
 def test_a_model_in_a_ramp_is_what_its_masks_let_through(tmp_path):

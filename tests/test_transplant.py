@@ -214,6 +214,7 @@ def test_another_model_or_another_start_is_refused(trained, data, tmp_path):
         training.train(elsewhere, RUN, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_dry_run_describes_a_recipe_that_starts_with_a_checkpoint(trained, data):
     on = Stage("on", shape(), 2, 8, FAST)
     grown = Stage("grown", TARGET, 2, 8, FAST, Growth("copy", methods={"layers": "zero"}, depth="distance"))
