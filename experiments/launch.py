@@ -314,6 +314,10 @@ def run_import(source: str, workdir: str, dtype: str | None) -> None:
         f"{found['architecture']}: {found['model']}; {plan.count(found['params'])} parameters in {found['tensors']} "
         f"tensors, kept as {found['dtype']}; with {', '.join(found['files'])}."
     )
+    if "tokenizer.json" not in found["files"]:
+        hosts.say(
+            "No tokenizer.json came with it: training and evaluation want one of you (Pretrained.path, --tokenizer)."
+        )
     hosts.say(f"Written to {workdir}. Grow it with --source={workdir}, or go on from it with Recipe.start.")
 
 
@@ -331,6 +335,8 @@ def run_export(workdir: str, target: str, architecture: str | None, dtype: str |
         f"{found['architecture']}: {found['model']}; {plan.count(found['params'])} parameters as {found['dtype']}, "
         f"{plan.size(found['bytes'])}; {folded}{tokenizer}."
     )
+    if found["folded"] and found["dtype"] != "float32":
+        hosts.say(f"What was folded is rounded to {found['dtype']}: with --dtype=float32 it stays within a few 1e-6.")
     hosts.say(f"Written to {target}: {', '.join(found['files'])} and the weights.")
 
 

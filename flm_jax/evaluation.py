@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,10 @@ def evaluate_checkpoint(
     if what.text is not None:
         texts = read_texts(what.text)
         score = bits_per_byte_of_text(cfg, params, vocabulary, texts, length, placed, batch_size, masks)
+        if not math.isfinite(score.nats):
+            raise ValueError(
+                f"{origin.directory} gives {what.text} a loss that is not finite: its weights are damaged."
+            )
         found["text"] = {"path": what.text, **score._asdict(), "bits_per_byte": score.bits_per_byte}
         say(
             f"{what.text}: {score.bits_per_byte:.4f} bits a byte; {score.nats / score.tokens:.4f} nats a token, "

@@ -65,7 +65,9 @@ def export_model(
       CheckpointError: as `read_origin`, or there is no room.
     """
     target = Path(target).expanduser()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target.is_file():
+        raise ValueError(f"{target} is a file; export into a new directory.")
+    if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; export into a new directory.")
     origin = read_origin(source)
     if origin.step < origin.stage.ramp_steps:

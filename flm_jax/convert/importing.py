@@ -96,7 +96,7 @@ def import_model(
     """
     source, workdir = Path(source).expanduser(), Path(workdir).expanduser()
     if not source.is_dir():
-        raise ValueError(f"{source} is no directory; give one with {families.CONFIG} and safetensors files.")
+        raise ValueError(f"{source} is no directory; download one with {families.CONFIG} and safetensors files.")
     where = str(source / families.CONFIG)
     config = families.read_json(source / families.CONFIG)
     cfg = families.model_config(config, where)
