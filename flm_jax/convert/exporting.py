@@ -19,8 +19,8 @@ from flm_jax import integrity, plan
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
 from flm_jax.convert.fold import factors
-from flm_jax.convert.importing import DTYPES, in_parallel
-from flm_jax.convert.layout import Part, cast, parts, tensors
+from flm_jax.convert.layout import Part, parts, tensors
+from flm_jax.convert.pieces import cast, check_dtype, checksum, in_parallel
 from flm_jax.convert.safetensors_writer import Writer
 from flm_jax.integrity import CheckpointError, DamagedError, read_manifest
 from flm_jax.origin import Origin, read_origin
@@ -77,9 +77,7 @@ def export_model(
         )
     before = origin.meta.get("converted") or _recorded(origin)
     family, by, cfg = _plain(origin.stage.cfg, architecture, before)
-    dtype = dtype or cfg.param_dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
+    dtype = check_dtype(dtype or cfg.param_dtype)
     context = (origin.meta.get("data") or {}).get("context")
     config = families.config_json(cfg, family, dtype, context, before)
     planned = tensors(cfg, np.dtype(jnp.dtype(dtype)))
@@ -154,7 +152,7 @@ def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes
             rows = np.empty(((stop - start) * part.row_step, *part.theirs[1:]), dtype)
             sums = (0, 0)
             for first, block in _pieces(leaves[path], part, lead, start, stop):
-                sums = integrity.add(sums, _sums(block, part, lead, first, start))
+                sums = integrity.add(sums, checksum(part, block, lead, first, start))
                 if factor != 1:
                     block = block.astype(np.float32) * np.float32(factor)
                 part.to_theirs(cast(block, dtype, part.name(lead)), rows, first)
@@ -198,7 +196,7 @@ def _columns(leaf: blocks.StoredLeaf, lead: tuple[int, ...], axis: int, start: i
     """Of a leaf, for one layer, only the chunks of these numbers along an axis."""
     chunk = leaf.chunks[axis]
     grid = [range(-(-size // of)) for size, of in zip(leaf.shape, leaf.chunks, strict=True)]
-    grid[: len(lead)] = [range(at // of, at // of + 1) for at, of in zip(lead, leaf.chunks, strict=False)]
+    grid[: len(lead)] = [range(at // of, at // of + 1) for at, of in zip(lead, leaf.chunks[: len(lead)], strict=True)]
     grid[axis] = range(start, stop)
     runs = {}
     for index in itertools.product(*grid):
@@ -206,13 +204,3 @@ def _columns(leaf: blocks.StoredLeaf, lead: tuple[int, ...], axis: int, start: i
             runs[".".join(map(str, (*index[:axis], index[axis] - start, *index[axis + 1 :])))] = run
     along = min(stop * chunk, leaf.shape[axis]) - start * chunk
     return dataclasses.replace(leaf, shape=(*leaf.shape[:axis], along, *leaf.shape[axis + 1 :]), runs=runs)
-
-
-def _sums(block: np.ndarray, part: Part, lead: tuple[int, ...], first: int, start: int) -> np.ndarray:
-    """The checksum of a piece."""
-    places = [np.arange(size) for size in block.shape[: part.dim + 1]]
-    places[0] += first
-    places[-1] += start
-    stacked = block[None] if lead else block
-    where = tuple(np.asarray(place, np.uint32) for place in (*([lead] if lead else []), *places))
-    return np.asarray(integrity.partial_checksum(jnp.asarray(stacked), where, whole=part.whole))

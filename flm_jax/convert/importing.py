@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flm_jax import integrity, plan
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
-from flm_jax.convert.layout import Part, cast, parts
-from flm_jax.convert.safetensors import Stored, open_shards
+from flm_jax.convert.layout import Part, parts
+from flm_jax.convert.pieces import DTYPES, cast, check_dtype, checksum, in_parallel
+from flm_jax.convert.safetensors import Stored, few, open_shards
 from flm_jax.integrity import CheckpointError, Leaf
 from flm_jax.origin import lineage
 from flm_jax.recipe import ResolvedStage, Stage, as_dict
@@ -28,10 +27,7 @@ from flm_jax.streamed import blocks
 from flm_jax.streamed.flow import bar
 from flm_jax.streamed.seal import seal
 
-DTYPES = ("float32", "bfloat16", "float16")
 CHUNK_BYTES = 16 << 20
-# Tiles that are read, turned and written at the same time.
-WORKERS = 2
 # What goes with the weights; programs that a directory may bring are left where they are.
 FILES = (
     families.CONFIG,
@@ -54,7 +50,6 @@ FILES = (
 STAGE = "converted"
 # Buffers that old files keep, and that follow from the configuration.
 _DERIVED = ".rotary_emb.inv_freq"
-_SHOWN = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,9 +140,7 @@ def import_model(
 
 def _dtype(asked: str | None, stored: Mapping[str, Stored], source: Path) -> str:
     if asked is not None:
-        if asked not in DTYPES:
-            raise ValueError(f"dtype={asked!r}: use one of {', '.join(DTYPES)}.")
-        return asked
+        return check_dtype(asked)
     found = collections.Counter(tensor.dtype.name for name, tensor in stored.items() if not name.endswith(_DERIVED))
     if len(found) == 1 and (name := next(iter(found))) in DTYPES:
         return name
@@ -168,7 +161,7 @@ def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> dict
     if missing := [name for name in expected if name not in stored]:
         raise ValueError(
             f"{source} lacks {len(missing)} of the {len(expected)} tensors that its {families.CONFIG} asks for: "
-            f"{_few(missing)}."
+            f"{few(missing)}."
         )
     unknown = [name for name in stored if name not in expected and not name.endswith(_DERIVED)]
     if cfg.tied and "lm_head.weight" in unknown:
@@ -176,7 +169,7 @@ def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> dict
         unknown.remove("lm_head.weight")
     if unknown:
         raise ValueError(
-            f"{source} has {len(unknown)} tensors that its {families.CONFIG} has no place for: {_few(unknown)}. They "
+            f"{source} has {len(unknown)} tensors that its {families.CONFIG} has no place for: {few(unknown)}. They "
             "would be lost, so nothing is read."
         )
     for name, (part, _) in expected.items():
@@ -256,10 +249,7 @@ def _write(
         block = cast(part.to_ours(rows), part.dtype, part.name(tile.lead))
         path = f"params/{part.path}"
         blocks.write_chunk(arrays, path, chunks[path], (*tile.lead, *_at(part, tile.start // runs[part.path])), block)
-        places = [np.arange(size) for size in block.shape[: part.dim]] + [np.arange(tile.start, tile.stop)]
-        stacked = block[None] if tile.lead else block
-        where = tuple(np.asarray(place, np.uint32) for place in (*([tile.lead] if tile.lead else []), *places))
-        return tile, np.asarray(integrity.partial_checksum(jnp.asarray(stacked), where, whole=part.whole))
+        return tile, checksum(part, block, tile.lead, 0, tile.start)
 
     with bar(needed, 0, "converting") as shown:
         for tile, lanes in in_parallel(convert, _tiles(every, runs)):
@@ -298,22 +288,3 @@ def _tiles(every: list[Part], runs: Mapping[str, int]) -> Iterator[Tile]:
         for lead in part.leads:
             for start in range(0, size, run):
                 yield Tile(part, lead, start, min(start + run, size))
-
-
-def in_parallel(function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-    """Results in order, of a few calls at a time: no more of them are held than are worked on."""
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        pending: collections.deque[Any] = collections.deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > WORKERS:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

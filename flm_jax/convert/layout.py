@@ -131,21 +131,6 @@ def _turn(matrix: np.ndarray, out: np.ndarray) -> None:
             out[j : j + _SQUARE, i : i + _SQUARE] = matrix[i : i + _SQUARE, j : j + _SQUARE].T
 
 
-def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Values in another dtype.
-
-    Raises:
-      ValueError: one is finite, and too large for it.
-    """
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):
-        found = values.astype(dtype)
-    if dtype == np.float16 and not np.array_equal(np.isfinite(found), np.isfinite(values)):
-        raise ValueError(f"{name} has weights beyond what float16 holds, 65504; take bfloat16 or float32.")
-    return found
-
-
 def parts(cfg: ModelConfig) -> Iterator[Part]:
     """Every parameter of a model."""
     for path, like, signature in plan.leaves(cfg):

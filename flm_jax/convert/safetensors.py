@@ -133,7 +133,7 @@ def open_shards(directory: Path) -> dict[str, Stored]:
         raise FormatError(f"{directory} holds {SINGLE}, and {INDEX} that names other files: remove one of the two")
     if missing := [name for name in files if not (directory / name).is_file()]:
         raise FormatError(
-            f"{index} names {len(files)} files, {len(missing)} of them missing: {_few(missing)}; download them again"
+            f"{index} names {len(files)} files, {len(missing)} of them missing: {few(missing)}; download them again"
         )
     held = {name: _open(directory / name) for name in files}
     for name, file in weight_map.items():
@@ -154,11 +154,11 @@ def _nothing(directory: Path) -> NoReturn:
     pickles = sorted({file.name for pattern in _PICKLES for file in directory.glob(pattern)})
     if pickles and not found:
         raise FormatError(
-            f"{directory} holds only pickles, {_few(pickles)}; a pickle can run code when it is loaded, so none is. "
+            f"{directory} holds only pickles, {few(pickles)}; a pickle can run code when it is loaded, so none is. "
             "Where you trust it, convert it with transformers: "
             f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(OUT, safe_serialization=True)"
         )
-    but = f"; it has {_few(found)}, which no index names" if found else ""
+    but = f"; it has {few(found)}, which no index names" if found else ""
     raise FormatError(f"{directory} holds no model: neither {SINGLE} nor {INDEX}{but}")
 
 
@@ -256,5 +256,6 @@ def _json(file: Path, what: str, raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first few of some names, and how many more there are."""
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
