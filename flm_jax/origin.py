@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, read_manifest
 from flm_jax.config import ModelConfig
+from flm_jax.data.vocabulary import TokenizerVocabulary, Vocabulary
 from flm_jax.growth.plan import masks_at
 from flm_jax.integrity import file_faults
 from flm_jax.model import Masks, Params
@@ -58,12 +59,12 @@ class Origin:
             raise DamagedError("; ".join(faults[:3]))
         return {name: (self.directory / "blobs" / name).read_bytes() for name in names}
 
-    def files_with(self, tokenizer: bytes | None) -> dict[str, bytes]:
-        """What goes on with the weights where training reads with this tokenizer.json; None: with something else.
+    def files_with(self, vocabulary: Vocabulary) -> dict[str, bytes]:
+        """What goes on with the weights where training reads with a vocabulary.
 
-        Another vocabulary makes the tokenizer that came with them, and the ids of its special tokens, another model's.
+        Another one makes the tokenizer that came with them, and the ids of its special tokens, another model's.
         """
-        same = self.files.get(TOKENIZER) == tokenizer
+        same = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.model == self.files.get(TOKENIZER)
         return {name: content for name, content in self.files.items() if same or name == CONFIG}
 
     def restore(self, mesh: Mesh, optimizer: bool = True) -> TrainState:

@@ -352,8 +352,7 @@ class _StageRun:
         advice = "Read the data from a token store, with streamed=False."
         hosts.same("What was read of the data", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
-        tokenizer = getattr(self.data.vocabulary, "model", None)
-        files = {} if self.origin is None else self.origin.files_with(tokenizer)
+        files = {} if self.origin is None else self.origin.files_with(self.data.vocabulary)
         blobs = {**files, POSITION: self.batches.state()}
         self.store.save(step, state, signatures=signatures, meta=meta, blobs=blobs)
 
