@@ -47,7 +47,7 @@ SHARDS = 4
 
 def shape(gigabytes: float) -> Any:
     """The model: layers come until the files have so many bytes."""
-    from flm_jax import plan
+    from flm_jax import costs
     from flm_jax.config import ModelConfig
 
     def model(layers: int) -> ModelConfig:
@@ -64,7 +64,7 @@ def shape(gigabytes: float) -> Any:
         )
 
     layers = 1
-    while 2 * plan.param_count(model(layers)) < gigabytes * 1e9:
+    while 2 * costs.param_count(model(layers)) < gigabytes * 1e9:
         layers += 1
     return model(layers)
 

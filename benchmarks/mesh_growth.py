@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from flm_jax import plan
+from flm_jax import costs
 from flm_jax.config import ModelConfig
 from flm_jax.growth import Growth
 from flm_jax.recipe import Recipe, Stage, resolve
@@ -59,8 +59,8 @@ def main(argv: list[str]) -> None:
         moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((old.abstract_state, new.abstract_state)))
         ratio = np.median(ratios)
         print(
-            f"{method}: {plan.size(moved)} read and written; floor {np.median(floors):.2f} s, growth {ratio:.2f} times "
-            f"it (rounds {min(ratios):.2f} to {max(ratios):.2f})",
+            f"{method}: {costs.size(moved)} read and written; floor {np.median(floors):.2f} s, growth {ratio:.2f} "
+            f"times it (rounds {min(ratios):.2f} to {max(ratios):.2f})",
             flush=True,
         )
 

@@ -107,11 +107,11 @@ def ours(workdir: Path, folder: Path) -> list[Any]:
     import transformers
 
     from flm_jax import model
-    from flm_jax.origin import read_origin
     from flm_jax.sharding import make_mesh
+    from flm_jax.source_checkpoint import read_source
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    origin, mesh = read_origin(workdir), make_mesh(None, devices=jax.devices()[:1])
+    origin, mesh = read_source(workdir), make_mesh(None, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         params, cfg = origin.restore(mesh).params, origin.stage.cfg.for_comparison
         forward = jax.jit(model.apply, static_argnums=0)
@@ -242,7 +242,7 @@ Greedily, {new_tokens} tokens, by the model before, and by each grown one, word 
 
 def page(found: dict[str, Any], hardware: str) -> str:
     """The page."""
-    from flm_jax import plan
+    from flm_jax import costs
 
     rows = [
         f"| `{g['method']}` | `zero` | {g['logits']:.1e} | {g['layers']:.1e} | {'equal' if g['greedy'] else 'differs'} "
@@ -265,18 +265,18 @@ def page(found: dict[str, Any], hardware: str) -> str:
     return PAGE.format(
         hardware=hardware,
         convert=short(found["convert"]["command"]),
-        params_before=plan.count(found["params"]),
+        params_before=costs.count(found["params"]),
         before_shape="30 layers x 576 wide, 9 heads of 64 over 3 key heads, MLP 1,536, tied",
         convert_seconds=found["convert"]["seconds"],
-        convert_peak=plan.size(found["convert"]["peak_bytes"]),
+        convert_peak=costs.size(found["convert"]["peak_bytes"]),
         count=len(PROMPTS),
         logits=found["logits"],
         grow=short(first["steps"]["grow"]["command"]).replace("'\"'\"'", '"').replace(" '--", " \\\n        '--"),
         export=short(first["steps"]["export"]["command"]),
-        params_after=plan.count(first["params"]),
+        params_after=costs.count(first["params"]),
         rows="\n".join(rows),
         tokens=first["tokens"],
-        grow_peak=plan.size(max(g["steps"]["grow"]["peak_bytes"] for g in found["grown"])),
+        grow_peak=costs.size(max(g["steps"]["grow"]["peak_bytes"] for g in found["grown"])),
         new_tokens=NEW_TOKENS,
         texts="\n".join(texts),
     )

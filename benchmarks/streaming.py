@@ -37,7 +37,7 @@ _CHILD = flags.DEFINE_string("child", None, "Used by the program itself.")
 
 def shapes(gigabytes: float) -> tuple[Any, Any]:
     """Source and target."""
-    from flm_jax import plan
+    from flm_jax import costs
     from flm_jax.config import ModelConfig
 
     def model(width: int, layers: int) -> ModelConfig:
@@ -47,7 +47,7 @@ def shapes(gigabytes: float) -> tuple[Any, Any]:
         return model(1536, layers + layers // 2)
 
     layers = 2
-    while 12 * plan.param_count(grown(layers)) < gigabytes * 1e9:
+    while 12 * costs.param_count(grown(layers)) < gigabytes * 1e9:
         layers += 2
     return model(1024, layers), grown(layers)
 
@@ -58,9 +58,10 @@ def save_source(workdir: Path, gigabytes: float) -> None:
     import jax.numpy as jnp
 
     from flm_jax.checkpoint import Checkpoints
-    from flm_jax.origin import lineage
-    from flm_jax.recipe import ResolvedStage, Stage, as_dict
+    from flm_jax.recipe import ResolvedStage, Stage
+    from flm_jax.records import as_dict
     from flm_jax.sharding import make_mesh
+    from flm_jax.source_checkpoint import lineage
     from flm_jax.step import StageProgram
 
     cfg, _ = shapes(gigabytes)
@@ -81,9 +82,9 @@ def child(work: Path, gigabytes: float, method: str, chunk_bytes: int) -> dict[s
     """Grows, and measures its own time and memory."""
     import jax
 
+    from flm_jax.checkpoint_growth.grow import grow_checkpoint
+    from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
     from flm_jax.growth import Growth
-    from flm_jax.streamed.flow import CHUNK_BYTES
-    from flm_jax.transplant import grow_checkpoint
 
     jax.numpy.zeros(()).block_until_ready()  # the process itself, with its runtime
     growth = Growth(method, methods={"layers": "zero"})
@@ -98,9 +99,9 @@ def child(work: Path, gigabytes: float, method: str, chunk_bytes: int) -> dict[s
 def measure(work: Path, method: str) -> dict[str, Any]:
     """One growth, and the floor before and after it."""
     source, target = shapes(_SIZE.value)
-    from flm_jax import plan
+    from flm_jax import costs
 
-    read, written = 12 * plan.param_count(source), 12 * plan.param_count(target)
+    read, written = 12 * costs.param_count(source), 12 * costs.param_count(target)
     floors = [disk.floor(work / "source", read, written)]
     disk.forget(work / "source")
     arguments = ["--child", method, f"--dir={work}", f"--size={_SIZE.value}", f"--chunk_bytes={_CHUNK.value}"]
@@ -184,7 +185,7 @@ is what this disk does for whoever has nothing to compute.
 
 def write_page(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the figures, and what they are of."""
-    from flm_jax.streamed.flow import CHUNK_BYTES
+    from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
 
     source, target = shapes(_SIZE.value)
     table = "\n".join(

@@ -23,11 +23,13 @@ sys.path.insert(0, str(ROOT))
 import gin  # noqa: E402
 
 from experiments import launch  # noqa: E402
-from flm_jax import ahead, plan  # noqa: E402
+from flm_jax import costs  # noqa: E402
+from flm_jax.planning import stages  # noqa: E402
+from flm_jax.planning.topology import Topology, topology  # noqa: E402
 from flm_jax.recipe import Recipe, ResolvedStage, Run, resolve  # noqa: E402
+from flm_jax.records import from_dict  # noqa: E402
 from flm_jax.sharding import make_mesh  # noqa: E402
 from flm_jax.step import StageProgram  # noqa: E402
-from flm_jax.topology import Topology, topology  # noqa: E402
 
 RECIPE = "gin_configs/recipes/tele_flm_1t.gin"
 MACHINE = "v5p-2048"
@@ -52,11 +54,11 @@ def main() -> None:
     machine = topology(MACHINE)
     start = time.perf_counter()
     recipe, run = configured(())
-    devices = ahead.devices_of(machine, "tpu")
+    devices = stages.devices_of(machine, "tpu")
     rows: list[tuple[str, str, Mapping[str, Any]]] = []
     failures: list[str] = []
     records = []
-    for record in ahead.stages(recipe, run, devices, machine, "tpu", among=options.stages):
+    for record in stages.stages(recipe, run, devices, machine, "tpu", among=options.stages):
         records.append(record)
         for name, about in record["programs"].items():
             if "compile_seconds" in about:
@@ -106,9 +108,9 @@ def faults(record: Mapping[str, Any], name: str, about: Mapping[str, Any]) -> li
 
 def matrices(record: Mapping[str, Any]) -> set[tuple[int, ...]]:
     """The extents of every whole parameter that is no vector, and of its layers, one by one."""
-    cfg = launch.recipes.from_dict(record["model"])
+    cfg = from_dict(record["model"])
     found: set[tuple[int, ...]] = set()
-    for _, x, sig in plan.leaves(cfg):
+    for _, x, sig in costs.leaves(cfg):
         if not sig.gains:
             found |= {tuple(sorted(x.shape)), tuple(sorted(x.shape[1:] if sig.stacked else x.shape))}
     return found
@@ -125,14 +127,14 @@ def decoding(stage: ResolvedStage, run: Run, recipe: Recipe, devices: Any, machi
     mesh = make_mesh(run.mesh_of(stage.stage), devices)
     program = StageProgram(stage, mesh, 1)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    return ahead.compiled(ahead.decoding(program, rows, recipe.data.context), machine, mesh)
+    return stages.compiled(stages.decoding(program, rows, recipe.data.context), machine, mesh)
 
 
 def weighed(devices: Any, machine: Topology) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """The train step of each other layout."""
     for name, stage, bindings in WEIGHED:
         recipe, run = configured(bindings)
-        (record,) = ahead.stages(recipe, run, devices, machine, "tpu", only=("train step",), among=(stage,))
+        (record,) = stages.stages(recipe, run, devices, machine, "tpu", only=("train step",), among=(stage,))
         print(stage, name, f"{record['programs']['train step']['compile_seconds']:.0f} s", flush=True)
         yield stage, name, record["programs"]["train step"]
 
@@ -148,12 +150,12 @@ def cells(about: Mapping[str, Any]) -> list[str]:
         return ["does not fit", *["-"] * 5, f"{about['compile_seconds']:.0f}"]
     size, predicted = about["bytes_per_device"], about.get("predicted", {})
     moved = ", ".join(
-        f"{c['count']:.0f} {kind} ({plan.size(c['sent_bytes'])})" for kind, c in about["collectives"].items()
+        f"{c['count']:.0f} {kind} ({costs.size(c['sent_bytes'])})" for kind, c in about["collectives"].items()
     )
     utilisation = f"{predicted['utilisation']:.1%}" if "utilisation" in predicted else "-"
     return [
-        plan.size(size["peak"]),
-        plan.size(size["arguments"]),
+        costs.size(size["peak"]),
+        costs.size(size["arguments"]),
         moved or "none",
         f"{predicted['seconds']:.3g}" if predicted else "-",
         f"{predicted['collectives_waited_seconds']:.2g}" if predicted else "-",
@@ -190,12 +192,12 @@ def text(
             line(
                 [
                     r["name"],
-                    plan.count(r["params"]),
+                    costs.count(r["params"]),
                     mesh,
-                    plan.count(r["batch_tokens"]),
+                    costs.count(r["batch_tokens"]),
                     str(r["accumulate"]),
                     r["model"]["remat"],
-                    plan.size(state),
+                    costs.size(state),
                 ]
             )
         )
@@ -206,7 +208,7 @@ def text(
     return PAGE.format(
         machine=machine.name,
         devices=machine.devices,
-        memory=plan.size(machine.chip.memory),
+        memory=costs.size(machine.chip.memory),
         layouts="\n".join(layouts),
         programs="\n".join(programs),
         alternatives="\n".join(alternatives),
@@ -231,7 +233,7 @@ parameter, and the train steps hold the attention kernel.
 predictions and were never measured**: the compiler's estimate of the cycles of every operation, loops counted in
 full; plus the collectives that the program waits for, at the bandwidth of the links that they lie along; plus the
 attention kernel, of which the compiler estimates nothing, at half of the peak. Collectives that run beside other
-work are taken to be hidden by it. The utilisation is that of model FLOPs (`plan.train_flops_per_token`: what is
+work are taken to be hidden by it. The utilisation is that of model FLOPs (`costs.train_flops_per_token`: what is
 recomputed does not count). Good for comparing layouts, not for promising days.
 
 ## What else was weighed

@@ -52,10 +52,10 @@ def main(argv: list[str]) -> None:
 
     # Imported here, so that --help answers at once.
     from experiments import launch
-    from flm_jax.evaluation import What
+    from flm_jax.evaluation.evaluate import EvalRequest
 
     launch.join(processes.given())
-    what = What(
+    what = EvalRequest(
         tuple(_LM_EVAL.value),
         _INCLUDE_PATH.value,
         _LIMIT.value,

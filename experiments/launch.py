@@ -15,22 +15,24 @@ from typing import Any, NoReturn, TypeVar
 
 import gin
 
-from flm_jax import ahead, config, evaluation, hosts, optimizer, overview, plan, sharding, transplant
+from flm_jax import checkpoint_growth, config, costs, distributed, evaluation, optimizer, sharding
 from flm_jax import recipe as recipes
 from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
+from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
 from flm_jax.convert import exporting, importing
-from flm_jax.data import corpora, source, train_vocabulary
+from flm_jax.data import config as data_config
+from flm_jax.data import corpora, train_vocabulary
 from flm_jax.growth import Growth, GrowthError, Ramp
-from flm_jax.origin import model_of, read_origin
-from flm_jax.overview import dry_run as describe
+from flm_jax.planning import stages, text
+from flm_jax.planning.text import dry_run as describe
+from flm_jax.planning.topology import Topology
 from flm_jax.recipe import Recipe, Run
-from flm_jax.streamed.flow import CHUNK_BYTES
-from flm_jax.topology import Topology
+from flm_jax.source_checkpoint import model_of, read_source
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a user's input can cause: one sentence is enough. Anything else is our error, and shows where.
-EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, library.NonFiniteError, hosts.PeerError)
+EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, library.NonFiniteError, distributed.PeerError)
 _registered: set[str] = set()
 T = TypeVar("T")
 Binding = tuple[str, str, str]  # scope, function, parameter
@@ -55,7 +57,7 @@ def register() -> None:
         recipes.Run,
         Growth,
         Ramp,
-        source.DataConfig,
+        data_config.DataConfig,
         corpora.StandardLibrary,
         corpora.TextFolder,
         corpora.Jsonl,
@@ -134,10 +136,10 @@ def check_used(by_hand: set[Binding]) -> None:
 
 
 def join(flags: Mapping[str, Any]) -> None:
-    """Joins the other processes of a run, if the flags or the environment name any: see `flm_jax.hosts.join`."""
+    """Joins the other processes of a run, if the flags or the environment name any: see `flm_jax.distributed.join`."""
     _log_from(logging.WARNING)
     try:
-        hosts.join(**flags)
+        distributed.join(**flags)
     except ValueError as error:
         fail(error)
 
@@ -150,16 +152,16 @@ def _log_from(level: int) -> None:
 def started() -> Iterator[None]:
     """What a launcher does, its errors told in one sentence."""
     _log_from(logging.WARNING)  # before JAX looks for devices, and tells of all that it does not find
-    if not hosts.first():
+    if not distributed.is_primary():
         _log_from(logging.ERROR)
     try:
         yield
     except EXPECTED as error:
         fail(error)
     except (Exception, KeyboardInterrupt) as error:
-        if hosts.joined():
+        if distributed.joined():
             traceback.print_exc()
-            hosts.leave(repr(error))
+            distributed.fail_together(repr(error))
         raise
 
 
@@ -168,7 +170,7 @@ def fail(error: BaseException) -> NoReturn:
     # gin appends the calls that it was in; the sentence itself comes first.
     text = " ".join(str(error).split("\n  In call to configurable")[0].split())
     print(f"error: {text}", file=sys.stderr)
-    hosts.leave(text)
+    distributed.fail_together(text)
     sys.exit(1)
 
 
@@ -186,12 +188,12 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
         check_used(by_hand)
         if dry_run:
             for section in describe(recipe, run):
-                hosts.say(section)
+                distributed.print0(section)
             return
         assert workdir is not None
         config = gin.operative_config_str()
         if library.train(recipe, run, workdir, records={"config.gin": config, "git.txt": git_state()}) is None:
-            hosts.say(f"Stopped; everything is saved in {workdir}. Run the same command to go on.")
+            distributed.print0(f"Stopped; everything is saved in {workdir}. Run the same command to go on.")
 
 
 @gin.configurable(module="flm_jax")
@@ -200,12 +202,12 @@ def grow(
     growth: Growth = gin.REQUIRED,
     seed: int = 0,
     mesh: sharding.MeshConfig | None = None,
-    data: source.DataConfig | None = None,
+    data: data_config.DataConfig | None = None,
     tolerance: float = 1e-5,
     streamed: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, Any]:
-    """What `experiments/grow.py` takes from gin: see `flm_jax.transplant.grow_checkpoint`."""
+    """What `experiments/grow.py` takes from gin: see `flm_jax.checkpoint_growth.grow_checkpoint`."""
     return dict(
         target=target,
         growth=growth,
@@ -220,9 +222,9 @@ def grow(
 
 @gin.configurable(module="flm_jax")
 def verify(
-    mesh: sharding.MeshConfig | None = None, data: source.DataConfig | None = None, tolerance: float = 1e-5
+    mesh: sharding.MeshConfig | None = None, data: data_config.DataConfig | None = None, tolerance: float = 1e-5
 ) -> dict[str, Any]:
-    """What `experiments/verify.py` takes from gin: see `flm_jax.transplant.verify_checkpoints`."""
+    """What `experiments/verify.py` takes from gin: see `flm_jax.checkpoint_growth.verify_checkpoints`."""
     return dict(mesh=mesh, data=data, tolerance=tolerance)
 
 
@@ -232,14 +234,14 @@ def evaluate(mesh: sharding.MeshConfig | None = None) -> sharding.MeshConfig | N
     return mesh
 
 
-def recorded_data(checkpoint: str) -> source.DataConfig | None:
+def recorded_data(checkpoint: str) -> data_config.DataConfig | None:
     """The data that a checkpoint's run was configured with, if its work directory records that."""
-    recorded = read_origin(checkpoint).directory.parents[2] / "config.gin"
+    recorded = read_source(checkpoint).directory.parents[2] / "config.gin"
     if not recorded.is_file() or "DataConfig" not in recorded.read_text():
         return None
     gin.clear_config()
     parse([str(recorded)], ["verify.data = @DataConfig()"])
-    data: source.DataConfig = verify()["data"]
+    data: data_config.DataConfig = verify()["data"]
     gin.clear_config()
     return data
 
@@ -282,9 +284,9 @@ def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: 
         if not settings["streamed"]:
             settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
-        record = transplant.grow_checkpoint(source, workdir, **settings, records=records)
-        hosts.say(transplant.lines(record["verification"]))
-        hosts.say(f"Written to {workdir}. Go on from it with Recipe.start = {workdir!r}.")
+        record = checkpoint_growth.grow_checkpoint(source, workdir, **settings, records=records)
+        distributed.print0(checkpoint_growth.lines(record["verification"]))
+        distributed.print0(f"Written to {workdir}. Go on from it with Recipe.start = {workdir!r}.")
 
 
 def run_verify(
@@ -298,9 +300,9 @@ def run_verify(
         check_used(by_hand)
         settings["data"] = settings["data"] or data
         check_writable(json_file)
-        found = transplant.verify_checkpoints(source, target, **settings)
-    hosts.say(transplant.lines(found))
-    if json_file and hosts.first():
+        found = checkpoint_growth.verify_checkpoints(source, target, **settings)
+    distributed.print0(checkpoint_growth.lines(found))
+    if json_file and distributed.is_primary():
         Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
     if not found["holds"]:
         sys.exit(1)
@@ -310,15 +312,15 @@ def run_import(source: str, workdir: str, dtype: str | None) -> None:
     """Makes a checkpoint of another program's model, and says what it is."""
     with started():
         found = importing.import_model(source, workdir, dtype)
-    hosts.say(
-        f"{found['architecture']}: {found['model']}; {plan.count(found['params'])} parameters in {found['tensors']} "
+    distributed.print0(
+        f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters in {found['tensors']} "
         f"tensors, kept as {found['dtype']}; with {', '.join(found['files'])}."
     )
     if "tokenizer.json" not in found["files"]:
-        hosts.say(
+        distributed.print0(
             "No tokenizer.json came with it: training and evaluation want one of you (Pretrained.path, --tokenizer)."
         )
-    hosts.say(f"Written to {workdir}. Grow it with --source={workdir}, or go on from it with Recipe.start.")
+    distributed.print0(f"Written to {workdir}. Grow it with --source={workdir}, or go on from it with Recipe.start.")
 
 
 def run_export(workdir: str, target: str, architecture: str | None, dtype: str | None, shard_bytes: int) -> None:
@@ -331,18 +333,20 @@ def run_export(workdir: str, target: str, architecture: str | None, dtype: str |
         else ("nothing to fold")
     )
     tokenizer = "" if found["tokenizer"] else "; the checkpoint has no tokenizer to go with it"
-    hosts.say(
-        f"{found['architecture']}: {found['model']}; {plan.count(found['params'])} parameters as {found['dtype']}, "
-        f"{plan.size(found['bytes'])}; {folded}{tokenizer}."
+    distributed.print0(
+        f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters as {found['dtype']}, "
+        f"{costs.size(found['bytes'])}; {folded}{tokenizer}."
     )
     if found["folded"] and found["dtype"] != "float32":
-        hosts.say(f"What was folded is rounded to {found['dtype']}: with --dtype=float32 it stays within a few 1e-6.")
-    hosts.say(f"Written to {target}: {', '.join(found['files'])} and the weights.")
+        distributed.print0(
+            f"What was folded is rounded to {found['dtype']}: with --dtype=float32 it stays within a few 1e-6."
+        )
+    distributed.print0(f"Written to {target}: {', '.join(found['files'])} and the weights.")
 
 
 def run_evaluate(
     checkpoint: str,
-    what: evaluation.What,
+    what: evaluation.EvalRequest,
     tokenizer: str | None,
     batch_size: int,
     max_length: int | None,
@@ -359,11 +363,11 @@ def run_evaluate(
         check_used(by_hand)
         try:
             found = evaluation.evaluate_checkpoint(
-                checkpoint, what, tokenizer, data, mesh, batch_size, max_length, hosts.say
+                checkpoint, what, tokenizer, data, mesh, batch_size, max_length, distributed.print0
             )
         except ImportError as error:
             fail(error)
-    if json_file and hosts.first():
+    if json_file and distributed.is_primary():
         Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -383,17 +387,17 @@ def run_plan(
         by_hand = parse(gin_files, gin_bindings)
         recipe, run = required(train)
         check_used(by_hand)
-        assumed = ahead.Assumptions(utilisation, storage)
+        assumed = stages.Assumptions(utilisation, storage)
         print(
             f"{machine.name}: {machine.devices} devices on {machine.hosts} hosts; utilisation {utilisation:.0%} assumed"
         )
         records = []
-        for record in ahead.stages(recipe, run, ahead.devices_of(machine, compiler), machine, compiler, assumed):
+        for record in stages.stages(recipe, run, stages.devices_of(machine, compiler), machine, compiler, assumed):
             records.append(record)
-            print(overview.stage_text(record), flush=True)
+            print(text.stage_text(record), flush=True)
     except EXPECTED as error:
         fail(error)
-    print(overview.total_text(records, machine))
+    print(text.total_text(records, machine))
     if json_file:
         about = {"name": machine.name, "devices": machine.devices, "hosts": machine.hosts, "chip": machine.chip.source}
         found = {
@@ -401,7 +405,7 @@ def run_plan(
             "compiler": compiler,
             "assumed": {"utilisation": utilisation, "storage_bytes_per_second_and_host": storage},
             "stages": records,
-            "total": overview.totals(records),
+            "total": text.totals(records),
         }
         Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
     if not all(record["fits"] for record in records):

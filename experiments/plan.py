@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         app.usage(shorthelp=True, detailed_error=f"unexpected argument {argv[1]!r}", exitcode=2)
     if not _GIN_FILE.value and not _GIN_BINDINGS.value:
         app.usage(shorthelp=True, detailed_error="give a recipe with --gin_file", exitcode=2)
-    from flm_jax.topology import topology
+    from flm_jax.planning.topology import topology
 
     try:
         machine = topology(_TOPOLOGY.value)

@@ -15,7 +15,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def given() -> dict[str, Any]:
-    """What the flags say, as arguments of `flm_jax.hosts.join`."""
+    """What the flags say, as arguments of `flm_jax.distributed.join`."""
     return {
         "coordinator": _COORDINATOR.value,
         "processes": _PROCESSES.value,

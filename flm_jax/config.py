@@ -12,12 +12,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flm_jax.records import recorded
 from flm_jax.signature import Signature
 
 REMAT_POLICIES = ("none", "dots", "inner", "mlp", "full")
 ATTENTION = ("plain", "cudnn", "splash", "auto")
 
 
+@recorded
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's change of the rotary frequencies for contexts longer than those of its training (2407.21783).
@@ -43,6 +45,7 @@ class RopeScaling:
             )
 
 
+@recorded
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Tele-FLM form: Llama's forward pass with an input and an output multiplier.

@@ -1,15 +1,19 @@
-"""Next-token cross-entropy, in chunks of time so that the logits of a large vocabulary are never whole in memory."""
+"""Next-token cross-entropy, in chunks of time so that no logits of a large vocabulary are whole; held-out loss."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
 from flm_jax.model import Masks, Params, Transformer
+from flm_jax.sharding import put_batch, replicated
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -67,3 +71,27 @@ def loss_sum(
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """Bits a byte of text (2404.16645): a loss in nats a token, over the bytes a token stands for, over ln 2."""
     return loss / bytes_per_token / math.log(2)
+
+
+def make_heldout_loss(
+    cfg: ModelConfig, mesh: Mesh, chunks: int = 1
+) -> Callable[[Params, Iterable[Any], Masks | None], float]:
+    """A function from parameters, batches and masks to the mean loss in nats a token.
+
+    It is compiled once for the masked and once for the ordinary program; batches must all have one shape.
+    """
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def sums(params: Params, batch: Any, masks: Masks | None) -> tuple[jax.Array, jax.Array]:
+        total = loss_sum(
+            cfg, params, batch.inputs_BT, batch.targets_BT, batch.weights_BT, batch.segments_BT, masks, chunks
+        )
+        return total, jnp.sum(batch.weights_BT)
+
+    def evaluate(params: Params, batches: Iterable[Any], masks: Masks | None = None) -> float:
+        with jax.set_mesh(mesh):
+            pairs = [sums(params, put_batch(batch, mesh), masks) for batch in batches]
+        total, weight = (sum(float(x) for x in side) for side in zip(*jax.device_get(pairs), strict=True))
+        return total / weight
+
+    return evaluate

@@ -14,12 +14,14 @@ import optax
 from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth.frame import Frame, in_frame
+from flm_jax.growth.exact_adamw import Rescaling, in_rescaling
+from flm_jax.records import recorded
 from flm_jax.sharding import param_shardings, replicated
 
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
 
 
+@recorded
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How one stage is optimised.
@@ -147,7 +149,7 @@ def decay(rate: float, decays: Any) -> optax.GradientTransformation:
 
 
 def optimizer(
-    cfg: OptimizerConfig, model: ModelConfig, signatures: Any, frame: Frame | None = None
+    cfg: OptimizerConfig, model: ModelConfig, signatures: Any, frame: Rescaling | None = None
 ) -> optax.GradientTransformation:
     """AdamW up to its sign and rate: the parameters' step is minus the rate times what this returns.
 
@@ -171,7 +173,7 @@ def optimizer(
         scale_by_width(mults),
         decay(cfg.weight_decay, decays),
     )
-    return in_frame(steps, frame, cfg.clip)
+    return in_rescaling(steps, frame, cfg.clip)
 
 
 def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: Any, mesh: Mesh) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from flm_jax.hosts import first
+from flm_jax.distributed import is_primary
 from flm_jax.recipe import ResolvedStage
 
 
@@ -27,7 +27,7 @@ class Progress:
         self._tokens_per_step = stage.stage.batch_size * context
         self._flops_per_token = flops_per_token
         # What a killed run wrote after its last checkpoint is written again, and hidden by the purge.
-        self._writer = SummaryWriter(str(events / stage.directory), purge_step=start + 1) if first() else None
+        self._writer = SummaryWriter(str(events / stage.directory), purge_step=start + 1) if is_primary() else None
         interval = 0.2 if sys.stderr.isatty() else 20.0
         self._bar = tqdm(
             total=self._stage.steps,
@@ -36,7 +36,7 @@ class Progress:
             unit="step",
             mininterval=interval,
             smoothing=0.1,
-            disable=not first(),
+            disable=not is_primary(),
         )
         self._since = (start, time.perf_counter())
         self._rate = 0.0

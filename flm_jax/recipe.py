@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from flm_jax.config import ModelConfig, RopeScaling
-from flm_jax.data.source import DataConfig
-from flm_jax.growth.frame import Frame, frame
-from flm_jax.growth.masks import Ramp
+from flm_jax.config import ModelConfig
+from flm_jax.data.config import DataConfig
+from flm_jax.growth.exact_adamw import Rescaling, frame
 from flm_jax.growth.plan import NUMERICS, Growth, grown_config, ramp_steps
-from flm_jax.hosts import first
 from flm_jax.optimizer import OptimizerConfig, schedule
+from flm_jax.records import as_dict, differences, recorded
 from flm_jax.sharding import MeshConfig
 
-RECIPE, DATA = "recipe.json", "data.json"
 
-
+@recorded
 @dataclass(frozen=True)
 class Stage:
     """One model, trained for some steps.
@@ -51,6 +46,7 @@ class Stage:
     accumulate: int = 1
 
 
+@recorded
 @dataclass(frozen=True)
 class Recipe:
     """A run from the first stage to the last: what decides every number.
@@ -83,6 +79,7 @@ class Recipe:
         _check_at_least(self, 1, "loss_chunks", "eval_windows", "eval_every")
 
 
+@recorded
 @dataclass(frozen=True)
 class Run:
     """How a recipe is run: nothing here changes what is computed, but for rounding on another mesh.
@@ -164,7 +161,7 @@ class ResolvedStage:
         return ramp_steps(self.before.cfg, self.cfg, self.stage.growth)
 
     @functools.cached_property
-    def frame(self) -> Frame | None:
+    def frame(self) -> Rescaling | None:
         """How the optimizer sees parameters and gradients, after growths that it goes on through exactly."""
         if self.before is None:
             return None
@@ -262,104 +259,3 @@ def _check_steps(stage: Stage) -> None:
             f"accumulate={stage.accumulate} must divide batch_size={stage.batch_size}: take a batch of {near}, say."
         )
     schedule(stage.optimizer, stage.steps)
-
-
-def as_dict(value: Any) -> Any:
-    """A configuration as JSON-able data; dataclasses carry the name of their class.
-
-    Fields with the metadata ``{"identity": False}``, such as where a cache is kept, are left out.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            f.name: as_dict(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if f.metadata.get("identity", True)
-        }
-        return {"class": type(value).__name__, **fields}
-    if isinstance(value, dict):
-        return {str(k): as_dict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_dict(v) for v in value]
-    return value
-
-
-def fingerprint(record: Any) -> str:
-    """A sha256 (hex) of JSON-able data, as `as_dict` makes it."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def from_dict(data: Any) -> Any:
-    """A model's or a growth's configuration, from what `as_dict` made of it."""
-    if isinstance(data, dict) and "class" in data:
-        made = {kind.__name__: kind for kind in (ModelConfig, RopeScaling, Growth, Ramp)}[data["class"]]
-        return made(**{name: from_dict(value) for name, value in data.items() if name != "class"})
-    return {name: from_dict(value) for name, value in data.items()} if isinstance(data, dict) else data
-
-
-def completed(record: Any) -> Any:
-    """A record with the fields that configurations have gained since: at their defaults, they change nothing."""
-    if isinstance(record, list):
-        return [completed(value) for value in record]
-    if not isinstance(record, dict):
-        return record
-    known = (Recipe, Stage, DataConfig, ModelConfig, OptimizerConfig, Growth, Ramp, RopeScaling)
-    fields = next((dataclasses.fields(kind) for kind in known if kind.__name__ == record.get("class")), ())
-    gained = {
-        field.name: as_dict(field.default)
-        for field in fields
-        if field.default is not dataclasses.MISSING and field.metadata.get("identity", True)
-    }
-    return {**gained, **{name: completed(value) for name, value in record.items()}}
-
-
-def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
-    """Where two such structures differ: ``stages.0.steps: 100 there, 200 here``."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(a.keys() | b.keys()):
-            yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from differences(x, y, f"{path}.{i}")
-    elif a != b:
-        yield f"{path}: {a!r} there, {b!r} here"
-
-
-def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
-    """Checks that a work directory, if it has been begun, was begun with `mine`.
-
-    Raises:
-        ValueError: it was begun with something else, and the message names what differs; or it is no work directory.
-    """
-    if (workdir / file).exists():
-        found = list(differences(completed(json.loads((workdir / file).read_text())), json.loads(json.dumps(mine))))
-        if found:
-            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-            raise ValueError(
-                f"{workdir} was begun with {what}: {'; '.join(found[:3])}{more}. Nothing was changed; use another "
-                "--workdir for this one."
-            )
-    elif workdir.exists() and not (workdir / RECIPE).exists() and any(workdir.iterdir()):
-        raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")
-
-
-def write_identity(workdir: Path, file: str, mine: Any) -> None:
-    """Records `mine`, once `check_identity` has passed, whole or not at all; the first process does."""
-    if not first():
-        return
-    temporary = workdir / f"{file}.tmp"
-    temporary.write_text(json.dumps(mine, indent=1) + "\n")
-    temporary.replace(workdir / file)
-
-
-def write_record(workdir: Path, file: str, text: str) -> None:
-    """Keeps a text about this start of the run; one that differs from those of earlier starts gets a number.
-
-    The first process writes it.
-    """
-    if not first():
-        return
-    path, number = workdir / file, 1
-    while path.exists() and path.read_text() != text:
-        number += 1
-        path = workdir / f"{Path(file).stem}.{number}{Path(file).suffix}"
-    path.write_text(text)

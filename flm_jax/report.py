@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flm_jax import plan
+from flm_jax import costs
 from flm_jax.config import ModelConfig
-from flm_jax.recipe import ResolvedStage, as_dict
+from flm_jax.recipe import ResolvedStage
+from flm_jax.records import as_dict
 
 
 def growth_lines(record: Mapping[str, Any]) -> str:
@@ -18,9 +19,9 @@ def growth_lines(record: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"Growth to {record['stage']!r} by {record['method']}: "
-            f"{plan.count(record['params_before'])} -> {plan.count(record['params_after'])} parameters",
-            f"  before: {plan.shape_line(before)}",
-            f"  after:  {plan.shape_line(after)}",
+            f"{costs.count(record['params_before'])} -> {costs.count(record['params_after'])} parameters",
+            f"  before: {costs.shape_line(before)}",
+            f"  after:  {costs.shape_line(after)}",
             f"  max |difference| of logits: {record['max_abs_logit_diff']:.2e} "
             f"(relative {record['max_rel_logit_diff']:.2e})",
             f"  held-out loss: {record['eval_loss_before']:.6f} -> {record['eval_loss_after']:.6f}",
@@ -44,14 +45,14 @@ def summary(
     rows, tokens, flops = [], 0, 0
     for s in stages:
         own = s.stage.steps * s.stage.batch_size * context
-        own_flops = own * plan.train_flops_per_token(s.cfg, context)
+        own_flops = own * costs.train_flops_per_token(s.cfg, context)
         tokens, flops = tokens + own, flops + own_flops
         evals = [e for e in history["evals"] if e["stage"] == s.stage.name]
         rows.append(
             {
                 "name": s.stage.name,
                 "config": as_dict(s.cfg),
-                "params": plan.param_count(s.cfg),
+                "params": costs.param_count(s.cfg),
                 "steps": s.stage.steps,
                 "batch_size": s.stage.batch_size,
                 "tokens": own,
@@ -93,7 +94,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     axes = figure.subplots()
     lines = curve(result)
     for (name, xs, ys), row in zip(lines, result["stages"], strict=True):
-        axes.plot(xs, ys, marker="o", markersize=3, label=f"{name}: {plan.count(row['params'])} parameters")
+        axes.plot(xs, ys, marker="o", markersize=3, label=f"{name}: {costs.count(row['params'])} parameters")
     points = {name: (xs, ys) for name, xs, ys in lines}
     for growth in result["growths"]:
         xs, ys = points[growth["stage"]]
@@ -123,12 +124,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += ["| stage | shape | parameters | steps | tokens | FLOPs | held-out loss | bits a byte |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {r['name']} | {plan.shape_line(_config(r['config']))} | {plan.count(r['params'])} | {r['steps']} | "
-        f"{plan.count(r['tokens'])} | {r['flops']:.3g} | {r['eval_loss']:.4f} | {r['eval_bits_per_byte']:.3f} |"
+        f"| {r['name']} | {costs.shape_line(_config(r['config']))} | {costs.count(r['params'])} | {r['steps']} | "
+        f"{costs.count(r['tokens'])} | {r['flops']:.3g} | {r['eval_loss']:.4f} | {r['eval_bits_per_byte']:.3f} |"
         for r in result["stages"]
     ]
     last = result["stages"][-1]
-    lines += ["", f"In all {plan.count(last['total_tokens'])} tokens and {last['total_flops']:.3g} FLOPs."]
+    lines += ["", f"In all {costs.count(last['total_tokens'])} tokens and {last['total_flops']:.3g} FLOPs."]
     if result["growths"]:
         lines += [
             "",
@@ -140,7 +141,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines += ["| to | method | parameters | max abs diff of logits | relative | held-out loss before | after |"]
         lines += ["|---|---|---|---|---|---|---|"]
         lines += [
-            f"| {g['stage']} | {g['method']} | {plan.count(g['params_before'])} -> {plan.count(g['params_after'])} | "
+            f"| {g['stage']} | {g['method']} | {costs.count(g['params_before'])} -> {costs.count(g['params_after'])} | "
             f"{g['max_abs_logit_diff']:.2e} | {g['max_rel_logit_diff']:.2e} | {g['eval_loss_before']:.6f} | "
             f"{g['eval_loss_after']:.6f} |"
             for g in result["growths"]

@@ -5,15 +5,18 @@ Shapes first, then shardings, then values: nothing is ever made on one device an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flm_jax.records import recorded
 from flm_jax.signature import Signature
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -38,6 +41,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+@recorded
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1, for all that are left.
@@ -208,3 +212,44 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, axes))
+
+
+@functools.lru_cache(maxsize=64)
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process's devices hold, in order, int64.
+
+    The mesh decides: where `tensor` reaches over several processes, these hold the same rows.
+    """
+    where = NamedSharding(mesh, spec(("batch",))).addressable_devices_indices_map((batch_size,))
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[index] for index in where.values() if index is not None]))
+
+
+def put_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
+    """A batch of (B, T) arrays as global arrays, split as the mesh splits them.
+
+    Args:
+      batch: the whole batch, the same in every process; or, with `batch_size`, its `own_rows`.
+      mesh: where to.
+      batch_size: B, where the arrays hold this process's rows alone.
+    """
+    where = NamedSharding(mesh, spec(("batch", "time")))
+
+    def put(x: np.ndarray) -> jax.Array:
+        whole = len(x) if batch_size is None else batch_size
+        own = np.arange(whole) if batch_size is None else own_rows(mesh, batch_size)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(whole)
+            first = int(np.searchsorted(own, start))
+            return x[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback((whole, *x.shape[1:]), where, part)
+
+    return jax.tree.map(put, batch)
+
+
+def few_rows(mesh: Mesh) -> int:
+    """About eight windows, as many as the mesh can split evenly: what whole logits are looked at on."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return int(shards * max(1, 8 // shards))

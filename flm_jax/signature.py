@@ -59,15 +59,15 @@ class Role(enum.Enum):
 class Signature:
     """What one parameter reads, writes or scales, by axis names; `stacked` when there is one slice a layer.
 
-    `meets` names the written axes on which the product is contracted with what another parameter wrote, so that this
-    side is the one that reads: a score is the query's entries, read by the key's.
+    `contracted` names the written axes on which the product is contracted with what another parameter wrote, so that
+    this side is the one that reads: a score is the query's entries, read by the key's.
     """
 
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     gains: tuple[str, ...] = ()
     stacked: bool = False
-    meets: frozenset[str] = frozenset()
+    contracted: frozenset[str] = frozenset()
 
     @classmethod
     def parse(cls, text: str) -> Signature:
@@ -75,7 +75,7 @@ class Signature:
 
         What reads nothing, as in ``"-> heads head_dim"``, is a bias.
 
-        A star marks a written axis that meets another's: ``"embed -> kv_heads head_dim*"`` for keys.
+        A star marks a written axis that is contracted with another's: ``"embed -> kv_heads head_dim*"`` for keys.
 
         Raises:
             ValueError: an axis has no entry in `KINDS`, or the arrow is misplaced.
@@ -87,8 +87,8 @@ class Signature:
                 raise ValueError(f"Signature {text!r}: only {STACK_AXIS!r} may stand before a colon.")
             stacked = True
         sides = [tuple(side.split()) for side in body.split("->")]
-        meets = frozenset(axis[:-1] for axis in sides[-1] if axis.endswith("*") and len(sides) == 2)
-        sides[-1] = tuple(axis.removesuffix("*") if axis[:-1] in meets else axis for axis in sides[-1])
+        contracted = frozenset(axis[:-1] for axis in sides[-1] if axis.endswith("*") and len(sides) == 2)
+        sides[-1] = tuple(axis.removesuffix("*") if axis[:-1] in contracted else axis for axis in sides[-1])
         if len(sides) > 2 or not sides[-1]:
             raise ValueError(
                 f"Signature {text!r}: expected 'reads -> writes', axis names alone for a gain, '-> writes' for a bias."
@@ -99,10 +99,10 @@ class Signature:
                 raise ValueError(f"Signature {text!r}: unknown axis {axis!r}; known axes are {known}.")
         if len(sides) == 1:
             return cls(gains=sides[0], stacked=stacked)
-        return cls(reads=sides[0], writes=sides[1], stacked=stacked, meets=meets)
+        return cls(reads=sides[0], writes=sides[1], stacked=stacked, contracted=contracted)
 
     def __str__(self) -> str:
-        writes = (f"{axis}*" if axis in self.meets else axis for axis in self.writes)
+        writes = (f"{axis}*" if axis in self.contracted else axis for axis in self.writes)
         body = " ".join(self.gains) if self.gains else f"{' '.join(self.reads)} -> {' '.join(writes)}".lstrip()
         return f"{STACK_AXIS}: {body}" if self.stacked else body
 
@@ -129,7 +129,7 @@ class Signature:
             return Role.GAIN
         if KINDS[axis] is Kind.STACK:
             return Role.WRITER if any(KINDS[a] is Kind.RESIDUAL for a in self.writes) else Role.READER
-        return Role.READER if axis in self.reads or axis in self.meets else Role.WRITER
+        return Role.READER if axis in self.reads or axis in self.contracted else Role.WRITER
 
     @property
     def is_matrix_like(self) -> bool:

@@ -15,7 +15,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth.frame import new_entries, rate_of_new, scale_new
+from flm_jax.growth.exact_adamw import new_entries, rate_of_new, scale_new
 from flm_jax.growth.grow import grow, grow_optimizer
 from flm_jax.growth.plan import Growth, masks_at
 from flm_jax.loss import loss_sum

@@ -15,7 +15,7 @@ The order of decisions:
 Whatever is needed to go on exactly is in the checkpoint: state, data position, and the history of measurements.
 
 Several processes all come this way, each with its own rows of every batch. What they decide by is the same in each, or
-told by one to all (see `flm_jax.hosts`); the first alone writes and prints, but for its part of the arrays.
+told by one to all (see `flm_jax.distributed`); the first alone writes and prints, but for its part of the arrays.
 """
 
 from __future__ import annotations
@@ -31,38 +31,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flm_jax import hosts, plan, report
-from flm_jax.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    DamagedError,
-    NoCheckpointError,
-    Restored,
-    read_manifest,
-)
+from flm_jax import costs, distributed, report
+from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, Restored, read_manifest
 from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data, open_data
-from flm_jax.evaluate import few_rows, make_eval, own_rows, put_batch
 from flm_jax.generate import generate
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import judge, observe
-from flm_jax.loss import bits_per_byte
-from flm_jax.origin import POSITION, Origin, begin, lineage
+from flm_jax.loss import bits_per_byte, make_heldout_loss
 from flm_jax.progress import Interrupts, Progress
-from flm_jax.recipe import (
-    DATA,
-    RECIPE,
-    Recipe,
-    ResolvedStage,
-    Run,
-    as_dict,
-    check_identity,
-    fingerprint,
-    from_dict,
-    write_identity,
-    write_record,
-)
-from flm_jax.sharding import make_mesh
+from flm_jax.recipe import Recipe, ResolvedStage, Run
+from flm_jax.records import DATA, RECIPE, as_dict, check_identity, fingerprint, from_dict, write_identity, write_record
+from flm_jax.sharding import few_rows, make_mesh, own_rows, put_batch
+from flm_jax.source_checkpoint import POSITION, SourceCheckpoint, begin, lineage
 from flm_jax.step import Metrics, StageProgram, TrainState, quietly_donated
 
 log = logging.getLogger(__name__)
@@ -94,9 +75,9 @@ def train(
       CheckpointError: a checkpoint cannot be written or does not fit.
       PeerError: one of these in another process.
     """
-    hosts.check()
+    distributed.check_joined()
     workdir = Path(workdir).expanduser()
-    with hosts.together("recipe"):
+    with distributed.together("recipe"):
         origin, stages = begin(recipe)
         check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         run.check(recipe)
@@ -107,14 +88,14 @@ def train(
         for program in programs:
             program.check_trains(recipe.data.context)
     settings = fingerprint([as_dict(recipe), as_dict(run)])
-    hosts.same("The recipe or its Run", settings, "Start every process with the same command.")
+    distributed.assert_equal("The recipe or its Run", settings, "Start every process with the same command.")
     data = open_data(recipe.data)
     _check_vocabulary(stages, data)
     # Where the data lies may change; what it is may not.
     identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
     identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
     identity |= {} if origin is None else {"start": origin.digest}
-    with hosts.together("data"):
+    with distributed.together("data"):
         check_identity(workdir, DATA, identity, "other data or another start")
     with contextlib.ExitStack() as stack:
         stores = [
@@ -126,7 +107,7 @@ def train(
         # The directories are locked now, so nobody else writes here.
         write_identity(workdir, RECIPE, as_dict(recipe))
         write_identity(workdir, DATA, identity)
-        tables = "\n\n".join(f"{s.stage.name}\n{plan.param_table(s.cfg)}" for s in stages)
+        tables = "\n\n".join(f"{s.stage.name}\n{costs.param_table(s.cfg)}" for s in stages)
         for name, text in {"parameters.txt": tables + "\n", **(records or {})}.items():
             write_record(workdir, name, text)
         first, restored = _newest(programs, stores)
@@ -155,15 +136,15 @@ def train(
                 assert state is not None
                 state = worker.run(state, interrupts)
             position = worker.batches.state()
-            if hosts.anyone("stop", interrupts.requested is not None):
+            if distributed.any_process("stop", interrupts.requested is not None):
                 return None
         assert state is not None
         with jax.set_mesh(programs[-1].mesh):
             sample = _sample(programs[-1], state, data, run, recipe.seed)
         context = recipe.data.context
         result = report.summary(stages, history, data.describe(), data.bytes_per_token, context, sample)
-        with hosts.together("report"):
-            if hosts.first():
+        with distributed.together("report"):
+            if distributed.is_primary():
                 report.write(workdir, result)
         return result
 
@@ -181,7 +162,7 @@ class _StageRun:
         store: Checkpoints,
         history: dict[str, list[Any]],
         position: bytes | None,
-        origin: Origin | None,
+        origin: SourceCheckpoint | None,
     ) -> None:
         self.recipe, self.settings, self.workdir, self.data = recipe, run, workdir, data
         self.program, self.store, self.history, self.origin = program, store, history, origin
@@ -189,8 +170,8 @@ class _StageRun:
         self.batches: TokenBatches = data.train()
         if position is not None:
             self.batches.restore(position)
-        self.evaluate = make_eval(self.stage.cfg, self.mesh, recipe.loss_chunks)
-        self.flops_per_token = plan.train_flops_per_token(self.stage.cfg, recipe.data.context)
+        self.evaluate = make_heldout_loss(self.stage.cfg, self.mesh, recipe.loss_chunks)
+        self.flops_per_token = costs.train_flops_per_token(self.stage.cfg, recipe.data.context)
 
     @property
     def stage(self) -> ResolvedStage:
@@ -231,7 +212,7 @@ class _StageRun:
         self.program.settle(growth)
         # What the comparison needs of the old model is observed first, so that its memory is free for the new one.
         observed = observe(before.cfg, state.params, *tokens)
-        evaluate_before = make_eval(before.cfg, self.mesh, self.recipe.loss_chunks)
+        evaluate_before = make_heldout_loss(before.cfg, self.mesh, self.recipe.loss_chunks)
         loss_before = evaluate_before(state.params, self._heldout(), None)
         with quietly_donated():
             grown = self.program.grower(donate=True)(state, key)
@@ -248,17 +229,17 @@ class _StageRun:
             "plan": as_dict(growth),
             "source": f"{source.parent.name}/{source.name}",
             "distances": list(distances),
-            "source_digest": hosts.from_first("source", lambda: read_manifest(source).state_digest),
+            "source_digest": distributed.from_primary("source", lambda: read_manifest(source).state_digest),
             "config_before": as_dict(before.cfg),
             "config_after": as_dict(self.stage.cfg),
-            "params_before": plan.param_count(before.cfg),
-            "params_after": plan.param_count(self.stage.cfg),
+            "params_before": costs.param_count(before.cfg),
+            "params_after": costs.param_count(self.stage.cfg),
             **verification.as_dict(),
             "eval_loss_before": loss_before,
             "eval_loss_after": loss_after,
         }
         self.history["growths"].append(record)
-        hosts.say(report.growth_lines(record))
+        distributed.print0(report.growth_lines(record))
         return grown, record
 
     def run(self, state: TrainState, interrupts: Interrupts) -> TrainState:
@@ -267,8 +248,8 @@ class _StageRun:
         step = int(state.step)
         skipped = {s["step"] for s in self.history["skipped"] if s["stage"] == stage.name}
         bad_in_a_row = next(n for n in range(step + 1) if step - n not in skipped)
-        stop = hosts.anyone("stop", interrupts.requested is not None)
-        vote = hosts.Vote(self.mesh)
+        stop = distributed.any_process("stop", interrupts.requested is not None)
+        vote = distributed.Vote(self.mesh)
         rows = own_rows(self.mesh, stage.batch_size)
         pending: tuple[int, Metrics] | None = None
         masked, stepper = None, None
@@ -283,7 +264,7 @@ class _StageRun:
                 bad_in_a_row = bad_in_a_row + 1 if values["bad"] else 0
                 if values["bad"]:
                     self.history["skipped"].append({"stage": stage.name, "step": at})
-                    if hosts.first():
+                    if distributed.is_primary():
                         log.warning("Stage %s, step %d: loss or gradient is not finite; skipped.", stage.name, at)
                 if bad_in_a_row >= settings.max_bad_steps:
                     raise NonFiniteError(
@@ -339,7 +320,7 @@ class _StageRun:
         return record
 
     def _save(self, step: int, state: TrainState, provenance: dict[str, Any] | None) -> None:
-        signatures = {f"params/{path}": str(sig) for path, _, sig in plan.leaves(self.stage.cfg)}
+        signatures = {f"params/{path}": str(sig) for path, _, sig in costs.leaves(self.stage.cfg)}
         meta = {
             "stage": self.stage.stage.name,
             "model": as_dict(self.stage.cfg),
@@ -350,7 +331,7 @@ class _StageRun:
             "provenance": provenance,
         }
         advice = "Read the data from a token store, with streamed=False."
-        hosts.same("What was read of the data", self.batches.mark(), advice)
+        distributed.assert_equal("What was read of the data", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
         files = {} if self.origin is None else self.origin.files_with(self.data.vocabulary)
         blobs = {**files, POSITION: self.batches.state()}
@@ -366,11 +347,11 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
         except NoCheckpointError:
             continue
         except DamagedError as error:
-            if hosts.first():
+            if distributed.is_primary():
                 log.error("Stage %s is begun again from the one before: %s", program.stage.stage.name, error)
             damaged.append(str(error))
             continue
-        hosts.say(f"Going on with stage {program.stage.stage.name!r} at step {restored.step}.")
+        distributed.print0(f"Going on with stage {program.stage.stage.name!r} at step {restored.step}.")
         return program.stage.index, restored
     if damaged:
         raise CheckpointError(f"No checkpoint of any stage can be restored: {'; '.join(damaged)}")
@@ -393,4 +374,4 @@ def _sample(program: StageProgram, state: TrainState, data: Data, run: Run, seed
     prompt = np.asarray([ids or [data.vocabulary.eos_id]], np.int32)
     key = jax.random.fold_in(jax.random.key(seed), 0x5A)
     tokens = generate(program.stage.cfg, state.params, prompt, run.sample_tokens, key, temperature=0.7)
-    return run.prompt + data.vocabulary.decode([int(t) for t in hosts.fetch(tokens)[0]])
+    return run.prompt + data.vocabulary.decode([int(t) for t in distributed.fetch(tokens)[0]])

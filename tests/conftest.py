@@ -46,8 +46,8 @@ def x64():
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A small corpus, prepared on first use."""
+    from flm_jax.data.config import DataConfig
     from flm_jax.data.corpora import TextFolder
-    from flm_jax.data.source import DataConfig
     from flm_jax.data.train_vocabulary import Bytes
     from tests import small
 

@@ -23,14 +23,14 @@ import jax
 
 from flm_jax import train as training
 from flm_jax.checkpoint import read_manifest
+from flm_jax.checkpoint_growth.grow import grow_checkpoint
+from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
-from flm_jax.data.source import DataConfig
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.sharding import MeshConfig
-from flm_jax.transplant import grow_checkpoint
 from tests import small
 
 HERE = Path(__file__).resolve().parent / "golden"

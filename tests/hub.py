@@ -7,8 +7,8 @@ import jax
 
 from flm_jax.convert.importing import import_model
 from flm_jax.data.vocabulary import TokenizerVocabulary
-from flm_jax.origin import read_origin
 from flm_jax.sharding import make_mesh
+from flm_jax.source_checkpoint import read_source
 
 TEXT = "It grows, and goes on: the small model is in the large one.\nNothing that it knew is lost; 12 345 ways, été.\n"
 BEGIN, END = "<s>", "</s>"
@@ -68,6 +68,6 @@ def llama(folder: Path, vocab: int = 304):
     theirs.save_pretrained(folder)
     workdir = folder.parent / f"{folder.name}_converted"
     import_model(folder, workdir)
-    origin, mesh = read_origin(workdir), make_mesh(None, devices=jax.devices()[:1])
+    origin, mesh = read_source(workdir), make_mesh(None, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         return theirs, workdir, origin.stage.cfg, origin.restore_params(mesh)

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flm_jax import ahead, hlo, overview, plan
+from flm_jax import costs
 from flm_jax.config import small_52b, small_102b
-from flm_jax.data.source import DataConfig
+from flm_jax.data.config import DataConfig
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.growth import Growth
-from flm_jax.recipe import Recipe, Run, Stage, from_dict, resolve
+from flm_jax.planning import hlo, stages, text
+from flm_jax.planning.topology import CHIPS, topology
+from flm_jax.recipe import Recipe, Run, Stage, resolve
+from flm_jax.records import from_dict
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram, quietly_donated
-from flm_jax.topology import CHIPS, topology
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,13 +171,13 @@ RUN = Run(mesh=MeshConfig(fsdp=2, tensor=4), meshes={"second": MeshConfig(fsdp=4
 
 def test_a_plan_adds_up():
     small = Recipe((Stage("one", small_52b(260), 5, 16),), DataConfig(vocabulary=Bytes(), context=64))
-    (found,) = ahead.stages(small, Run(mesh=MeshConfig(fsdp=2, tensor=4)), jax.devices(), topology("h100-8"), "none")
+    (found,) = stages.stages(small, Run(mesh=MeshConfig(fsdp=2, tensor=4)), jax.devices(), topology("h100-8"), "none")
     cfg = small.stages[0].model
-    assert found["params"] == plan.param_count(cfg)
+    assert found["params"] == costs.param_count(cfg)
     assert found["tokens"] == 5 * 16 * 64
-    assert found["flops"] == found["tokens"] * plan.train_flops_per_token(cfg, 64)
+    assert found["flops"] == found["tokens"] * costs.train_flops_per_token(cfg, 64)
     # All but the gains is split over both axes of the mesh.
-    split = sum(math.prod(x.shape) / (2 if sig.gains else 8) for _, x, sig in plan.leaves(cfg))
+    split = sum(math.prod(x.shape) / (2 if sig.gains else 8) for _, x, sig in costs.leaves(cfg))
     assert found["bytes_per_device"]["parameters"] == 4 * split
     assert found["bytes_per_device"]["moments"] == 2 * 4 * split + 4  # and the count of steps
     assert found["fits"]
@@ -184,7 +186,7 @@ def test_a_plan_adds_up():
 
 def test_growths_are_compiled_from_mesh_to_mesh_and_gather_no_matrix():
     only = ("growth", "train step")
-    found = list(ahead.stages(recipe(), RUN, jax.devices(), None, "cpu", only=only))
+    found = list(stages.stages(recipe(), RUN, jax.devices(), None, "cpu", only=only))
     assert [set(record["programs"]) for record in found] == [
         {"initialisation", "train step"},
         {"growth", "train step with masks", "train step"},
@@ -196,9 +198,9 @@ def test_growths_are_compiled_from_mesh_to_mesh_and_gather_no_matrix():
     growth = found[1]["growth"]
     assert growth["written_bytes"] == 12 * found[1]["params"] + 8
     assert growth["read_bytes"] == 12 * found[0]["params"] + 8
-    text = "\n".join(map(overview.stage_text, found))
-    assert "grows from" in text
-    total = overview.totals(found)
+    shown = "\n".join(map(text.stage_text, found))
+    assert "grows from" in shown
+    total = text.totals(found)
     assert total["flops"] == sum(record["flops"] for record in found)
     assert total["scratch_flops"] == total["tokens"] * found[1]["flops_per_token"]
 
@@ -222,14 +224,14 @@ def test_what_keeps_its_shape_in_a_growth_keeps_its_memory():
 def test_generation_lowers_and_compiles_for_a_mesh():
     (stage,) = resolve(Recipe((Stage("a", small_52b(260), 1, 16),), DataConfig(vocabulary=Bytes(), context=64)))
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
-    about = ahead.compiled(ahead.decoding(StageProgram(stage, mesh, 1), 2, 64, tokens=8), None, mesh)
+    about = stages.compiled(stages.decoding(StageProgram(stage, mesh, 1), 2, 64, tokens=8), None, mesh)
     assert about["fits"]
     assert about["bytes_per_device"]["arguments"] > 0
 
 
 def test_a_mesh_for_a_stage_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="Run.meshes names third; the stages are first, second"):
-        list(ahead.stages(recipe(), Run(meshes={"third": MeshConfig()}), jax.devices(), None))
+        list(stages.stages(recipe(), Run(meshes={"third": MeshConfig()}), jax.devices(), None))
 
 
 def test_a_sequence_axis_that_does_not_divide_the_context_is_refused_with_sizes_that_do():
@@ -237,17 +239,17 @@ def test_a_sequence_axis_that_does_not_divide_the_context_is_refused_with_sizes_
     for sequence in (8, -1):
         run = Run(mesh=MeshConfig(data=1, sequence=sequence))
         with pytest.raises(ValueError, match="sequence=8 does not divide the context of 36 tokens.*are 6 and 9"):
-            list(ahead.stages(odd, run, jax.devices(), None))
+            list(stages.stages(odd, run, jax.devices(), None))
 
 
 def test_a_stage_may_train_on_a_mesh_that_could_not_train_the_one_before():
     first = dataclasses.replace(recipe().stages[0], batch_size=4, accumulate=2)
     stages = (first, recipe().stages[1])
     run = Run(mesh=MeshConfig(fsdp=2, tensor=4), meshes={"second": MeshConfig(data=8)})
-    found = list(ahead.stages(dataclasses.replace(recipe(), stages=stages), run, jax.devices(), None))
+    found = list(stages.stages(dataclasses.replace(recipe(), stages=stages), run, jax.devices(), None))
     assert "growth" in found[1]["programs"]
     with pytest.raises(ValueError, match="'first': batch_size=4 must be a multiple of.* = 16, such as 16"):
-        list(ahead.stages(dataclasses.replace(recipe(), stages=stages), Run(), jax.devices(), None))
+        list(stages.stages(dataclasses.replace(recipe(), stages=stages), Run(), jax.devices(), None))
 
 
 def test_what_does_not_fit_at_a_growth_does_not_fit():
@@ -257,12 +259,12 @@ def test_what_does_not_fit_at_a_growth_does_not_fit():
     second = Stage("b", cfg.replace(layers=8), 1, 1, growth=Growth("zero"))
     both = Recipe((first, second), DataConfig(vocabulary=Bytes(), context=8))
     machine = topology("h100-1")
-    *_, found = ahead.stages(both, Run(), jax.devices()[:1], machine)
+    *_, found = stages.stages(both, Run(), jax.devices()[:1], machine)
     step, growing = found["bytes_per_device"]["total"], found["growth"]["on_device_bytes"]
     assert found["fits"]
     assert step < growing
     tight = dataclasses.replace(machine, chip=dataclasses.replace(machine.chip, memory=(step + growing) / 2))
-    *_, found = ahead.stages(both, Run(), jax.devices()[:1], tight)
+    *_, found = stages.stages(both, Run(), jax.devices()[:1], tight)
     assert not found["fits"]
 
 
@@ -271,7 +273,7 @@ def test_saved_activations_follow_the_remat_policy():
     sizes = {}
     for remat in ("full", "mlp", "inner", "none"):
         cfg = small_52b().replace(remat=remat)
-        sizes[remat] = ahead.activations(cfg, 8, 64, 1, mesh)["saved_activations"]
+        sizes[remat] = stages.activations(cfg, 8, 64, 1, mesh)["saved_activations"]
     B, T, D, F, tensor = 8 // 2, 64 // 2, cfg.embed, cfg.mlp, 2
     stream, product = B * T * D // tensor * 4, B * T * F // tensor * 4
     assert sizes["full"] == cfg.layers * stream
@@ -324,7 +326,7 @@ def test_the_full_size_recipe_plans_lowers_and_compiles(tmp_path):
         # No parameter is ever whole on a device. (The CPU's partitioner gathers a `tensor` share of one; the
         # TPU's gathers nothing, see docs/tpu.md.)
         cfg = from_dict(stage["model"])
-        smallest = 4 * min(x.size for _, x, sig in plan.leaves(cfg) if sig.stacked and not sig.gains)
+        smallest = 4 * min(x.size for _, x, sig in costs.leaves(cfg) if sig.stacked and not sig.gains)
         gather = stage["programs"]["growth of parameters"]["largest_gather"]
         assert gather is None or gather["bytes"] < smallest / stage["mesh"]["tensor"]
     assert "All stages: 2.316 T tokens" in done.stdout

@@ -24,13 +24,15 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flm_jax import checkpoint, integrity
+from flm_jax import checkpoint
 from flm_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
     DamagedError,
     NoCheckpointError,
+    checksum,
     leaf_paths,
+    manifest,
     verify,
 )
 
@@ -128,8 +130,8 @@ def reference(x: np.ndarray) -> str:
     return f"{first % 2**32:08x}{second % 2**32:08x}"
 
 
-def checksum(x: Any) -> str:
-    return integrity.digests({"x": integrity.checksum(jnp.asarray(x))})["x"]
+def digest_of(x: Any) -> str:
+    return checksum.digests({"x": checksum.of(jnp.asarray(x))})["x"]
 
 
 DTYPES = [
@@ -158,18 +160,18 @@ def test_one_flipped_bit_changes_both_lanes(dtype, shape, data):
         content = bytearray(byte & 1 for byte in content)
     x = np.frombuffer(bytes(content), jnp.dtype(dtype)).reshape(shape)
     with jax.enable_x64(True):
-        before = checksum(x)
+        before = digest_of(x)
         assert before == reference(x)
         if size:
             at = data.draw(st.integers(0, size - 1))
             content[at] ^= 1 << (0 if dtype == "bool" else data.draw(st.integers(0, 7)))
-            after = checksum(np.frombuffer(bytes(content), jnp.dtype(dtype)).reshape(shape))
+            after = digest_of(np.frombuffer(bytes(content), jnp.dtype(dtype)).reshape(shape))
             assert before[:8] != after[:8] and before[8:] != after[8:]
 
 
 def test_signs_swaps_and_zeroed_blocks_change_the_checksum():
     x = np.random.default_rng(0).choice(np.float32([-1, 1]), 64).reshape(8, 8)
-    seen = {checksum(x)}
+    seen = {digest_of(x)}
     changed = [x.copy() for _ in range(5)]
     changed[0][0, :2] *= -1  # two sign bits: a weighted sum with odd weights cannot see this
     changed[1][:] = -x
@@ -177,11 +179,11 @@ def test_signs_swaps_and_zeroed_blocks_change_the_checksum():
     changed[3][[0, 1]] = x[[1, 0]]
     changed[4][:] = x.T
     for other in changed:
-        seen.add(checksum(other))
+        seen.add(digest_of(other))
     assert len(seen) == 6
-    assert checksum(np.float32(0)) != checksum(np.float32(-0.0))
+    assert digest_of(np.float32(0)) != digest_of(np.float32(-0.0))
     nan = np.array([0x7FC00000, 0x7FC00001, 0x7F800001], "u4").view("f4")
-    assert len({checksum(value) for value in nan}) == 3
+    assert len({digest_of(value) for value in nan}) == 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
@@ -189,7 +191,7 @@ def test_checksum_does_not_depend_on_the_sharding(dtype):
     x = np.random.default_rng(1).integers(0, 2, (16, 8)).astype(jnp.dtype(dtype))
     shardings = [NamedSharding(mesh_of(8), spec) for spec in (P(), P("data"), P(None, "data"))]
     shardings += [NamedSharding(mesh_of(2, 4), spec) for spec in (P("data", "model"), P("model"), P(("data", "model")))]
-    assert {checksum(jax.device_put(x, sharding)) for sharding in shardings} == {reference(x)}
+    assert {digest_of(jax.device_put(x, sharding)) for sharding in shardings} == {reference(x)}
 
 
 # Saving and restoring.
@@ -433,7 +435,7 @@ def test_every_file_damaged(damaged, kind, caplog):
 
 def test_flipped_bits_in_values_are_seen_without_the_file_hashes(damaged, monkeypatch):
     # Small files have a sha256; here none is compared, as for array data of real size. Never silently wrong.
-    monkeypatch.setattr(integrity, "file_faults", lambda *_, **__: [])
+    monkeypatch.setattr(manifest, "file_faults", lambda *_, **__: [])
     rng = random.Random(0)
     files = sorted(path for path in (damaged / "2" / "arrays").rglob("*") if path.is_file())
     refused = named = 0
@@ -452,7 +454,7 @@ def test_flipped_bits_in_values_are_seen_without_the_file_hashes(damaged, monkey
 
 
 def test_a_leaf_that_orbax_does_not_find_is_not_taken_for_read(damaged, monkeypatch):
-    monkeypatch.setattr(integrity, "file_faults", lambda *_, **__: [])
+    monkeypatch.setattr(manifest, "file_faults", lambda *_, **__: [])
     path = damaged / "2" / "arrays" / "_METADATA"
     path.write_bytes(path.read_bytes().replace(b"params", b"parans"))
     with Checkpoints(damaged, read_only=True) as checkpoints:
@@ -468,11 +470,9 @@ def flip_value(step_dir: Path) -> None:
     content = bytearray(path.read_bytes())
     content[content.index(wanted)] ^= 1
     path.write_bytes(content)
-    manifest = integrity.read_manifest(step_dir)
-    files = {**manifest.files, str(path.relative_to(step_dir)): integrity.describe_file(path)}
-    (step_dir / "manifest.json").write_bytes(
-        integrity.dump_manifest(integrity.Manifest(manifest.step, manifest.leaves, files))
-    )
+    saved = manifest.read_manifest(step_dir)
+    files = {**saved.files, str(path.relative_to(step_dir)): manifest.describe_file(path)}
+    (step_dir / "manifest.json").write_bytes(manifest.dump_manifest(manifest.Manifest(saved.step, saved.leaves, files)))
 
 
 def test_a_changed_value_names_the_leaf_and_the_step_can_be_saved_again(damaged, caplog):
@@ -587,7 +587,7 @@ def test_full_disk_is_raised_and_the_last_checkpoint_is_intact(tmp_path, seen_by
 def test_a_failed_commit_is_raised_and_the_same_step_can_be_saved(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         with monkeypatch.context() as patch:
-            patch.setattr(integrity, "dump_manifest", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            patch.setattr(manifest, "dump_manifest", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
             checkpoints.save(1, state_at(1), meta={})
             with pytest.raises(CheckpointError, match="No space left"):
                 checkpoints.wait()

@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from flm_jax import integrity
 from flm_jax import train as training
-from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
+from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, blocks, manifest
+from flm_jax.checkpoint_growth.grow import grow_checkpoint, verify_checkpoints
 from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.convert import exporting, families, importing
 from flm_jax.convert.exporting import export_model
@@ -28,11 +28,10 @@ from flm_jax.generate import generate
 from flm_jax.growth import Growth, grow, grown_config
 from flm_jax.growth.plan import changed
 from flm_jax.optimizer import OptimizerConfig
-from flm_jax.origin import lineage, model_of, read_origin
-from flm_jax.recipe import Recipe, ResolvedStage, Run, Stage, as_dict
+from flm_jax.recipe import Recipe, ResolvedStage, Run, Stage
+from flm_jax.records import as_dict
 from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.streamed import blocks
-from flm_jax.transplant import grow_checkpoint, verify_checkpoints
+from flm_jax.source_checkpoint import lineage, model_of, read_source
 from tests import hub, small
 
 VOCAB = 97
@@ -92,7 +91,7 @@ def logits_of(made, tokens):
 
 
 def read(workdir):
-    origin = read_origin(workdir)
+    origin = read_source(workdir)
     mesh = make_mesh(None, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         return origin.stage.cfg, origin.restore(mesh).params
@@ -216,9 +215,9 @@ def test_a_converted_checkpoint_grows_by_the_launchers_way_in_memory_and_streame
         grow_checkpoint(
             base / "checkpoint", tmp_path / f"{streamed}", GROWN["Qwen2, tied"], Growth(), streamed=streamed
         )
-        origin = read_origin(tmp_path / f"{streamed}")
+        origin = read_source(tmp_path / f"{streamed}")
         assert not origin.trained
-        assert origin.files == read_origin(base / "checkpoint").files
+        assert origin.files == read_source(base / "checkpoint").files
         digests.append(origin.digest)
     assert digests[0] == digests[1]
     assert verify_checkpoints(base / "checkpoint", tmp_path / "True")["holds"]
@@ -231,7 +230,7 @@ def test_while_masks_rise_nothing_is_written_out(saved, tmp_path):
     plan = Growth("zero", methods={"head_dim": "mask"}, ramp_steps=4)
     cfg = read(base / "checkpoint")[0]
     new = grown_config(cfg, changed(cfg, dict(head_dim=20), plan), plan)
-    origin = read_origin(keep(tmp_path, new, small.params(new), before=cfg, growth=plan))
+    origin = read_source(keep(tmp_path, new, small.params(new), before=cfg, growth=plan))
     assert origin.stage.ramp_steps == 4
     with pytest.raises(ValueError, match="masks rise over 4: take a later checkpoint"):
         export_model(origin.directory, tmp_path / "out")
@@ -400,7 +399,7 @@ def test_a_tied_matrix_may_be_there_twice_if_it_is_the_same(saved, tmp_path):
     tensors = load_file(folder / SINGLE)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, folder / SINGLE)
     import_model(folder, tmp_path / "checkpoint")
-    assert read_origin(tmp_path / "checkpoint").digest == read_origin(base / "checkpoint").digest
+    assert read_source(tmp_path / "checkpoint").digest == read_source(base / "checkpoint").digest
 
 
 def test_a_tied_matrix_that_differs_at_its_end_is_seen(saved, tmp_path, monkeypatch):
@@ -530,7 +529,7 @@ def test_old_files_that_keep_frequencies_are_read(saved, tmp_path):
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for i in range(3)}
     save_file({**load_file(folder / SINGLE), **extra}, folder / SINGLE)
     import_model(folder, tmp_path / "checkpoint")
-    assert read_origin(tmp_path / "checkpoint").digest == read_origin(base / "checkpoint").digest
+    assert read_source(tmp_path / "checkpoint").digest == read_source(base / "checkpoint").digest
 
 
 def tokenizer(size):
@@ -590,7 +589,7 @@ def test_an_import_that_was_killed_is_begun_again(saved, tmp_path):
     left.mkdir(parents=True)
     (left / "some").write_text("left")
     import_model(base / "in", tmp_path / "checkpoint")
-    assert read_origin(tmp_path / "checkpoint").digest == read_origin(base / "checkpoint").digest
+    assert read_source(tmp_path / "checkpoint").digest == read_source(base / "checkpoint").digest
 
 
 @pytest.mark.parametrize("hashed", [True, False], ids=["small files", "large files"])
@@ -598,7 +597,7 @@ def test_a_checkpoint_whose_bits_have_changed_is_not_written_out(hashed, saved, 
     """Large files have no checksum of their own: the values have."""
     _, base = saved("Llama")
     if not hashed:
-        monkeypatch.setattr(integrity, "HASHED_BYTES", 0)
+        monkeypatch.setattr(manifest, "HASHED_BYTES", 0)
     import_model(base / "in", tmp_path / "checkpoint", chunk_bytes=3000)
     arrays = tmp_path / "checkpoint" / "checkpoints" / "0_converted" / "0" / "arrays"
     chunk = max((path for path in arrays.glob("params.*/*") if path.name[0].isdigit()), key=lambda p: p.stat().st_size)
@@ -654,9 +653,9 @@ def test_training_goes_on_from_a_converted_model_and_its_result_is_theirs(data, 
     result = training.train(recipe, run, tmp_path / "run")
     assert result["growths"][0]["max_rel_logit_diff"] < 1e-5
     assert (tmp_path / "run" / "loss.png").is_file()
-    origin = read_origin(tmp_path / "run")
+    origin = read_source(tmp_path / "run")
     assert origin.trained
-    assert origin.files == read_origin(start).files
+    assert origin.files == read_source(start).files
     # Trained on other tokens, its ids would mean other texts to the tokenizer that it came with.
     assert origin.files_with(ByteVocabulary()) == {"config.json": origin.files["config.json"]}
     export_model(tmp_path / "run", tmp_path / "out")

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from flm_jax.data import reading, streaming, tasks
+from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import Jsonl, SeqioTask, TextFolder, Tfds
 from flm_jax.data.prepare import prepare, store_path
-from flm_jax.data.source import DataConfig, StoreData, StreamData, open_data
+from flm_jax.data.source import StoreData, StreamData, open_data
 from flm_jax.data.streaming import SeqioBatches
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_jax.data import files
+from flm_jax import files
 from flm_jax.data.batches import StoreBatches, heldout_batches, make_batch
 from flm_jax.data.permutation import permute
 from flm_jax.data.store import TokenStore

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from experiments import launch
-from flm_jax import plan
+from flm_jax import costs
 from flm_jax.recipe import resolve
 from flm_jax.sharding import MESH_AXES, sharding
 
@@ -30,7 +30,7 @@ def placements(name):
     for stage in resolve(recipe):
         mesh = AbstractMesh(run.mesh_of(stage.stage).shape(DEVICES), MESH_AXES)
         lines.append(f"{stage.stage.name}: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
-        for path, like, sig in plan.leaves(stage.cfg):
+        for path, like, sig in costs.leaves(stage.cfg):
             where = sharding(sig, mesh, like.shape, path)
             split = ", ".join(
                 "-" if not names else names if isinstance(names, str) else "+".join(names) for names in where.spec

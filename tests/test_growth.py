@@ -30,8 +30,8 @@ from flm_jax.growth import (
 from flm_jax.growth import masks as growth_masks
 from flm_jax.growth.axis_map import append, nested
 from flm_jax.growth.depth import METRICS, PLACES, by_distance, place
+from flm_jax.growth.diagnostics import copies_apart, dead_slices
 from flm_jax.growth.distance import layer_distances
-from flm_jax.growth.examine import copies_apart, dead_slices
 from flm_jax.growth.plan import changed, ramp_steps
 from flm_jax.growth.verify import forward
 from flm_jax.loss import loss_sum
@@ -65,7 +65,7 @@ def plan_with(method, **fields):
 def tied_mult(old, target, growth):
     """The output multiplier that a tied model must have: muP's own for copies, the old effective one otherwise."""
     embed = axis_maps(old, target, growth).get("embed")
-    if embed is not None and embed.speaks:
+    if embed is not None and embed.active:
         return old.output_mult
     return old.logits_mult * target.embed / target.base_width
 

@@ -10,7 +10,7 @@ import pytest
 
 from flm_jax import model
 from flm_jax.growth import Growth, axis_maps, grow, grow_optimizer, grown_config
-from flm_jax.growth.frame import frame, new_entries, rate_of_new, scale_new
+from flm_jax.growth.exact_adamw import frame, new_entries, rate_of_new, scale_new
 from flm_jax.loss import loss_sum
 from flm_jax.optimizer import OptimizerConfig, optimizer
 from tests import small

@@ -16,18 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flm_jax import model, score
+from flm_jax import model
 from flm_jax.checkpoint import Checkpoints
-from flm_jax.data.source import DataConfig
+from flm_jax.data.config import DataConfig
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
-from flm_jax.evaluation import LONGEST_BY_DEFAULT, What, evaluate_checkpoint, find_length
+from flm_jax.evaluation import EvalRequest, lm_eval_model, scoring
+from flm_jax.evaluation.evaluate import LONGEST_BY_DEFAULT, evaluate_checkpoint, find_length
+from flm_jax.evaluation.scoring import Scorer, Window, bits_per_byte_of_text, rolling_windows
 from flm_jax.growth import Growth
 from flm_jax.growth.plan import masks_at
-from flm_jax.origin import lineage, model_of, read_origin
-from flm_jax.recipe import ResolvedStage, Stage, as_dict
-from flm_jax.score import Scorer, Window, bits_per_byte_of_text, rolling_windows
+from flm_jax.recipe import ResolvedStage, Stage
+from flm_jax.records import as_dict
 from flm_jax.sharding import MeshConfig, make_mesh, param_shardings
+from flm_jax.source_checkpoint import lineage, model_of, read_source
 from flm_jax.step import StageProgram
 from tests import small
 from tests.hub import BEGIN, END, TEXT, llama, write_tokenizer
@@ -64,26 +66,26 @@ def pair(request, tmp_path_factory):
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    from flm_jax.harness import HarnessModel
+    from flm_jax.evaluation.lm_eval_model import LmEvalModel
 
     folder = write_tokenizer(tmp_path_factory.mktemp("hub"), request.param)
     vocabulary = TokenizerVocabulary.from_directory(folder)
     theirs, _, cfg, params = llama(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     hf = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=3, max_length=CONTEXT, device="cpu")
-    ours = HarnessModel(Scorer(cfg.for_comparison, params, mesh_of(ONE), CONTEXT, 3), vocabulary, progress=False)
+    ours = LmEvalModel(Scorer(cfg.for_comparison, params, mesh_of(ONE), CONTEXT, 3), vocabulary, progress=False)
     return hf, ours
 
 
 @pytest.fixture(scope="module")
 def on_eight(pair):
-    from flm_jax.harness import HarnessModel
+    from flm_jax.evaluation.lm_eval_model import LmEvalModel
 
     _, ours = pair
     cfg, mesh = ours.scorer.cfg, mesh_of(EIGHT)
     shapes, signatures = model.declared(cfg)
     params = jax.device_put(ours.scorer.params, param_shardings(signatures, shapes, mesh))
-    return HarnessModel(Scorer(cfg, params, mesh, CONTEXT, 3), ours.vocabulary, progress=False)
+    return LmEvalModel(Scorer(cfg, params, mesh, CONTEXT, 3), ours.vocabulary, progress=False)
 
 
 def assert_same_scores(found, expected):
@@ -155,12 +157,11 @@ def test_generation_is_that_of_hflm(pair, on_eight):
 
 def test_generation_stops_at_an_end_and_goes_on_after_a_look(pair, monkeypatch):
     """Short rounds change nothing; an end that the model writes is one, and so is a special token that a task names."""
-    from flm_jax import harness
 
     _, ours = pair
     asked = requests(("It grows", {"until": [], "max_gen_toks": 20}), ("12", {"until": [], "max_gen_toks": 11}))
     expected = ours.generate_until(asked)
-    monkeypatch.setattr(harness, "FIRST_STEPS", 2)
+    monkeypatch.setattr(lm_eval_model, "FIRST_STEPS", 2)
     assert ours.generate_until(asked) == expected
     ((first,),) = likeliest(ours, [ours.tok_encode("It grows")[-7:]], 1)
     with monkeypatch.context() as patch:
@@ -175,12 +176,12 @@ def test_generation_stops_at_an_end_and_goes_on_after_a_look(pair, monkeypatch):
 
 
 def test_sampling_has_a_seed_and_a_temperature(pair):
-    from flm_jax.harness import HarnessModel
+    from flm_jax.evaluation.lm_eval_model import LmEvalModel
 
     _, ours = pair
     asked = requests(("It", {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 3.0}))
     one, same, other = (
-        HarnessModel(ours.scorer, ours.vocabulary, seed, progress=False).generate_until(asked) for seed in (0, 0, 1)
+        LmEvalModel(ours.scorer, ours.vocabulary, seed, progress=False).generate_until(asked) for seed in (0, 0, 1)
     )
     assert one == same != other
     greedy = requests(("It", {"until": [], "max_gen_toks": 8}))
@@ -225,8 +226,8 @@ def test_scores_are_those_computed_directly(mesh, monkeypatch):
         log_probs = jax.nn.log_softmax(small.apply(cfg, params, np.array([ids[:-1]], np.int32))[0])[-len(after) :]
         greedy = np.argmax(log_probs, -1).tolist() == after
         expected.append((sum(float(row[t]) for row, t in zip(log_probs, after, strict=True)), greedy))
-    for at_once in (score.LOGITS_AT_ONCE, 4 * 24 * cfg.vocab):
-        monkeypatch.setattr(score, "LOGITS_AT_ONCE", at_once)
+    for at_once in (scoring.LOGITS_AT_ONCE, 4 * 24 * cfg.vocab):
+        monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", at_once)
         assert_same_scores(Scorer(cfg, params, mesh_of(mesh), 24, rows=3).score(windows), expected)
 
 
@@ -331,7 +332,7 @@ def launched(checkpoint, what, tokenizer=None, batch_size=4, json_file=None, bin
 
 def test_a_task_of_ones_own_runs_from_a_checkpoint_without_a_network(converted, tasks, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    what = What(("little_*",), str(tasks), limit=5, text=str(tmp_path / "text.txt"), prompt="It grows", tokens=5)
+    what = EvalRequest(("little_*",), str(tasks), limit=5, text=str(tmp_path / "text.txt"), prompt="It grows", tokens=5)
     (tmp_path / "text.txt").write_text(TEXT)
     mesh = ("evaluate.mesh = @MeshConfig()", "MeshConfig.fsdp = 4", "MeshConfig.tensor = 2")
     launched(converted, what, json_file=str(tmp_path / "found.json"), bindings=mesh)
@@ -340,7 +341,7 @@ def test_a_task_of_ones_own_runs_from_a_checkpoint_without_a_network(converted, 
     assert found["lm_eval"]["results"]["little_choices"]["acc,none"] in (0.2, 0.4)  # one of three choices each time
     assert found["lm_eval"]["n-samples"]["little_choices"]["effective"] == 5
     vocabulary = TokenizerVocabulary.from_directory(converted.parent / "hub")
-    cfg, params = model_of(str(converted)), read_origin(converted).restore_params(mesh_of(ONE))
+    cfg, params = model_of(str(converted)), read_source(converted).restore_params(mesh_of(ONE))
     direct = bits_per_byte_of_text(cfg, params, vocabulary, [TEXT], 64, mesh_of(ONE))
     assert found["text"]["bits_per_byte"] == pytest.approx(direct.bits_per_byte, rel=1e-3)  # in bfloat16
     assert len(found["generated"]["tokens"]) == 5
@@ -359,14 +360,14 @@ def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    text = What(text=str(tmp_path / "nowhere.txt"))
+    text = EvalRequest(text=str(tmp_path / "nowhere.txt"))
     assert "there is no text file or folder" in refused(text)
     assert "no tokenizer.json in" in refused(text, tokenizer=str(tmp_path))
     large = write_tokenizer(tmp_path / "large", size=310)
     assert "The tokenizer has 310 ids, and the model only 304" in refused(text, tokenizer=str(large))
     (tmp_path / "latin.txt").write_bytes(b"\xff")
-    assert "is not UTF-8 text" in refused(What(text=str(tmp_path / "latin.txt")))
-    assert "is no folder" in refused(What(("x",), str(tmp_path / "nowhere")))
+    assert "is not UTF-8 text" in refused(EvalRequest(text=str(tmp_path / "latin.txt")))
+    assert "is no folder" in refused(EvalRequest(("x",), str(tmp_path / "nowhere")))
 
     # lm-eval's own tasks take ten seconds to read.
     from lm_eval import tasks as theirs
@@ -375,7 +376,7 @@ def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(
         theirs, "TaskManager", lambda include_path, include_defaults=False: manager(None, include_path, False)
     )
-    error = refused(What(("litle_choices",), str(tasks)))
+    error = refused(EvalRequest(("litle_choices",), str(tasks)))
     assert "knows no task 'litle_choices'; close to it: 'little_choices'" in error
 
 
@@ -384,7 +385,7 @@ def test_a_run_is_evaluated_with_the_vocabulary_it_was_trained_with(data, tmp_pa
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text(TEXT)
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
-    text = What(text=str(tmp_path / "texts"))
+    text = EvalRequest(text=str(tmp_path / "texts"))
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json, and its work directory does not record"):
         evaluate_checkpoint(run, text)
     tokenizer = str(write_tokenizer(tmp_path / "tokenizer", size=260))
@@ -398,7 +399,7 @@ def test_a_run_is_evaluated_with_the_vocabulary_it_was_trained_with(data, tmp_pa
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["tokenizer"]["kind"] == "bytes" and found["max_length"] == 16
     assert found["text"]["tokens"] == found["text"]["bytes"] == len(TEXT.encode())
-    lines = evaluate_checkpoint(run, What(text=str(tmp_path / "texts.jsonl")), data=data, mesh=EIGHT)
+    lines = evaluate_checkpoint(run, EvalRequest(text=str(tmp_path / "texts.jsonl")), data=data, mesh=EIGHT)
     assert lines["text"]["nats"] == pytest.approx(found["text"]["nats"], rel=1e-5)
     assert "16 tokens at once" in capsys.readouterr().out
 
@@ -442,7 +443,7 @@ def test_a_model_in_a_ramp_is_what_its_masks_let_through(tmp_path):
     run = saved(tmp_path / "run", new, params, {}, stage)
     (tmp_path / "a.txt").write_text(TEXT)
     found = evaluate_checkpoint(
-        run, What(text=str(tmp_path / "a.txt")), max_length=16, data=DataConfig(vocabulary=Bytes())
+        run, EvalRequest(text=str(tmp_path / "a.txt")), max_length=16, data=DataConfig(vocabulary=Bytes())
     )
     masked, plain = (
         bits_per_byte_of_text(new, params, ByteVocabulary(), [TEXT], 16, mesh, masks=masks).nats
@@ -469,9 +470,9 @@ import sys
 for name in ("tensorflow", "seqio", "lm_eval", "torch", "transformers"):
     sys.modules[name] = None  # importing it now fails
 from flm_jax.evaluation import LONGEST_BY_DEFAULT, What, evaluate_checkpoint, find_length
-evaluate_checkpoint({str(converted)!r}, What(text={str(tmp_path / "a.txt")!r}))
+evaluate_checkpoint({str(converted)!r}, EvalRequest(text={str(tmp_path / "a.txt")!r}))
 try:
-    evaluate_checkpoint({str(converted)!r}, What(tasks=("x",)))
+    evaluate_checkpoint({str(converted)!r}, EvalRequest(tasks=("x",)))
 except ImportError as error:
     print(error)
 """

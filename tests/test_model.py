@@ -9,9 +9,9 @@ import pytest
 
 from flm_jax import model
 from flm_jax.config import ModelConfig, small_52b, tele_flm_1t, tele_flm_52b, tele_flm_102b
+from flm_jax.costs import forward_flops_per_token, param_count
 from flm_jax.generate import empty_cache, generate
 from flm_jax.loss import loss_sum
-from flm_jax.plan import forward_flops_per_token, param_count
 from flm_jax.sharding import MeshConfig, make_mesh
 from tests import reference, small
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flm_jax import hosts
+from flm_jax import distributed
 from flm_jax import train as training
 from flm_jax.checkpoint import read_manifest
 from flm_jax.data.corpora import TextFolder
@@ -186,13 +186,13 @@ def test_stopped_with_two_processes_and_gone_on_with_four_that_share_rows(two, r
 )
 def test_flags_that_do_not_fit(given, sentence, monkeypatch):
     with pytest.raises(ValueError, match=sentence):
-        hosts.join(**given)
+        distributed.join(**given)
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID=one in the environment must be a number"):
-        hosts.join()
+        distributed.join()
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     with pytest.raises(ValueError, match="--process needs --coordinator and --processes as well"):
-        hosts.join()
+        distributed.join()
 
 
 class Chip:

@@ -20,17 +20,26 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm_jax import integrity
-from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, read_manifest, verify
+from flm_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedError,
+    blocks,
+    checksum,
+    manifest,
+    read_manifest,
+    verify,
+)
+from flm_jax.checkpoint_growth import streaming
+from flm_jax.checkpoint_growth.grow import grow_checkpoint
+from flm_jax.checkpoint_growth.jobs import Form, grow_block
 from flm_jax.growth import Growth, grown_config
-from flm_jax.growth.grow import fresh, moment_ways, param_ways
-from flm_jax.origin import lineage, read_origin
-from flm_jax.recipe import ResolvedStage, Stage, as_dict
+from flm_jax.growth.grow import fresh, moment_maps, param_maps
+from flm_jax.recipe import ResolvedStage, Stage
+from flm_jax.records import as_dict
 from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.source_checkpoint import lineage, read_source
 from flm_jax.step import StageProgram
-from flm_jax.streamed import blocks, flow
-from flm_jax.streamed.plan import Form, grow_block
-from flm_jax.transplant import grow_checkpoint
 from tests import small
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,18 +75,18 @@ def source(tmp_path_factory) -> Path:
 
 
 def stage_of(source: Path, target, growth) -> ResolvedStage:
-    origin = read_origin(source)
+    origin = read_source(source)
     new = grown_config(origin.stage.cfg, target, growth)
     return ResolvedStage(0, Stage("grown", new, 0, 0, growth=growth), origin.stage)
 
 
 def in_memory(source: Path, target, growth, seed=0) -> dict[str, str]:
     """The checksums of the leaves of a growth in memory."""
-    origin, stage = read_origin(source), stage_of(source, target, growth)
+    origin, stage = read_source(source), stage_of(source, target, growth)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         grown = StageProgram(stage, mesh, 1).grower()(origin.restore(mesh), jax.random.key(seed))
-        return integrity.digests({p: integrity.checksum(x) for p, x in integrity.leaf_paths(grown).items()})
+        return checksum.digests({p: checksum.of(x) for p, x in manifest.leaf_paths(grown).items()})
 
 
 def stream(source: Path, workdir: Path, target=NEW, growth=None, chunk=CHUNK, **fields):
@@ -114,7 +123,7 @@ def test_streamed_is_in_memory_bit_for_bit(name, source, tmp_path):
     assert verify(step(tmp_path / "grown").parent).ok
     read = record["verification"]["streamed"]["source"]["leaves"]
     assert read == (12 if growth.optimizer == "fresh" else 37)
-    assert json.loads((tmp_path / "grown" / "growth.json").read_text())["source_digest"] == read_origin(source).digest
+    assert json.loads((tmp_path / "grown" / "growth.json").read_text())["source_digest"] == read_source(source).digest
 
 
 def test_a_sharded_source_with_masks_and_a_tied_embedding_restores_sharded(tmp_path):
@@ -128,16 +137,16 @@ def test_a_sharded_source_with_masks_and_a_tied_embedding_restores_sharded(tmp_p
     expected = in_memory(source, target, growth)
     assert checksums(tmp_path / "grown") == expected
     with jax.set_mesh(mesh):
-        program = StageProgram(read_origin(tmp_path / "grown").stage, mesh, 1)
+        program = StageProgram(read_source(tmp_path / "grown").stage, mesh, 1)
         with Checkpoints(step(tmp_path / "grown").parent, read_only=True) as store:
             state = store.restore(program.abstract_state).state
         assert not state.params["blocks"]["mlp"]["gate"].sharding.is_fully_replicated
-        found = {path: integrity.checksum(x) for path, x in integrity.leaf_paths(state).items()}
-        assert integrity.digests(found) == expected
+        found = {path: checksum.of(x) for path, x in manifest.leaf_paths(state).items()}
+        assert checksum.digests(found) == expected
 
 
 def leaf_of(tree, name: str):
-    found = {path: leaf for path, leaf in integrity.leaf_paths(tree).items() if path.endswith(name)}
+    found = {path: leaf for path, leaf in manifest.leaf_paths(tree).items() if path.endswith(name)}
     return next(iter(found.values()))
 
 
@@ -153,7 +162,7 @@ def test_any_block_of_any_leaf_is_that_of_the_whole(data):
     target = old.replace(layers=5, **{axis: old.sizes[axis] + more for axis, more in sizes.items()})
     new = grown_config(old, target, growth)
     moment = data.draw(st.booleans())
-    ways = moment_ways(old, new, growth, 2) if moment else param_ways(old, new, growth)
+    ways = moment_maps(old, new, growth, 2) if moment else param_maps(old, new, growth)
     name = data.draw(st.sampled_from(["gate", "down", "query", "head", "embedding", "mlp_norm/scale"]))
     way, value = leaf_of(ways, name), leaf_of(small.params(old), name)
     std = new.std(way.signature)
@@ -185,14 +194,14 @@ def test_checksums_of_blocks_add_up(dtype):
         for start in range(0, 11, 4):
             rows = np.arange(start, min(start + 4, 11), dtype=np.uint32)
             block = x[layer : layer + 1, start : start + 4]
-            total = integrity.add(total, integrity.partial_checksum(block, (np.uint32([layer]), rows)))
-    assert integrity.digest(total) == integrity.digests({"x": integrity.checksum(x)})["x"]
+            total = checksum.add(total, checksum.of_block(block, (np.uint32([layer]), rows)))
+    assert checksum.digest(total) == checksum.digests({"x": checksum.of(x)})["x"]
 
 
 GO = """
 import sys
 from flm_jax.growth import Growth
-from flm_jax.transplant import grow_checkpoint
+from flm_jax.checkpoint_growth.grow import grow_checkpoint
 from tests.test_streamed import NEW
 grow_checkpoint(sys.argv[1], sys.argv[2], NEW, Growth(), streamed=True, chunk_bytes=300)
 """
@@ -262,7 +271,7 @@ def test_killed_between_the_commit_and_the_record_it_only_writes_the_record(sour
     record = (tmp_path / "grown" / "growth.json").read_text()
     shutil.rmtree(tmp_path / "again", ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"flm_jax.transplant.{where}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(f"flm_jax.checkpoint_growth.grow.{where}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             stream(source, tmp_path / "again", records={"config.gin": "x"})
         with pytest.raises(ValueError, match="holds another grown checkpoint"):
@@ -288,7 +297,7 @@ def test_a_damaged_source_is_refused_by_name_and_nothing_is_left(source, tmp_pat
     with pytest.raises(DamagedError, match="is damaged: it does not match its sha256"):
         stream(broken, tmp_path / "grown")
     with monkeypatch.context() as patch:  # files above 1 MiB have no sha256 of their own
-        patch.setattr(integrity, "file_faults", lambda *_, **__: [])
+        patch.setattr(manifest, "file_faults", lambda *_, **__: [])
         with pytest.raises(DamagedError, match="the values of params/blocks/mlp/up have changed"):
             stream(broken, tmp_path / "grown")
     assert [p.name for p in step(tmp_path / "grown").parent.iterdir()] == [".lock"]
@@ -310,7 +319,7 @@ def test_what_cannot_be_streamed_is_refused_with_what_would_be_right(source, tmp
     with pytest.raises((CheckpointError, NotADirectoryError), match="Not a directory"):
         stream(source, tmp_path / "file" / "grown")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(flow.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match="has room for 0.0 GB, and the grown checkpoint is 0.0 GB; nothing was"):
         stream(source, tmp_path / "grown")
     assert not step(tmp_path / "grown").exists()

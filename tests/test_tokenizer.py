@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_jax.data import tasks
+from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.prepare import prepare, store_path
-from flm_jax.data.source import DataConfig, open_data
+from flm_jax.data.source import open_data
 from flm_jax.data.streaming import SeqioBatches
 from flm_jax.data.train_vocabulary import Pretrained, build_vocabulary
 from flm_jax.data.vocabulary import REPLACEMENT, TokenizerVocabulary, from_spec

@@ -20,7 +20,8 @@ from flm_jax.data.corpora import TextFolder
 from flm_jax.data.source import open_data
 from flm_jax.growth import Growth, GrowthError
 from flm_jax.optimizer import OptimizerConfig
-from flm_jax.recipe import Recipe, Run, Stage, as_dict, check_identity, resolve
+from flm_jax.recipe import Recipe, Run, Stage, resolve
+from flm_jax.records import as_dict, check_identity
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram
 from tests import small

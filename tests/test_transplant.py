@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from flm_jax import train as training
-from flm_jax import transplant
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError
+from flm_jax.checkpoint_growth import grow
+from flm_jax.checkpoint_growth.grow import grow_checkpoint, verify_checkpoints
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
-from flm_jax.origin import read_origin
-from flm_jax.overview import dry_run
+from flm_jax.planning.text import dry_run
 from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.transplant import grow_checkpoint, verify_checkpoints
+from flm_jax.source_checkpoint import read_source
 from tests.small import shape
 from tests.test_train import StopAfter
 
@@ -67,8 +67,8 @@ def test_a_grown_checkpoint_verifies_and_one_that_promises_nothing_is_labelled(p
     assert found["method"] == plan.name
     assert found["dead"] == []
     assert found["axes"]["mlp"] == [40, 56]
-    assert record["source_digest"] == read_origin(trained).digest
-    text = transplant.lines(found)
+    assert record["source_digest"] == read_source(trained).digest
+    text = grow.lines(found)
     assert ("HOLDS" if found["preserving"] else "does NOT promise") in text
 
 
@@ -82,7 +82,7 @@ def test_depth_by_distance_is_measured_and_recorded(copied):
 
 def resaved(grown: Path, target: Path, change) -> Path:
     """The checkpoint with other values, saved as properly as the first."""
-    origin, mesh = read_origin(grown), make_mesh(MeshConfig(), jax.devices()[:1])
+    origin, mesh = read_source(grown), make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = change(origin.restore(mesh))
         with Checkpoints(target / "checkpoints" / "0_grown") as store:
@@ -102,7 +102,7 @@ def test_a_target_with_other_weights_does_not_hold_and_the_layer_is_named(traine
     assert not found["holds"]
     assert "logits differ by" in found["failures"][0]
     assert "layer 1 of the grown model is the first that differs" in found["failures"][0]
-    assert "DOES NOT HOLD" in transplant.lines(found)
+    assert "DOES NOT HOLD" in grow.lines(found)
 
 
 def test_damaged_foreign_and_trained_targets_are_refused(trained, copied, data, tmp_path):
@@ -193,7 +193,7 @@ def test_new_entries_have_their_own_rate_in_a_run(data, tmp_path):
     training.train(recipe_of(data, *stages), RUN, tmp_path / "run")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        before, after = (read_origin(tmp_path / f"run/checkpoints/1_second/{n}").restore(mesh).params for n in (0, 1))
+        before, after = (read_source(tmp_path / f"run/checkpoints/1_second/{n}").restore(mesh).params for n in (0, 1))
     gate = [np.asarray(p["blocks"]["mlp"]["gate"]) for p in (before, after)]
     moved = np.abs(gate[1] - gate[0])[0]
     assert moved[:24, :40].max() > 1e-3

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import jax
 
-from flm_jax import checkpoint, hosts, steps
+from flm_jax import checkpoint, distributed
 from flm_jax import train as training
+from flm_jax.checkpoint import directory
+from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
-from flm_jax.data.source import DataConfig
 from flm_jax.data.train_vocabulary import Bytes
-from flm_jax.evaluate import own_rows
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
-from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.sharding import MeshConfig, make_mesh, own_rows
 from tests.small import shape
 
 # Four processes of two devices: each two of them hold the same rows.
@@ -73,17 +73,17 @@ def train(folder: Path, work: str, cache: str = "cache", terminate: list[int] | 
 def locked(folder: Path, work: str) -> object:
     """Trains where another run is at work."""
     held = contextlib.nullcontext()
-    if hosts.first():
-        held = steps.take_lock(folder / work / "checkpoints" / "0_first")
+    if distributed.is_primary():
+        held = directory.take_lock(folder / work / "checkpoints" / "0_first")
     with held:
         return train(folder, work)
 
 
 def alone(folder: Path) -> object:
     """One process fails where the others wait for it."""
-    if not hosts.first():
-        hosts.leave("no more data")
-    vote = hosts.Vote(make_mesh(MESH))
+    if not distributed.is_primary():
+        distributed.fail_together("no more data")
+    vote = distributed.Vote(make_mesh(MESH))
     return [vote(True), vote(True)]
 
 
@@ -98,9 +98,9 @@ def main() -> None:
             written.add(str(arguments[0]))
 
     sys.addaudithook(watch)
-    hosts.join(coordinator, int(processes), int(process))
+    distributed.join(coordinator, int(processes), int(process))
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    checkpoint._SHOWN_WITHIN_S, hosts._FAREWELL_MS = 0.5, 2_000
+    checkpoint._SHOWN_WITHIN_S, distributed._FAREWELL_MS = 0.5, 2_000
     given = json.loads(Path(plan).read_text())
     folder = Path(given["folder"])
     for act in given["acts"]:

@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import integrity, plan
+from flm_jax import costs
+from flm_jax.checkpoint import blocks, checksum, manifest
+from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, read_manifest
+from flm_jax.checkpoint_growth.streaming import bar
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
 from flm_jax.convert.fold import factors
 from flm_jax.convert.layout import Part, parts, tensors
-from flm_jax.convert.pieces import cast, check_dtype, checksum, in_parallel
+from flm_jax.convert.pieces import block_checksum, cast, check_dtype, in_parallel
 from flm_jax.convert.safetensors_writer import Writer
-from flm_jax.integrity import CheckpointError, DamagedError, read_manifest
-from flm_jax.origin import Origin, read_origin
-from flm_jax.streamed import blocks
-from flm_jax.streamed.flow import bar
+from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
 SHARD_BYTES = 5 * 10**9
 # Of a tensor's turned copy, where the checkpoint's chunks are not runs of its rows there, as those of an import are; a
@@ -62,14 +62,14 @@ def export_model(
     Raises:
       ValueError: the target is in use, masks are still rising, or no architecture has all that the model has.
       DamagedError: the checkpoint is not as it was saved; nothing is left of the target.
-      CheckpointError: as `read_origin`, or there is no room.
+      CheckpointError: as `read_source`, or there is no room.
     """
     target = Path(target).expanduser()
     if target.is_file():
         raise ValueError(f"{target} is a file; export into a new directory.")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; export into a new directory.")
-    origin = read_origin(source)
+    origin = read_source(source)
     if origin.step < origin.stage.ramp_steps:
         raise ValueError(
             f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.stage.ramp_steps}: take a "
@@ -86,7 +86,9 @@ def export_model(
     target.mkdir(parents=True, exist_ok=True)
     try:
         if (free := shutil.disk_usage(target).free) < needed:
-            raise CheckpointError(f"{target} has room for {plan.size(free)}, and the model takes {plan.size(needed)}.")
+            raise CheckpointError(
+                f"{target} has room for {costs.size(free)}, and the model takes {costs.size(needed)}."
+            )
         with Writer(target, planned, shard_bytes) as writer, bar(needed, 0, "converting") as shown:
             for nbytes in _export(origin, by, writer, np.dtype(jnp.dtype(dtype)), held_bytes):
                 shown.update(nbytes)
@@ -105,8 +107,8 @@ def export_model(
     return {
         "source": str(origin.directory),
         "architecture": family.architecture,
-        "model": plan.shape_line(cfg),
-        "params": plan.param_count(cfg),
+        "model": costs.shape_line(cfg),
+        "params": costs.param_count(cfg),
         "dtype": dtype,
         "tensors": len(planned),
         "bytes": needed,
@@ -116,7 +118,7 @@ def export_model(
     }
 
 
-def _recorded(origin: Origin) -> Mapping[str, Any]:
+def _recorded(origin: SourceCheckpoint) -> Mapping[str, Any]:
     """The config.json that the weights came with, through whatever growth and training; empty where there was none."""
     text = origin.files.get(families.CONFIG)
     return json.loads(text) if text else {}
@@ -131,14 +133,14 @@ def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]
     return families.choose(plain, architecture or (own if keeps else None), before), by, plain
 
 
-def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes: int) -> Iterator[int]:
+def _export(origin: SourceCheckpoint, by: Any, writer: Writer, dtype: np.dtype, held_bytes: int) -> Iterator[int]:
     """Writes every tensor, and checks what it reads; yields the bytes of each run of rows."""
     old = origin.stage.cfg
-    manifest = read_manifest(origin.directory)
+    saved = read_manifest(origin.directory)
     every = list(parts(old))
     wanted = {f"params/{p.path}": jax.ShapeDtypeStruct(p.whole, p.dtype) for p in every}
-    integrity.compare(manifest.leaves, wanted, where=str(origin.directory), partial=True)
-    if faults := integrity.file_faults(origin.directory, manifest, contents=True):
+    manifest.compare(saved.leaves, wanted, where=str(origin.directory), partial=True)
+    if faults := manifest.file_faults(origin.directory, saved, contents=True):
         raise DamagedError("; ".join(faults[:3]))
     leaves = blocks.open_leaves(origin.directory / "arrays", wanted)
     for part, factor in zip(every, jax.tree.leaves(by), strict=True):
@@ -152,7 +154,7 @@ def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes
             rows = np.empty(((stop - start) * part.row_step, *part.theirs[1:]), dtype)
             sums = (0, 0)
             for first, block in _pieces(leaves[path], part, lead, start, stop):
-                sums = integrity.add(sums, checksum(part, block, lead, first, start))
+                sums = checksum.add(sums, block_checksum(part, block, lead, first, start))
                 if factor != 1:
                     block = block.astype(np.float32) * np.float32(factor)
                 part.to_theirs(cast(block, dtype, part.name(lead)), rows, first)
@@ -160,9 +162,9 @@ def _export(origin: Origin, by: Any, writer: Writer, dtype: np.dtype, held_bytes
             return sums, rows.nbytes
 
         for sums, nbytes in in_parallel(one, iter(slabs)):
-            total = integrity.add(total, sums)
+            total = checksum.add(total, sums)
             yield nbytes
-        if integrity.digest(total) != manifest.leaves[path].checksum:
+        if checksum.digest(total) != saved.leaves[path].checksum:
             raise DamagedError(f"{origin.directory}: the values of {path} have changed")
 
 

@@ -51,7 +51,7 @@ def factors(cfg: ModelConfig, multipliers: bool = True) -> tuple[Any, ModelConfi
         if "vocab" in sig.writes:
             return out
         query = "heads" in sig.writes
-        if cfg.qk_norm and (query or sig.meets):
+        if cfg.qk_norm and (query or sig.contracted):
             return float(ratio**0.5)
         return float(wider**0.5) if query else 1.0
 

@@ -13,19 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flm_jax import integrity, plan
+from flm_jax import costs
+from flm_jax.checkpoint import blocks, checksum
+from flm_jax.checkpoint.commit import commit_step, small_files
+from flm_jax.checkpoint.directory import take_lock
+from flm_jax.checkpoint.manifest import CheckpointError, Leaf
+from flm_jax.checkpoint_growth.streaming import bar
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
 from flm_jax.convert.layout import Part, parts
-from flm_jax.convert.pieces import DTYPES, cast, check_dtype, checksum, in_parallel
+from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, in_parallel
 from flm_jax.convert.safetensors import Stored, few, open_shards
-from flm_jax.integrity import CheckpointError, Leaf
-from flm_jax.origin import lineage
-from flm_jax.recipe import ResolvedStage, Stage, as_dict
-from flm_jax.steps import take_lock
-from flm_jax.streamed import blocks
-from flm_jax.streamed.flow import bar
-from flm_jax.streamed.seal import seal
+from flm_jax.recipe import ResolvedStage, Stage
+from flm_jax.records import as_dict
+from flm_jax.source_checkpoint import lineage
 
 CHUNK_BYTES = 16 << 20
 # What goes with the weights; programs that a directory may bring are left where they are.
@@ -114,7 +115,7 @@ def import_model(
                 "architecture": families.family_of(config, where).architecture,
                 "tensors": len(found),
                 "bytes": sum(tensor.nbytes for tensor in found.values()),
-                "params": plan.param_count(cfg),
+                "params": costs.param_count(cfg),
                 "files": sorted(files),
             }
             stage = ResolvedStage(0, Stage(STAGE, cfg, steps=0, batch_size=0), None)
@@ -126,7 +127,8 @@ def import_model(
                 "provenance": record,
                 "converted": config,
             }
-            seal(partial, leaves, meta, files, [path for path in leaves if path != "step"])
+            on_disk = {partial / "arrays" / blocks.key_of(path) for path in leaves if path != "step"}
+            commit_step(partial, 0, leaves, small_files(meta, files), on_disk)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
@@ -135,7 +137,7 @@ def import_model(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    return {**record, "model": plan.shape_line(cfg), "dtype": cfg.param_dtype}
+    return {**record, "model": costs.shape_line(cfg), "dtype": cfg.param_dtype}
 
 
 def _dtype(asked: str | None, stored: Mapping[str, Stored], source: Path) -> str:
@@ -234,7 +236,7 @@ def _write(
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise CheckpointError(
-            f"{partial.parent} has room for {plan.size(free)}, and the checkpoint takes {plan.size(needed)}."
+            f"{partial.parent} has room for {costs.size(free)}, and the checkpoint takes {costs.size(needed)}."
         )
     step = jnp.zeros((), jnp.int32)
     runs = {part.path: _run(part, chunk_bytes) for part in every}
@@ -249,20 +251,20 @@ def _write(
         block = cast(part.to_ours(rows), part.dtype, part.name(tile.lead))
         path = f"params/{part.path}"
         blocks.write_chunk(arrays, path, chunks[path], (*tile.lead, *_at(part, tile.start // runs[part.path])), block)
-        return tile, checksum(part, block, tile.lead, 0, tile.start)
+        return tile, block_checksum(part, block, tile.lead, 0, tile.start)
 
     with bar(needed, 0, "converting") as shown:
         for tile, lanes in in_parallel(convert, _tiles(every, runs)):
             path = f"params/{tile.part.path}"
-            sums[path] = integrity.add(sums[path], lanes)
+            sums[path] = checksum.add(sums[path], lanes)
             shown.update(tile.nbytes)
     leaves = {
         f"params/{part.path}": Leaf(
-            part.whole, part.dtype.name, str(part.signature), integrity.digest(sums[f"params/{part.path}"])
+            part.whole, part.dtype.name, str(part.signature), checksum.digest(sums[f"params/{part.path}"])
         )
         for part in every
     }
-    return {"step": Leaf((), "int32", "", integrity.digests({"step": integrity.checksum(step)})["step"]), **leaves}
+    return {"step": Leaf((), "int32", "", checksum.digests({"step": checksum.of(step)})["step"]), **leaves}
 
 
 def _run(part: Part, chunk_bytes: int) -> int:

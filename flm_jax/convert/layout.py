@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from flm_jax import plan
+from flm_jax import costs
 from flm_jax.config import ModelConfig
 from flm_jax.signature import Signature
 
@@ -133,7 +133,7 @@ def _turn(matrix: np.ndarray, out: np.ndarray) -> None:
 
 def parts(cfg: ModelConfig) -> Iterator[Part]:
     """Every parameter of a model."""
-    for path, like, signature in plan.leaves(cfg):
+    for path, like, signature in costs.leaves(cfg):
         stacked = signature.stacked
         yield Part(path, signature, like.shape[stacked:], like.shape[0] if stacked else 0, np.dtype(like.dtype))
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import integrity
+from flm_jax.checkpoint import checksum
 from flm_jax.convert.layout import Part
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,7 +44,7 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return found
 
 
-def checksum(part: Part, block: np.ndarray, lead: tuple[int, ...], first: int, start: int) -> np.ndarray:
+def block_checksum(part: Part, block: np.ndarray, lead: tuple[int, ...], first: int, start: int) -> np.ndarray:
     """The checksum of a block of a parameter, uint32[2]: those of all blocks add up to the parameter's.
 
     Args:
@@ -58,7 +58,7 @@ def checksum(part: Part, block: np.ndarray, lead: tuple[int, ...], first: int, s
     places[0] += first
     places[-1] += start
     where = tuple(np.asarray(place, np.uint32) for place in (*([lead] if lead else []), *places))
-    return np.asarray(integrity.partial_checksum(jnp.asarray(block[None] if lead else block), where, whole=part.whole))
+    return np.asarray(checksum.of_block(jnp.asarray(block[None] if lead else block), where, whole=part.whole))
 
 
 def in_parallel(function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from flm_jax.streamed import direct
+from flm_jax.checkpoint import direct_io
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -97,7 +97,7 @@ class Stored:
         try:
             # In pieces, as a direct read keeps a buffer of the size of the largest.
             for at in range(0, len(into), _PIECE):
-                direct.read(self.file, begin + at, into[at : at + _PIECE])
+                direct_io.read(self.file, begin + at, into[at : at + _PIECE])
         except EOFError as error:
             raise FormatError(f"{error}: it became shorter while {self.name} was read") from error
         return out

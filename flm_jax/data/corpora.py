@@ -13,20 +13,13 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from flm_jax.data.text import (
-    SPLITS,
-    FileCorpus,
-    Jsonl,
-    StandardLibrary,
-    TextFolder,
-    check_split,
-    describe_fields,
-)
+from flm_jax.data.text import SPLITS, FileCorpus, Jsonl, StandardLibrary, TextFolder, describe_fields
+from flm_jax.data.tfds import Tfds
+from flm_jax.records import recorded
 
 __all__ = [
     "SPLITS",
@@ -61,53 +54,7 @@ class TextCorpus(Corpus, Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Tfds:
-    """A TensorFlow Datasets builder, by its name ('wiki40b/en:1.3.0'); `field` holds the text.
-
-    Splits may be slices: train_split='train[5%:]', heldout_split='train[:5%]'.
-    """
-
-    name: str
-    field: str = "text"
-    data_dir: str | None = dataclasses.field(default=None, metadata={"identity": False})
-    train_split: str = "train"
-    heldout_split: str = "validation"
-
-    def _recorded(self) -> list[Path]:
-        """The dataset_info.json of each prepared version that the name can mean."""
-        place = self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        name, _, version = self.name.partition(":")
-        return sorted((Path(place).expanduser() / name).glob(f"{version or '*.*.*'}/dataset_info.json"))
-
-    def digest(self) -> str:
-        """The sha256 over the builder's name, version and splits (shards, bytes) and this object's fields.
-
-        Where exactly one prepared version lies on disk its record is read directly; otherwise TFDS is asked.
-        """
-        recorded = self._recorded()
-        if len(recorded) == 1:
-            info = json.loads(recorded[0].read_text())
-        else:
-            from flm_jax.data import reading
-
-            info = reading.tfds_info(self)
-        kept = {key: info.get(key) for key in ("name", "configName", "version", "splits")}
-        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "data_dir"}
-        return hashlib.sha256(json.dumps(["Tfds", fields, kept], sort_keys=True).encode()).hexdigest()
-
-    def documents(self, split: str) -> Iterator[str]:
-        """The documents of one split, read by TFDS in its fixed order."""
-        check_split(split)
-        from flm_jax.data import reading
-
-        return reading.tfds_documents(self, split)
-
-    def describe(self) -> dict[str, Any]:
-        """Kind and fields."""
-        return describe_fields(self)
-
-
+@recorded
 @dataclasses.dataclass(frozen=True)
 class SeqioTask:
     """A seqio task or mixture that `module` registers when imported; it brings its own vocabulary."""

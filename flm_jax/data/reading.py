@@ -1,4 +1,4 @@
-"""Documents as tf.data: files, JSON lines and TFDS. TensorFlow loads inside these functions only.
+"""Documents as tf.data: files and JSON lines. TensorFlow loads inside these functions only.
 
 Only operations whose position tf.data can save are used: `streaming.py` rests on it to resume exactly.
 """
@@ -6,15 +6,12 @@ Only operations whose position tf.data can save are used: `streaming.py` rests o
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from flm_jax.data.corpora import FileCorpus, Jsonl, Tfds
-from flm_jax.data.text import name_hash
+from flm_jax.data.text import FileCorpus, Jsonl, name_hash
 
 
 def load_tensorflow() -> tuple[Any, Any]:
@@ -73,53 +70,3 @@ def read_lines(corpus: Jsonl, split: str, shuffle_files: bool, seed: int | None 
         .filter(lambda keep, _: tf.ensure_shape(keep, []))
         .map(lambda _, text: {"targets": tf.ensure_shape(text, [])})
     )
-
-
-def _builder(corpus: Tfds) -> Any:
-    load_tensorflow()
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(corpus.name, data_dir=corpus.data_dir)
-    except tfds.core.registered.DatasetNotFoundError:
-        place = corpus.data_dir or "TFDS's own folder"
-        raise ValueError(f"Tfds: no dataset {corpus.name!r}, neither known to TFDS nor prepared in {place}") from None
-
-
-def check_tfds(corpus: Tfds) -> Any:
-    """The TFDS builder, after a look at its splits and fields.
-
-    Raises:
-      ValueError: an unknown dataset, split or field, naming those there are.
-    """
-    builder = _builder(corpus)
-    for field, split in (("train_split", corpus.train_split), ("heldout_split", corpus.heldout_split)):
-        base = split.partition("[")[0]
-        if builder.info.splits and base not in builder.info.splits:
-            raise ValueError(
-                f"Tfds: {corpus.name} has no split {base!r} for {field}: it has "
-                f"{', '.join(builder.info.splits)}; "
-                "a slice of one will do, as in 'train[:5%]'"
-            )
-    if corpus.field not in builder.info.features:
-        raise ValueError(
-            f"Tfds: {corpus.name} has no field {corpus.field!r}: it has {', '.join(builder.info.features)}"
-        )
-    return builder
-
-
-def tfds_info(corpus: Tfds) -> dict[str, Any]:
-    """The record of a prepared TFDS dataset (downloaded and prepared if need be)."""
-    builder = _builder(corpus)
-    builder.download_and_prepare()
-    record: dict[str, Any] = json.loads(builder.info.as_json)
-    return record
-
-
-def tfds_documents(corpus: Tfds, split: str) -> Iterator[str]:
-    """The texts of one split of a TFDS dataset, in a fixed order."""
-    builder = check_tfds(corpus)
-    builder.download_and_prepare()
-    name = corpus.train_split if split == "train" else corpus.heldout_split
-    for example in builder.as_dataset(split=name, shuffle_files=False).as_numpy_iterator():
-        yield example[corpus.field].decode("utf-8")

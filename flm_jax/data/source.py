@@ -7,40 +7,18 @@ batch = batches.next(64)
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from flm_jax.data.batches import Batch, StoreBatches, TokenBatches, heldout_batches
-from flm_jax.data.corpora import Corpus, StandardLibrary
+from flm_jax.data.config import DataConfig
+from flm_jax.data.corpora import Corpus
 from flm_jax.data.prepare import prepare
 from flm_jax.data.store import TokenStore, canonical_digest
-from flm_jax.data.train_vocabulary import SentencePiece, VocabularyConfig, build_vocabulary
+from flm_jax.data.train_vocabulary import build_vocabulary
 from flm_jax.data.vocabulary import Vocabulary
-from flm_jax.hosts import first, first_then_others, same
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to train on.
-
-    Attributes:
-      corpus: where documents come from.
-      vocabulary: how they are tokenised; a SeqioTask brings its own instead.
-      context: tokens a row.
-      streamed: read by seqio during training instead of from a token store.
-      seed: of the order.
-      cache_dir: where stores and vocabularies are kept.
-    """
-
-    corpus: Corpus = dataclasses.field(default_factory=StandardLibrary)
-    vocabulary: VocabularyConfig = dataclasses.field(default_factory=SentencePiece)
-    context: int = 256
-    streamed: bool = False
-    seed: int = 0
-    # Not "identity": the same data in another folder is the same recipe.
-    cache_dir: str = dataclasses.field(default="~/.cache/flm_jax", metadata={"identity": False})
+from flm_jax.distributed import assert_equal, is_primary, primary_then_others
 
 
 class Data(Protocol):
@@ -177,10 +155,10 @@ def open_data(config: DataConfig, progress: bool = True) -> Data:
       ValueError: processes have prepared different data.
       PeerError: another process could not open it.
     """
-    data = first_then_others("data", lambda: _open(config, progress and first()))
+    data = primary_then_others("data", lambda: _open(config, progress and is_primary()))
     advice = "Let all share one DataConfig.cache_dir, or copy that of one process to the others."
-    same("The data's digest", data.digest, advice)
-    same("The vocabulary's digest", data.vocabulary.digest, advice)
+    assert_equal("The data's digest", data.digest, advice)
+    assert_equal("The vocabulary's digest", data.vocabulary.digest, advice)
     return data
 
 

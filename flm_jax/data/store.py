@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax.data.files import sha256_file
 from flm_jax.data.vocabulary import Vocabulary, from_spec
+from flm_jax.files import sha256_file
 
 FORMAT = 1
 STORE_FILE = "store.json"

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from flm_jax.data import reading
-from flm_jax.data.corpora import Corpus, FileCorpus, Jsonl, SeqioTask, Tfds, check_split
+from flm_jax.data.corpora import Corpus, FileCorpus, Jsonl, SeqioTask, Tfds
 from flm_jax.data.reading import load_tensorflow
+from flm_jax.data.text import check_split
+from flm_jax.data.tfds import check_tfds
 from flm_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
 
 
@@ -248,7 +250,7 @@ def register_task(corpus: Corpus, vocabulary: Vocabulary, shuffle_buffer_size: i
         )
 
     if isinstance(corpus, Tfds):
-        info = reading.check_tfds(corpus).info
+        info = check_tfds(corpus).info
         full_name, _, version = info.full_name.rpartition("/")  # seqio insists on a version
         splits = {"train": corpus.train_split, "heldout": corpus.heldout_split}
         source = seqio.TfdsDataSource(tfds_name=f"{full_name}:{version}", tfds_data_dir=corpus.data_dir, splits=splits)

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flm_jax.records import recorded
+
 SPLITS = ("train", "heldout")
 
 
@@ -97,6 +99,7 @@ class FileCorpus(abc.ABC):
         return describe_fields(self)
 
 
+@recorded
 @dataclasses.dataclass(frozen=True)
 class StandardLibrary(FileCorpus):
     """The Python sources of the interpreter's standard library: 31 MB of text on every machine, offline.
@@ -126,6 +129,7 @@ class StandardLibrary(FileCorpus):
         return {**describe_fields(self), "python": sys.version.split()[0]}
 
 
+@recorded
 @dataclasses.dataclass(frozen=True)
 class TextFolder(FileCorpus):
     """The UTF-8 files under `path` that match `pattern`, one document each."""
@@ -159,6 +163,7 @@ class TextFolder(FileCorpus):
                 yield path.relative_to(root).as_posix(), path, text
 
 
+@recorded
 @dataclasses.dataclass(frozen=True)
 class Jsonl:
     """JSON lines: each line of a file, or of every *.jsonl in a folder, has a document in its `field`."""

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flm_jax.checkpoint.find import step_directory
+from flm_jax.checkpoint.manifest import CheckpointError
 from flm_jax.data.corpora import Corpus, SeqioTask, TextCorpus
-from flm_jax.data.files import atomic_write, sha256_file
 from flm_jax.data.vocabulary import (
     EOS_ID,
     PAD_ID,
@@ -27,16 +28,20 @@ from flm_jax.data.vocabulary import (
     TokenizerVocabulary,
     Vocabulary,
 )
+from flm_jax.files import atomic_write, sha256_file
+from flm_jax.records import recorded
 
 CHUNK = 2048  # characters given to the trainer at once: several lines, so that it sees newlines
 FORMAT = 1  # part of the cache key: raise it when training changes
 
 
+@recorded
 @dataclasses.dataclass(frozen=True)
 class Bytes:
     """One id a byte: nothing to train."""
 
 
+@recorded
 @dataclasses.dataclass(frozen=True)
 class SentencePiece:
     """A BPE vocabulary trained on the training split.
@@ -50,6 +55,7 @@ class SentencePiece:
     sample_bytes: int = 8_000_000
 
 
+@recorded
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """A Hugging Face tokenizer, as it is: nothing to train.
@@ -72,12 +78,8 @@ class Pretrained:
         """
         root = Path(self.path).expanduser()
         if not (root / TOKENIZER).is_file():
-            # Not at the top: an origin's recipe knows of data itself.
-            from flm_jax.checkpoint import CheckpointError
-            from flm_jax.origin import read_origin
-
             try:
-                root = read_origin(root).directory / "blobs"
+                root = step_directory(root) / "blobs"
             except CheckpointError as error:
                 raise FileNotFoundError(
                     f"Pretrained: {self.path} holds no {TOKENIZER}, and is no checkpoint that could: {error}"

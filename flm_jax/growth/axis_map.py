@@ -44,29 +44,29 @@ class Span:
         return len(self.source)
 
     @property
-    def alike(self) -> np.ndarray:
+    def copy_group(self) -> np.ndarray:
         """(new,) int, equal for entries that are copies of each other: `group`, resolved."""
         return self.source if self.group is None else self.group
 
     @property
     def copies(self) -> np.ndarray:
         """(new,) int, how many copies of each other an entry and its like are."""
-        return np.bincount(self.alike)[self.alike]
+        return np.bincount(self.copy_group)[self.copy_group]
 
-    def shares(self, lean: float = 0.0) -> np.ndarray:
+    def shares(self, unevenness: float = 0.0) -> np.ndarray:
         """(new,) positive weights that sum to 1 over the copies of an entry.
 
-        Copies count for 1, 1 + lean, 1 + 2 lean and so on: 0 is even. The shares of an axis in two parts are the
-        products of theirs, so that a copied key head weighs as much as all the queries that read it.
+        Copies count for 1, 1 + unevenness, 1 + 2 unevenness and so on: 0 is even. The shares of an axis in two parts
+        are the products of theirs, so that a copied key head weighs as much as all the queries that read it.
         """
         if self.parts is not None:
             outer, inner = self.parts
-            return np.outer(outer.shares(lean), inner.shares(lean)).ravel()
-        group = self.alike
+            return np.outer(outer.shares(unevenness), inner.shares(unevenness)).ravel()
+        group = self.copy_group
         order = np.argsort(group, kind="stable")
         first = np.searchsorted(group[order], group[order])
         weight = np.empty(self.new)
-        weight[order] = 1.0 + lean * (np.arange(self.new) - first)
+        weight[order] = 1.0 + unevenness * (np.arange(self.new) - first)
         return weight / np.bincount(group, weights=weight)[group]
 
 
@@ -112,7 +112,7 @@ def resampled(span: Span) -> Span:
     """`span` with the sources of its fresh entries drawn at random, the same for everyone (Net2Net's mapping)."""
     if span.parts is not None:
         return nested(span.axis, *(resampled(part) for part in span.parts))
-    old = span.alike[~span.fresh]
+    old = span.copy_group[~span.fresh]
     chosen = np.random.default_rng(len(old) * 1_000_003 + span.new).integers(0, len(old), span.new)
     pick = np.where(span.fresh, chosen, np.cumsum(~span.fresh) - 1)
     source = span.source[np.flatnonzero(~span.fresh)[pick]]
@@ -158,6 +158,6 @@ class AxisMap:
     squares: float | None = None
 
     @property
-    def speaks(self) -> bool:
+    def active(self) -> bool:
         """Whether fresh entries take part from the first step, as copies of old ones do."""
         return not self.masked and all(rule.fill == "copy" for rule in self.rules.values())

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from flm_jax.config import ModelConfig
+from flm_jax.distributed import fetch
 from flm_jax.growth.depth import METRICS
 from flm_jax.growth.plan import Growth
-from flm_jax.hosts import fetch
 from flm_jax.model import Params, Transformer
 
 

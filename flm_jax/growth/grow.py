@@ -20,9 +20,9 @@ import optax
 
 from flm_jax.config import ModelConfig
 from flm_jax.growth.axis_map import AxisMap, Rule
-from flm_jax.growth.frame import Frame, View
+from flm_jax.growth.exact_adamw import LeafRescaling, Rescaling
+from flm_jax.growth.leaf_map import Grown, LeafMap, make_leaf_map
 from flm_jax.growth.plan import Growth, axis_maps
-from flm_jax.growth.way import Grown, Way, make_way
 from flm_jax.model import Params, declared
 from flm_jax.signature import Signature, draw
 
@@ -44,7 +44,7 @@ def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key
       ValueError: the parameters are not those of `old` (the path and both shapes are named), or see `axis_maps`.
     """
 
-    def one(path: str, value: jax.Array, way: Way) -> jax.Array:
+    def one(path: str, value: jax.Array, way: LeafMap) -> jax.Array:
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return way.grow(value, functools.partial(fresh, way, leaf_key, way.shape, new.std(way.signature)), leaf_key)
 
@@ -52,43 +52,43 @@ def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key
     return jax.tree_util.tree_map_with_path(
         lambda path, value, way: one(jax.tree_util.keystr(path, simple=True, separator="/"), value, way),
         params,
-        param_ways(old, new, growth),
+        param_maps(old, new, growth),
     )
 
 
-def fresh(way: Way, key: jax.Array, shape: tuple[int, ...], std: float, **offset: Any) -> jax.Array:
+def fresh(way: LeafMap, key: jax.Array, shape: tuple[int, ...], std: float, **offset: Any) -> jax.Array:
     """What is drawn for a parameter, or for a block of it that begins at some `offset`."""
     return draw(way.signature, key, shape, std=std, dtype=way.wide, **offset)
 
 
-def param_ways(old: ModelConfig, new: ModelConfig, growth: Growth) -> Params:
-    """How every parameter grows: a tree of `Way`."""
+def param_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> Params:
+    """How every parameter grows: a tree of `LeafMap`."""
     maps = axis_maps(old, new, growth)
 
-    def one(signature: Signature, like: jax.ShapeDtypeStruct) -> Way:
+    def one(signature: Signature, like: jax.ShapeDtypeStruct) -> LeafMap:
         grown = _grown_axes(signature, maps)
         weights = [np.ones(1) for _ in signature.axes]
         for dim, span, rule in grown:
             weights[dim] = np.broadcast_to(rule.scale, span.new)
-        return make_way(signature, like, grown, old.forward_mult(signature) / new.forward_mult(signature), weights)
+        return make_leaf_map(signature, like, grown, old.forward_mult(signature) / new.forward_mult(signature), weights)
 
     likes, signatures = declared(new)
     return jax.tree.map(one, signatures, likes)
 
 
-def moment_ways(
+def moment_maps(
     old: ModelConfig,
     new: ModelConfig,
     growth: Growth,
     power: int,
-    before: Frame | None = None,
-    after: Frame | None = None,
+    before: Rescaling | None = None,
+    after: Rescaling | None = None,
 ) -> Params:
-    """How moving averages of gradients to some power grow, in the frames that they are in: a tree of `Way`."""
+    """How moving averages of gradients to some power grow, in the frames that they are in: a tree of `LeafMap`."""
     maps = axis_maps(old, new, growth)
     forget = growth.optimizer == "asymmetric"
 
-    def one(signature: Signature, like: jax.ShapeDtypeStruct, *views: View) -> Way:
+    def one(signature: Signature, like: jax.ShapeDtypeStruct, *views: LeafRescaling) -> LeafMap:
         seen = dict(zip([f for f in ("before", "after") if frames[f] is not None], views, strict=True))
         factors = {name: [np.ravel(f) ** float(power) for f in view.gradient] for name, view in seen.items()}
         weights = factors.get("before", [np.ones(1) for _ in signature.axes])
@@ -101,7 +101,7 @@ def moment_ways(
         if "after" in factors:
             weights = [w / f for w, f in zip(weights, factors["after"], strict=True)]
         fold = (new.forward_mult(signature) / old.forward_mult(signature)) ** power
-        return make_way(signature, like, grown, fold, weights)
+        return make_leaf_map(signature, like, grown, fold, weights)
 
     frames = {"before": before, "after": after}
     likes, signatures = declared(new)
@@ -114,8 +114,8 @@ def grow_moments(
     new: ModelConfig,
     growth: Growth,
     power: int,
-    before: Frame | None = None,
-    after: Frame | None = None,
+    before: Rescaling | None = None,
+    after: Rescaling | None = None,
 ) -> Params:
     """A moving average of gradients to some power (Adam's first moment: 1, second: 2), by the dual of the same maps.
 
@@ -136,7 +136,7 @@ def grow_moments(
         ValueError: as `grow`.
     """
     check_shapes(moments, old)
-    ways = moment_ways(old, new, growth, power, before, after)
+    ways = moment_maps(old, new, growth, power, before, after)
     return jax.tree.map(lambda value, way: way.grow(value), moments, ways)
 
 
@@ -145,8 +145,8 @@ def grow_optimizer(
     old: ModelConfig,
     new: ModelConfig,
     growth: Growth,
-    before: Frame | None = None,
-    after: Frame | None = None,
+    before: Rescaling | None = None,
+    after: Rescaling | None = None,
 ) -> Any:
     """The optimizer's state for the grown model: Adam's moments by `grow_moments`, its count as it was.
 

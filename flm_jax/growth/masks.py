@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.model import Masks
+from flm_jax.records import recorded
 
 # What is masked, by the axis that grew. New key heads serve only new query heads, whose outputs are masked already.
 FIELDS = {
@@ -22,6 +23,7 @@ FIELDS = {
 SHAPES = ("linear", "cosine")
 
 
+@recorded
 @dataclass(frozen=True)
 class Ramp:
     """How masks rise from 0 to 1.

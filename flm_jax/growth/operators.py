@@ -103,7 +103,7 @@ def mask(span: Span) -> AxisMap:
     return AxisMap(span, dict.fromkeys(Role, Rule("draw")), masked=True)
 
 
-def _copies(span: Span, lean: float = 0.0) -> AxisMap:
+def _copies(span: Span, unevenness: float = 0.0) -> AxisMap:
     """Weighted duplication: every new entry repeats its source, and the copies of one source speak for it together.
 
     With shares p that sum to 1 over the copies of an entry. On inner axes readers are weighted by p. On the residual
@@ -111,7 +111,7 @@ def _copies(span: Span, lean: float = 0.0) -> AxisMap:
     was, whatever the ratio, so RMSNorm and its eps are. Writers are weighted by c, readers by p / c. Gradients follow
     by the chain rule, through the norm too, in just the same proportions.
     """
-    p = span.shares(lean)
+    p = span.shares(unevenness)
     if KINDS[span.axis] is Kind.RESIDUAL:
         ratio = span.new / span.old
         c = np.sqrt(p * ratio)
@@ -150,7 +150,7 @@ def copy(span: Span) -> AxisMap:
 )
 def uneven(span: Span) -> AxisMap:
     """As `copy`, with uneven shares: copies have different gradients, so an ordinary optimizer parts them."""
-    return _copies(span, lean=1.0)
+    return _copies(span, unevenness=1.0)
 
 
 @register(

@@ -15,6 +15,7 @@ from flm_jax.growth import depth, masks, operators
 from flm_jax.growth.axis_map import AxisMap, Span, append, divided, nested
 from flm_jax.growth.masks import Ramp
 from flm_jax.model import Masks
+from flm_jax.records import recorded
 from flm_jax.signature import KINDS
 
 AXES = tuple(KINDS)
@@ -25,6 +26,7 @@ NUMERICS = ("compute_dtype", "remat", "attention", "scan_unroll")
 FREE_FIELDS = frozenset(MULTIPLIERS + NUMERICS)
 
 
+@recorded
 @dataclass(frozen=True)
 class Growth:
     """How to grow.
@@ -151,7 +153,7 @@ def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, A
                 "new entries would change: grow head_dim by 'mask', which hides them there (Growth.methods)."
             )
     both = [growth.method_of(axis) for axis in ("heads", "kv_heads") if axis in maps]
-    if len(set(both)) > 1 and (maps["heads"].speaks or maps["kv_heads"].speaks):
+    if len(set(both)) > 1 and (maps["heads"].active or maps["kv_heads"].active):
         raise ValueError(
             f"Heads grow by {both[0]!r} and the key heads that they read by {both[1]!r}: copies of a head must find "
             "copies of its key head, with the same sources and shares. Grow both by one of the two."
@@ -238,7 +240,7 @@ def _kept_logits_mult(old: ModelConfig, target: ModelConfig, maps: Mapping[str, 
     stream's sum of squares grow, logits do as much.
     """
     embed = maps.get("embed")
-    louder = embed.squares if target.tied and embed is not None and embed.speaks else None
+    louder = embed.squares if target.tied and embed is not None and embed.active else None
     return old.logits_mult / (louder or 1.0)
 
 

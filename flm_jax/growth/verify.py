@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.config import ModelConfig
+from flm_jax.distributed import fetch
 from flm_jax.growth.plan import Growth, axis_maps, masks_at, promises
-from flm_jax.hosts import fetch
 from flm_jax.model import Masks, Params, Transformer
 from flm_jax.signature import Role
 

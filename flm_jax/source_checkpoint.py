@@ -12,13 +12,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, read_manifest
+from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, read_manifest
+from flm_jax.checkpoint.find import step_directory
+from flm_jax.checkpoint.manifest import file_faults
 from flm_jax.config import ModelConfig
 from flm_jax.data.vocabulary import TokenizerVocabulary, Vocabulary
 from flm_jax.growth.plan import masks_at
-from flm_jax.integrity import file_faults
 from flm_jax.model import Masks, Params
-from flm_jax.recipe import Recipe, ResolvedStage, Stage, as_dict, from_dict, resolve
+from flm_jax.recipe import Recipe, ResolvedStage, Stage, resolve
+from flm_jax.records import as_dict, from_dict
 from flm_jax.step import StageProgram, TrainState
 
 # The file of a checkpoint that says where its data stands; it is of the run alone.
@@ -28,7 +30,7 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
 @dataclass(frozen=True, eq=False)
-class Origin:
+class SourceCheckpoint:
     """A checkpoint, and what its record says of it. Its arrays are read by `restore`, and checked then.
 
     Attributes:
@@ -138,19 +140,19 @@ def model_of(checkpoint: str, changes: Mapping[str, Any] | None = None) -> Model
 
     Raises:
         ValueError: there is no such field.
-        CheckpointError: as `read_origin`.
+        CheckpointError: as `read_source`.
     """
-    return read_origin(checkpoint).stage.cfg.changed(changes or {})
+    return read_source(checkpoint).stage.cfg.changed(changes or {})
 
 
-def read_origin(path: str | Path) -> Origin:
+def read_source(path: str | Path) -> SourceCheckpoint:
     """Finds a checkpoint: a step's directory, or the newest step of a stage or of a work directory.
 
     Raises:
         NoCheckpointError: there is none.
         CheckpointError: it was not written by a run or a growth of this project.
     """
-    directory = _step_directory(Path(path).expanduser().absolute())
+    directory = step_directory(path)
     manifest = read_manifest(directory)
     try:
         meta = json.loads((directory / "meta.json").read_text())
@@ -167,40 +169,21 @@ def read_origin(path: str | Path) -> Origin:
         stage = ResolvedStage(index - len(generations), described, stage)
     assert stage is not None
     trained = any(path.startswith("opt_state/") for path in manifest.leaves)
-    return Origin(directory, int(directory.name), manifest.state_digest, stage, meta, trained)
+    return SourceCheckpoint(directory, int(directory.name), manifest.state_digest, stage, meta, trained)
 
 
-def begin(recipe: Recipe) -> tuple[Origin | None, tuple[ResolvedStage, ...]]:
+def begin(recipe: Recipe) -> tuple[SourceCheckpoint | None, tuple[ResolvedStage, ...]]:
     """The checkpoint that a recipe starts with, if any, and its stages.
 
     Raises:
         ValueError: as `resolve`, or the checkpoint is within a ramp.
-        CheckpointError: as `read_origin`.
+        CheckpointError: as `read_source`.
     """
     if not recipe.start:
         return None, resolve(recipe)
-    origin = read_origin(recipe.start)
+    origin = read_source(recipe.start)
     origin.check_settled(grows=bool(recipe.stages) and recipe.stages[0].growth is not None)
     return origin, resolve(recipe, (origin.stage, origin.step))
-
-
-def _step_directory(path: Path) -> Path:
-    if not path.is_dir():
-        raise NoCheckpointError(f"{path} is no directory; give a step, a stage's directory or a work directory.")
-
-    def steps(folder: Path) -> list[Path]:
-        return sorted((p for p in folder.glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
-
-    if (path / "manifest.json").is_file():
-        return path
-    stages = sorted((path / "checkpoints").glob("[0-9]*_*"), key=lambda p: int(p.name.split("_")[0])) or [path]
-    for folder in reversed(stages):
-        if found := steps(folder):
-            return found[-1]
-    raise NoCheckpointError(
-        f"{path} holds no checkpoint: give a step, such as .../checkpoints/0_first/800, a stage's directory, or a work "
-        "directory."
-    )
 
 
 def lineage(stage: ResolvedStage) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ Factors = tuple[np.ndarray, ...]  # One vector a dimension, shaped to broadcast;
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class LeafRescaling:
     """How one parameter is seen: by what its weights, gradients and share of the gradient's norm are scaled.
 
     Attributes:
@@ -43,7 +43,7 @@ class View:
     width_mult: float
 
 
-Frame = Any  # A tree of `View`, like the parameters.
+Rescaling = Any  # A tree of `LeafRescaling`, like the parameters.
 
 
 def times(x: jax.Array, factors: Factors, power: int = 1) -> jax.Array:
@@ -54,7 +54,7 @@ def times(x: jax.Array, factors: Factors, power: int = 1) -> jax.Array:
     return x
 
 
-def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | None) -> Frame | None:
+def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Rescaling | None) -> Rescaling | None:
     """The frame after a growth, of the frame before it; None where AdamW sees everything as it is.
 
     Raises:
@@ -65,7 +65,7 @@ def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | No
     maps = axis_maps(old, new, growth.placeholder)
     for axis, grown in maps.items():
         method = growth.method_of(axis)
-        if grown.speaks and not REGISTRY[method].continues:
+        if grown.active and not REGISTRY[method].continues:
             kind = KINDS[axis]
             known = ", ".join(
                 sorted(
@@ -85,7 +85,7 @@ def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | No
     _, old_signatures = declared(old)
     _, signatures = declared(new)
 
-    def one(sig: Signature, view: View) -> View:
+    def one(sig: Signature, view: LeafRescaling) -> LeafRescaling:
         ndim = len(sig.axes)
         weight, gradient, share = ([*factors] for factors in (view.weight, view.gradient, view.share))
         for dim, axis in enumerate(sig.axes):
@@ -102,25 +102,27 @@ def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Frame | No
                 factors[dim] = np.where(along(known, dim, ndim), scaled, 1.0)
         fold = new.forward_mult(sig) / old.forward_mult(sig)
         weight[0], gradient[0] = weight[0] / fold, gradient[0] * fold
-        return View(tuple(weight), tuple(gradient), tuple(share), view.width_mult)
+        return LeafRescaling(tuple(weight), tuple(gradient), tuple(share), view.width_mult)
 
     start = jax.tree.map(lambda sig: _plain(sig, old), old_signatures) if before is None else before
     return jax.tree.map(one, signatures, start)
 
 
-def _plain(sig: Signature, cfg: ModelConfig) -> View:
+def _plain(sig: Signature, cfg: ModelConfig) -> LeafRescaling:
     ones = tuple(along(np.ones(cfg.sizes[axis]), dim, len(sig.axes)) for dim, axis in enumerate(sig.axes))
-    return View(ones, ones, ones, sig.width_mult(cfg.sizes, cfg.base_sizes))
+    return LeafRescaling(ones, ones, ones, sig.width_mult(cfg.sizes, cfg.base_sizes))
 
 
-def into_frame(moments: Any, frame: Frame | None, power: int) -> Any:
+def rescaled_moments(moments: Any, frame: Rescaling | None, power: int) -> Any:
     """Averages of gradients to some power, as the frame sees them."""
     if frame is None:
         return moments
     return jax.tree.map(lambda m, view: times(m, view.gradient, -power), moments, frame)
 
 
-def in_frame(inner: optax.GradientTransformation, frame: Frame | None, clip: float) -> optax.GradientTransformation:
+def in_rescaling(
+    inner: optax.GradientTransformation, frame: Rescaling | None, clip: float
+) -> optax.GradientTransformation:
     """An optimizer that works in a frame, behind clipping by the global norm, in which copies count once.
 
     Args:
@@ -139,7 +141,7 @@ def in_frame(inner: optax.GradientTransformation, frame: Frame | None, clip: flo
         return jax.tree.map(lambda g: jnp.where(norm < clip, g, g / norm.astype(g.dtype) * clip), grads)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        seen = clipped(into_frame(grads, frame, 1))
+        seen = clipped(rescaled_moments(grads, frame, 1))
         if frame is None:
             return inner.update(seen, state, params)
         params = jax.tree.map(lambda p, view: times(p, view.weight, -1), params, frame)

@@ -12,22 +12,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flm_jax import plan
+from flm_jax import costs
 from flm_jax.checkpoint import CheckpointError, Checkpoints
+from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES, finish, grow_streamed, unfinished
 from flm_jax.config import ModelConfig
-from flm_jax.data.source import Data, DataConfig, open_data
-from flm_jax.evaluate import few_rows, make_eval, put_batch
+from flm_jax.data.config import DataConfig
+from flm_jax.data.source import Data, open_data
 from flm_jax.generate import generate
+from flm_jax.growth.diagnostics import copies_apart, dead_slices, fresh_entries
 from flm_jax.growth.distance import settle
-from flm_jax.growth.examine import copies_apart, dead_slices, fresh_entries
 from flm_jax.growth.plan import Growth, axis_maps, changed, grown_config, masks_at, promises
 from flm_jax.growth.verify import compare
+from flm_jax.loss import make_heldout_loss
 from flm_jax.model import Params
-from flm_jax.origin import Origin, kept, lineage, read_origin
-from flm_jax.recipe import ResolvedStage, Stage, as_dict, write_identity, write_record
-from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.recipe import ResolvedStage, Stage
+from flm_jax.records import as_dict, write_identity, write_record
+from flm_jax.sharding import MeshConfig, few_rows, make_mesh, put_batch
+from flm_jax.source_checkpoint import SourceCheckpoint, kept, lineage, read_source
 from flm_jax.step import StageProgram, TrainState
-from flm_jax.streamed.flow import CHUNK_BYTES, finish, grow_streamed, unfinished
 
 TRANSPLANT = "growth.json"
 
@@ -108,12 +110,12 @@ def grow_checkpoint(
     directory = workdir / "checkpoints" / "0_grown"
     if workdir.exists() and any(workdir.iterdir()) and not (streamed and _begun(workdir, directory)):
         raise ValueError(f"{workdir} is not empty; grow into a new directory.")
-    origin = read_origin(source)
+    origin = read_source(source)
     origin.check_settled(grows=True)
     old = origin.stage.cfg
     new = grown_config(old, changed(old, target, growth) if isinstance(target, Mapping) else target, growth)
     if not axis_maps(old, new, growth.placeholder):
-        raise ValueError(f"Nothing grows: the checkpoint has the target's shape already, {plan.shape_line(old)}.")
+        raise ValueError(f"Nothing grows: the checkpoint has the target's shape already, {costs.shape_line(old)}.")
 
     def describe(growth: Growth, distances: tuple[float, ...], found: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -125,8 +127,8 @@ def grow_checkpoint(
             "distances": list(distances),
             "config_before": as_dict(old),
             "config_after": as_dict(new),
-            "params_before": plan.param_count(old),
-            "params_after": plan.param_count(new),
+            "params_before": costs.param_count(old),
+            "params_after": costs.param_count(new),
             "verification": found,
         }
 
@@ -176,7 +178,7 @@ def _begun(workdir: Path, directory: Path) -> bool:
 
 
 def _grow_in_memory(
-    origin: Origin,
+    origin: SourceCheckpoint,
     new: ModelConfig,
     growth: Growth,
     seed: int,
@@ -202,7 +204,7 @@ def _grow_in_memory(
         record = describe(growth, distances, found)
         if not found["holds"]:
             raise CheckpointError(f"The growth does not hold, and nothing was written: {_failures(found)}")
-        signatures = {f"params/{path}": str(sig) for path, _, sig in plan.leaves(new)}
+        signatures = {f"params/{path}": str(sig) for path, _, sig in costs.leaves(new)}
         with Checkpoints(directory) as store:
             held = kept(grown, origin.trained)
             store.save(0, held, signatures=signatures, meta=recorded(record), blobs=origin.files)
@@ -237,7 +239,7 @@ def verify_checkpoints(
       DamagedError: one of them is not as it was saved.
       CheckpointError: the target did not grow from the source.
     """
-    before, after = read_origin(source), read_origin(target)
+    before, after = read_source(source), read_source(target)
     if after.step == 0 and after.stage.before is None:
         raise CheckpointError(f"{after.directory} did not grow from anything: it is an initialisation.")
     if after.step != 0:
@@ -274,7 +276,7 @@ def _verify(
     measured = compare(old, state.params, new, grown.params, growth, batch.inputs_BT, batch.segments_BT)
     with jax.default_matmul_precision("highest"):
         losses = [
-            make_eval(cfg.for_comparison, mesh)(params, tokens.batches, under)
+            make_heldout_loss(cfg.for_comparison, mesh)(params, tokens.batches, under)
             for cfg, params, under in ((old, state.params, None), (new, grown.params, masks))
         ]
     greedy = _greedy(old, state.params, new, grown.params, masks, batch.inputs_BT[:, :16])

@@ -44,8 +44,8 @@ class Entries(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
-    """How one array grows. Made by `make_way`.
+class LeafMap:
+    """How one array grows. Made by `make_leaf_map`.
 
     Attributes:
       signature: the parameter's, also of its moments.
@@ -178,7 +178,7 @@ class Way:
         for dim, span, rule in self.grown:
             if rule.noise is None:
                 continue
-            group = span.alike
+            group = span.copy_group
             moved = jnp.moveaxis(fresh, dim, -1)
             size = np.bincount(group, weights=rule.noise**2)[group]
             vectors = (rule.noise, rule.noise / size)
@@ -190,13 +190,13 @@ class Way:
         return total
 
 
-def make_way(
+def make_leaf_map(
     signature: Signature,
     like: jax.ShapeDtypeStruct,
     grown: Sequence[Grown],
     scale: float,
     weights: Sequence[np.ndarray],
-) -> Way:
+) -> LeafMap:
     """How an array grows.
 
     Args:
@@ -217,7 +217,7 @@ def make_way(
             break
     fresh = tuple(span.fresh for _, span, _ in grown)
     entries = Entries(fresh, tuple(found), None if scale == 1 else scale)
-    return Way(signature, like.shape, like.dtype, tuple(grown), entries)
+    return LeafMap(signature, like.shape, like.dtype, tuple(grown), entries)
 
 
 def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:

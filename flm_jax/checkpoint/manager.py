@@ -1,20 +1,13 @@
-"""Checkpoints: the one door to orbax.
+"""Saves, restores and prunes the checkpoints in one directory, through orbax.
 
-A directory of checkpoints holds one directory a step:
+A step is written as `100.partial` and renamed to `100` when every byte of it is on disk, so a step that has its name is
+complete; one that is deleted is first renamed to `100.deleted`. What orbax gets wrong and this module makes good: it
+checks no values, counts any directory with a number for a name as a step, restores into other shapes and dtypes when
+not told them, and goes on after a save has failed.
 
-    100/manifest.json      what must be in the others, see `flm_jax.integrity`
-    100/meta.json          what the caller says about the step: data position, provenance, configuration
-    100/blobs/             small files as bytes, such as a vocabulary
-    100/arrays/            the leaves, written by orbax as nested dictionaries named by leaf path
-
-A step is written as `100.partial` and renamed to `100` when every byte of it is on disk, so a step that has
-its name is complete; one that is deleted is first renamed to `100.deleted`. What orbax gets wrong and this
-module makes good: it checks no values, counts any directory with a number for a name as a step, restores into
-other shapes and dtypes when not told them, and goes on after a save has failed.
-
-Several processes write one checkpoint together, on a file system that all of them see; the first of them
-writes all but the arrays, holds the lock, commits, deletes, and says what there is to restore. Each method that
-writes or restores must be called by all of them; what fails in one fails in all.
+Several processes write one checkpoint together, on a file system that all of them see. The primary process writes all
+but the arrays, holds the lock, commits, deletes, and says what there is to restore. Each method that writes or restores
+must be called by all of them; what fails in one fails in all.
 """
 
 from __future__ import annotations
@@ -36,32 +29,22 @@ from typing import IO, Any
 import jax
 import orbax.checkpoint as ocp
 
-from flm_jax import hosts, integrity, steps, stored
-from flm_jax.integrity import (
+from flm_jax import distributed
+from flm_jax.checkpoint import checksum, manifest, orbax_io
+from flm_jax.checkpoint.commit import BLOBS, META, commit_step, small_files
+from flm_jax.checkpoint.directory import LOCK, Steps, take_lock
+from flm_jax.checkpoint.manifest import (
     CheckpointError,
     DamagedError,
     Leaf,
-    Manifest,
     NoCheckpointError,
     PyTree,
     leaf_paths,
     read_manifest,
 )
-from flm_jax.stored import ARRAYS, META
+from flm_jax.checkpoint.orbax_io import ARRAYS
 
-__all__ = [
-    "CheckpointError",
-    "Checkpoints",
-    "DamagedError",
-    "NoCheckpointError",
-    "Report",
-    "Restored",
-    "leaf_paths",
-    "read_manifest",
-    "verify",
-]
-
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("flm_jax.checkpoint")
 
 _BLOB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # Until a file system shows to one machine what another has just written.
@@ -76,34 +59,6 @@ class Restored:
     state: PyTree
     meta: Mapping[str, Any]
     blobs: Mapping[str, bytes]
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What `verify` found.
-
-    Attributes:
-        directory: the step's directory.
-        step: its step.
-        leaves: how many arrays were read and compared.
-        bytes: the size of all files.
-        problems: one sentence for each damaged file or leaf, naming it.
-    """
-
-    directory: str
-    step: int
-    leaves: int
-    bytes: int
-    problems: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every byte is as it was saved."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        found = "\n  ".join(self.problems) or "intact"
-        return f"{self.directory}: {self.leaves} leaves, {self.bytes} bytes: {found}"
 
 
 class Checkpoints:
@@ -136,11 +91,11 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, not {keep}: the newest checkpoint is never deleted")
         self.directory = Path(directory).absolute()
         self._keep, self._keep_steps = keep, frozenset(keep_steps)
-        self._primary = hosts.first()
+        self._primary = distributed.is_primary()
         self._read_only = read_only
         self._lock: IO[str] | None = None
         self._pending: concurrent.futures.Future[None] | None = None
-        self._steps = steps.Steps(self.directory)
+        self._steps = Steps(self.directory)
         self._refused: set[int] = set()  # steps whose damage only reading the values showed
         if not read_only:
             self._open()
@@ -163,10 +118,10 @@ class Checkpoints:
         with self._together("open"):
             if self._primary:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._lock = steps.take_lock(self.directory)
+                self._lock = take_lock(self.directory)
                 self._steps.clear()
-        lock = self.directory / steps.LOCK
-        written = hosts.from_first("lock", lock.read_text)
+        lock = self.directory / LOCK
+        written = distributed.from_primary("lock", lock.read_text)
         with self._together("see"):
             deadline = time.monotonic() + _SHOWN_WITHIN_S
             while not (lock.is_file() and lock.read_text() == written):
@@ -178,7 +133,7 @@ class Checkpoints:
                 time.sleep(0.1)
 
     def _together(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return hosts.together(f"{what} {self.directory.name}", CheckpointError, DamagedError, NoCheckpointError)
+        return distributed.together(f"{what} {self.directory.name}", CheckpointError, DamagedError, NoCheckpointError)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -221,7 +176,7 @@ class Checkpoints:
             newest = max(self._trusted(), default=-1) if self._primary else -1
             if step <= newest:
                 raise CheckpointError(f"{self.directory}: step {step} cannot be saved, step {newest} is already there")
-        leaves = {path: stored.as_array(path, leaf) for path, leaf in leaf_paths(state).items()}
+        leaves = {path: orbax_io.as_array(path, leaf) for path, leaf in leaf_paths(state).items()}
         signatures, blobs = dict(signatures or {}), dict(blobs or {})
         if not leaves:
             raise CheckpointError(f"{self.directory}: step {step} cannot be saved, the state has no arrays")
@@ -229,8 +184,7 @@ class Checkpoints:
             raise CheckpointError(f"signatures are given for leaves that the state does not have: {unknown}")
         if wrong := sorted(name for name in blobs if not _BLOB.fullmatch(name)):
             raise CheckpointError(f"blobs need plain file names, not {wrong}")
-        files = {META: (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()}
-        files |= {f"blobs/{name}": bytes(content) for name, content in blobs.items()}
+        files = small_files(meta, blobs)
         described = {
             path: Leaf(tuple(leaf.shape), leaf.dtype.name, signatures.get(path, ""), "")
             for path, leaf in leaves.items()
@@ -244,9 +198,9 @@ class Checkpoints:
                     partial.mkdir()
             # The copies to the host are meant; a train loop may forbid those that are not.
             with self._together("save"), jax.transfer_guard("allow"):
-                lanes = {path: integrity.checksum(leaf) for path, leaf in leaves.items()}
+                lanes = {path: checksum.of(leaf) for path, leaf in leaves.items()}
                 # Orbax refuses arrays without elements; their shape and dtype are all there is to keep.
-                nested = stored.nest({path: leaf for path, leaf in leaves.items() if leaf.size})
+                nested = orbax_io.nest({path: leaf for path, leaf in leaves.items() if leaf.size})
                 if nested:
                     self._orbax.save(partial / ARRAYS, args=ocp.args.PyTreeSave(nested))
         except Exception as error:
@@ -326,12 +280,12 @@ class Checkpoints:
             CheckpointError: leaves, shapes or dtypes do not fit: the message names each leaf and both shapes.
         """
         self.wait()
-        wanted = {path: stored.target(path, leaf) for path, leaf in leaf_paths(abstract).items()}
+        wanted = {path: orbax_io.target(path, leaf) for path, leaf in leaf_paths(abstract).items()}
         if step is not None:
             return self._restore(abstract, wanted, operator.index(step), partial, unverified)
         if unverified:
             raise CheckpointError("unverified=True needs an explicit step")
-        good, bad = hosts.from_first("scan", self._steps.scan)
+        good, bad = distributed.from_primary("scan", self._steps.scan)
         for candidate in reversed(good):
             try:
                 return self._restore(abstract, wanted, candidate, partial, False)
@@ -374,8 +328,9 @@ class Checkpoints:
                 self._orbax.wait_until_finished()
             with self._together("commit"):
                 if self._primary:
-                    self._complete(step, partial, leaves, lanes, files)
-                    self._steps.commit(step, partial)
+                    sums = checksum.digests(lanes)
+                    leaves = {path: dataclasses.replace(leaf, checksum=sums[path]) for path, leaf in leaves.items()}
+                    commit_step(partial, step, leaves, files)
                     self._refused.discard(step)
         except BaseException as error:
             self._abandon(partial)
@@ -383,26 +338,6 @@ class Checkpoints:
         self._steps.writing = None
         if self._primary:
             self._prune()
-
-    def _complete(
-        self,
-        step: int,
-        partial: Path,
-        leaves: Mapping[str, Leaf],
-        lanes: Mapping[str, jax.Array],
-        files: Mapping[str, bytes],
-    ) -> None:
-        checksums = integrity.digests(lanes)
-        for name, content in files.items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            (partial / name).write_bytes(content)
-        written = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = Manifest(
-            step,
-            {path: dataclasses.replace(leaf, checksum=checksums[path]) for path, leaf in leaves.items()},
-            {str(path.relative_to(partial)): integrity.describe_file(path) for path in written},
-        )
-        (partial / integrity.MANIFEST).write_bytes(integrity.dump_manifest(manifest))
 
     def _abandon(self, partial: Path) -> None:
         # What a full disk holds of an unfinished step would keep it full.
@@ -429,69 +364,27 @@ class Checkpoints:
         with self._together("manifest"):
             if not step_dir.is_dir():
                 raise NoCheckpointError(f"{self.directory} holds no step {step}, it holds {self.steps()}")
-            if (step_dir / integrity.MANIFEST).exists():
-                manifest = read_manifest(step_dir)
+            if (step_dir / manifest.MANIFEST).exists():
+                saved = read_manifest(step_dir)
             elif unverified:
                 _log.error("%s has no manifest and is read UNVERIFIED: a damaged value would not be seen", step_dir)
-                manifest = stored.unverified_manifest(self._orbax, step_dir)
+                saved = orbax_io.unverified_manifest(self._orbax, step_dir)
             else:
-                raise DamagedError(
-                    f"{step_dir} has no {integrity.MANIFEST}; unverified=True reads it without any check"
-                )
-            integrity.compare(manifest.leaves, wanted, where=str(step_dir), partial=partial)
+                raise DamagedError(f"{step_dir} has no {manifest.MANIFEST}; unverified=True reads it without any check")
+            manifest.compare(saved.leaves, wanted, where=str(step_dir), partial=partial)
             # One look at every file is enough; each process's own part of the values is checked below.
-            if self._primary and (faults := integrity.file_faults(step_dir, manifest, contents=True)):
+            if self._primary and (faults := manifest.file_faults(step_dir, saved, contents=True)):
                 raise DamagedError("; ".join(faults[:3]))
         with self._together("read"):
-            arrays = stored.read(self._reader, step_dir, manifest, wanted)
-        if wrong := stored.wrong_leaves(manifest, arrays):
+            arrays = orbax_io.read(self._reader, step_dir, saved, wanted)
+        if wrong := orbax_io.wrong_leaves(saved, arrays):
             raise DamagedError(f"{step_dir}: the values of {', '.join(wrong[:3])} ({len(wrong)} leaves) have changed")
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
         with self._together("rest"):
             try:
-                meta = json.loads((step_dir / META).read_bytes()) if META in manifest.files else {}
-                names = [name for name in manifest.files if name.startswith("blobs/")]
-                blobs = {name.removeprefix("blobs/"): (step_dir / name).read_bytes() for name in names}
+                meta = json.loads((step_dir / META).read_bytes()) if META in saved.files else {}
+                names = [name for name in saved.files if name.startswith(f"{BLOBS}/")]
+                blobs = {name.removeprefix(f"{BLOBS}/"): (step_dir / name).read_bytes() for name in names}
             except (OSError, ValueError) as error:
                 raise DamagedError(f"{step_dir}: {error}") from error
         return Restored(step, state, meta, blobs)
-
-
-def verify(directory: str | Path, step: int | None = None) -> Report:
-    """Checks every bit of one checkpoint without a model, one leaf in memory at a time.
-
-    Args:
-        directory: a directory of steps.
-        step: which one; if None, the newest, be it damaged.
-
-    Returns:
-        What was found.
-
-    Raises:
-        NoCheckpointError: there is no such step.
-    """
-    with Checkpoints(directory, read_only=True) as checkpoints:
-        if step is None:
-            step = max((s for found in checkpoints._steps.scan() for s in found), default=None)
-        step_dir = checkpoints.directory / str(step)
-        if step is None or not step_dir.is_dir():
-            raise NoCheckpointError(
-                f"{directory} holds no checkpoint" + (f" of step {step}" if step is not None else "")
-            )
-        size = sum(path.stat().st_size for path in step_dir.rglob("*") if path.is_file())
-        try:
-            manifest = read_manifest(step_dir)
-        except CheckpointError as error:
-            return Report(str(step_dir), step, 0, size, (str(error),))
-        problems = integrity.file_faults(step_dir, manifest, contents=True)
-        with jax.enable_x64(True):  # or 8-byte leaves would be read as 4-byte ones
-            for path, leaf in manifest.leaves.items():
-                wanted = {path: stored.target(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))}
-                try:
-                    arrays = stored.read(checkpoints._orbax, step_dir, manifest, wanted)
-                except DamagedError as error:
-                    problems.append(f"{path}: {error}")
-                else:
-                    wrong = stored.wrong_leaves(manifest, arrays)
-                    problems += [f"{step_dir}: the values of {name} have changed" for name in wrong]
-    return Report(str(step_dir), step, len(manifest.leaves), size, tuple(problems))

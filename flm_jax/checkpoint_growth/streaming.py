@@ -38,15 +38,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import integrity, plan
-from flm_jax.integrity import CheckpointError, DamagedError, Leaf, leaf_paths, read_manifest
-from flm_jax.origin import Origin
-from flm_jax.recipe import ResolvedStage, as_dict
-from flm_jax.steps import take_lock
-from flm_jax.streamed import blocks
-from flm_jax.streamed.journal import Journal, Sum
-from flm_jax.streamed.plan import Form, Unit, abstract_state, grow_block, jobs
-from flm_jax.streamed.seal import seal
+from flm_jax import costs
+from flm_jax.checkpoint import blocks, checksum, manifest
+from flm_jax.checkpoint.commit import commit_step, small_files
+from flm_jax.checkpoint.directory import take_lock
+from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, Leaf, leaf_paths, read_manifest
+from flm_jax.checkpoint_growth.jobs import Form, Unit, abstract_state, grow_block, jobs
+from flm_jax.checkpoint_growth.journal import Journal, Sum
+from flm_jax.recipe import ResolvedStage
+from flm_jax.records import as_dict
+from flm_jax.source_checkpoint import SourceCheckpoint
 
 CHUNK_BYTES = 16 << 20
 # Blocks that are read, computed or written at the same time.
@@ -66,7 +67,7 @@ def finish(directory: Path) -> None:
 
 
 def grow_streamed(
-    origin: Origin,
+    origin: SourceCheckpoint,
     stage: ResolvedStage,
     directory: Path,
     seed: int,
@@ -99,7 +100,9 @@ def grow_streamed(
 
 
 class _Pass:
-    def __init__(self, origin: Origin, stage: ResolvedStage, directory: Path, seed: int, chunk_bytes: int) -> None:
+    def __init__(
+        self, origin: SourceCheckpoint, stage: ResolvedStage, directory: Path, seed: int, chunk_bytes: int
+    ) -> None:
         self.origin, self.stage, self.directory = origin, stage, directory
         self.key = jax.random.key(seed)
         self.partial = directory / "0.growing"
@@ -109,7 +112,7 @@ class _Pass:
         self.jobs, self.kept = jobs(origin.stage, stage, states, chunk_bytes)
         wanted, self.target = map(leaf_paths, states)
         self.manifest = read_manifest(origin.directory)
-        integrity.compare(self.manifest.leaves, wanted, where=str(origin.directory))
+        manifest.compare(self.manifest.leaves, wanted, where=str(origin.directory))
         self.read = {j.source for j in self.jobs if j.source} | {path for path in self.kept.values() if path}
         self.wanted = {path: leaf for path, leaf in wanted.items() if path in self.read}
         layout = [(job.path, job.rows, job.chunks) for job in self.jobs]
@@ -124,7 +127,7 @@ class _Pass:
                     if self.journal.resume(self.identity):
                         return self._verified()
                     raise ValueError(f"{self.directory} holds another grown checkpoint; take another --workdir.")
-                if faults := integrity.file_faults(self.origin.directory, self.manifest, contents=True):
+                if faults := manifest.file_faults(self.origin.directory, self.manifest, contents=True):
                     raise DamagedError("; ".join(faults[:3]))
                 self.leaves = blocks.open_leaves(self.origin.directory / "arrays", self.wanted)
                 self._check_kept()
@@ -155,10 +158,10 @@ class _Pass:
             like = self.target[target]
             self.values[target] = np.zeros(like.shape, like.dtype) if source is None else self.leaves[source].value()
             if source is not None:
-                self._check(source, integrity.checksum(jnp.asarray(self.values[target])))
+                self._check(source, checksum.of(jnp.asarray(self.values[target])))
 
     def _check(self, path: str, found: Any) -> None:
-        if integrity.digest(found) != self.manifest.leaves[path].checksum:
+        if checksum.digest(found) != self.manifest.leaves[path].checksum:
             raise DamagedError(f"{self.origin.directory}: the values of {path} have changed")
 
     def _open(self) -> None:
@@ -196,10 +199,10 @@ class _Pass:
 
         def finish(unit: Unit, sums: tuple[Sum, Sum]) -> None:
             job = unit.job
-            written[job.path] = integrity.add(written[job.path], sums[1])
+            written[job.path] = checksum.add(written[job.path], sums[1])
             left[job.path] -= 1
             if job.source is not None:
-                reads[job.source] = integrity.add(reads[job.source], sums[0])
+                reads[job.source] = checksum.add(reads[job.source], sums[0])
                 if not left[job.path]:
                     self._check(job.source, reads[job.source])
 
@@ -238,8 +241,8 @@ class _Pass:
             unit, read, outs = pending.popleft()
             total = ZERO
             for out in outs:
-                total = integrity.add(total, out.result())
-            return unit, (ZERO if read is None else integrity.add(ZERO, np.asarray(read)), total)
+                total = checksum.add(total, out.result())
+            return unit, (ZERO if read is None else checksum.add(ZERO, np.asarray(read)), total)
 
         with (
             concurrent.futures.ThreadPoolExecutor(1, "read") as reader,
@@ -315,7 +318,7 @@ class _Pass:
         """Starts the checksum of a block; blocks whose rows are as long share a program."""
         lead = (np.array([layer], np.uint32),) if unit.job.stacked else ()
         counts = np.ones(len(rows), bool) if counts is None else counts
-        return integrity.partial_checksum(block, (*lead, rows.astype(np.uint32)), counts)
+        return checksum.of_block(block, (*lead, rows.astype(np.uint32)), counts)
 
     def _block(self, unit: Unit, layer: int, value: Any) -> Any:
         job, way = unit.job, unit.job.way
@@ -344,15 +347,16 @@ class _Pass:
     def _commit(
         self, written: Mapping[str, Sum], meta: Callable[[dict[str, Any]], Mapping[str, Any]]
     ) -> dict[str, Any]:
-        sums = {path: integrity.digest(total) for path, total in written.items()}
-        sums |= integrity.digests({path: integrity.checksum(jnp.asarray(v)) for path, v in self.values.items()})
-        signatures = {f"params/{path}": str(sig) for path, _, sig in plan.leaves(self.stage.cfg)}
+        sums = {path: checksum.digest(total) for path, total in written.items()}
+        sums |= checksum.digests({path: checksum.of(jnp.asarray(v)) for path, v in self.values.items()})
+        signatures = {f"params/{path}": str(sig) for path, _, sig in costs.leaves(self.stage.cfg)}
         leaves = {
             path: Leaf(tuple(leaf.shape), jnp.dtype(leaf.dtype).name, signatures.get(path, ""), sums[path])
             for path, leaf in self.target.items()
         }
         verified = self._verified()
-        seal(self.partial, leaves, meta(verified), self.origin.files, [job.path for job in self.jobs])
+        on_disk = {self.arrays / blocks.key_of(job.path) for job in self.jobs}
+        commit_step(self.partial, 0, leaves, small_files(meta(verified), self.origin.files), on_disk)
         return verified
 
     def _verified(self) -> dict[str, Any]:

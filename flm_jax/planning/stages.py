@@ -1,6 +1,6 @@
 """Ahead of time: what a recipe takes on machines that are not there, and proof that its programs compile for them.
 
-Parameters, tokens and bytes of state are exact. FLOPs follow the formula of `plan.forward_flops_per_token`. Saved
+Parameters, tokens and bytes of state are exact. FLOPs follow the formula of `costs.forward_flops_per_token`. Saved
 activations are counted from the names that blocks save under (`model.SAVED`). With `compiler="tpu"` the TPU compiler
 itself says what a program takes; with "cpu" the programs are compiled for as many simulated devices, which proves that
 they lower, shard and exchange what they should, and says nothing of a TPU's memory.
@@ -22,17 +22,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from flm_jax import hlo, plan
+from flm_jax import costs
 from flm_jax.attention import ATTENDED
 from flm_jax.config import ModelConfig
 from flm_jax.data.batches import Batch
 from flm_jax.generate import generate
 from flm_jax.model import SAVED
-from flm_jax.origin import begin
-from flm_jax.recipe import Recipe, ResolvedStage, Run, as_dict
+from flm_jax.planning import hlo
+from flm_jax.planning.topology import Topology
+from flm_jax.recipe import Recipe, ResolvedStage, Run
+from flm_jax.records import as_dict
 from flm_jax.sharding import check_slices, fitting_axes, make_mesh, mesh_axes, replicated, spec
+from flm_jax.source_checkpoint import begin
 from flm_jax.step import StageProgram, quietly_donated
-from flm_jax.topology import Topology
 
 COMPILERS = ("none", "cpu", "tpu")
 # Hand-written kernels, whose cycles no compiler estimates, are taken to run at half of the chip's peak.
@@ -237,7 +239,7 @@ def _arithmetic(
 ) -> dict[str, Any]:
     cfg, s, context, mesh = stage.cfg, stage.stage, recipe.data.context, program.mesh
     tokens = s.steps * s.batch_size * context
-    per_token = plan.train_flops_per_token(cfg, context)
+    per_token = costs.train_flops_per_token(cfg, context)
     state = program.abstract_state
     size = {
         "parameters": _bytes_here(state.params),
@@ -250,8 +252,8 @@ def _arithmetic(
     record: dict[str, Any] = {
         "name": s.name,
         "model": as_dict(cfg),
-        "shape": plan.shape_line(cfg),
-        "params": plan.param_count(cfg),
+        "shape": costs.shape_line(cfg),
+        "params": costs.param_count(cfg),
         "steps": s.steps,
         "batch_tokens": s.batch_size * context,
         "tokens": tokens,
@@ -291,7 +293,7 @@ def _growth(
     on_device = _bytes_here(previous.abstract_state) + _bytes_here(program.abstract_state)
     record = {
         "method": plan_of_it.name,
-        "params_before": plan.param_count(previous.stage.cfg),
+        "params_before": costs.param_count(previous.stage.cfg),
         "read_bytes": read,
         "written_bytes": written,
         "on_device_bytes": on_device,
@@ -323,7 +325,7 @@ def _products(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
     is what the writer of heads reads.
     """
     found: dict[str, tuple[str, ...]] = {}
-    for path, _, sig in plan.leaves(cfg):
+    for path, _, sig in costs.leaves(cfg):
         if sig.stacked and sig.reads:
             if "embed" not in sig.writes:
                 found[path.split("/")[-1]] = sig.writes
@@ -357,7 +359,7 @@ def activations(cfg: ModelConfig, rows: int, context: int, chunks: int, mesh: Me
     saved = sum(inner[name] for name in SAVED.get(cfg.remat, tuple(inner)))
     a_layer = stream * (3 if cfg.remat in ("dots", "none") else 1) + saved
     weights = 0
-    for _, like, sig in plan.leaves(cfg):
+    for _, like, sig in costs.leaves(cfg):
         if sig.stacked:
             parts = math.prod(mesh.shape["tensor"] for axis in sig.axes if "tensor" in mesh_axes(axis))
             weights += math.prod(like.shape[1:]) * item // parts
@@ -473,5 +475,5 @@ def _take_the_compilers_word(
         predicted["kernel_seconds"] = kernel_seconds(about["kernels"], stage, recipe.data.context, topology, mesh)
         predicted["seconds"] += predicted["kernel_seconds"]
         tokens = stage.stage.batch_size * recipe.data.context
-        needed = plan.train_flops_per_token(stage.cfg, recipe.data.context) * tokens
+        needed = costs.train_flops_per_token(stage.cfg, recipe.data.context) * tokens
         predicted["utilisation"] = needed / (mesh.size * topology.chip.flops * predicted["seconds"])

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flm_jax import plan
-from flm_jax.growth.grow import fresh, moment_ways, param_ways
-from flm_jax.growth.way import Entries, Way
-from flm_jax.integrity import leaf_paths
+from flm_jax import costs
+from flm_jax.checkpoint.manifest import leaf_paths
+from flm_jax.growth.grow import fresh, moment_maps, param_maps
+from flm_jax.growth.leaf_map import Entries, LeafMap
 from flm_jax.recipe import ResolvedStage
 from flm_jax.sharding import make_mesh, mesh_axes
 from flm_jax.step import StageProgram
@@ -44,7 +44,7 @@ class Job:
 
     path: str
     source: str | None
-    way: Way
+    way: LeafMap
     param: str
     std: float
     rows: int
@@ -108,7 +108,7 @@ def jobs(
     labels = [_labels(state) for state in states]
     found: list[Job] = []
     anew = growth.optimizer == "fresh"
-    known = {path: sig for path, _, sig in plan.leaves(after.cfg)}
+    known = {path: sig for path, _, sig in costs.leaves(after.cfg)}
 
     def add(ways: Any, sources: Any, targets: Any) -> None:
         for (param, sig), way, source, target in zip(
@@ -116,7 +116,7 @@ def jobs(
         ):
             found.append(_job(target, source, way, param, after.cfg.std(sig), chunk_bytes))
 
-    add(param_ways(before.cfg, after.cfg, growth), labels[0].params, labels[1].params)
+    add(param_maps(before.cfg, after.cfg, growth), labels[0].params, labels[1].params)
     kept: dict[str, str | None] = {labels[1].step: None}
     parts = [
         jax.tree.leaves(label.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)) for label in labels
@@ -125,7 +125,7 @@ def jobs(
         if isinstance(old, optax.ScaleByAdamState):
             kept[new.count] = None if anew else old.count
             for power, name in ((1, "mu"), (2, "nu")):
-                ways = moment_ways(before.cfg, after.cfg, growth, power, before.frame, after.frame)
+                ways = moment_maps(before.cfg, after.cfg, growth, power, before.frame, after.frame)
                 sources = jax.tree.map(lambda path: "" if anew else path, getattr(old, name))
                 add(ways, sources, getattr(new, name))
         else:
@@ -144,7 +144,7 @@ def abstract_state(stage: ResolvedStage, trained: bool = True) -> Any:
     return state if trained else state.replace(opt_state=())
 
 
-def _job(path: str, source: str, way: Way, param: str, std: float, chunk_bytes: int) -> Job:
+def _job(path: str, source: str, way: LeafMap, param: str, std: float, chunk_bytes: int) -> Job:
     dim, size = way.row_dim, jnp.dtype(way.dtype).itemsize
     total, trailing = way.shape[dim], list(way.shape[dim + 1 :])
     largest = size * max(math.prod(trailing), math.prod(way.before[dim + 1 :]) * (1 + way.layers_above))
@@ -163,13 +163,13 @@ def _job(path: str, source: str, way: Way, param: str, std: float, chunk_bytes: 
 class Form:
     """A way as the compiler sees it: ways of one form share a program, whatever their entries are."""
 
-    def __init__(self, way: Way, std: float) -> None:
+    def __init__(self, way: LeafMap, std: float) -> None:
         self.way, self.std = way, std
         grown = []
         for dim, span, rule in way.grown:
             taken = (dim == 0 and way.signature.stacked) or (dim == way.row_dim and way.splits)
             where = None if taken else span.source.tobytes()
-            noise = None if rule.noise is None else (rule.noise.tobytes(), span.alike.tobytes())
+            noise = None if rule.noise is None else (rule.noise.tobytes(), span.copy_group.tobytes())
             grown.append((dim, where, rule.fill, rule.from_above, noise))
         self._is = (
             (way.signature.stacked, bool(way.signature.gains)),

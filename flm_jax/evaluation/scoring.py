@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
 from flm_jax.data.vocabulary import Vocabulary
-from flm_jax.evaluate import put_batch
 from flm_jax.loss import cross_entropy
 from flm_jax.model import Masks, Params, Transformer
-from flm_jax.sharding import replicated
+from flm_jax.sharding import put_batch, replicated
 
 # Logits that are whole in memory at once, on all devices; half a gigabyte of them.
 LOGITS_AT_ONCE = 2**27
@@ -40,7 +39,7 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores windows with one model on one mesh; also what generates for `flm_jax.harness`.
+    """Scores windows with one model on one mesh; also what generates for `flm_jax.evaluation.lm_eval_model`.
 
     Attributes:
       context: the most tokens that the model reads at once.

@@ -1,4 +1,4 @@
-"""A directory of checkpoints on disk: which steps look whole, who may write, and how a step gets its name."""
+"""A directory of checkpoints: which steps look whole, and the lock of the one process that may write."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-from flm_jax import integrity
-from flm_jax.integrity import CheckpointError, read_manifest
+from flm_jax.checkpoint import manifest
+from flm_jax.checkpoint.manifest import CheckpointError, read_manifest
 
 LOCK = ".lock"
 STEP = re.compile(r"0|[1-9][0-9]*")
@@ -64,26 +64,8 @@ class Steps:
     def _ignore(self, entry: Path, reason: str) -> None:
         if (entry.name, reason) not in self._ignored:
             self._ignored.add((entry.name, reason))
-            damaged = STEP.fullmatch(entry.name) and (entry / integrity.MANIFEST).exists()
+            damaged = STEP.fullmatch(entry.name) and (entry / manifest.MANIFEST).exists()
             _log.log(logging.ERROR if damaged else logging.WARNING, "%s is ignored: %s", entry, reason)
-
-    def commit(self, step: int, partial: Path) -> None:
-        """Gives a step that is written whole its name, once every byte of it is on disk."""
-        for path in [*partial.rglob("*"), partial]:  # a name must not be on disk before what it names
-            fsync(path)
-        final = self.directory / str(step)
-        if final.exists():
-            # Not one that can be restored, or save() would have refused; but never delete what cannot be
-            # read.
-            aside = next(
-                path
-                for path in (self.directory / f"{step}.damaged-{i}" for i in range(1, 1_000_000))
-                if not path.exists()
-            )
-            final.rename(aside)
-            _log.warning("%s was in the way of the new step %d and is now %s", final, step, aside.name)
-        partial.rename(final)
-        fsync(self.directory)
 
     def delete(self, steps: Iterable[int]) -> None:
         """Deletes steps, each under another name, so that a half-deleted one is none."""
@@ -95,7 +77,7 @@ class Steps:
 
 def _structure(step_dir: Path) -> list[str]:
     try:
-        return integrity.file_faults(step_dir, read_manifest(step_dir), contents=False)
+        return manifest.file_faults(step_dir, read_manifest(step_dir), contents=False)
     except CheckpointError as error:
         return [str(error)]
 
@@ -119,12 +101,3 @@ def take_lock(directory: Path) -> IO[str]:
     lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
-
-
-def fsync(path: Path) -> None:
-    """Waits until a file, or what a directory names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

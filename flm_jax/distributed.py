@@ -118,7 +118,7 @@ def _say_waiting(where: str) -> None:
     print(f"Waiting for {where}: every process must be started within five minutes.", file=sys.stderr, flush=True)
 
 
-def check() -> None:
+def check_joined() -> None:
     """Refuses several processes that cannot talk to each other.
 
     Raises:
@@ -136,18 +136,18 @@ def joined() -> bool:
     return bool(jax.distributed.is_initialized())
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that speaks and writes."""
     return bool(jax.process_index() == 0)
 
 
-def say(text: str) -> None:
+def print0(text: str) -> None:
     """Prints, once for all processes."""
-    if first():
+    if is_primary():
         print(text, flush=True)
 
 
-def exchange(what: str, text: str = "") -> list[str]:
+def all_gather_text(what: str, text: str = "") -> list[str]:
     """What every process says, in their order. Each must call it, with the same `what`s in the same order."""
     if jax.process_count() == 1:
         return [text]
@@ -191,7 +191,7 @@ def together(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         mine = error
-    told = exchange(what, "" if mine is None else f"{type(mine).__name__}: {str(mine)[:_LONGEST]}")
+    told = all_gather_text(what, "" if mine is None else f"{type(mine).__name__}: {str(mine)[:_LONGEST]}")
     if mine is not None:
         raise mine
     for process, text in enumerate(told):
@@ -201,29 +201,29 @@ def together(what: str, *kinds: type[Exception]) -> Iterator[None]:
             raise known.get(name, PeerError)(f"process {process}: {sentence or name}")
 
 
-def from_first(what: str, make: Callable[[], T]) -> T:
+def from_primary(what: str, make: Callable[[], T]) -> T:
     """What the first process finds, JSON-able, for all of them."""
     if jax.process_count() == 1:
         return make()
     found = ""
     with together(what):
-        if first():
+        if is_primary():
             found = json.dumps(make())
-    told: T = json.loads(exchange(what, found)[0])
+    told: T = json.loads(all_gather_text(what, found)[0])
     return told
 
 
-def first_then_others(what: str, make: Callable[[], T]) -> T:
+def primary_then_others(what: str, make: Callable[[], T]) -> T:
     """Calls a function in the first process, then in the others, which so find what it has left on a shared disk."""
     made: list[T] = []
     for turn in (True, False):
         with together(what):
-            if first() is turn:
+            if is_primary() is turn:
                 made.append(make())
     return made[0]
 
 
-def same(what: str, value: str, advice: str) -> None:
+def assert_equal(what: str, value: str, advice: str) -> None:
     """Checks that all processes have the same.
 
     Raises:
@@ -231,7 +231,7 @@ def same(what: str, value: str, advice: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    told = exchange(what, value)
+    told = all_gather_text(what, value)
     for process, theirs in enumerate(told):
         if theirs != told[0]:
             raise ValueError(
@@ -240,9 +240,9 @@ def same(what: str, value: str, advice: str) -> None:
             )
 
 
-def anyone(what: str, mine: bool) -> bool:
+def any_process(what: str, mine: bool) -> bool:
     """Whether it is so in any process."""
-    return any(exchange(what, "yes" if mine else ""))
+    return any(all_gather_text(what, "yes" if mine else ""))
 
 
 class Vote:
@@ -287,7 +287,7 @@ def _itself(x: jax.Array) -> jax.Array:
     return x
 
 
-def leave(sentence: str) -> None:
+def fail_together(sentence: str) -> None:
     """After an error: tells the others, and ends this process unless all end together, by the same error.
 
     They may be waiting for it where nothing wakes them, in a collective: `_listen` does.
@@ -304,7 +304,7 @@ def leave(sentence: str) -> None:
         client.wait_at_barrier("flm_jax/leaving", _FAREWELL_MS)
     except Exception:
         # With the first process the coordination service ends, and by that the others, with a page of C++.
-        time.sleep(2.0 if first() else 0.0)
+        time.sleep(2.0 if is_primary() else 0.0)
         os._exit(1)
 
 
@@ -318,6 +318,6 @@ def _listen() -> None:
         except Exception:  # Nobody has.
             continue
         # This one may be about to leave by itself; and the first, with which the service ends, leaves last.
-        if not _over.wait(_FAREWELL_MS / 1000 + (2.0 if first() else 0.0)):
+        if not _over.wait(_FAREWELL_MS / 1000 + (2.0 if is_primary() else 0.0)):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
             os._exit(1)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.config import ModelConfig
+from flm_jax.distributed import fetch
 from flm_jax.growth.axis_map import Rule, Span, along
 from flm_jax.growth.plan import Growth, axis_maps, masks_at, ramp_steps
-from flm_jax.hosts import fetch
 from flm_jax.loss import loss_sum
 from flm_jax.model import Params, declared
 from flm_jax.signature import KINDS, Kind, Role, Signature
@@ -108,7 +108,7 @@ def copies_apart(params: Params, old: ModelConfig, new: ModelConfig, growth: Gro
         if rule.fill != "copy" or KINDS[axis] is Kind.STACK or rule.from_above:
             continue
         seen = value / along(np.broadcast_to(rule.scale, span.new), dim, value.ndim).astype(value.dtype)
-        _, first, group = np.unique(span.alike, return_index=True, return_inverse=True)
+        _, first, group = np.unique(span.copy_group, return_index=True, return_inverse=True)
         apart = jnp.max(jnp.abs(seen - jnp.take(seen, first[group], axis=dim))) / jnp.max(jnp.abs(seen))
         found.append(float(apart))
     return max(found, default=None)

@@ -1,4 +1,4 @@
-"""Between the leaves of a state and orbax: how they are written, read back and compared."""
+"""Saves and restores the leaves of a state through orbax, and checks them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flm_jax import integrity
-from flm_jax.integrity import CheckpointError, DamagedError, Leaf, Manifest, leaf_paths
+from flm_jax.checkpoint import checksum
+from flm_jax.checkpoint.commit import BLOBS, META
+from flm_jax.checkpoint.manifest import (
+    CheckpointError,
+    DamagedError,
+    Leaf,
+    Manifest,
+    check_dtype,
+    describe,
+    describe_file,
+    leaf_paths,
+)
 
-META = "meta.json"
 ARRAYS = "arrays"
 
 
@@ -21,7 +30,7 @@ def as_array(path: str, leaf: Any) -> jax.Array:
     """Takes an array; NumPy's own are copied, as their owner may change them while they are written."""
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise CheckpointError(f"{path}: only arrays can be saved, not {type(leaf).__name__}; jnp.asarray makes one")
-    integrity.check_dtype(path, leaf.dtype)
+    check_dtype(path, leaf.dtype)
     if isinstance(leaf, jax.Array):
         return leaf
     array = jax.device_put(leaf.copy())
@@ -94,7 +103,7 @@ def read(
         if not isinstance(found, jax.Array) or (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
             what = type(found).__name__
             if hasattr(found, "shape") and hasattr(found, "dtype"):
-                what += " " + integrity.describe(found.shape, found.dtype)
+                what += " " + describe(found.shape, found.dtype)
             raise DamagedError(f"{step_dir / ARRAYS}: {path} was read as {what}")
     return arrays
 
@@ -103,7 +112,7 @@ def wrong_leaves(manifest: Manifest, arrays: Mapping[str, jax.Array]) -> list[st
     """The paths whose values are not those that were saved."""
     known = {path: array for path, array in arrays.items() if manifest.leaves[path].checksum}
     with jax.transfer_guard("allow"):
-        found = integrity.digests({path: integrity.checksum(array) for path, array in known.items()})
+        found = checksum.digests({path: checksum.of(array) for path, array in known.items()})
     return [path for path in known if found[path] != manifest.leaves[path].checksum]
 
 
@@ -117,9 +126,9 @@ def unverified_manifest(orbax: ocp.AsyncCheckpointer, step_dir: Path) -> Manifes
         }
     except Exception as error:
         raise DamagedError(f"{step_dir / ARRAYS} cannot be read: {error}") from error
-    files = [path for path in (step_dir / META, *(step_dir / "blobs").glob("*")) if path.is_file()]
+    files = [path for path in (step_dir / META, *(step_dir / BLOBS).glob("*")) if path.is_file()]
     return Manifest(
         int(step_dir.name),
         leaves,
-        {str(path.relative_to(step_dir)): integrity.describe_file(path) for path in files},
+        {str(path.relative_to(step_dir)): describe_file(path) for path in files},
     )

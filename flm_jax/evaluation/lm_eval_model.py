@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from flm_jax.data.vocabulary import Vocabulary
-from flm_jax.evaluate import put_batch
+from flm_jax.evaluation.scoring import Scorer, Window, check_vocabulary, rolling_windows
 from flm_jax.generate import generate
-from flm_jax.score import Scorer, Window, check_vocabulary, rolling_windows
+from flm_jax.sharding import put_batch
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -46,7 +46,7 @@ class _Continuation:
     done: bool = False
 
 
-class HarnessModel(TemplateLM):
+class LmEvalModel(TemplateLM):
     """A model of ours for lm-eval.
 
     In several processes every one of them holds every request, and all take part in every batch.
@@ -212,7 +212,7 @@ class HarnessModel(TemplateLM):
 
 
 def run_tasks(
-    model: HarnessModel,
+    model: LmEvalModel,
     tasks: Sequence[str],
     include_path: str | None = None,
     limit: float | None = None,

@@ -1,4 +1,4 @@
-"""A plan, for a person: the text of what `flm_jax.ahead` found, stage by stage and in all."""
+"""A plan, for a person: the text of what `flm_jax.planning.stages` found, stage by stage and in all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 
-from flm_jax import ahead, plan
-from flm_jax.recipe import Recipe, Run, from_dict
-from flm_jax.topology import Topology
+from flm_jax import costs
+from flm_jax.planning import stages
+from flm_jax.planning.topology import Topology
+from flm_jax.recipe import Recipe, Run
+from flm_jax.records import from_dict
 
 
 def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
@@ -19,10 +21,10 @@ def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
         ValueError: the recipe is wrong, or the mesh does not divide one of its axes.
     """
     records = []
-    for record in ahead.stages(recipe, run, jax.devices(), None):
+    for record in stages.stages(recipe, run, jax.devices(), None):
         records.append(record)
         yield stage_text(record)
-        yield indent(plan.param_table(from_dict(record["model"])))
+        yield indent(costs.param_table(from_dict(record["model"])))
     yield total_text(records, None)
 
 
@@ -37,15 +39,15 @@ def stage_text(record: dict[str, Any]) -> str:
     parts = f", in {record['accumulate']} parts" if record["accumulate"] > 1 else ""
     lines = [
         f"\nStage {record['name']!r}: {record['shape']}",
-        f"  {plan.count(record['params'])} parameters; mesh {mesh}",
-        f"  {record['steps']} steps of {plan.count(record['batch_tokens'])} tokens{parts}: "
-        f"{plan.count(record['tokens'])} tokens, {record['flops']:.3g} FLOPs ({record['flops_per_token']:.3g} a token)"
+        f"  {costs.count(record['params'])} parameters; mesh {mesh}",
+        f"  {record['steps']} steps of {costs.count(record['batch_tokens'])} tokens{parts}: "
+        f"{costs.count(record['tokens'])} tokens, {record['flops']:.3g} FLOPs ({record['flops_per_token']:.3g} a token)"
         + (f", {record['days']:.1f} days" if record["days"] is not None else ""),
         f"  bytes a device: {_sizes(record['bytes_per_device'])}",
     ]
     if record["fits"] is not None:
         verdict = "fits" if record["fits"] else "DOES NOT FIT"
-        lines.append(f"  {verdict} in {plan.size(record['memory'])}, says {record['fits_by']}")
+        lines.append(f"  {verdict} in {costs.size(record['memory'])}, says {record['fits_by']}")
     if record["growth"] is not None:
         lines += _growth(record)
     lowered = ", ".join(record["programs"]) or "nothing"
@@ -59,16 +61,16 @@ def stage_text(record: dict[str, Any]) -> str:
 
 
 def _sizes(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {plan.size(size)}" for name, size in sizes.items())
+    return ", ".join(f"{name.replace('_', ' ')} {costs.size(size)}" for name, size in sizes.items())
 
 
 def _growth(record: dict[str, Any]) -> list[str]:
     growth = record["growth"]
     masks = f", masks ramp over {record['ramp_steps']} steps" if record["ramp_steps"] else ""
     lines = [
-        f"  grows from {plan.count(growth['params_before'])} parameters by {growth['method']}{masks}",
-        f"    reads {plan.size(growth['read_bytes'])}, writes {plan.size(growth['written_bytes'])}; both states: "
-        f"{plan.size(growth['on_device_bytes'])} a device",
+        f"  grows from {costs.count(growth['params_before'])} parameters by {growth['method']}{masks}",
+        f"    reads {costs.size(growth['read_bytes'])}, writes {costs.size(growth['written_bytes'])}; both states: "
+        f"{costs.size(growth['on_device_bytes'])} a device",
     ]
     if "read_seconds" in growth:
         lines.append(
@@ -87,7 +89,7 @@ def _program(name: str, about: dict[str, Any]) -> list[str]:
         lines.append(f"    bytes a device: {_sizes(about['bytes_per_device'])}")
     if about["collectives"]:
         moved = ", ".join(
-            f"{kind} {c['count']:.0f} ({plan.size(c['sent_bytes'])})" for kind, c in about["collectives"].items()
+            f"{kind} {c['count']:.0f} ({costs.size(c['sent_bytes'])})" for kind, c in about["collectives"].items()
         )
         lines.append(f"    collectives (bytes sent a device): {moved}")
     if "predicted" in about:
@@ -118,7 +120,7 @@ def totals(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def total_text(records: Sequence[dict[str, Any]], topology: Topology | None) -> str:
     """The end of a plan."""
     total = totals(records)
-    lines = [f"\nAll stages: {plan.count(total['tokens'])} tokens, {total['flops']:.3g} FLOPs"]
+    lines = [f"\nAll stages: {costs.count(total['tokens'])} tokens, {total['flops']:.3g} FLOPs"]
     if topology is not None and total["days"] is not None:
         lines[0] += f", {total['days']:.1f} days on {topology.devices} devices of {topology.name}"
     if len(records) > 1:

@@ -25,9 +25,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from flm_jax.integrity import DamagedError
-from flm_jax.stored import nest
-from flm_jax.streamed import direct
+from flm_jax.checkpoint import direct_io
+from flm_jax.checkpoint.manifest import DamagedError
+from flm_jax.checkpoint.orbax_io import nest
 
 _ZARR = ".zarray"
 
@@ -106,7 +106,7 @@ class StoredLeaf:
             out[:] = np.frombuffer(run.inline, np.uint8)[begin : begin + len(out)]
             return
         try:
-            direct.read(run.file, run.offset + begin, out)
+            direct_io.read(run.file, run.offset + begin, out)
         except (OSError, EOFError) as error:
             raise DamagedError(f"{self.path}: {run.file} cannot be read: {error}") from error
 
@@ -272,7 +272,7 @@ def write_block(
     """
     size = math.prod(chunks) * rows.dtype.itemsize  # chunks at the edge are stored whole
     for file, box in block_files(arrays, path, shape, chunks, lead, row):
-        direct.write(file, rows[(slice(None), *box)], size)
+        direct_io.write(file, rows[(slice(None), *box)], size)
 
 
 def write_chunk(arrays: Path, path: str, chunks: tuple[int, ...], index: tuple[int, ...], values: np.ndarray) -> None:
@@ -290,4 +290,4 @@ def write_chunk(arrays: Path, path: str, chunks: tuple[int, ...], index: tuple[i
         whole = np.zeros(shape, values.dtype)
         whole[tuple(slice(0, size) for size in values.shape)] = values
         values = whole
-    direct.write(arrays / key_of(path) / ".".join(map(str, index)), values, values.nbytes)
+    direct_io.write(arrays / key_of(path) / ".".join(map(str, index)), values, values.nbytes)

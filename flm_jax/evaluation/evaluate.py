@@ -12,22 +12,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from flm_jax.data.source import DataConfig
+from flm_jax.data.config import DataConfig
 from flm_jax.data.text import Jsonl, TextFolder
 from flm_jax.data.train_vocabulary import build_vocabulary
 from flm_jax.data.vocabulary import TOKENIZER, TokenizerVocabulary, Vocabulary
+from flm_jax.distributed import fetch, is_primary
+from flm_jax.evaluation.scoring import Scorer, bits_per_byte_of_text, check_vocabulary
 from flm_jax.generate import generate
-from flm_jax.hosts import fetch, first
-from flm_jax.origin import CONFIG, Origin, read_origin
-from flm_jax.score import Scorer, bits_per_byte_of_text, check_vocabulary
 from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.source_checkpoint import CONFIG, SourceCheckpoint, read_source
 
 # A model that says it reads a hundred thousand tokens is evaluated on so many only where that is asked for.
 LONGEST_BY_DEFAULT = 4096
 
 
 @dataclass(frozen=True)
-class What:
+class EvalRequest:
     """What to evaluate; None and () ask for nothing.
 
     Attributes:
@@ -51,7 +51,7 @@ class What:
 
 def evaluate_checkpoint(
     checkpoint: str | Path,
-    what: What,
+    what: EvalRequest,
     tokenizer: str | None = None,
     data: DataConfig | None = None,
     mesh: MeshConfig | None = None,
@@ -80,8 +80,8 @@ def evaluate_checkpoint(
       DamagedError: the checkpoint is not as it was saved.
     """
     if what.tasks:
-        from flm_jax import harness  # at once: that it is missing should not be known an hour later
-    origin = read_origin(checkpoint)
+        from flm_jax.evaluation import lm_eval_model  # at once: that it is missing should not be known an hour later
+    origin = read_source(checkpoint)
     cfg = origin.stage.cfg
     vocabulary = find_vocabulary(origin, tokenizer, data)
     check_vocabulary(vocabulary, cfg.vocab)
@@ -122,14 +122,14 @@ def evaluate_checkpoint(
         say(what.prompt + found["generated"]["text"])
     if what.tasks:
         scorer = Scorer(cfg, params, placed, length, batch_size, masks)
-        model = harness.HarnessModel(scorer, vocabulary, progress=first())
-        results = harness.run_tasks(model, what.tasks, what.include_path, what.limit, what.num_fewshot)
-        found["lm_eval"] = harness.record(results)
-        say(harness.table(results))
+        model = lm_eval_model.LmEvalModel(scorer, vocabulary, progress=is_primary())
+        results = lm_eval_model.run_tasks(model, what.tasks, what.include_path, what.limit, what.num_fewshot)
+        found["lm_eval"] = lm_eval_model.record(results)
+        say(lm_eval_model.table(results))
     return found
 
 
-def find_vocabulary(origin: Origin, tokenizer: str | None, data: DataConfig | None) -> Vocabulary:
+def find_vocabulary(origin: SourceCheckpoint, tokenizer: str | None, data: DataConfig | None) -> Vocabulary:
     """What the ids of a checkpoint's model mean.
 
     Args:
@@ -154,7 +154,7 @@ def find_vocabulary(origin: Origin, tokenizer: str | None, data: DataConfig | No
     )
 
 
-def find_length(origin: Origin, data: DataConfig | None) -> int:
+def find_length(origin: SourceCheckpoint, data: DataConfig | None) -> int:
     """How many tokens a checkpoint's model was made to read at once, at most LONGEST_BY_DEFAULT.
 
     Raises:

@@ -1,0 +1,35 @@
+"""Checkpoints: everything about how they lie on disk.
+
+A directory of checkpoints holds one directory per step:
+
+    100/manifest.json      what must be in the others: leaves with checksums, files with sizes (`manifest`)
+    100/meta.json          what the caller says about the step: model, lineage, data, provenance
+    100/blobs/             small files as bytes, such as a vocabulary
+    100/arrays/            the leaves, written by orbax as nested dictionaries named by leaf path (`leaves`)
+
+`manager` saves and restores whole states through orbax; `blocks` reads and writes runs of rows of one leaf, past orbax;
+`directory` says which steps look whole and who may write; `commit` gives a step its name once it is on disk; `find`
+turns a path that a user gives into a step; `verify` checks every bit of a step without a model.
+"""
+
+from flm_jax.checkpoint.manager import Checkpoints, Restored
+from flm_jax.checkpoint.manifest import (
+    CheckpointError,
+    DamagedError,
+    NoCheckpointError,
+    leaf_paths,
+    read_manifest,
+)
+from flm_jax.checkpoint.verify import Report, verify
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "DamagedError",
+    "NoCheckpointError",
+    "Report",
+    "Restored",
+    "leaf_paths",
+    "read_manifest",
+    "verify",
+]

@@ -1,0 +1,32 @@
+"""What to train on: corpus, vocabulary, context."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flm_jax.data.corpora import Corpus, StandardLibrary
+from flm_jax.data.train_vocabulary import SentencePiece, VocabularyConfig
+from flm_jax.records import recorded
+
+
+@recorded
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+      corpus: where documents come from.
+      vocabulary: how they are tokenised; a SeqioTask brings its own instead.
+      context: tokens a row.
+      streamed: read by seqio during training instead of from a token store.
+      seed: of the order.
+      cache_dir: where stores and vocabularies are kept.
+    """
+
+    corpus: Corpus = dataclasses.field(default_factory=StandardLibrary)
+    vocabulary: VocabularyConfig = dataclasses.field(default_factory=SentencePiece)
+    context: int = 256
+    streamed: bool = False
+    seed: int = 0
+    # Not "identity": the same data in another folder is the same recipe.
+    cache_dir: str = dataclasses.field(default="~/.cache/flm_jax", metadata={"identity": False})

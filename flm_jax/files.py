@@ -1,0 +1,70 @@
+"""Files that are either whole or not there, and checks before a directory is written to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """The sha256 (hex) of a JSON-able value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file, or what a directory names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_write(path: Path, content: bytes) -> None:
+    """Writes a file and waits until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def draft_of(path: Path) -> Path:
+    """A fresh hidden name beside `path`, on the same disk, so that a rename is one step."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Writes a file under its name only once it is whole and on disk; makes the folder if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_of(path)
+    try:
+        sync_write(draft, content.encode() if isinstance(content, str) else content)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON-able value as `atomic_write` does, indented."""
+    atomic_write(path, json.dumps(value, indent=1) + "\n")
+
+
+def missing_room(folder: Path, needed: int) -> str | None:
+    """A sentence that says how much room is there and how much is needed, where it is too little; else None."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return None
+    return f"{folder} has room for {free / 1e9:.4g} GB, and {needed / 1e9:.4g} GB are needed; free some room"
