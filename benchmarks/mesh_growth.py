@@ -28,7 +28,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.growth import Growth
 from flm_jax.recipe import Recipe, Stage, resolve
 from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.step import StageProgram
+from flm_jax.step import StageProgram, make_grower
 
 _GIGABYTES = flags.DEFINE_float("gigabytes", 1.0, "About how large the grown state is.", lower_bound=0.01)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds; the first is not counted.", lower_bound=2)
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 def measured(state: Any, new: StageProgram) -> tuple[list[float], list[float]]:
     """Paired ratios of growth over floor, and the floor's seconds."""
-    grower = new.grower()
+    grower = make_grower(new.stage.lineage, new.mesh)
 
     def reads_and_writes(tree: Any) -> Any:
         """Reads every entry of the old state, and writes every entry of the new one."""

@@ -113,7 +113,7 @@ def ours(workdir: Path, folder: Path) -> list[Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     origin, mesh = read_source(workdir), make_mesh(None, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        params, cfg = origin.restore(mesh).params, origin.stage.cfg.for_comparison
+        params, cfg = origin.restore(mesh).params, origin.cfg.for_comparison
         forward = jax.jit(model.apply, static_argnums=0)
         return [
             np.asarray(forward(cfg, params, jnp.asarray([tokenizer(prompt)["input_ids"]], jnp.int32))[0])

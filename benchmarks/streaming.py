@@ -58,22 +58,20 @@ def save_source(workdir: Path, gigabytes: float) -> None:
     import jax.numpy as jnp
 
     from flm_jax.checkpoint import Checkpoints
-    from flm_jax.recipe import ResolvedStage, Stage
-    from flm_jax.records import as_dict
+    from flm_jax.growth import Lineage
+    from flm_jax.model import init_params
     from flm_jax.sharding import make_mesh
-    from flm_jax.source_checkpoint import lineage
-    from flm_jax.step import StageProgram
+    from flm_jax.source_checkpoint import CheckpointMeta
+    from flm_jax.state import TrainState, abstract_state
 
     cfg, _ = shapes(gigabytes)
-    stage = ResolvedStage(0, Stage("first", cfg, 0, 0), None)
-    mesh = make_mesh()
+    lineage, mesh = Lineage(cfg), make_mesh()
     with jax.set_mesh(mesh):
-        program = StageProgram(stage, mesh, 1)
-        state = program.initialiser()(jax.random.key(0))
-        state = state.replace(
-            opt_state=jax.tree.map(lambda x: x + jnp.asarray(1 + x.ndim / 7, x.dtype), state.opt_state)
-        )
-        meta = {"stage": "first", "model": as_dict(cfg), "lineage": lineage(stage), "ramp_steps": 0, "provenance": None}
+        params = init_params(cfg, jax.random.key(0))
+        moments = abstract_state(lineage, mesh).opt_state
+        moments = jax.tree.map(lambda like: jnp.full(like.shape, 1 + len(like.shape) / 7, like.dtype), moments)
+        state = TrainState(jnp.zeros((), jnp.int32), params, moments)
+        meta = CheckpointMeta("first", lineage).record()
         with Checkpoints(workdir / "checkpoints" / "0_first") as store:
             store.save(1, state, meta=meta)
 

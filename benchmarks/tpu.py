@@ -24,7 +24,7 @@ import gin  # noqa: E402
 
 from experiments import launch  # noqa: E402
 from flm_jax import costs  # noqa: E402
-from flm_jax.planning import stages  # noqa: E402
+from flm_jax.planning import compiled, stages  # noqa: E402
 from flm_jax.planning.topology import Topology, topology  # noqa: E402
 from flm_jax.recipe import Recipe, ResolvedStage, Run, resolve  # noqa: E402
 from flm_jax.records import from_dict  # noqa: E402
@@ -54,7 +54,7 @@ def main() -> None:
     machine = topology(MACHINE)
     start = time.perf_counter()
     recipe, run = configured(())
-    devices = stages.devices_of(machine, "tpu")
+    devices = compiled.devices_of(machine, "tpu")
     rows: list[tuple[str, str, Mapping[str, Any]]] = []
     failures: list[str] = []
     records = []
@@ -68,8 +68,8 @@ def main() -> None:
     last = resolve(recipe)[-1]
     if options.stages is None:
         about = decoding(last, run, recipe, devices, machine)
-        rows.append((last.stage.name, "decode", about))
-        failures += [] if about["fits"] else [f"{last.stage.name}, decode: {about['compiler_said']}"]
+        rows.append((last.name, "decode", about))
+        failures += [] if about["fits"] else [f"{last.name}, decode: {about['compiler_said']}"]
         print(rows[-1][:2], f"{about['compile_seconds']:.0f} s", flush=True)
     others = list(weighed(devices, machine)) if options.stages is None else []
     page = text(machine, records, rows, others, time.perf_counter() - start)
@@ -127,7 +127,7 @@ def decoding(stage: ResolvedStage, run: Run, recipe: Recipe, devices: Any, machi
     mesh = make_mesh(run.mesh_of(stage.stage), devices)
     program = StageProgram(stage, mesh, 1)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    return stages.compiled(stages.decoding(program, rows, recipe.data.context), machine, mesh)
+    return compiled.compiled(compiled.decoding(program, rows, recipe.data.context), machine, mesh)
 
 
 def weighed(devices: Any, machine: Topology) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

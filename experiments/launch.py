@@ -20,11 +20,12 @@ from flm_jax import recipe as recipes
 from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
+from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.convert import exporting, importing
 from flm_jax.data import config as data_config
 from flm_jax.data import corpora, train_vocabulary
 from flm_jax.growth import Growth, GrowthError, Ramp
-from flm_jax.planning import stages, text
+from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.text import dry_run as describe
 from flm_jax.planning.topology import Topology
 from flm_jax.recipe import Recipe, Run
@@ -285,7 +286,7 @@ def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: 
             settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
         record = checkpoint_growth.grow_checkpoint(source, workdir, **settings, records=records)
-        distributed.print0(checkpoint_growth.lines(record["verification"]))
+        distributed.print0(verification_lines(record["verification"]))
         distributed.print0(f"Written to {workdir}. Go on from it with Recipe.start = {workdir!r}.")
 
 
@@ -301,7 +302,7 @@ def run_verify(
         settings["data"] = settings["data"] or data
         check_writable(json_file)
         found = checkpoint_growth.verify_checkpoints(source, target, **settings)
-    distributed.print0(checkpoint_growth.lines(found))
+    distributed.print0(verification_lines(found))
     if json_file and distributed.is_primary():
         Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
     if not found["holds"]:
@@ -392,7 +393,7 @@ def run_plan(
             f"{machine.name}: {machine.devices} devices on {machine.hosts} hosts; utilisation {utilisation:.0%} assumed"
         )
         records = []
-        for record in stages.stages(recipe, run, stages.devices_of(machine, compiler), machine, compiler, assumed):
+        for record in stages.stages(recipe, run, compiled.devices_of(machine, compiler), machine, compiler, assumed):
             records.append(record)
             print(text.stage_text(record), flush=True)
     except EXPECTED as error:

@@ -6,6 +6,7 @@ moments and one count: nothing in it has to be rewound when the model grows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ import optax
 from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth.exact_adamw import Rescaling, in_rescaling
 from flm_jax.records import recorded
 from flm_jax.sharding import param_shardings, replicated
 
@@ -148,32 +148,60 @@ def decay(rate: float, decays: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def optimizer(
-    cfg: OptimizerConfig, model: ModelConfig, signatures: Any, frame: Rescaling | None = None
-) -> optax.GradientTransformation:
-    """AdamW up to its sign and rate: the parameters' step is minus the rate times what this returns.
+def width_mults(model: ModelConfig, signatures: Any) -> Any:
+    """MuP's width multiplier of every parameter."""
+    return jax.tree.map(lambda sig: sig.width_mult(model.sizes, model.base_sizes), signatures)
+
+
+def adamw(cfg: OptimizerConfig, signatures: Any, mults: Any) -> optax.GradientTransformation:
+    """AdamW up to clipping, sign and rate: the parameters' step is minus the rate times what this returns.
 
     Weight decay is added after muP's division, which is the published rule (decay times the width multiplier) under a
-    rate divided by it: every decaying parameter shrinks by the same fraction a step, whatever its width.
+    rate divided by it: every decaying parameter shrinks by the same fraction per step, whatever its width.
 
     Args:
       cfg: how.
-      model: whose widths muP goes by.
-      signatures: of its parameters.
-      frame: after a growth that AdamW goes on through exactly, how it sees them.
+      signatures: of the parameters.
+      mults: their width multipliers.
     """
-    if frame is None:
-        mults = jax.tree.map(lambda sig: sig.width_mult(model.sizes, model.base_sizes), signatures)
-    else:
-        mults = jax.tree.map(lambda view: view.width_mult, frame)
     mults = jax.tree.map(lambda sig, m: m / cfg.matrix_rate if sig.is_matrix_like else m, signatures, mults)
     decays = jax.tree.map(lambda sig: sig.decays, signatures)
-    steps = optax.chain(
+    return optax.chain(
         optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
         scale_by_width(mults),
         decay(cfg.weight_decay, decays),
     )
-    return in_rescaling(steps, frame, cfg.clip)
+
+
+# By the class of an optimizer's state, its fields that are moving averages of a power of the gradient, which grow by
+# the duals of the parameters' maps; the other fields of such a state are counts. An optimizer enters here.
+AVERAGES: dict[type, dict[str, int]] = {optax.ScaleByAdamState: {"mu": 1, "nu": 2}}
+
+
+def map_parts(one: Callable[[int | None, Any], Any], state: Any) -> Any:
+    """An optimizer's state with its averages and their counts replaced.
+
+    Args:
+      one: from the power of the gradient (None for a count) and an average, a tree like the parameters, to the new one.
+      state: arrays, or anything in their places.
+
+    Raises:
+      ValueError: an array that is no scalar stands outside of what `AVERAGES` declares; the message has its path.
+    """
+
+    def part(path: Any, node: Any) -> Any:
+        powers = AVERAGES.get(type(node))
+        if powers is not None:
+            return node._replace(**{name: one(powers.get(name), value) for name, value in node._asdict().items()})
+        if getattr(node, "ndim", 0):
+            raise ValueError(
+                f"The optimizer's state holds {jax.tree_util.keystr(path)}, {node.dtype}{list(node.shape)}, and "
+                "nothing says how it grows: declare its class in flm_jax.optimizer.AVERAGES, with the power of the "
+                "gradient that each of its fields averages."
+            )
+        return node
+
+    return jax.tree_util.tree_map_with_path(part, state, is_leaf=lambda node: type(node) in AVERAGES)
 
 
 def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: Any, mesh: Mesh) -> tuple[Any, Any]:

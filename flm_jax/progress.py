@@ -23,8 +23,8 @@ class Progress:
         from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
-        self._stage = stage.stage
-        self._tokens_per_step = stage.stage.batch_size * context
+        self._stage = stage
+        self._tokens_per_step = stage.batch_size * context
         self._flops_per_token = flops_per_token
         # What a killed run wrote after its last checkpoint is written again, and hidden by the purge.
         self._writer = SummaryWriter(str(events / stage.directory), purge_step=start + 1) if is_primary() else None

@@ -7,18 +7,19 @@ refused. A run's settings, such as the mesh or how often to save, may change fro
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
-from flm_jax.growth.exact_adamw import Rescaling, frame
-from flm_jax.growth.plan import NUMERICS, Growth, grown_config, ramp_steps
+from flm_jax.growth.exact_adamw import check_continues
+from flm_jax.growth.lineage import Lineage
+from flm_jax.growth.plan import NUMERICS, Growth
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.records import as_dict, differences, recorded
 from flm_jax.sharding import MeshConfig
+from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
 
 @recorded
@@ -129,45 +130,67 @@ class Run:
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """A stage in its place, with the configuration that its model really has.
+    """A stage in its place, with the model that it really trains.
 
     Attributes:
       index: place in the recipe.
-      stage: as the recipe gives it, but for `stage.model`, which is the grown configuration.
-      before: the stage before, or None.
-      ready: whether its state is what the recipe starts with, rather than grown from that.
+      stage: as the recipe gives it.
+      lineage: the model: its configuration, grown, and how it came to be.
+      newborn: whether the stage begins with the lineage's last growth: its masks rise, its new entries have a rate of
+        their own. False where a model goes on that has trained since.
+      restored: whether its first state is the checkpoint's that the recipe starts with, rather than grown from it.
     """
 
     index: int
     stage: Stage
-    before: ResolvedStage | None
-    ready: bool = False
+    lineage: Lineage
+    newborn: bool = True
+    restored: bool = False
 
     @property
     def cfg(self) -> ModelConfig:
-        """The model."""
-        return self.stage.model
+        """The model's configuration."""
+        return self.lineage.cfg
+
+    @property
+    def growth(self) -> Growth | None:
+        """The growth that the stage begins with, if any."""
+        return self.lineage.growth if self.newborn else None
+
+    @property
+    def grows(self) -> bool:
+        """Whether the stage itself applies that growth."""
+        return self.growth is not None and not self.restored
+
+    @property
+    def name(self) -> str:
+        """For reports and directories."""
+        return self.stage.name
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.stage.steps
+
+    @property
+    def batch_size(self) -> int:
+        """Windows per step, over all hosts."""
+        return self.stage.batch_size
+
+    @property
+    def accumulate(self) -> int:
+        """Parts that a batch is split into."""
+        return self.stage.accumulate
 
     @property
     def directory(self) -> str:
         """Name of its checkpoint directory."""
-        return f"{self.index}_{self.stage.name}"
+        return f"{self.index}_{self.name}"
 
     @property
     def ramp_steps(self) -> int:
         """Steps at the start of the stage that run with masks."""
-        if self.stage.growth is None or self.before is None:
-            return 0
-        return ramp_steps(self.before.cfg, self.cfg, self.stage.growth)
-
-    @functools.cached_property
-    def frame(self) -> Rescaling | None:
-        """How the optimizer sees parameters and gradients, after growths that it goes on through exactly."""
-        if self.before is None:
-            return None
-        if self.stage.growth is None:
-            return self.before.frame
-        return frame(self.before.cfg, self.cfg, self.stage.growth, self.before.frame)
+        return self.lineage.ramp_steps if self.newborn else 0
 
 
 def _check_at_least(config: Any, least: int, *names: str) -> None:
@@ -176,12 +199,26 @@ def _check_at_least(config: Any, least: int, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)} must be at least {least}.")
 
 
-def resolve(recipe: Recipe, start: tuple[ResolvedStage, int] | None = None) -> tuple[ResolvedStage, ...]:
-    """Checks a recipe and gives every stage the configuration that its growth leads to.
+def begin(recipe: Recipe) -> tuple[SourceCheckpoint | None, tuple[ResolvedStage, ...]]:
+    """The checkpoint that a recipe starts with, if any, and its stages.
+
+    Raises:
+        ValueError: as `resolve`, or the checkpoint is within a ramp.
+        CheckpointError: as `read_source`.
+    """
+    if not recipe.start:
+        return None, resolve(recipe)
+    source = read_source(recipe.start)
+    source.check_settled(grows=bool(recipe.stages) and recipe.stages[0].growth is not None)
+    return source, resolve(recipe, source)
+
+
+def resolve(recipe: Recipe, source: SourceCheckpoint | None = None) -> tuple[ResolvedStage, ...]:
+    """Checks a recipe and gives every stage the model that its growth leads to.
 
     Args:
         recipe: what to compute.
-        start: the stage and the step of the checkpoint that it starts with, if any.
+        source: the checkpoint that it starts with, if any.
 
     Raises:
         ValueError: the sentence names the stage, the field, and what would be right.
@@ -195,57 +232,56 @@ def resolve(recipe: Recipe, start: tuple[ResolvedStage, int] | None = None) -> t
     resolved: list[ResolvedStage] = []
     for index, stage in enumerate(recipe.stages):
         try:
-            if not resolved and start is not None and stage.growth is None:
-                resolved.append(_going_on(stage, *start))
-                continue
-            before = resolved[-1] if resolved else start[0] if start is not None else None
-            resolved.append(ResolvedStage(index, _resolve_model(stage, before), before))
+            _check_steps(stage)
+            if source is not None and not resolved and stage.growth is None:
+                found = _going_on(stage, source)
+            else:
+                start = None if source is None else source.lineage
+                before = resolved[-1].lineage if resolved else start
+                found = ResolvedStage(index, stage, _lineage(stage, before, resolved[-1].name if resolved else ""))
+            _check_rising(found)
         except ValueError as error:
             raise ValueError(f"Stage {stage.name!r}: {error}") from error
-    if len({s.stage.name for s in resolved}) < len(resolved):
-        raise ValueError(f"Stage names must differ: {', '.join(s.stage.name for s in resolved)}.")
+        resolved.append(found)
+    if len({s.name for s in resolved}) < len(resolved):
+        raise ValueError(f"Stage names must differ: {', '.join(s.name for s in resolved)}.")
     return tuple(resolved)
 
 
-def _going_on(stage: Stage, origin: ResolvedStage, step: int) -> ResolvedStage:
-    """The first stage, where it goes on with a checkpoint's model."""
-    _check_steps(stage)
-    kept = {name: getattr(origin.cfg, name) for name in ("norm_width", "head_width")}
+def _going_on(stage: Stage, source: SourceCheckpoint) -> ResolvedStage:
+    """The first stage, where it goes on with a checkpoint's model, in the numerics of its own."""
+    kept = {name: getattr(source.cfg, name) for name in ("norm_width", "head_width")}
     model = stage.model.replace(**kept)
-    same = model.replace(**{name: getattr(origin.cfg, name) for name in NUMERICS})
-    if found := list(differences(as_dict(origin.cfg), as_dict(same))):
+    same = model.replace(**{name: getattr(source.cfg, name) for name in NUMERICS})
+    if found := list(differences(as_dict(source.cfg), as_dict(same))):
         raise ValueError(
             f"its model is not that of the checkpoint: {'; '.join(found)}. Take the same, or give the stage a Growth."
         )
-    if step or origin.stage.growth is None:
-        return ResolvedStage(0, dataclasses.replace(stage, model=model), origin, ready=True)
-    # It has just grown, and what follows a growth, masks or a rate of their own, is still to come.
-    described = dataclasses.replace(stage, model=model, growth=origin.stage.growth)
-    resolved = ResolvedStage(0, described, origin.before, ready=True)
-    _check_rising(resolved.ramp_steps, described)
-    return resolved
+    # Of one that has just grown, masks and a rate of new entries are still to come.
+    newborn = source.step == 0 and source.meta.newborn and source.lineage.growth is not None
+    lineage = dataclasses.replace(source.lineage, cfg=model)
+    return ResolvedStage(0, stage, lineage, newborn=newborn, restored=True)
 
 
-def _check_rising(ramp: int, stage: Stage) -> None:
-    if stage.growth is not None and stage.growth.rewarm_steps > stage.steps:
-        raise ValueError(f"rewarm_steps={stage.growth.rewarm_steps} is more than its {stage.steps} steps.")
-    if ramp > stage.steps:
-        raise ValueError(
-            f"its masks ramp over {ramp} steps, delays included, of its {stage.steps}: they must be gone at its end."
-        )
-
-
-def _resolve_model(stage: Stage, before: ResolvedStage | None) -> Stage:
-    _check_steps(stage)
+def _lineage(stage: Stage, before: Lineage | None, name: str) -> Lineage:
     if before is None:
         if stage.growth is not None:
             raise ValueError("the first stage is initialised, so its growth must be None.")
-        return stage
+        return Lineage(stage.model)
     if stage.growth is None:
-        raise ValueError(f"it follows {before.stage.name!r} and must say how it grows: give it a Growth.")
-    model = grown_config(before.cfg, stage.model, stage.growth)
-    _check_rising(ramp_steps(before.cfg, model, stage.growth), stage)
-    return dataclasses.replace(stage, model=model)
+        raise ValueError(f"it follows {name!r} and must say how it grows: give it a Growth.")
+    return before.grown(stage.model, stage.growth)
+
+
+def _check_rising(found: ResolvedStage) -> None:
+    check_continues(found.lineage)
+    if found.growth is not None and found.growth.rewarm_steps > found.steps:
+        raise ValueError(f"rewarm_steps={found.growth.rewarm_steps} is more than its {found.steps} steps.")
+    if found.ramp_steps > found.steps:
+        raise ValueError(
+            f"its masks ramp over {found.ramp_steps} steps, delays included, of its {found.steps}: they must be gone "
+            "at its end."
+        )
 
 
 def _check_steps(stage: Stage) -> None:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flm_jax import costs
+from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.config import ModelConfig
+from flm_jax.files import atomic_write
 from flm_jax.recipe import ResolvedStage
 from flm_jax.records import as_dict
 
-
-def growth_lines(record: Mapping[str, Any]) -> str:
-    """What a growth did, in a few lines for the terminal."""
-    before, after = (_config(record[name]) for name in ("config_before", "config_after"))
-    return "\n".join(
-        [
-            f"Growth to {record['stage']!r} by {record['method']}: "
-            f"{costs.count(record['params_before'])} -> {costs.count(record['params_after'])} parameters",
-            f"  before: {costs.shape_line(before)}",
-            f"  after:  {costs.shape_line(after)}",
-            f"  max |difference| of logits: {record['max_abs_logit_diff']:.2e} "
-            f"(relative {record['max_rel_logit_diff']:.2e})",
-            f"  held-out loss: {record['eval_loss_before']:.6f} -> {record['eval_loss_after']:.6f}",
-        ]
-    )
+_LEFT_OUT = ("config_before", "config_after", "verification")
 
 
 def _config(data: Mapping[str, Any]) -> ModelConfig:
@@ -44,17 +33,17 @@ def summary(
     """The report as data. `tokens` and `flops` are each stage's own; the `total` ones count every stage before too."""
     rows, tokens, flops = [], 0, 0
     for s in stages:
-        own = s.stage.steps * s.stage.batch_size * context
+        own = s.steps * s.batch_size * context
         own_flops = own * costs.train_flops_per_token(s.cfg, context)
         tokens, flops = tokens + own, flops + own_flops
-        evals = [e for e in history["evals"] if e["stage"] == s.stage.name]
+        evals = [e for e in history["evals"] if e["stage"] == s.name]
         rows.append(
             {
-                "name": s.stage.name,
+                "name": s.name,
                 "config": as_dict(s.cfg),
                 "params": costs.param_count(s.cfg),
-                "steps": s.stage.steps,
-                "batch_size": s.stage.batch_size,
+                "steps": s.steps,
+                "batch_size": s.batch_size,
                 "tokens": own,
                 "flops": own_flops,
                 "total_tokens": tokens,
@@ -63,7 +52,7 @@ def summary(
                 "eval_bits_per_byte": evals[-1]["bits_per_byte"],
             }
         )
-    growths = [{k: v for k, v in g.items() if not k.startswith("config_")} for g in history["growths"]]
+    growths = [_growth(GrowthRecord.from_record(record)) for record in history["growths"]]
     return {
         "stages": rows,
         "growths": growths,
@@ -73,6 +62,21 @@ def summary(
         "context": context,
         "sample": sample,
         "bytes_per_token": bytes_per_token,
+    }
+
+
+def _growth(growth: GrowthRecord) -> dict[str, Any]:
+    """A growth as the report has it: flat, without the configurations."""
+    found = growth.verification
+    return {
+        **{name: value for name, value in growth.record().items() if name not in _LEFT_OUT},
+        "method": growth.growth.name,
+        "preserving": found["preserving"],
+        "max_abs_logit_diff": found["logits"]["max_abs"],
+        "max_rel_logit_diff": found["logits"]["max_rel"],
+        "layer_diffs": found["hidden"]["max_rel_by_layer"],
+        "eval_loss_before": found["eval_loss"]["before"],
+        "eval_loss_after": found["eval_loss"]["after"],
     }
 
 
@@ -108,20 +112,22 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
             color="dimgrey",
         )
     axes.set_xlabel("training FLOPs, every stage counted")
-    axes.set_ylabel("held-out loss (nats a token)")
+    axes.set_ylabel("held-out loss (nats per token)")
     # The first point of all is the loss of a random model; showing it whole would flatten all the rest.
     losses = sorted(y for _, _, ys in lines for y in ys)
     if len(losses) > 4:
         axes.set_ylim(losses[0] - 0.15, losses[-2] + 0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    atomic_write(file, image.getvalue())
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = ["# Report", "", "![held-out loss](loss.png)", "", "## Stages", ""]
-    lines += ["| stage | shape | parameters | steps | tokens | FLOPs | held-out loss | bits a byte |"]
+    lines += ["| stage | shape | parameters | steps | tokens | FLOPs | held-out loss | bits per byte |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     lines += [
         f"| {r['name']} | {costs.shape_line(_config(r['config']))} | {costs.count(r['params'])} | {r['steps']} | "
@@ -153,12 +159,12 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def write(workdir: Path, result: Mapping[str, Any]) -> None:
     """Writes report.json, report.md and loss.png into the work directory, and says where they are."""
-    (workdir / "report.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    (workdir / "report.md").write_text(markdown(result))
+    atomic_write(workdir / "report.json", json.dumps(result, indent=1, sort_keys=True) + "\n")
+    atomic_write(workdir / "report.md", markdown(result))
     plot(result, workdir / "loss.png")
     print("\nSample of the last model:\n" + "\n".join("  | " + line for line in result["sample"].splitlines()))
     last = result["stages"][-1]
-    print(f"\nHeld-out loss {last['eval_loss']:.4f} ({last['eval_bits_per_byte']:.3f} bits a byte).")
+    print(f"\nHeld-out loss {last['eval_loss']:.4f} ({last['eval_bits_per_byte']:.3f} bits per byte).")
     for name, what in (
         ("report.md", "the report"),
         ("report.json", "the same for programs"),

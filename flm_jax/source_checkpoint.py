@@ -1,4 +1,4 @@
-"""A checkpoint that something begins with: found, read, and placed in the line of models that led to it."""
+"""The checkpoint that a run, a growth, an export or an evaluation starts from: its record, its state, its lineage."""
 
 from __future__ import annotations
 
@@ -13,20 +13,85 @@ import jax
 from jax.sharding import Mesh
 
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, read_manifest
+from flm_jax.checkpoint.commit import BLOBS, META
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint.manifest import file_faults
 from flm_jax.config import ModelConfig
+from flm_jax.costs import leaves
 from flm_jax.data.vocabulary import TokenizerVocabulary, Vocabulary
-from flm_jax.growth.plan import masks_at
-from flm_jax.model import Masks, Params
-from flm_jax.recipe import Recipe, ResolvedStage, Stage, resolve
-from flm_jax.records import as_dict, from_dict
-from flm_jax.step import StageProgram, TrainState
+from flm_jax.growth.exact_adamw import rescaled_adamw
+from flm_jax.growth.lineage import Lineage
+from flm_jax.model import Masks, Params, declared
+from flm_jax.optimizer import OptimizerConfig
+from flm_jax.records import as_dict
+from flm_jax.state import TrainState, abstract_state, kept, shardings_of
 
 # The file of a checkpoint that says where its data stands; it is of the run alone.
 POSITION = "data"
 # Of a converted model: its configuration there, and its tokenizer.
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint's meta.json says, whoever wrote it: a run, a growth, or an import.
+
+    Attributes:
+      stage: the stage's name.
+      lineage: the model and how it came to be.
+      newborn: whether the stage began with the lineage's last growth, so that its masks and its new entries' rate count
+        from the stage's first step; False for a stage that went on with a model which had trained since.
+      provenance: what led to step 0, where this is one.
+      data: what was trained on, as the data describes itself.
+      history: measurements, growths and skipped steps of the run so far.
+      converted: the config.json that an imported model came with.
+    """
+
+    stage: str
+    lineage: Lineage
+    newborn: bool = True
+    provenance: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] | None = None
+    history: Mapping[str, Any] | None = None
+    converted: Mapping[str, Any] | None = None
+
+    @property
+    def ramp_steps(self) -> int:
+        """Steps at the start of the stage that run with masks."""
+        return self.lineage.ramp_steps if self.newborn else 0
+
+    def record(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        cfg = as_dict(self.lineage.cfg)
+        lineage = self.lineage.record() + ([] if self.newborn else [{"model": cfg, "growth": None}])
+        given = {"data": self.data, "history": self.history, "converted": self.converted}
+        return {
+            "stage": self.stage,
+            "model": cfg,
+            "lineage": lineage,
+            "ramp_steps": self.ramp_steps,
+            "provenance": self.provenance,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> CheckpointMeta:
+        """Reads what `record` returns.
+
+        Raises:
+          ValueError: the record has no lineage, or names what this version does not know.
+        """
+        if not record.get("lineage"):
+            raise ValueError("it does not record its model and the growths that led to it")
+        lineage = record["lineage"]
+        newborn = len(lineage) == 1 or lineage[-1]["growth"] is not None
+        rest = {name: record.get(name) for name in ("provenance", "data", "history", "converted")}
+        return cls(record["stage"], Lineage.from_record(lineage), newborn, **rest)
+
+
+def signature_texts(cfg: ModelConfig) -> dict[str, str]:
+    """The signatures of a model's parameters by leaf path, as a checkpoint's manifest keeps them."""
+    return {f"params/{path}": str(signature) for path, _, signature in leaves(cfg)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +102,6 @@ class SourceCheckpoint:
       directory: of the step.
       step: within its stage.
       digest: over all of its state.
-      stage: its stage, with those before it as far as they decide how training goes on.
       meta: its record.
       trained: whether an optimizer's state is there too; a converted checkpoint has weights alone.
     """
@@ -45,9 +109,18 @@ class SourceCheckpoint:
     directory: Path
     step: int
     digest: str
-    stage: ResolvedStage
-    meta: dict[str, Any]
+    meta: CheckpointMeta
     trained: bool
+
+    @property
+    def lineage(self) -> Lineage:
+        """Its model, and how it came to be."""
+        return self.meta.lineage
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """Its model's configuration."""
+        return self.meta.lineage.cfg
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
@@ -56,10 +129,10 @@ class SourceCheckpoint:
         Raises:
             DamagedError: one is not as it was saved.
         """
-        names = sorted(path.name for path in (self.directory / "blobs").glob("*") if path.name != POSITION)
+        names = sorted(path.name for path in (self.directory / BLOBS).glob("*") if path.name != POSITION)
         if faults := file_faults(self.directory, read_manifest(self.directory), contents=True) if names else []:
             raise DamagedError("; ".join(faults[:3]))
-        return {name: (self.directory / "blobs" / name).read_bytes() for name in names}
+        return {name: (self.directory / BLOBS / name).read_bytes() for name in names}
 
     def files_with(self, vocabulary: Vocabulary) -> dict[str, bytes]:
         """What goes on with the weights where training reads with a vocabulary.
@@ -79,15 +152,16 @@ class SourceCheckpoint:
         Raises:
             DamagedError: it is not as it was saved.
         """
-        program = StageProgram(self.stage, mesh, 1)
+        abstract = abstract_state(self.lineage, mesh, weights=not self.trained)
         with Checkpoints(self.directory.parent, read_only=True) as store:
-            found = store.restore(kept(program.abstract_state, self.trained), self.step).state
+            found = store.restore(kept(abstract), self.step).state
         if self.trained:
             state: TrainState = found
             return state
         if not optimizer:
             return TrainState(found["step"], found["params"], ())
-        init = jax.jit(program.tx.init, out_shardings=program.shardings.opt_state)
+        tx = rescaled_adamw(OptimizerConfig(), self.cfg, declared(self.cfg)[1])
+        init = jax.jit(tx.init, out_shardings=shardings_of(abstract_state(self.lineage, mesh).opt_state))
         return TrainState(found["step"], found["params"], init(found["params"]))
 
     def restore_params(self, mesh: Mesh) -> Params:
@@ -96,39 +170,31 @@ class SourceCheckpoint:
         Raises:
             DamagedError: the checkpoint is not as it was saved.
         """
-        abstract = {"params": StageProgram(self.stage, mesh, 1).abstract_state.params}
+        abstract = {"params": abstract_state(self.lineage, mesh, weights=True).params}
         with Checkpoints(self.directory.parent, read_only=True) as store:
             return store.restore(abstract, self.step, partial=True).state["params"]
 
     def masks(self) -> Masks | None:
         """The masks of its own growth, where they are still rising: the model is what they let through."""
-        growth, before = self.stage.stage.growth, self.stage.before
-        if growth is None or before is None or self.step >= self.stage.ramp_steps:
-            return None
-        return masks_at(before.cfg, self.stage.cfg, growth, self.step)
+        return self.lineage.masks(self.step) if self.step < self.meta.ramp_steps else None
 
     def check_settled(self, grows: bool) -> None:
         """Checks that nothing of its own growth is still on its way that would be lost.
 
         Args:
-            grows: whether it shall grow now, rather than go on from step 0 with all that is on its way.
+            grows: whether it is to grow now, rather than go on from step 0 with all that is on its way.
 
         Raises:
             ValueError: its masks, or the rate of its new entries, are still rising.
         """
-        growth = self.stage.stage.growth
-        rising = {} if growth is None else {"masks": self.stage.ramp_steps, "new entries' rate": growth.rewarm_steps}
+        growth = self.lineage.growth if self.meta.newborn else None
+        rising = {} if growth is None else {"masks": self.meta.ramp_steps, "new entries' rate": growth.rewarm_steps}
         for what, steps in rising.items():
             if self.step < steps and (self.step or grows):
                 raise ValueError(
                     f"{self.directory} is at step {self.step}, and its {what} rise over {steps}: take a later "
                     "checkpoint" + ("." if grows else ", or the grown one at step 0.")
                 )
-
-
-def kept(state: TrainState, trained: bool) -> Any:
-    """What a checkpoint holds of a state: all of it, or the weights alone."""
-    return state if trained else {"step": state.step, "params": state.params}
 
 
 def model_of(checkpoint: str, changes: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -142,7 +208,7 @@ def model_of(checkpoint: str, changes: Mapping[str, Any] | None = None) -> Model
         ValueError: there is no such field.
         CheckpointError: as `read_source`.
     """
-    return read_source(checkpoint).stage.cfg.changed(changes or {})
+    return read_source(checkpoint).cfg.changed(changes or {})
 
 
 def read_source(path: str | Path) -> SourceCheckpoint:
@@ -155,38 +221,12 @@ def read_source(path: str | Path) -> SourceCheckpoint:
     directory = step_directory(path)
     manifest = read_manifest(directory)
     try:
-        meta = json.loads((directory / "meta.json").read_text())
+        record = json.loads((directory / META).read_text())
     except ValueError as error:
-        raise DamagedError(f"{directory / 'meta.json'} is damaged: {error}; take another checkpoint.") from error
-    if "lineage" not in meta:
-        raise CheckpointError(f"{directory} does not record its model and the growths that led to it.")
-    stage: ResolvedStage | None = None
-    generations = meta["lineage"]
-    for index, generation in enumerate(generations):
-        model, growth = from_dict(generation["model"]), from_dict(generation["growth"])
-        # It is no stage of any recipe: what is trained, and how, is for others to say.
-        described = Stage(meta["stage"], model, steps=0, batch_size=0, growth=growth)
-        stage = ResolvedStage(index - len(generations), described, stage)
-    assert stage is not None
-    trained = any(path.startswith("opt_state/") for path in manifest.leaves)
-    return SourceCheckpoint(directory, int(directory.name), manifest.state_digest, stage, meta, trained)
-
-
-def begin(recipe: Recipe) -> tuple[SourceCheckpoint | None, tuple[ResolvedStage, ...]]:
-    """The checkpoint that a recipe starts with, if any, and its stages.
-
-    Raises:
-        ValueError: as `resolve`, or the checkpoint is within a ramp.
-        CheckpointError: as `read_source`.
-    """
-    if not recipe.start:
-        return None, resolve(recipe)
-    origin = read_source(recipe.start)
-    origin.check_settled(grows=bool(recipe.stages) and recipe.stages[0].growth is not None)
-    return origin, resolve(recipe, (origin.stage, origin.step))
-
-
-def lineage(stage: ResolvedStage) -> list[dict[str, Any]]:
-    """The models that led to a stage, oldest first, each with the plan that it grew by; as a record."""
-    earlier = lineage(stage.before) if stage.before is not None else []
-    return [*earlier, {"model": as_dict(stage.cfg), "growth": as_dict(stage.stage.growth)}]
+        raise DamagedError(f"{directory / META} is damaged: {error}; take another checkpoint.") from error
+    try:
+        meta = CheckpointMeta.from_record(record)
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: {error}.") from error
+    trained = any(name.startswith("opt_state/") for name in manifest.leaves)
+    return SourceCheckpoint(directory, int(directory.name), manifest.state_digest, meta, trained)

@@ -1,9 +1,9 @@
-"""The train state and one optimizer step."""
+"""The programs of one stage: initialisation, growth, and one optimizer step."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,28 +15,15 @@ from flax import struct
 from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth.exact_adamw import new_entries, rate_of_new, scale_new
-from flm_jax.growth.grow import grow, grow_optimizer
-from flm_jax.growth.plan import Growth, masks_at
+from flm_jax.growth.exact_adamw import new_entries, rate_of_new, rescaled_adamw, rescaling, scale_new
+from flm_jax.growth.grow import grow_opt_state, grow_params
+from flm_jax.growth.lineage import Lineage
 from flm_jax.loss import loss_sum
 from flm_jax.model import Masks, Params, declared, init_params
-from flm_jax.optimizer import optimizer, schedule, state_shardings
+from flm_jax.optimizer import schedule
 from flm_jax.recipe import ResolvedStage
-from flm_jax.sharding import abstract, param_shardings, replicated
-
-
-class TrainState(struct.PyTreeNode):
-    """All that training changes.
-
-    Attributes:
-      step: () int32, steps done in this stage.
-      params: parameters.
-      opt_state: moments, and their count, which goes on from stage to stage.
-    """
-
-    step: Any
-    params: Params
-    opt_state: Any
+from flm_jax.sharding import replicated
+from flm_jax.state import TrainState, abstract_state, shardings_of
 
 
 class Metrics(struct.PyTreeNode):
@@ -53,18 +40,52 @@ class Metrics(struct.PyTreeNode):
 
 @contextlib.contextmanager
 def quietly_donated() -> Iterator[None]:
-    """Within it, buffers that are given up and fit no output cause no warning: of a growth, most do not."""
+    """Silences the warning about donated buffers that no output can reuse; in a growth most cannot."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         yield
+
+
+def make_grower(lineage: Lineage, mesh: Mesh, donate: bool = False, weights: bool = False) -> Any:
+    """Jitted: the state of the model before a growth, key -> the state at the start of the grown model.
+
+    Args:
+      lineage: of the grown model.
+      mesh: where it lives.
+      donate: the given state is used up: what keeps its shape and place keeps its memory, such as the embedding where a
+        model grows in depth alone. What grows cannot, and XLA warns of it (`quietly_donated`).
+      weights: the state is of weights alone.
+    """
+
+    def grow_state(state: TrainState, key: jax.Array) -> TrainState:
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=grow_params(lineage, state.params, key),
+            opt_state=() if weights else grow_opt_state(lineage, state.opt_state),
+        )
+
+    where = shardings_of(abstract_state(lineage, mesh, weights))
+    return jax.jit(grow_state, donate_argnums=(0,) if donate else (), out_shardings=where)
+
+
+def parameter_growers(lineage: Lineage, mesh: Mesh) -> Iterator[Any]:
+    """Jitted, for one parameter after the other: those of the model before, key -> this one, grown."""
+    for number, where in enumerate(jax.tree.leaves(shardings_of(abstract_state(lineage, mesh, weights=True).params))):
+
+        def one(params: Params, key: jax.Array, number: int = number) -> jax.Array:
+            grown: jax.Array = jax.tree.leaves(grow_params(lineage, params, key))[number]
+            return grown
+
+        yield jax.jit(one, out_shardings=where)
 
 
 class StageProgram:
     """The functions of one stage: shapes first, then shardings, then values.
 
     Attributes:
+      stage: the stage.
+      mesh: where it runs.
       abstract_state: shapes and shardings of its `TrainState`.
-      signatures: tree of the parameters' signatures.
     """
 
     def __init__(
@@ -74,14 +95,15 @@ class StageProgram:
         # Options are a compiler's own: others refuse them.
         on_tpu = mesh.devices.flat[0].platform == "tpu"
         self.options = dict(compiler_options) if compiler_options and on_tpu else None
-        self.shapes, self.signatures = declared(stage.cfg)
-        self.tx = optimizer(stage.stage.optimizer, stage.cfg, self.signatures, stage.frame)
-        opt_shapes, opt_shardings = state_shardings(self.tx, self.signatures, self.shapes, mesh)
-        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), self.shapes, opt_shapes)
-        params = param_shardings(self.signatures, self.shapes, mesh)
-        self.shardings = TrainState(replicated(mesh), params, opt_shardings)
-        self.abstract_state = abstract(shapes, self.shardings)
-        self.rate = schedule(stage.stage.optimizer, stage.stage.steps)
+        self.abstract_state = abstract_state(stage.lineage, mesh)
+        self.shardings = shardings_of(self.abstract_state)
+        self.rate = schedule(stage.stage.optimizer, stage.steps)
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer; where AdamW goes on exactly after a growth, it must be known where its layers went."""
+        signatures = declared(self.stage.cfg)[1]
+        return rescaled_adamw(self.stage.stage.optimizer, self.stage.cfg, signatures, rescaling(self.stage.lineage))
 
     def check_trains(self, context: int) -> None:
         """Checks that the mesh can split this stage's batches: not every mesh that its state lives on trains it.
@@ -96,23 +118,15 @@ class StageProgram:
             sequence = mesh.shape["sequence"]
             near = [n for n in fits if n < sequence][-1:] + [n for n in fits if n > sequence][:1]
             raise ValueError(
-                f"Stage {stage.stage.name!r}: MeshConfig.sequence={sequence} does not divide the context of {context} "
+                f"Stage {stage.name!r}: MeshConfig.sequence={sequence} does not divide the context of {context} "
                 f"tokens; the nearest sizes that do are {' and '.join(map(str, near))}."
             )
-        if stage.stage.batch_size % (shards * stage.stage.accumulate):
+        if stage.batch_size % (shards * stage.accumulate):
             raise ValueError(
-                f"Stage {stage.stage.name!r}: batch_size={stage.stage.batch_size} must be a multiple of data x fsdp x "
-                f"accumulate = {shards * stage.stage.accumulate}, such as "
-                f"{-(-stage.stage.batch_size // (shards * stage.stage.accumulate)) * shards * stage.stage.accumulate}."
+                f"Stage {stage.name!r}: batch_size={stage.batch_size} must be a multiple of data x fsdp x "
+                f"accumulate = {shards * stage.accumulate}, such as "
+                f"{-(-stage.batch_size // (shards * stage.accumulate)) * shards * stage.accumulate}."
             )
-
-    def settle(self, growth: Growth) -> None:
-        """Takes a plan in place of the recipe's: one that says where layers go, once that is measured."""
-        self.stage = dataclasses.replace(self.stage, stage=dataclasses.replace(self.stage.stage, growth=growth))
-
-    def follow(self, before: ResolvedStage) -> None:
-        """Takes the stage before as it has really been, its growth settled."""
-        self.stage = dataclasses.replace(self.stage, before=before)
 
     def initialiser(self) -> Any:
         """Jitted: key -> the state of a first stage."""
@@ -123,64 +137,27 @@ class StageProgram:
 
         return jax.jit(initialise, out_shardings=self.shardings)
 
-    def grower(self, donate: bool = False, weights: bool = False) -> Any:
-        """Jitted: the state at the end of the stage before, key -> the state at the start of this one.
-
-        Args:
-          donate: the given state is used up: what keeps its shape and place keeps its memory, such as the embedding
-            where a model grows in depth alone. What grows cannot, and XLA warns of it (`quietly_donated`).
-          weights: the state is of weights alone.
-        """
-        before, plan = self.stage.before, self.stage.stage.growth
-        assert before is not None and plan is not None
-        old, new = before.cfg, self.stage.cfg
-
-        def grow_state(state: TrainState, key: jax.Array) -> TrainState:
-            return TrainState(
-                step=jnp.zeros((), jnp.int32),
-                params=grow(state.params, old, new, plan, key),
-                opt_state=grow_optimizer(state.opt_state, old, new, plan, before.frame, self.stage.frame),
-            )
-
-        shardings = self.shardings.replace(opt_state=()) if weights else self.shardings
-        return jax.jit(grow_state, donate_argnums=(0,) if donate else (), out_shardings=shardings)
-
-    def parameter_growers(self) -> Iterator[Any]:
-        """Jitted, for one parameter after the other: those of the stage before, key -> this one, grown."""
-        before, plan = self.stage.before, self.stage.stage.growth
-        assert before is not None and plan is not None
-        old, new = before.cfg, self.stage.cfg
-        for number, where in enumerate(jax.tree.leaves(self.shardings.params)):
-
-            def one(params: Params, key: jax.Array, number: int = number) -> jax.Array:
-                grown: jax.Array = jax.tree.leaves(grow(params, old, new, plan, key))[number]
-                return grown
-
-            yield jax.jit(one, out_shardings=where)
-
     def masks(self, step: int | jax.Array) -> Masks | None:
         """The growth masks after `step` steps; None from the end of the ramp on, where they leave the program."""
         if isinstance(step, int) and step >= self.stage.ramp_steps:
             return None
-        before, plan = self.stage.before, self.stage.stage.growth
-        assert before is not None and plan is not None
-        return masks_at(before.cfg, self.stage.cfg, plan, step)
+        return self.stage.lineage.masks(step)
 
     def _paced(self, updates: Params, state: TrainState) -> Params:
         """The optimizer's steps, those of new entries at their own rate if the growth gives them one."""
-        before, plan, cfg = self.stage.before, self.stage.stage.growth, self.stage.stage.optimizer
-        if before is None or plan is None or plan.optimizer != "asymmetric":
+        growth, cfg = self.stage.growth, self.stage.stage.optimizer
+        if growth is None or growth.optimizer != "asymmetric":
             return updates
         count = optax.tree_utils.tree_get(state.opt_state, "count")
-        factor = rate_of_new(plan, state.step, count, cfg.b1, cfg.b2)
-        return scale_new(updates, new_entries(before.cfg, self.stage.cfg, plan), factor)
+        factor = rate_of_new(growth, state.step, count, cfg.b1, cfg.b2)
+        return scale_new(updates, new_entries(self.stage.lineage), factor)
 
     def stepper(self, masked: bool) -> Any:
         """Jitted: state, batch -> the next state (the given one is donated) and metrics.
 
         A step whose loss or gradient is not finite changes nothing but the count of steps.
         """
-        cfg, parts = self.stage.cfg, self.stage.stage.accumulate
+        cfg, parts = self.stage.cfg, self.stage.accumulate
 
         def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             masks = self.masks(state.step) if masked else None

@@ -21,9 +21,10 @@ told by one to all (see `flm_jax.distributed`); the first alone writes and print
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flm_jax import costs, distributed, report
-from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, Restored, read_manifest
+from flm_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedError,
+    NoCheckpointError,
+    Restored,
+    read_manifest,
+)
+from flm_jax.checkpoint_growth.record import GrowthRecord
+from flm_jax.checkpoint_growth.text import growth_lines
+from flm_jax.checkpoint_growth.verify import failures_text, heldout_text, observe_before, verify_growth
 from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data, open_data
 from flm_jax.generate import generate
 from flm_jax.growth.distance import settle
-from flm_jax.growth.verify import judge, observe
+from flm_jax.growth.verify import GrowthError
 from flm_jax.loss import bits_per_byte, make_heldout_loss
 from flm_jax.progress import Interrupts, Progress
-from flm_jax.recipe import Recipe, ResolvedStage, Run
-from flm_jax.records import DATA, RECIPE, as_dict, check_identity, fingerprint, from_dict, write_identity, write_record
-from flm_jax.sharding import few_rows, make_mesh, own_rows, put_batch
-from flm_jax.source_checkpoint import POSITION, SourceCheckpoint, begin, lineage
-from flm_jax.step import Metrics, StageProgram, TrainState, quietly_donated
+from flm_jax.recipe import Recipe, ResolvedStage, Run, begin, resolve
+from flm_jax.records import DATA, RECIPE, as_dict, check_identity, fingerprint, write_identity, write_record
+from flm_jax.sharding import make_mesh, own_rows, put_batch
+from flm_jax.source_checkpoint import POSITION, CheckpointMeta, SourceCheckpoint, signature_texts
+from flm_jax.state import TrainState, abstract_state, shardings_of
+from flm_jax.step import Metrics, StageProgram, make_grower, quietly_donated
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +93,7 @@ def train(
         origin, stages = begin(recipe)
         check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         run.check(recipe)
-        programs = [
-            StageProgram(stage, make_mesh(run.mesh_of(stage.stage)), recipe.loss_chunks, run.compiler_options)
-            for stage in stages
-        ]
+        programs = _programs(recipe, run, stages)
         for program in programs:
             program.check_trains(recipe.data.context)
     settings = fingerprint([as_dict(recipe), as_dict(run)])
@@ -100,38 +109,34 @@ def train(
     with contextlib.ExitStack() as stack:
         stores = [
             stack.enter_context(
-                Checkpoints(workdir / "checkpoints" / s.directory, keep=run.keep, keep_steps=(0, s.stage.steps))
+                Checkpoints(workdir / "checkpoints" / s.directory, keep=run.keep, keep_steps=(0, s.steps))
             )
             for s in stages
         ]
         # The directories are locked now, so nobody else writes here.
         write_identity(workdir, RECIPE, as_dict(recipe))
         write_identity(workdir, DATA, identity)
-        tables = "\n\n".join(f"{s.stage.name}\n{costs.param_table(s.cfg)}" for s in stages)
+        tables = "\n\n".join(f"{s.name}\n{costs.param_table(s.cfg)}" for s in stages)
         for name, text in {"parameters.txt": tables + "\n", **(records or {})}.items():
             write_record(workdir, name, text)
         first, restored = _newest(programs, stores)
-        anew = restored is None
+        begins = restored is None
         state: TrainState | None = None
         history: dict[str, list[Any]] = {"evals": [], "growths": [], "skipped": []}
         position: bytes | None = None
         if restored is not None:
             state, history = restored.state, json.loads(json.dumps(restored.meta["history"]))
             position = restored.blobs[POSITION]
-            for program in programs:
-                for record in history["growths"]:
-                    if record["stage"] == program.stage.stage.name:
-                        program.settle(from_dict(record["plan"]))
         elif origin is not None:
             state = origin.restore(programs[0].mesh)
         del restored  # It would keep the old arrays alive through all that follows.
         interrupts = stack.enter_context(Interrupts())
-        for program, store in list(zip(programs, stores, strict=True))[first:]:
-            if program.stage.index > 0:
-                program.follow(programs[program.stage.index - 1].stage)
-            worker = _StageRun(recipe, run, workdir, data, program, store, history, position, origin)
-            with jax.set_mesh(program.mesh):
-                if anew or program.stage.index > first:
+        for index in range(first, len(stages)):
+            # What earlier growths by distance came to, this stage's lineage must know.
+            stages = _placed(recipe, origin, history)
+            worker = _StageRun(recipe, run, workdir, data, stages[index], stores[index], history, position, origin)
+            with jax.set_mesh(worker.mesh):
+                if begins or index > first:
                     state = worker.start(state)
                 assert state is not None
                 state = worker.run(state, interrupts)
@@ -140,13 +145,27 @@ def train(
                 return None
         assert state is not None
         with jax.set_mesh(programs[-1].mesh):
-            sample = _sample(programs[-1], state, data, run, recipe.seed)
+            sample = _sample(stages[-1], state, data, run, recipe.seed)
         context = recipe.data.context
         result = report.summary(stages, history, data.describe(), data.bytes_per_token, context, sample)
         with distributed.together("report"):
             if distributed.is_primary():
                 report.write(workdir, result)
         return result
+
+
+def _programs(recipe: Recipe, run: Run, stages: Sequence[ResolvedStage]) -> list[StageProgram]:
+    return [
+        StageProgram(stage, make_mesh(run.mesh_of(stage.stage)), recipe.loss_chunks, run.compiler_options)
+        for stage in stages
+    ]
+
+
+def _placed(recipe: Recipe, origin: SourceCheckpoint | None, history: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
+    """The stages, with layers where the growths of this run so far have put them."""
+    placed = {record["stage"]: GrowthRecord.from_record(record).growth for record in history["growths"]}
+    stages = [dataclasses.replace(stage, growth=placed.get(stage.name, stage.growth)) for stage in recipe.stages]
+    return resolve(dataclasses.replace(recipe, stages=tuple(stages)), origin)
 
 
 class _StageRun:
@@ -158,20 +177,21 @@ class _StageRun:
         run: Run,
         workdir: Path,
         data: Data,
-        program: StageProgram,
+        stage: ResolvedStage,
         store: Checkpoints,
         history: dict[str, list[Any]],
         position: bytes | None,
         origin: SourceCheckpoint | None,
     ) -> None:
         self.recipe, self.settings, self.workdir, self.data = recipe, run, workdir, data
-        self.program, self.store, self.history, self.origin = program, store, history, origin
-        self.mesh: Mesh = program.mesh
+        self.store, self.history, self.origin = store, history, origin
+        (self.program,) = _programs(recipe, run, [stage])
+        self.mesh: Mesh = self.program.mesh
         self.batches: TokenBatches = data.train()
         if position is not None:
             self.batches.restore(position)
-        self.evaluate = make_heldout_loss(self.stage.cfg, self.mesh, recipe.loss_chunks)
-        self.flops_per_token = costs.train_flops_per_token(self.stage.cfg, recipe.data.context)
+        self.heldout_loss = make_heldout_loss(stage.cfg, self.mesh, recipe.loss_chunks)
+        self.flops_per_token = costs.train_flops_per_token(stage.cfg, recipe.data.context)
 
     @property
     def stage(self) -> ResolvedStage:
@@ -182,15 +202,13 @@ class _StageRun:
         """The state at step 0, measured and saved: initialised, or grown from the stage before and verified."""
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), self.stage.index)
         provenance: dict[str, Any] = {"seed": self.recipe.seed, "key": self.stage.index}
-        if self.stage.before is None:
+        if state is None:
             state = self.program.initialiser()(key)
-        elif self.stage.ready:
-            assert state is not None
+        elif self.stage.restored:
             assert self.origin is not None
             state = state.replace(step=jax.numpy.zeros_like(state.step))
             provenance |= {"start": self.origin.digest}
         else:
-            assert state is not None
             state, record = self._grow(state, key)
             provenance |= record
         self._measure(0, state)
@@ -199,52 +217,47 @@ class _StageRun:
         return state
 
     def _grow(self, state: TrainState, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
-        """The grown state, measured against the given one, which is used up."""
-        before, growth = self.stage.before, self.stage.stage.growth
-        assert before is not None and growth is not None
+        """The grown state, verified against the given one, which is used up; and the record of the growth."""
+        lineage, chunks = self.stage.lineage, self.recipe.loss_chunks
         # The stage before may have had another mesh; nothing moves where it has not.
-        state = jax.device_put(state, StageProgram(before, self.mesh, 1).shardings)
-        # Whole logits and hidden states are compared: a few windows, whatever the batch is.
-        rows = few_rows(self.mesh)
-        batch = put_batch(next(iter(self.data.heldout(rows, rows))), self.mesh)
-        tokens = (batch.inputs_BT, batch.segments_BT)
-        growth, distances = settle(growth, before.cfg, self.stage.cfg.layers, state.params, *tokens)
-        self.program.settle(growth)
+        state = jax.device_put(state, shardings_of(abstract_state(lineage.before, self.mesh)))
+        text = heldout_text(self.data, self.mesh, self.stage.batch_size, self.recipe.eval_windows)
+        batch = put_batch(text.few, self.mesh)
+        lineage, distances = settle(lineage, state.params, batch.inputs_BT, batch.segments_BT)
+        stage = dataclasses.replace(self.stage, lineage=lineage)
+        (self.program,) = _programs(self.recipe, self.settings, [stage])
         # What the comparison needs of the old model is observed first, so that its memory is free for the new one.
-        observed = observe(before.cfg, state.params, *tokens)
-        evaluate_before = make_heldout_loss(before.cfg, self.mesh, self.recipe.loss_chunks)
-        loss_before = evaluate_before(state.params, self._heldout(), None)
+        before = observe_before(lineage, state.params, text, self.mesh, chunks)
         with quietly_donated():
-            grown = self.program.grower(donate=True)(state, key)
-        after = observe(self.stage.cfg, grown.params, *tokens, self.program.masks(0))
-        verification = judge(before.cfg, observed, self.stage.cfg, after, growth)
-        verification.check(self.recipe.tolerance)
-        loss_after = self.evaluate(grown.params, self._heldout(), self.program.masks(0))
-        source = self.store.directory.parent / before.directory / str(before.stage.steps)
-        if before.index < 0 and self.origin is not None:
-            source = self.origin.directory
-        record = {
-            "stage": self.stage.stage.name,
-            "method": growth.name,
-            "plan": as_dict(growth),
-            "source": f"{source.parent.name}/{source.name}",
-            "distances": list(distances),
-            "source_digest": distributed.from_primary("source", lambda: read_manifest(source).state_digest),
-            "config_before": as_dict(before.cfg),
-            "config_after": as_dict(self.stage.cfg),
-            "params_before": costs.param_count(before.cfg),
-            "params_after": costs.param_count(self.stage.cfg),
-            **verification.as_dict(),
-            "eval_loss_before": loss_before,
-            "eval_loss_after": loss_after,
-        }
-        self.history["growths"].append(record)
-        distributed.print0(report.growth_lines(record))
-        return grown, record
+            grown = make_grower(lineage, self.mesh, donate=True)(state, key)
+        found = verify_growth(lineage, before, grown, text, self.mesh, self.recipe.tolerance, chunks)
+        if not found["holds"]:
+            raise GrowthError(f"The grown model is not what its method promises: {failures_text(found)}")
+        source = self._grown_from()
+        record = GrowthRecord.of(
+            stage.name,
+            lineage,
+            found,
+            source=f"{source.parent.name}/{source.name}",
+            source_digest=distributed.from_primary("source", lambda: read_manifest(source).state_digest),
+            seed=self.recipe.seed,
+            distances=distances,
+        )
+        self.history["growths"].append(record.record())
+        distributed.print0(growth_lines(record))
+        return grown, record.record()
+
+    def _grown_from(self) -> Path:
+        """The step that the stage grew from: the last of the stage before, or what the recipe starts with."""
+        if self.stage.index == 0:
+            assert self.origin is not None
+            return self.origin.directory
+        before = self.stage.index - 1, self.recipe.stages[self.stage.index - 1]
+        return self.store.directory.parent / f"{before[0]}_{before[1].name}" / str(before[1].steps)
 
     def run(self, state: TrainState, interrupts: Interrupts) -> TrainState:
         """Trains from the state's step to the end of the stage, or to a signal; the result is saved."""
-        stage, settings = self.stage.stage, self.settings
+        stage, settings = self.stage, self.settings
         step = int(state.step)
         skipped = {s["step"] for s in self.history["skipped"] if s["stage"] == stage.name}
         bad_in_a_row = next(n for n in range(step + 1) if step - n not in skipped)
@@ -253,9 +266,7 @@ class _StageRun:
         rows = own_rows(self.mesh, stage.batch_size)
         pending: tuple[int, Metrics] | None = None
         masked, stepper = None, None
-        with Progress(
-            self.workdir / "events", self.stage, self.recipe.data.context, self.flops_per_token, step
-        ) as show:
+        with Progress(self.workdir / "events", stage, self.recipe.data.context, self.flops_per_token, step) as show:
 
             def look(at: int, metrics: Metrics) -> None:
                 nonlocal bad_in_a_row
@@ -274,8 +285,8 @@ class _StageRun:
                     )
 
             while step < stage.steps and not stop:
-                if masked != (step < self.stage.ramp_steps):
-                    masked = step < self.stage.ramp_steps
+                if masked != (step < stage.ramp_steps):
+                    masked = step < stage.ramp_steps
                     stepper = self.program.stepper(masked)
                 batch = put_batch(self.batches.next(stage.batch_size, rows), self.mesh, stage.batch_size)
                 assert stepper is not None
@@ -302,14 +313,14 @@ class _StageRun:
         return state
 
     def _heldout(self) -> Any:
-        return self.data.heldout(self.stage.stage.batch_size, self.recipe.eval_windows)
+        return self.data.heldout(self.stage.batch_size, self.recipe.eval_windows)
 
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
         """Held-out loss at this point of the run, entered into the history."""
-        loss = self.evaluate(state.params, self._heldout(), self.program.masks(step))
-        tokens = step * self.stage.stage.batch_size * self.recipe.data.context
+        loss = self.heldout_loss(state.params, self._heldout(), self.program.masks(step))
+        tokens = step * self.stage.batch_size * self.recipe.data.context
         record = {
-            "stage": self.stage.stage.name,
+            "stage": self.stage.name,
             "step": step,
             "tokens": tokens,
             "flops": tokens * self.flops_per_token,
@@ -320,22 +331,14 @@ class _StageRun:
         return record
 
     def _save(self, step: int, state: TrainState, provenance: dict[str, Any] | None) -> None:
-        signatures = {f"params/{path}": str(sig) for path, _, sig in costs.leaves(self.stage.cfg)}
-        meta = {
-            "stage": self.stage.stage.name,
-            "model": as_dict(self.stage.cfg),
-            "lineage": lineage(self.stage),
-            "ramp_steps": self.stage.ramp_steps,
-            "data": self.data.describe(),
-            "history": self.history,
-            "provenance": provenance,
-        }
+        about = {"provenance": provenance, "data": self.data.describe(), "history": self.history}
+        meta = CheckpointMeta(self.stage.name, self.stage.lineage, self.stage.newborn, **about).record()
         advice = "Read the data from a token store, with streamed=False."
         distributed.assert_equal("What was read of the data", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
         files = {} if self.origin is None else self.origin.files_with(self.data.vocabulary)
         blobs = {**files, POSITION: self.batches.state()}
-        self.store.save(step, state, signatures=signatures, meta=meta, blobs=blobs)
+        self.store.save(step, state, signatures=signature_texts(self.stage.cfg), meta=meta, blobs=blobs)
 
 
 def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[int, Restored | None]:
@@ -348,10 +351,10 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
             continue
         except DamagedError as error:
             if distributed.is_primary():
-                log.error("Stage %s is begun again from the one before: %s", program.stage.stage.name, error)
+                log.error("Stage %s is begun again from the one before: %s", program.stage.name, error)
             damaged.append(str(error))
             continue
-        distributed.print0(f"Going on with stage {program.stage.stage.name!r} at step {restored.step}.")
+        distributed.print0(f"Going on with stage {program.stage.name!r} at step {restored.step}.")
         return program.stage.index, restored
     if damaged:
         raise CheckpointError(f"No checkpoint of any stage can be restored: {'; '.join(damaged)}")
@@ -363,15 +366,15 @@ def _check_vocabulary(stages: tuple[ResolvedStage, ...], data: Data) -> None:
     for s in stages:
         if data.vocabulary.size > s.cfg.vocab:
             raise ValueError(
-                f"Stage {s.stage.name!r}: the vocabulary has {data.vocabulary.size} tokens, the model's embedding only "
+                f"Stage {s.name!r}: the vocabulary has {data.vocabulary.size} tokens, the model's embedding only "
                 f"{s.cfg.vocab}; set its vocab to {data.vocabulary.size} or more."
             )
 
 
-def _sample(program: StageProgram, state: TrainState, data: Data, run: Run, seed: int) -> str:
+def _sample(stage: ResolvedStage, state: TrainState, data: Data, run: Run, seed: int) -> str:
     """A prompt and its continuation by the last model."""
     ids = data.vocabulary.encode(run.prompt)
     prompt = np.asarray([ids or [data.vocabulary.eos_id]], np.int32)
     key = jax.random.fold_in(jax.random.key(seed), 0x5A)
-    tokens = generate(program.stage.cfg, state.params, prompt, run.sample_tokens, key, temperature=0.7)
+    tokens = generate(stage.cfg, state.params, prompt, run.sample_tokens, key, temperature=0.7)
     return run.prompt + data.vocabulary.decode([int(t) for t in distributed.fetch(tokens)[0]])

@@ -70,4 +70,4 @@ def llama(folder: Path, vocab: int = 304):
     import_model(folder, workdir)
     origin, mesh = read_source(workdir), make_mesh(None, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return theirs, workdir, origin.stage.cfg, origin.restore_params(mesh)
+        return theirs, workdir, origin.cfg, origin.restore_params(mesh)

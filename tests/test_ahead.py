@@ -19,12 +19,13 @@ from flm_jax.config import small_52b, small_102b
 from flm_jax.data.config import DataConfig
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.growth import Growth
-from flm_jax.planning import hlo, stages, text
+from flm_jax.planning import compiled, hlo, stages, text
 from flm_jax.planning.topology import CHIPS, topology
 from flm_jax.recipe import Recipe, Run, Stage, resolve
 from flm_jax.records import from_dict
 from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.step import StageProgram, quietly_donated
+from flm_jax.state import abstract_state
+from flm_jax.step import StageProgram, make_grower, quietly_donated
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,19 +213,19 @@ def test_what_keeps_its_shape_in_a_growth_keeps_its_memory():
     first, second = Stage("a", cfg, 1, 16), Stage("b", cfg.replace(layers=6), 1, 16, growth=growth)
     before, after = resolve(Recipe((first, second), DataConfig(vocabulary=Bytes(), context=64)))
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
-    old, new = StageProgram(before, mesh, 1), StageProgram(after, mesh, 1)
+    state = abstract_state(before.lineage, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     kept = 3 * 2 * 260 * cfg.embed * 4 // 8
     with jax.set_mesh(mesh), warnings.catch_warnings(action="error"), quietly_donated():
         for donate, least, most in ((True, kept, 2 * kept), (False, 0, 0)):
-            done = new.grower(donate).lower(old.abstract_state, key).compile()
+            done = make_grower(after.lineage, mesh, donate).lower(state, key).compile()
             assert least <= done.memory_analysis().alias_size_in_bytes <= most
 
 
 def test_generation_lowers_and_compiles_for_a_mesh():
     (stage,) = resolve(Recipe((Stage("a", small_52b(260), 1, 16),), DataConfig(vocabulary=Bytes(), context=64)))
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
-    about = stages.compiled(stages.decoding(StageProgram(stage, mesh, 1), 2, 64, tokens=8), None, mesh)
+    about = compiled.compiled(compiled.decoding(StageProgram(stage, mesh, 1), 2, 64, tokens=8), None, mesh)
     assert about["fits"]
     assert about["bytes_per_device"]["arguments"] > 0
 
@@ -244,12 +245,12 @@ def test_a_sequence_axis_that_does_not_divide_the_context_is_refused_with_sizes_
 
 def test_a_stage_may_train_on_a_mesh_that_could_not_train_the_one_before():
     first = dataclasses.replace(recipe().stages[0], batch_size=4, accumulate=2)
-    stages = (first, recipe().stages[1])
+    both = dataclasses.replace(recipe(), stages=(first, recipe().stages[1]))
     run = Run(mesh=MeshConfig(fsdp=2, tensor=4), meshes={"second": MeshConfig(data=8)})
-    found = list(stages.stages(dataclasses.replace(recipe(), stages=stages), run, jax.devices(), None))
+    found = list(stages.stages(both, run, jax.devices(), None))
     assert "growth" in found[1]["programs"]
     with pytest.raises(ValueError, match="'first': batch_size=4 must be a multiple of.* = 16, such as 16"):
-        list(stages.stages(dataclasses.replace(recipe(), stages=stages), Run(), jax.devices(), None))
+        list(stages.stages(both, Run(), jax.devices(), None))
 
 
 def test_what_does_not_fit_at_a_growth_does_not_fit():

@@ -25,13 +25,12 @@ from flm_jax.convert.safetensors_writer import Writer
 from flm_jax.data.train_vocabulary import Pretrained
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.generate import generate
-from flm_jax.growth import Growth, grow, grown_config
+from flm_jax.growth import Growth, Lineage, grow, grown_config
 from flm_jax.growth.plan import changed
 from flm_jax.optimizer import OptimizerConfig
-from flm_jax.recipe import Recipe, ResolvedStage, Run, Stage
-from flm_jax.records import as_dict
+from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.source_checkpoint import lineage, model_of, read_source
+from flm_jax.source_checkpoint import CheckpointMeta, model_of, read_source
 from tests import hub, small
 
 VOCAB = 97
@@ -94,7 +93,7 @@ def read(workdir):
     origin = read_source(workdir)
     mesh = make_mesh(None, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return origin.stage.cfg, origin.restore(mesh).params
+        return origin.cfg, origin.restore(mesh).params
 
 
 def our_logits(workdir, tokens):
@@ -231,16 +230,15 @@ def test_while_masks_rise_nothing_is_written_out(saved, tmp_path):
     cfg = read(base / "checkpoint")[0]
     new = grown_config(cfg, changed(cfg, dict(head_dim=20), plan), plan)
     origin = read_source(keep(tmp_path, new, small.params(new), before=cfg, growth=plan))
-    assert origin.stage.ramp_steps == 4
+    assert origin.meta.ramp_steps == 4
     with pytest.raises(ValueError, match="masks rise over 4: take a later checkpoint"):
         export_model(origin.directory, tmp_path / "out")
 
 
 def keep(tmp_path, cfg, params, before=None, growth=None):
     """A checkpoint of weights, as a run or a growth leaves it."""
-    earlier = None if before is None else ResolvedStage(-1, Stage("before", before, steps=0, batch_size=0), None)
-    stage = ResolvedStage(0, Stage("mine", cfg, steps=0, batch_size=0, growth=growth), earlier)
-    meta = {"stage": "mine", "lineage": lineage(stage), "model": as_dict(cfg), "data": {"context": 128}}
+    lineage = Lineage(cfg) if before is None else Lineage(cfg, growth, Lineage(before))
+    meta = CheckpointMeta("mine", lineage, data={"context": 128}).record()
     with Checkpoints(tmp_path / "mine" / "checkpoints" / "0_mine") as store:
         store.save(0, {"step": jnp.int32(0), "params": params}, meta=meta)
         store.wait()

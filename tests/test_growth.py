@@ -32,10 +32,12 @@ from flm_jax.growth.axis_map import append, nested
 from flm_jax.growth.depth import METRICS, PLACES, by_distance, place
 from flm_jax.growth.diagnostics import copies_apart, dead_slices
 from flm_jax.growth.distance import layer_distances
-from flm_jax.growth.plan import changed, ramp_steps
+from flm_jax.growth.exact_adamw import rescaled_adamw
+from flm_jax.growth.lineage import Lineage, lineage_of
+from flm_jax.growth.plan import changed
 from flm_jax.growth.verify import forward
 from flm_jax.loss import loss_sum
-from flm_jax.optimizer import OptimizerConfig, optimizer
+from flm_jax.optimizer import OptimizerConfig
 from flm_jax.sharding import MeshConfig, abstract, make_mesh, param_shardings
 from flm_jax.signature import KINDS, Kind, Role
 from tests import reference, small
@@ -438,7 +440,7 @@ def test_ramps():
 def test_axes_ramp_on_their_own_and_the_longest_ends_the_masks():
     growth = Growth("mask", ramp_steps=4, ramps={"layers": growth_masks.Ramp(6, delay=4, shape="cosine")})
     old, new = GROWN
-    assert ramp_steps(old, new, growth) == 10
+    assert lineage_of(old, new, growth).ramp_steps == 10
     masks = masks_at(old, new, growth, 4)
     assert float(masks.embed_D.min()) == 1
     assert float(masks.norm_width) == 30
@@ -449,7 +451,7 @@ def test_the_norm_width_may_ramp_to_the_new_width_and_starts_exact():
     growth = Growth("zero", norm="ramp", ramp_steps=5)
     old, params, new, grown = grow_pair(GROWN, growth)
     assert new.norm_width is None
-    assert ramp_steps(old, new, growth) == 5
+    assert lineage_of(old, new, growth).ramp_steps == 5
     assert relative(logits(old, params), logits(new, grown, masks_at(old, new, growth, 0))) < 1e-5
     assert relative(logits(new, grown), logits(new, grown, masks_at(old, new, growth, 5))) < 1e-5
     assert relative(logits(old, params), logits(new, grown)) > 1e-3
@@ -488,7 +490,7 @@ def copied_dual(old, new):
 def test_adam_moments_grow_by_the_dual_of_the_map():
     growth = Growth(method="zero")
     old, params, new, grown = grow_pair(GROWN, growth)
-    tx = optimizer(OptimizerConfig(), old, model.declared(old)[1])
+    tx = rescaled_adamw(OptimizerConfig(), old, model.declared(old)[1])
     state = tx.init(params)
     grads = gradient(old, params, None, small.tokens())
     _, state = tx.update(grads, state, params)
@@ -658,7 +660,7 @@ def test_a_plan_that_does_not_fit_is_refused(new, growth, message):
 )
 def test_a_ramp_without_masks_and_masks_without_a_ramp_are_refused(growth, message):
     with pytest.raises(ValueError, match=message):
-        ramp_steps(GROWN[0], grown_config(*GROWN, growth), growth)
+        _ = Lineage(GROWN[0]).grown(GROWN[1], growth).ramp_steps
 
 
 def test_a_norm_width_that_the_method_does_not_keep_is_refused():
@@ -709,10 +711,10 @@ def test_dead_slices_are_found_and_named():
     growth = Growth("zero")
     old, params, new, grown = grow_pair((small.config(), small.config(mlp=60, layers=3)), growth)
     tokens = small.tokens((4, 32))
-    assert dead_slices(grown, old, new, growth, tokens) == []
+    assert dead_slices(grown, lineage_of(old, new, growth), tokens) == []
     mlp = grown["blocks"]["mlp"]
     dead = {**mlp, "gate": mlp["gate"].at[..., 40:].set(0), "up": mlp["up"].at[..., 40:].set(0)}
-    found = dead_slices({**grown, "blocks": {**grown["blocks"], "mlp": dead}}, old, new, growth, tokens)
+    found = dead_slices({**grown, "blocks": {**grown["blocks"], "mlp": dead}}, lineage_of(old, new, growth), tokens)
     assert "blocks/mlp/down: 20 of 20 new slices on mlp" in found
     assert len(found) == 3
 
@@ -720,10 +722,10 @@ def test_dead_slices_are_found_and_named():
 def test_copies_apart_sees_one_copy_that_is_not_like_the_others():
     growth = Growth("uneven", methods={"layers": "zero"})
     old, params, new, grown = grow_pair((small.config(), small.config(embed=30, mlp=50)), growth)
-    assert copies_apart(grown, old, new, growth) < 1e-6
+    assert copies_apart(grown, lineage_of(old, new, growth)) < 1e-6
     moved = {**grown, "head": grown["head"].at[25].add(0.01)}
-    assert copies_apart(moved, old, new, growth) > 1e-3
-    assert copies_apart(grown, old, new, Growth("zero")) is None
+    assert copies_apart(moved, lineage_of(old, new, growth)) > 1e-3
+    assert copies_apart(grown, lineage_of(old, new, Growth("zero"))) is None
 
 
 def test_an_operator_may_be_limited_to_some_axes():

@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from flm_jax import model
-from flm_jax.growth import Growth, axis_maps, grow, grow_optimizer, grown_config
-from flm_jax.growth.exact_adamw import frame, new_entries, rate_of_new, scale_new
+from flm_jax.growth import Growth, Lineage, axis_maps, grow, grow_optimizer, grown_config
+from flm_jax.growth.exact_adamw import new_entries, rate_of_new, rescaled_adamw, rescaling, scale_new
+from flm_jax.growth.lineage import lineage_of
 from flm_jax.loss import loss_sum
-from flm_jax.optimizer import OptimizerConfig, optimizer
+from flm_jax.optimizer import OptimizerConfig
 from tests import small
 
 # Decay, clipping and an eps that is felt: everything that a growth has to carry over.
@@ -31,7 +32,7 @@ def loss(cfg, params, tokens):
 
 def trainer(cfg, view=None, adamw=ADAMW):
     """A jitted step: params, optimizer state, tokens -> the next, and the gradient's loss."""
-    tx = optimizer(adamw, cfg, model.declared(cfg)[1], view)
+    tx = rescaled_adamw(adamw, cfg, model.declared(cfg)[1], view)
 
     @jax.jit
     def step(params, state, tokens):
@@ -64,7 +65,7 @@ def run_on(old, target, plan, steps=25):
     """How far the grown model is from what the small one would grow into, after each has trained on its own."""
     params, state, step = after_warm_up(old)
     new = grown_config(old, target, plan)
-    view = frame(old, new, plan, None)
+    view = rescaling(lineage_of(old, new, plan))
     _, big_step = trainer(new, view)
     big = jax.jit(lambda p: grow(p, old, new, plan, KEY))(params)
     big_state = grow_optimizer(state, old, new, plan, None, view)
@@ -101,7 +102,7 @@ def test_adamw_goes_on_exactly_with_biases_and_norms_of_queries_and_keys(x64):
 def test_where_adamw_cannot_go_on_exactly_it_is_said(new, growth, message):
     old = small.config(kv_heads=1)
     with pytest.raises(ValueError, match=message):
-        frame(old, old.replace(**new), growth, None)
+        rescaling(lineage_of(old, old.replace(**new), growth))
 
 
 def test_with_moments_alone_adamw_does_not_go_on_exactly(x64):
@@ -116,10 +117,11 @@ def test_a_second_exact_growth_goes_on_from_the_first_ones_frame(x64):
     cfgs = [OLD, grown_config(OLD, QUARTER, plan)]
     target = QUARTER.replace(embed=54, mlp=90, heads=10)
     cfgs.append(grown_config(cfgs[1], target, plan))
-    views = [None]
+    views, lineage = [None], Lineage(OLD)
     big, big_state = params, state
     for old, new in itertools.pairwise(cfgs):
-        views.append(frame(old, new, plan, views[-1]))
+        lineage = lineage.grown(new, plan)
+        views.append(rescaling(lineage))
         big = grow(big, old, new, plan, KEY)
         big_state = grow_optimizer(big_state, old, new, plan, views[-2], views[-1])
     _, big_step = trainer(cfgs[-1], views[-1])
@@ -134,7 +136,7 @@ def test_leaving_a_frame_gives_the_moments_that_the_gradients_would_have_had(x64
     exact, carry = Growth("copy", optimizer="exact"), Growth("copy", methods={"layers": "zero"})
     params, state, _ = after_warm_up(OLD)
     new = grown_config(OLD, QUARTER, exact)
-    view = frame(OLD, new, exact, None)
+    view = rescaling(lineage_of(OLD, new, exact))
     framed = grow_optimizer(state, OLD, new, exact, None, view)
     deeper = grown_config(new, new.replace(layers=3), carry)
     left = grow_optimizer(framed, new, deeper, carry, view, None)
@@ -178,10 +180,10 @@ def asymmetry(cfg, params, old, plan):
 def test_copies_part_with_a_breaker_and_never_without(plan, parts, x64):
     params, state, _ = after_warm_up(OLD)
     new = grown_config(OLD, TWICE, plan)
-    view = frame(OLD, new, plan, None)
-    tx = optimizer(ADAMW, new, model.declared(new)[1], view)
+    view = rescaling(lineage_of(OLD, new, plan))
+    tx = rescaled_adamw(ADAMW, new, model.declared(new)[1], view)
     big, big_state = grow(params, OLD, new, plan, KEY), grow_optimizer(state, OLD, new, plan, None, view)
-    flags = new_entries(OLD, new, plan)
+    flags = new_entries(lineage_of(OLD, new, plan))
 
     @jax.jit
     def step(params, state, tokens, number):
@@ -215,7 +217,7 @@ def test_only_new_entries_are_paced():
     plan = Growth("zero", optimizer="asymmetric")
     _, signatures = model.declared(new)
     ones = jax.tree.map(jnp.ones_like, small.params(new))
-    paced = scale_new(ones, new_entries(old, new, plan), jnp.float32(0.5))
+    paced = scale_new(ones, new_entries(lineage_of(old, new, plan)), jnp.float32(0.5))
     maps = axis_maps(old, new, plan)
 
     def check(sig, value):

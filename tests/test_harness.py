@@ -24,13 +24,10 @@ from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.evaluation import EvalRequest, lm_eval_model, scoring
 from flm_jax.evaluation.evaluate import LONGEST_BY_DEFAULT, evaluate_checkpoint, find_length
 from flm_jax.evaluation.scoring import Scorer, Window, bits_per_byte_of_text, rolling_windows
-from flm_jax.growth import Growth
-from flm_jax.growth.plan import masks_at
-from flm_jax.recipe import ResolvedStage, Stage
-from flm_jax.records import as_dict
+from flm_jax.growth import Growth, Lineage, masks_at
 from flm_jax.sharding import MeshConfig, make_mesh, param_shardings
-from flm_jax.source_checkpoint import lineage, model_of, read_source
-from flm_jax.step import StageProgram
+from flm_jax.source_checkpoint import CheckpointMeta, model_of, read_source
+from flm_jax.state import abstract_state
 from tests import small
 from tests.hub import BEGIN, END, TEXT, llama, write_tokenizer
 
@@ -270,13 +267,13 @@ def test_many_documents_are_scored_in_parts():
     assert alike.nats == pytest.approx(sum(part.nats for part in parts), rel=1e-5)
 
 
-def saved(workdir, cfg, params, blobs, stage=None):
+def saved(workdir, cfg, params, blobs, lineage=None):
     """A work directory with one checkpoint."""
-    stage, mesh = stage or ResolvedStage(0, Stage("saved", cfg, 0, 0), None), mesh_of(ONE)
+    lineage, mesh = lineage or Lineage(cfg), mesh_of(ONE)
     with jax.set_mesh(mesh):
-        like = StageProgram(stage, mesh, 1).abstract_state
+        like = abstract_state(lineage, mesh)
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like).replace(params=params)
-        meta = {"stage": "saved", "model": as_dict(cfg), "lineage": lineage(stage)}
+        meta = CheckpointMeta("saved", lineage).record()
         with Checkpoints(workdir / "checkpoints" / "0_saved") as store:
             store.save(0, state, meta=meta, blobs=blobs)
             store.wait()
@@ -438,9 +435,7 @@ def test_a_model_in_a_ramp_is_what_its_masks_let_through(tmp_path):
     old, new = (small.shape(mlp=mlp, init_std_vector=1.0) for mlp in (40, 56))
     plan = Growth("mask", ramp_steps=4)
     params, mesh = small.params(new), mesh_of(ONE)
-    before = ResolvedStage(0, Stage("before", old, 0, 0), None)
-    stage = ResolvedStage(1, Stage("saved", new, 0, 0, growth=plan), before)
-    run = saved(tmp_path / "run", new, params, {}, stage)
+    run = saved(tmp_path / "run", new, params, {}, Lineage(new, plan, Lineage(old)))
     (tmp_path / "a.txt").write_text(TEXT)
     found = evaluate_checkpoint(
         run, EvalRequest(text=str(tmp_path / "a.txt")), max_length=16, data=DataConfig(vocabulary=Bytes())

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec
 
 from flm_jax import model, sharding
 from flm_jax.config import small_1t, tele_flm_1t, tele_flm_52b
-from flm_jax.optimizer import OptimizerConfig, optimizer, schedule, state_shardings
+from flm_jax.growth.exact_adamw import rescaled_adamw
+from flm_jax.optimizer import OptimizerConfig, schedule, state_shardings
 from flm_jax.signature import KINDS, Role, Signature
 from tests import small
 
@@ -148,7 +149,7 @@ def test_matrix_like_parameters_may_have_a_rate_of_their_own():
     cfg = tele_flm_52b()
     _, signatures = model.declared(cfg)
     for matrix_rate, ratio in ((1.0, 1 / 32), (32.0, 1.0)):
-        tx = optimizer(OptimizerConfig(matrix_rate=matrix_rate, clip=0.0), cfg, signatures)
+        tx = rescaled_adamw(OptimizerConfig(matrix_rate=matrix_rate, clip=0.0), cfg, signatures)
         ones = jax.tree.map(lambda sig: np.ones((1,) * len(sig.axes)), signatures)
         updates, _ = tx.update(ones, tx.init(ones), ones)
         assert updates["embedding"].item() == pytest.approx(1.0, rel=1e-5)
@@ -182,7 +183,7 @@ def test_moments_live_where_their_parameters_do():
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=4), jax.devices())
     cfg = cfg.replace(vocab=64)
     shapes, signatures = model.declared(cfg)
-    tx = optimizer(OptimizerConfig(weight_decay=0.1), cfg, signatures)
+    tx = rescaled_adamw(OptimizerConfig(weight_decay=0.1), cfg, signatures)
     _, shardings = state_shardings(tx, signatures, shapes, mesh)
     adam = next(s for s in shardings if isinstance(s, optax.ScaleByAdamState))
     where = sharding.param_shardings(signatures, shapes, mesh)
@@ -197,9 +198,9 @@ def test_muP_divides_updates_of_matrices_and_spares_gains_from_decay():
     params = small.params(cfg)
     grads = jax.tree.map(jnp.ones_like, params)
     plain = OptimizerConfig(clip=0.0, eps=0.0)
-    tx = optimizer(plain, cfg, signatures)
+    tx = rescaled_adamw(plain, cfg, signatures)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-    decaying = optimizer(OptimizerConfig(clip=0.0, eps=0.0, weight_decay=0.5), cfg, signatures)
+    decaying = rescaled_adamw(OptimizerConfig(clip=0.0, eps=0.0, weight_decay=0.5), cfg, signatures)
     decayed, _ = jax.jit(decaying.update)(grads, decaying.init(params), params)
 
     def check(sig, w, u, d):

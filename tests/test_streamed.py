@@ -33,13 +33,12 @@ from flm_jax.checkpoint import (
 from flm_jax.checkpoint_growth import streaming
 from flm_jax.checkpoint_growth.grow import grow_checkpoint
 from flm_jax.checkpoint_growth.jobs import Form, grow_block
-from flm_jax.growth import Growth, grown_config
+from flm_jax.growth import Growth, Lineage
 from flm_jax.growth.grow import fresh, moment_maps, param_maps
-from flm_jax.recipe import ResolvedStage, Stage
-from flm_jax.records import as_dict
 from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.source_checkpoint import lineage, read_source
-from flm_jax.step import StageProgram
+from flm_jax.source_checkpoint import CheckpointMeta, read_source
+from flm_jax.state import abstract_state
+from flm_jax.step import make_grower
 from tests import small
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +52,6 @@ KEY = jax.random.key(3)
 
 def save(workdir: Path, cfg, mesh=None) -> Path:
     """A checkpoint of random values, as a run saves it."""
-    stage = ResolvedStage(0, Stage("first", cfg, 0, 0), None)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     rng = np.random.default_rng(0)
 
@@ -62,8 +60,8 @@ def save(workdir: Path, cfg, mesh=None) -> Path:
         return jax.device_put(value.astype(like.dtype), like.sharding)
 
     with jax.set_mesh(mesh):
-        state = jax.tree.map(one, StageProgram(stage, mesh, 1).abstract_state)
-        meta = {"stage": "first", "model": as_dict(cfg), "lineage": lineage(stage), "ramp_steps": 0, "provenance": None}
+        state = jax.tree.map(one, abstract_state(Lineage(cfg), mesh))
+        meta = CheckpointMeta("first", Lineage(cfg)).record()
         with Checkpoints(workdir / "checkpoints" / "0_first") as store:
             store.save(3, state, meta=meta)
     return workdir
@@ -74,18 +72,16 @@ def source(tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("source") / "run", OLD)
 
 
-def stage_of(source: Path, target, growth) -> ResolvedStage:
-    origin = read_source(source)
-    new = grown_config(origin.stage.cfg, target, growth)
-    return ResolvedStage(0, Stage("grown", new, 0, 0, growth=growth), origin.stage)
+def lineage_to(source: Path, target, growth) -> Lineage:
+    return read_source(source).lineage.grown(target, growth)
 
 
 def in_memory(source: Path, target, growth, seed=0) -> dict[str, str]:
     """The checksums of the leaves of a growth in memory."""
-    origin, stage = read_source(source), stage_of(source, target, growth)
+    lineage = lineage_to(source, target, growth)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        grown = StageProgram(stage, mesh, 1).grower()(origin.restore(mesh), jax.random.key(seed))
+        grown = make_grower(lineage, mesh)(read_source(source).restore(mesh), jax.random.key(seed))
         return checksum.digests({p: checksum.of(x) for p, x in manifest.leaf_paths(grown).items()})
 
 
@@ -137,9 +133,9 @@ def test_a_sharded_source_with_masks_and_a_tied_embedding_restores_sharded(tmp_p
     expected = in_memory(source, target, growth)
     assert checksums(tmp_path / "grown") == expected
     with jax.set_mesh(mesh):
-        program = StageProgram(read_source(tmp_path / "grown").stage, mesh, 1)
+        abstract = abstract_state(read_source(tmp_path / "grown").lineage, mesh)
         with Checkpoints(step(tmp_path / "grown").parent, read_only=True) as store:
-            state = store.restore(program.abstract_state).state
+            state = store.restore(abstract).state
         assert not state.params["blocks"]["mlp"]["gate"].sharding.is_fully_replicated
         found = {path: checksum.of(x) for path, x in manifest.leaf_paths(state).items()}
         assert checksum.digests(found) == expected
@@ -160,9 +156,10 @@ def test_any_block_of_any_leaf_is_that_of_the_whole(data):
     growth = Growth(method, methods={**SILENT, "vocab": data.draw(st.sampled_from(["mean", "zero"]))})
     sizes = {axis: data.draw(st.integers(1, 20)) for axis in ("embed", "mlp", "vocab")}
     target = old.replace(layers=5, **{axis: old.sizes[axis] + more for axis, more in sizes.items()})
-    new = grown_config(old, target, growth)
+    lineage = Lineage(old).grown(target, growth)
+    new = lineage.cfg
     moment = data.draw(st.booleans())
-    ways = moment_maps(old, new, growth, 2) if moment else param_maps(old, new, growth)
+    ways = moment_maps(lineage, 2) if moment else param_maps(lineage)
     name = data.draw(st.sampled_from(["gate", "down", "query", "head", "embedding", "mlp_norm/scale"]))
     way, value = leaf_of(ways, name), leaf_of(small.params(old), name)
     std = new.std(way.signature)

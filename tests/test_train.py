@@ -54,7 +54,7 @@ def digest(recipe: Recipe, run: Run, workdir: Path) -> str:
     stage = resolve(recipe)[-1]
     mesh = make_mesh(run.mesh)
     with Checkpoints(workdir / "checkpoints" / stage.directory, read_only=True) as store:
-        state = store.restore(StageProgram(stage, mesh, 1).abstract_state, stage.stage.steps).state
+        state = store.restore(StageProgram(stage, mesh, 1).abstract_state, stage.steps).state
     whole = hashlib.sha256()
     for leaf in jax.tree.leaves(jax.device_get(state)):
         whole.update(np.ascontiguousarray(leaf).tobytes())
@@ -240,13 +240,13 @@ def test_a_growth_that_breaks_its_promise_stops_the_run(reference, recipe, tmp_p
     workdir = tmp_path / "run"
     from flm_jax import step as steps
 
-    honest = steps.grow
+    honest = steps.grow_params
 
-    def broken(params, *args):
-        grown = honest(params, *args)
+    def broken(*args):
+        grown = honest(*args)
         return {**grown, "embedding": grown["embedding"] * 1.01}
 
-    monkeypatch.setattr(steps, "grow", broken)
+    monkeypatch.setattr(steps, "grow_params", broken)
     with pytest.raises(GrowthError, match="more than the tolerance of 1e-05; layer 0 of the grown model is the first"):
         training.train(recipe, RUN, workdir)
     assert not (workdir / "checkpoints" / "1_second" / "0").exists()

@@ -11,8 +11,8 @@ import pytest
 
 from flm_jax import train as training
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError
-from flm_jax.checkpoint_growth import grow
 from flm_jax.checkpoint_growth.grow import grow_checkpoint, verify_checkpoints
+from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.planning.text import dry_run
@@ -68,7 +68,7 @@ def test_a_grown_checkpoint_verifies_and_one_that_promises_nothing_is_labelled(p
     assert found["dead"] == []
     assert found["axes"]["mlp"] == [40, 56]
     assert record["source_digest"] == read_source(trained).digest
-    text = grow.lines(found)
+    text = verification_lines(found)
     assert ("HOLDS" if found["preserving"] else "does NOT promise") in text
 
 
@@ -86,7 +86,7 @@ def resaved(grown: Path, target: Path, change) -> Path:
     with jax.set_mesh(mesh):
         state = change(origin.restore(mesh))
         with Checkpoints(target / "checkpoints" / "0_grown") as store:
-            store.save(0, state, signatures={}, meta=origin.meta, blobs={})
+            store.save(0, state, signatures={}, meta=origin.meta.record(), blobs={})
             store.wait()
     return target
 
@@ -102,7 +102,7 @@ def test_a_target_with_other_weights_does_not_hold_and_the_layer_is_named(traine
     assert not found["holds"]
     assert "logits differ by" in found["failures"][0]
     assert "layer 1 of the grown model is the first that differs" in found["failures"][0]
-    assert "DOES NOT HOLD" in grow.lines(found)
+    assert "DOES NOT HOLD" in verification_lines(found)
 
 
 def test_damaged_foreign_and_trained_targets_are_refused(trained, copied, data, tmp_path):
@@ -259,14 +259,13 @@ def test_every_growth_configuration_parses_and_fits(file):
 
     from experiments import launch
     from flm_jax.config import small_52b
-    from flm_jax.growth.plan import axis_maps, grown_config, ramp_steps
+    from flm_jax.growth import Lineage
 
     gin.clear_config()
     by_hand = launch.parse([str(file)], [])
     settings = launch.grow()
     launch.check_used(by_hand)
     gin.clear_config()
-    plan = settings["growth"].placeholder
-    new = grown_config(small_52b(), settings["target"], plan)
-    assert axis_maps(small_52b(), new, plan)
-    assert ramp_steps(small_52b(), new, plan) in (0, 120)
+    grown = Lineage(small_52b()).grown(settings["target"], settings["growth"])
+    assert grown.outline
+    assert grown.ramp_steps in (0, 120)

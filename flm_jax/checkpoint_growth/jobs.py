@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flm_jax import costs
 from flm_jax.checkpoint.manifest import leaf_paths
+from flm_jax.growth.exact_adamw import rescaling
 from flm_jax.growth.grow import fresh, moment_maps, param_maps
 from flm_jax.growth.leaf_map import Entries, LeafMap
-from flm_jax.recipe import ResolvedStage
-from flm_jax.sharding import make_mesh, mesh_axes
-from flm_jax.step import StageProgram
+from flm_jax.growth.lineage import Lineage
+from flm_jax.optimizer import map_parts
+from flm_jax.sharding import mesh_axes
 
 # Pieces that a block is stored in, so that devices which share out its columns read little besides their own.
 PIECES, PIECE_BYTES = 8, 4 << 20
@@ -35,7 +35,7 @@ class Job:
     Attributes:
       path: in the target's state.
       source: the leaf that it grows from; None: it is zero.
-      way: how.
+      leaf_map: how.
       param: the parameter that it is, or is a moment of.
       std: of what is drawn.
       rows: in a block.
@@ -44,7 +44,7 @@ class Job:
 
     path: str
     source: str | None
-    way: LeafMap
+    leaf_map: LeafMap
     param: str
     std: float
     rows: int
@@ -53,12 +53,12 @@ class Job:
     @property
     def stacked(self) -> bool:
         """Whether it has layers."""
-        return self.way.signature.stacked
+        return self.leaf_map.signature.stacked
 
     def units(self) -> Iterator[Unit]:
         """Its blocks, by the old layer that they come from."""
-        total = self.way.shape[self.way.row_dim]
-        sources = self.way.sources(0)[0] if self.stacked else np.zeros(1, int)
+        total = self.leaf_map.shape[self.leaf_map.row_dim]
+        sources = self.leaf_map.sources(0)[0] if self.stacked else np.zeros(1, int)
         for old in sorted({int(i) for i in sources}):
             layers = tuple(int(i) for i in np.flatnonzero(sources == old))
             for start in range(0, total, self.rows):
@@ -67,8 +67,8 @@ class Job:
     @property
     def block_bytes(self) -> int:
         """Of one row, after."""
-        row = self.way.shape[self.way.row_dim + 1 :]
-        return math.prod(row) * jnp.dtype(self.way.dtype).itemsize
+        row = self.leaf_map.shape[self.leaf_map.row_dim + 1 :]
+        return math.prod(row) * jnp.dtype(self.leaf_map.dtype).itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,45 +92,47 @@ class Unit:
         return len(self.layers) * (self.stop - self.start) * self.job.block_bytes
 
 
-def jobs(
-    before: ResolvedStage, after: ResolvedStage, states: tuple[Any, Any], chunk_bytes: int
-) -> tuple[list[Job], dict[str, str | None]]:
+def jobs(lineage: Lineage, states: tuple[Any, Any], chunk_bytes: int) -> tuple[list[Job], dict[str, str | None]]:
     """What there is to do: leaves that grow, and small ones that are kept as they are (or, None, are 0).
 
     Args:
-      before: the stage that grows.
-      after: what it becomes.
-      states: the shapes of theirs.
+      lineage: of the grown model.
+      states: the shapes before and after.
       chunk_bytes: the largest block.
     """
-    growth = after.stage.growth
-    assert growth is not None
     labels = [_labels(state) for state in states]
     found: list[Job] = []
-    anew = growth.optimizer == "fresh"
-    known = {path: sig for path, _, sig in costs.leaves(after.cfg)}
-
-    def add(ways: Any, sources: Any, targets: Any) -> None:
-        for (param, sig), way, source, target in zip(
-            known.items(), *(jax.tree.leaves(tree) for tree in (ways, sources, targets)), strict=True
-        ):
-            found.append(_job(target, source, way, param, after.cfg.std(sig), chunk_bytes))
-
-    add(param_maps(before.cfg, after.cfg, growth), labels[0].params, labels[1].params)
     kept: dict[str, str | None] = {labels[1].step: None}
-    parts = [
-        jax.tree.leaves(label.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)) for label in labels
-    ]
-    for old, new in zip(*parts, strict=True):
-        if isinstance(old, optax.ScaleByAdamState):
-            kept[new.count] = None if anew else old.count
-            for power, name in ((1, "mu"), (2, "nu")):
-                ways = moment_maps(before.cfg, after.cfg, growth, power, before.frame, after.frame)
-                sources = jax.tree.map(lambda path: "" if anew else path, getattr(old, name))
-                add(ways, sources, getattr(new, name))
+    fresh_state = lineage.last_growth.optimizer == "fresh"
+    known = {path: sig for path, _, sig in costs.leaves(lineage.cfg)}
+
+    def add(leaf_maps: Any, sources: Any, targets: Any) -> None:
+        for (param, sig), leaf_map, source, target in zip(
+            known.items(), *(jax.tree.leaves(tree) for tree in (leaf_maps, sources, targets)), strict=True
+        ):
+            found.append(_job(target, source, leaf_map, param, lineage.cfg.std(sig), chunk_bytes))
+
+    add(param_maps(lineage), labels[0].params, labels[1].params)
+    scalings = rescaling(lineage.before), rescaling(lineage)
+    for (power, source), (_, target) in zip(_parts(states[0], labels[0]), _parts(states[1], labels[1]), strict=True):
+        if power is None:
+            kept[target] = None if fresh_state else source
         else:
-            kept[new] = old
+            sources = jax.tree.map(lambda path: "" if fresh_state else path, source)
+            add(moment_maps(lineage, power, *scalings), sources, target)
     return found, kept
+
+
+def _parts(state: Any, labels: Any) -> list[tuple[int | None, Any]]:
+    """The averages of an optimizer's state as trees of paths, each with its power; and its counts, with None.
+
+    Raises:
+        ValueError: a leaf is declared nowhere, see `optimizer.map_parts`.
+    """
+    found: list[tuple[int | None, Any]] = []
+    map_parts(lambda _, part: part, state.opt_state)  # Refuses what nothing declares.
+    map_parts(lambda power, part: found.append((power, part)), labels.opt_state)
+    return found
 
 
 def _labels(state: Any) -> Any:
@@ -138,48 +140,42 @@ def _labels(state: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), list(leaf_paths(state)))
 
 
-def abstract_state(stage: ResolvedStage, trained: bool = True) -> Any:
-    """Shapes of a stage's state; of weights alone, without the optimizer's."""
-    state = StageProgram(stage, make_mesh(devices=jax.devices()[:1]), 1).abstract_state
-    return state if trained else state.replace(opt_state=())
-
-
-def _job(path: str, source: str, way: LeafMap, param: str, std: float, chunk_bytes: int) -> Job:
-    dim, size = way.row_dim, jnp.dtype(way.dtype).itemsize
-    total, trailing = way.shape[dim], list(way.shape[dim + 1 :])
-    largest = size * max(math.prod(trailing), math.prod(way.before[dim + 1 :]) * (1 + way.layers_above))
-    parts = -(-total // max(chunk_bytes // largest, 1)) if way.splits else 1
+def _job(path: str, source: str, leaf_map: LeafMap, param: str, std: float, chunk_bytes: int) -> Job:
+    dim, size = leaf_map.row_dim, jnp.dtype(leaf_map.dtype).itemsize
+    total, trailing = leaf_map.shape[dim], list(leaf_map.shape[dim + 1 :])
+    largest = size * max(math.prod(trailing), math.prod(leaf_map.before[dim + 1 :]) * (1 + leaf_map.layers_above))
+    parts = -(-total // max(chunk_bytes // largest, 1)) if leaf_map.splits else 1
     # Blocks of one size need one program, where there is such a size nearby.
     parts = next((n for n in range(parts, min(2 * parts, total) + 1) if total % n == 0), parts)
     rows = -(-total // parts)
-    for at, axis in enumerate(way.signature.axes[dim + 1 :]):
+    for at, axis in enumerate(leaf_map.signature.axes[dim + 1 :]):
         if mesh_axes(axis):
             most = rows * math.prod(trailing) * size // PIECE_BYTES
             trailing[at] //= max((n for n in (1, 2, 4, PIECES) if n <= most and trailing[at] % n == 0), default=1)
             break
-    return Job(path, source or None, way, param, std, rows, (*(1,) * dim, rows, *trailing))
+    return Job(path, source or None, leaf_map, param, std, rows, (*(1,) * dim, rows, *trailing))
 
 
 class Form:
-    """A way as the compiler sees it: ways of one form share a program, whatever their entries are."""
+    """A leaf map as the compiler sees it: those of one form share a program, whatever their entries are."""
 
-    def __init__(self, way: LeafMap, std: float) -> None:
-        self.way, self.std = way, std
+    def __init__(self, leaf_map: LeafMap, std: float) -> None:
+        self.leaf_map, self.std = leaf_map, std
         grown = []
-        for dim, span, rule in way.grown:
-            taken = (dim == 0 and way.signature.stacked) or (dim == way.row_dim and way.splits)
+        for dim, span, rule in leaf_map.grown:
+            taken = (dim == 0 and leaf_map.signature.stacked) or (dim == leaf_map.row_dim and leaf_map.splits)
             where = None if taken else span.source.tobytes()
             noise = None if rule.noise is None else (rule.noise.tobytes(), span.copy_group.tobytes())
             grown.append((dim, where, rule.fill, rule.from_above, noise))
         self._is = (
-            (way.signature.stacked, bool(way.signature.gains)),
-            way.shape[way.row_dim + 1 :],
-            way.before[way.row_dim + 1 :],
-            str(way.dtype),
+            (leaf_map.signature.stacked, bool(leaf_map.signature.gains)),
+            leaf_map.shape[leaf_map.row_dim + 1 :],
+            leaf_map.before[leaf_map.row_dim + 1 :],
+            str(leaf_map.dtype),
             tuple(grown),
-            way.entries.scale is None,
-            tuple(weight is None for weight in way.entries.weights),
-            std if way.draws else 0.0,
+            leaf_map.entries.scale is None,
+            tuple(weight is None for weight in leaf_map.entries.weights),
+            std if leaf_map.draws else 0.0,
         )
 
     def __hash__(self) -> int:
@@ -191,8 +187,8 @@ class Form:
     @property
     def taken(self) -> tuple[int, ...]:
         """The dimensions along which blocks are read in the order of the target."""
-        rows = (self.way.row_dim,) if self.way.splits else ()
-        return (0, *rows) if self.way.signature.stacked else rows
+        rows = (self.leaf_map.row_dim,) if self.leaf_map.splits else ()
+        return (0, *rows) if self.leaf_map.signature.stacked else rows
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -202,7 +198,7 @@ def grow_block(
     """Grows one block.
 
     Args:
-      form: of its way.
+      form: of its leaf_map.
       shape: after.
       value: what its rows come from, in their order: (layers, rows, entries of a row), or (rows, entries of a row).
       entries: of the block.
@@ -212,8 +208,8 @@ def grow_block(
     Returns:
       (1, rows, entries of a row), or (rows, entries of a row).
     """
-    way = form.way
-    draw = functools.partial(fresh, way, key, shape, form.std, offset=offset)
-    value = value.reshape(*value.shape[:-1], *way.before[way.row_dim + 1 :])
-    block = way.grow(value, draw, key, entries, form.taken)
-    return block.reshape(*shape[: way.row_dim + 1], -1)
+    leaf_map = form.leaf_map
+    draw = functools.partial(fresh, leaf_map, key, shape, form.std, offset=offset)
+    value = value.reshape(*value.shape[:-1], *leaf_map.before[leaf_map.row_dim + 1 :])
+    block = leaf_map.grow(value, draw, key, entries, form.taken)
+    return block.reshape(*shape[: leaf_map.row_dim + 1], -1)

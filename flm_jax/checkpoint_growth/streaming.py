@@ -1,9 +1,9 @@
 """Growing a checkpoint that is larger than memory, block by block, from disk to disk.
 
 A block is a run of rows of one layer of one leaf. One pass goes over the leaves: it reads the rows that a block comes
-from, grows them (`growth.way`, the same function that grows whole arrays, so every bit is the same), and writes the
-block into the target. On the way it adds up the checksums of what it reads, which must be the source's, and of what it
-writes, which become the target's.
+from, grows them (`growth.leaf_map`, the same function that grows whole arrays, so every bit is the same), and writes
+the block into the target. On the way it adds up the checksums of what it reads, which must be the source's, and of what
+it writes, which become the target's.
 
     checkpoints/0_grown/0.growing/         the target until it is whole; then renamed to 0
     checkpoints/0_grown/0.growing.jsonl    what of it is on disk, and its checksums: where a killed growth goes on
@@ -38,16 +38,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax import costs
 from flm_jax.checkpoint import blocks, checksum, manifest
 from flm_jax.checkpoint.commit import commit_step, small_files
 from flm_jax.checkpoint.directory import take_lock
 from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, Leaf, leaf_paths, read_manifest
-from flm_jax.checkpoint_growth.jobs import Form, Unit, abstract_state, grow_block, jobs
+from flm_jax.checkpoint_growth.jobs import Form, Unit, grow_block, jobs
 from flm_jax.checkpoint_growth.journal import Journal, Sum
-from flm_jax.recipe import ResolvedStage
+from flm_jax.growth.lineage import Lineage
 from flm_jax.records import as_dict
-from flm_jax.source_checkpoint import SourceCheckpoint
+from flm_jax.sharding import make_mesh
+from flm_jax.source_checkpoint import SourceCheckpoint, signature_texts
+from flm_jax.state import abstract_state
 
 CHUNK_BYTES = 16 << 20
 # Blocks that are read, computed or written at the same time.
@@ -68,7 +69,7 @@ def finish(directory: Path) -> None:
 
 def grow_streamed(
     origin: SourceCheckpoint,
-    stage: ResolvedStage,
+    lineage: Lineage,
     directory: Path,
     seed: int,
     meta: Callable[[dict[str, Any]], Mapping[str, Any]],
@@ -78,7 +79,7 @@ def grow_streamed(
 
     Args:
       origin: what grows; it is only read.
-      stage: what it becomes.
+      lineage: of what it becomes.
       directory: of the target's checkpoints.
       seed: for what is drawn.
       meta: from what was verified, which is also returned, to what the target records of itself.
@@ -96,27 +97,29 @@ def grow_streamed(
         raise ValueError(f"chunk_bytes={chunk_bytes} must be positive.")
     if jax.process_count() > 1:
         raise ValueError("A streamed growth runs in one process; grow in memory on several, or run it on one host.")
-    return _Pass(origin, stage, directory, seed, chunk_bytes).run(meta)
+    return _Pass(origin, lineage, directory, seed, chunk_bytes).run(meta)
 
 
 class _Pass:
     def __init__(
-        self, origin: SourceCheckpoint, stage: ResolvedStage, directory: Path, seed: int, chunk_bytes: int
+        self, origin: SourceCheckpoint, lineage: Lineage, directory: Path, seed: int, chunk_bytes: int
     ) -> None:
-        self.origin, self.stage, self.directory = origin, stage, directory
+        self.origin, self.lineage, self.directory = origin, lineage, directory
         self.key = jax.random.key(seed)
         self.partial = directory / "0.growing"
         self.arrays = self.partial / "arrays"
         self.journal = Journal(directory / "0.growing.jsonl")
-        states = abstract_state(origin.stage, origin.trained), abstract_state(stage, origin.trained)
-        self.jobs, self.kept = jobs(origin.stage, stage, states, chunk_bytes)
+        one, weights = make_mesh(devices=jax.devices()[:1]), not origin.trained
+        states = abstract_state(origin.lineage, one, weights), abstract_state(lineage, one, weights)
+        self.jobs, self.kept = jobs(lineage, states, chunk_bytes)
         wanted, self.target = map(leaf_paths, states)
         self.manifest = read_manifest(origin.directory)
         manifest.compare(self.manifest.leaves, wanted, where=str(origin.directory))
         self.read = {j.source for j in self.jobs if j.source} | {path for path in self.kept.values() if path}
         self.wanted = {path: leaf for path, leaf in wanted.items() if path in self.read}
         layout = [(job.path, job.rows, job.chunks) for job in self.jobs]
-        whose = [origin.digest, origin.meta["lineage"], as_dict(stage.cfg), as_dict(stage.stage.growth), seed, layout]
+        came = origin.meta.record()["lineage"]
+        whose = [origin.digest, came, as_dict(lineage.cfg), as_dict(lineage.growth), seed, layout]
         self.identity = hashlib.sha256(json.dumps(whose, sort_keys=True).encode()).hexdigest()
 
     def run(self, meta: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
@@ -222,12 +225,12 @@ class _Pass:
         if unit is None:
             return False
         job = unit.job
-        size = math.prod(job.chunks) * jnp.dtype(job.way.dtype).itemsize
+        size = math.prod(job.chunks) * jnp.dtype(job.leaf_map.dtype).itemsize
         files = [
             file
             for layer in unit.layers
             for file, _ in blocks.block_files(
-                self.arrays, job.path, job.way.shape, job.chunks, (layer,) if job.stacked else (), unit.start
+                self.arrays, job.path, job.leaf_map.shape, job.chunks, (layer,) if job.stacked else (), unit.start
             )
         ]
         return all(file.is_file() and file.stat().st_size == size for file in files)
@@ -276,14 +279,14 @@ class _Pass:
 
         Besides its own layer, those above that it looks up; of an array without layers, (rows, entries of a row).
         """
-        job, way = unit.job, unit.job.way
+        job, leaf_map = unit.job, unit.job.leaf_map
         if job.source is None:
             return None
-        leaf, dim = self.leaves[job.source], way.row_dim
+        leaf, dim = self.leaves[job.source], leaf_map.row_dim
         top = leaf.shape[0] - 1
-        layers = [(min(unit.old + above, top),) for above in range(1 + way.layers_above)] if job.stacked else [()]
-        if way.splits:
-            source, needed = (v[unit.start : unit.stop] for v in way.sources(dim))
+        layers = [(min(unit.old + above, top),) for above in range(1 + leaf_map.layers_above)] if job.stacked else [()]
+        if leaf_map.splits:
+            source, needed = (v[unit.start : unit.stop] for v in leaf_map.sources(dim))
         else:
             source, needed = np.arange(leaf.shape[dim]), np.ones(leaf.shape[dim], bool)
         rows = np.unique(source[needed])
@@ -303,10 +306,10 @@ class _Pass:
         """Starts the checksum of what was read, each row counted in the first block that it comes to."""
         if value is None:
             return None
-        way, counts = unit.job.way, None
-        source = np.arange(value.shape[way.row_dim])
-        if way.splits:
-            every, _ = way.sources(way.row_dim)
+        leaf_map, counts = unit.job.leaf_map, None
+        source = np.arange(value.shape[leaf_map.row_dim])
+        if leaf_map.splits:
+            every, _ = leaf_map.sources(leaf_map.row_dim)
             first = np.zeros(len(every), bool)
             first[np.unique(every, return_index=True)[1]] = True
             source, counts = every[unit.start : unit.stop], first[unit.start : unit.stop]
@@ -321,16 +324,16 @@ class _Pass:
         return checksum.of_block(block, (*lead, rows.astype(np.uint32)), counts)
 
     def _block(self, unit: Unit, layer: int, value: Any) -> Any:
-        job, way = unit.job, unit.job.way
-        shape = (*(1,) * way.row_dim, unit.stop - unit.start, *way.shape[way.row_dim + 1 :])
+        job, leaf_map = unit.job, unit.job.leaf_map
+        shape = (*(1,) * leaf_map.row_dim, unit.stop - unit.start, *leaf_map.shape[leaf_map.row_dim + 1 :])
         if value is None:
-            return jnp.zeros((*shape[: way.row_dim + 1], math.prod(shape[way.row_dim + 1 :])), way.dtype)
-        before = (layer * way.shape[way.row_dim] if job.stacked else 0) + unit.start
-        offset = before * math.prod(way.shape[way.row_dim + 1 :])
+            return jnp.zeros((*shape[: leaf_map.row_dim + 1], math.prod(shape[leaf_map.row_dim + 1 :])), leaf_map.dtype)
+        before = (layer * leaf_map.shape[leaf_map.row_dim] if job.stacked else 0) + unit.start
+        offset = before * math.prod(leaf_map.shape[leaf_map.row_dim + 1 :])
         words = np.array([offset >> 32, offset % 2**32], np.uint32)
-        entries = way.block(layer, slice(unit.start, unit.stop))
+        entries = leaf_map.block(layer, slice(unit.start, unit.stop))
         key = jax.random.fold_in(self.key, zlib.crc32(job.param.encode()))
-        return grow_block(Form(way, job.std), shape, value, entries, key, words)
+        return grow_block(Form(leaf_map, job.std), shape, value, entries, key, words)
 
     def _write(self, unit: Unit, layer: int, block: Any, room: threading.Semaphore) -> Any:
         """Writes a block, and returns its checksum."""
@@ -338,8 +341,8 @@ class _Pass:
         try:
             lead = (layer,) if job.stacked else ()
             lanes = self._lanes(unit, layer, np.arange(unit.start, unit.stop), block)
-            values = np.asarray(block).reshape(-1, *job.way.shape[job.way.row_dim + 1 :])
-            blocks.write_block(self.arrays, job.path, job.way.shape, job.chunks, lead, unit.start, values)
+            values = np.asarray(block).reshape(-1, *job.leaf_map.shape[job.leaf_map.row_dim + 1 :])
+            blocks.write_block(self.arrays, job.path, job.leaf_map.shape, job.chunks, lead, unit.start, values)
             return np.asarray(lanes)
         finally:
             room.release()
@@ -349,7 +352,7 @@ class _Pass:
     ) -> dict[str, Any]:
         sums = {path: checksum.digest(total) for path, total in written.items()}
         sums |= checksum.digests({path: checksum.of(jnp.asarray(v)) for path, v in self.values.items()})
-        signatures = {f"params/{path}": str(sig) for path, _, sig in costs.leaves(self.stage.cfg)}
+        signatures = signature_texts(self.lineage.cfg)
         leaves = {
             path: Leaf(tuple(leaf.shape), jnp.dtype(leaf.dtype).name, signatures.get(path, ""), sums[path])
             for path, leaf in self.target.items()

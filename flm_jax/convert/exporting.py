@@ -70,15 +70,15 @@ def export_model(
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; export into a new directory.")
     origin = read_source(source)
-    if origin.step < origin.stage.ramp_steps:
+    if origin.step < origin.meta.ramp_steps:
         raise ValueError(
-            f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.stage.ramp_steps}: take a "
+            f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.meta.ramp_steps}: take a "
             "later checkpoint, for masks are known nowhere else."
         )
-    before = origin.meta.get("converted") or _recorded(origin)
-    family, by, cfg = _plain(origin.stage.cfg, architecture, before)
+    before = origin.meta.converted or _recorded(origin)
+    family, by, cfg = _plain(origin.cfg, architecture, before)
     dtype = check_dtype(dtype or cfg.param_dtype)
-    context = (origin.meta.get("data") or {}).get("context")
+    context = (origin.meta.data or {}).get("context")
     config = families.config_json(cfg, family, dtype, context, before)
     planned = tensors(cfg, np.dtype(jnp.dtype(dtype)))
     needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in planned.values())
@@ -135,7 +135,7 @@ def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]
 
 def _export(origin: SourceCheckpoint, by: Any, writer: Writer, dtype: np.dtype, held_bytes: int) -> Iterator[int]:
     """Writes every tensor, and checks what it reads; yields the bytes of each run of rows."""
-    old = origin.stage.cfg
+    old = origin.cfg
     saved = read_manifest(origin.directory)
     every = list(parts(old))
     wanted = {f"params/{p.path}": jax.ShapeDtypeStruct(p.whole, p.dtype) for p in every}

@@ -24,9 +24,8 @@ from flm_jax.convert import families
 from flm_jax.convert.layout import Part, parts
 from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, in_parallel
 from flm_jax.convert.safetensors import Stored, few, open_shards
-from flm_jax.recipe import ResolvedStage, Stage
-from flm_jax.records import as_dict
-from flm_jax.source_checkpoint import lineage
+from flm_jax.growth.lineage import Lineage
+from flm_jax.source_checkpoint import CheckpointMeta
 
 CHUNK_BYTES = 16 << 20
 # What goes with the weights; programs that a directory may bring are left where they are.
@@ -118,15 +117,7 @@ def import_model(
                 "params": costs.param_count(cfg),
                 "files": sorted(files),
             }
-            stage = ResolvedStage(0, Stage(STAGE, cfg, steps=0, batch_size=0), None)
-            meta = {
-                "stage": STAGE,
-                "model": as_dict(cfg),
-                "lineage": lineage(stage),
-                "ramp_steps": 0,
-                "provenance": record,
-                "converted": config,
-            }
+            meta = CheckpointMeta(STAGE, Lineage(cfg), provenance=record, converted=config).record()
             on_disk = {partial / "arrays" / blocks.key_of(path) for path in leaves if path != "step"}
             commit_step(partial, 0, leaves, small_files(meta, files), on_disk)
         except OSError as error:

@@ -82,7 +82,7 @@ def evaluate_checkpoint(
     if what.tasks:
         from flm_jax.evaluation import lm_eval_model  # at once: that it is missing should not be known an hour later
     origin = read_source(checkpoint)
-    cfg = origin.stage.cfg
+    cfg = origin.cfg
     vocabulary = find_vocabulary(origin, tokenizer, data)
     check_vocabulary(vocabulary, cfg.vocab)
     length = max_length or find_length(origin, data)

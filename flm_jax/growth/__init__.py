@@ -8,15 +8,17 @@
 """
 
 from flm_jax.growth.grow import grow, grow_moments, grow_optimizer
+from flm_jax.growth.lineage import Lineage, mask_flags, masks_at, promises
 from flm_jax.growth.masks import Ramp
 from flm_jax.growth.operators import REGISTRY, Operator, register
-from flm_jax.growth.plan import Growth, axis_maps, grown_config, mask_flags, masks_at, promises
+from flm_jax.growth.plan import Growth, axis_maps, grown_config
 from flm_jax.growth.verify import GrowthError, Verification, compare
 
 __all__ = [
     "REGISTRY",
     "Growth",
     "GrowthError",
+    "Lineage",
     "Operator",
     "Ramp",
     "Verification",

@@ -1,4 +1,4 @@
-"""What a growth promises besides equal outputs: that all that is new can learn, and what stands still together."""
+"""Diagnostics of a growth: slices that would never learn, copies that would stay identical, what new entries hold."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flm_jax.config import ModelConfig
 from flm_jax.distributed import fetch
 from flm_jax.growth.axis_map import Rule, Span, along
-from flm_jax.growth.plan import Growth, axis_maps, masks_at, ramp_steps
+from flm_jax.growth.lineage import Lineage
 from flm_jax.loss import loss_sum
 from flm_jax.model import Params, declared
 from flm_jax.signature import KINDS, Kind, Role, Signature
 
 
 def grown_dimensions(
-    tree: Params, old: ModelConfig, new: ModelConfig, growth: Growth
+    tree: Params, lineage: Lineage
 ) -> Iterator[tuple[str, str, int, Signature, Span, Rule, jax.Array]]:
     """Every dimension that grew: parameter path, axis, dimension, signature, span, rule, and the array."""
-    maps, (_, signatures) = axis_maps(old, new, growth), declared(new)
+    maps, (_, signatures) = lineage.maps, declared(lineage.cfg)
     paths = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), sig)
         for path, sig in jax.tree_util.tree_leaves_with_path(signatures)
@@ -33,30 +32,20 @@ def grown_dimensions(
                 yield path, axis, dim, sig, maps[axis].span, maps[axis].rules[sig.role(axis)], value
 
 
-def fresh_entries(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, dict[str, str]]:
+def fresh_entries(params: Params, lineage: Lineage) -> dict[str, dict[str, str]]:
     """By parameter path and grown axis: how many of its slices are new, and what they hold."""
     found: dict[str, dict[str, str]] = {}
-    for path, axis, _, _, span, rule, _ in grown_dimensions(params, old, new, growth):
+    for path, axis, _, _, span, rule, _ in grown_dimensions(params, lineage):
         found.setdefault(path, {})[axis] = f"{int(span.fresh.sum())} of {span.new}, {rule.fill}"
     return found
 
 
-def dead_slices(
-    params: Params,
-    old: ModelConfig,
-    new: ModelConfig,
-    growth: Growth,
-    tokens_BT: jax.Array,
-    rate: float = 0.1,
-    steps: int = 2,
-) -> list[str]:
+def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: float = 0.1, steps: int = 2) -> list[str]:
     """New slices that have had no gradient after some steps of plain gradient descent: they would never learn.
 
     Args:
       params: the grown model's, at the growth.
-      old: the configuration before.
-      new: the configuration after.
-      growth: how it grew.
+      lineage: of the grown model.
       tokens_BT: int32 token ids; each is also the target of the one before it.
       rate: of the descent, over the gradient's norm.
       steps: of it, before the last gradient.
@@ -68,7 +57,7 @@ def dead_slices(
 
     def loss(params: Params, tokens_BT: jax.Array, masks: Any) -> jax.Array:
         x, y = tokens_BT[:, :-1], tokens_BT[:, 1:]
-        return loss_sum(new, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x), masks) / x.size
+        return loss_sum(lineage.cfg, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x), masks) / x.size
 
     @jax.jit
     def descend(params: Params, seen: Params, tokens_BT: jax.Array, masks: Any) -> tuple[Params, Params]:
@@ -80,10 +69,10 @@ def dead_slices(
     seen = jax.tree.map(jnp.zeros_like, params)
     # From the beginning of the ramp to its end: what is masked to the last has its gradients then.
     for step in range(steps + 1):
-        masks = masks_at(old, new, growth, step * ramp_steps(old, new, growth) // steps)
+        masks = lineage.masks(step * lineage.ramp_steps // steps)
         params, seen = descend(params, seen, tokens_BT, masks)
     found = []
-    for path, axis, dim, sig, span, _, total in grown_dimensions(seen, old, new, growth):
+    for path, axis, dim, sig, span, _, total in grown_dimensions(seen, lineage):
         if KINDS[axis] is Kind.OUTSIDE and sig.role(axis) is Role.READER:
             continue
         felt_A = fetch(jnp.sum(total, axis=tuple(i for i in range(total.ndim) if i != dim)))
@@ -93,14 +82,14 @@ def dead_slices(
     return found
 
 
-def copies_apart(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth) -> float | None:
+def copies_apart(params: Params, lineage: Lineage) -> float | None:
     """How far copies of one entry differ, each seen at its source's size, over the parameter's largest entry.
 
-    0: they are alike, and with equal optimizer state they move together for ever. None: nothing was copied.
+    0: copies are identical; with identical optimizer state they stay identical. None: nothing was copied.
     """
     found: list[float] = []
-    maps = axis_maps(old, new, growth)
-    for _, axis, dim, sig, span, rule, value in grown_dimensions(params, old, new, growth):
+    maps = lineage.maps
+    for _, axis, dim, sig, span, rule, value in grown_dimensions(params, lineage):
         # On other axes only what was there before: what is drawn there has no source.
         for other, name in enumerate(sig.axes):
             if name in maps and other != dim:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flm_jax.config import ModelConfig
 from flm_jax.distributed import fetch
 from flm_jax.growth.depth import METRICS
-from flm_jax.growth.plan import Growth
+from flm_jax.growth.lineage import Lineage
 from flm_jax.model import Params, Transformer
 
 
@@ -58,24 +58,18 @@ def layer_distances(
 
 
 def settle(
-    growth: Growth,
-    cfg: ModelConfig,
-    layers: int,
-    params: Params,
-    tokens_BT: jax.Array,
-    segments_BT: jax.Array | None = None,
-) -> tuple[Growth, tuple[float, ...]]:
-    """A plan that says where all its layers go, and the distances that were measured for that, if it asks for them.
+    lineage: Lineage, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> tuple[Lineage, tuple[float, ...]]:
+    """A lineage that says where all its new layers go, and the distances that were measured for it, if it needs any.
 
     Args:
-      growth: the plan.
-      cfg: the model before.
-      layers: how many it will have.
-      params: its parameters.
+      lineage: of the model that is to be grown.
+      params: parameters of the model before.
       tokens_BT: int32 token ids, the calibration batch.
       segments_BT: int32, equal within a document.
     """
-    if growth.depth != "distance":
-        return growth, ()
-    distances = layer_distances(cfg, params, tokens_BT, segments_BT, metric=growth.distance)
-    return growth.settled(distances, layers), distances
+    if lineage.is_settled:
+        return lineage, ()
+    metric = lineage.last_growth.distance
+    distances = layer_distances(lineage.before.cfg, params, tokens_BT, segments_BT, metric=metric)
+    return lineage.settled(distances), distances

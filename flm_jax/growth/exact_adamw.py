@@ -1,8 +1,8 @@
 """AdamW across a growth: going on exactly, and new entries with a rate of their own.
 
 A growth that weighs its copies, W' = b W[source], scales their gradients, g' = a g[source]. AdamW then goes on exactly
-if it sees parameters and gradients as they were: parameters W' / b, gradients g' / a, and steps times b. That view is
-the frame. In other words: eps times a, rate times b, weight decay over b, and moments that need no change.
+if it sees parameters and gradients as they were: parameters W' / b, gradients g' / a, and steps times b. That is the
+rescaling. In other words: eps times a, rate times b, weight decay over b, and moments that need no change.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import optax
 
 from flm_jax.config import ModelConfig
 from flm_jax.growth.axis_map import along
+from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.operators import REGISTRY, WIDTH
-from flm_jax.growth.plan import Growth, axis_maps
+from flm_jax.growth.plan import Growth
 from flm_jax.model import declared
+from flm_jax.optimizer import OptimizerConfig, adamw, width_mults
 from flm_jax.signature import KINDS, Signature
 
 Factors = tuple[np.ndarray, ...]  # One vector a dimension, shaped to broadcast; an entry's factor is their product.
@@ -28,13 +30,13 @@ Factors = tuple[np.ndarray, ...]  # One vector a dimension, shaped to broadcast;
 
 @dataclass(frozen=True, eq=False)
 class LeafRescaling:
-    """How one parameter is seen: by what its weights, gradients and share of the gradient's norm are scaled.
+    """By what one parameter's weights, gradients and share of the gradient's norm are scaled.
 
     Attributes:
       weight: b, of W' = b W[source].
       gradient: a, of g' = a g[source].
       share: counted over the copies of an entry they add up to 1, so that copies count once in a norm.
-      width_mult: muP's width multiplier, which stays that of the model that the frame began with.
+      width_mult: muP's width multiplier, which stays that of the model that the rescaling began with.
     """
 
     weight: Factors
@@ -54,17 +56,54 @@ def times(x: jax.Array, factors: Factors, power: int = 1) -> jax.Array:
     return x
 
 
-def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Rescaling | None) -> Rescaling | None:
-    """The frame after a growth, of the frame before it; None where AdamW sees everything as it is.
+def rescaling(lineage: Lineage) -> Rescaling | None:
+    """How AdamW sees a model after the growths that led to it; None where it sees everything as it is.
 
     Raises:
-        ValueError: an axis grows in a way that does not scale gradients by known factors.
+        ValueError: an axis grew in a way that does not scale gradients by known factors.
     """
-    if growth.optimizer != "exact":
+    if lineage.growth is None or lineage.growth.optimizer != "exact":
         return None
-    maps = axis_maps(old, new, growth.placeholder)
-    for axis, grown in maps.items():
-        method = growth.method_of(axis)
+    check_continues(lineage)
+    old, new, maps = lineage.before.cfg, lineage.cfg, lineage.maps
+    _, old_signatures = declared(old)
+    _, signatures = declared(new)
+
+    def one(sig: Signature, leaf: LeafRescaling) -> LeafRescaling:
+        ndim = len(sig.axes)
+        weight, gradient, share = ([*factors] for factors in (leaf.weight, leaf.gradient, leaf.share))
+        for dim, axis in enumerate(sig.axes):
+            if axis not in maps:
+                continue
+            span, rule = maps[axis].span, maps[axis].rules[sig.role(axis)]
+            copied = rule.fill == "copy" and not rule.from_above
+            # What is drawn, silent, or a layer of its own is seen as it is.
+            known = ~span.fresh | (copied & (np.broadcast_to(rule.dual, span.new) != 0))
+            count = np.where(known, np.bincount(span.source, weights=known)[span.source], 1)
+            for factors, by in ((weight, rule.scale), (gradient, rule.dual), (share, 1 / np.maximum(count, 1))):
+                taken = np.take(factors[dim], span.source, axis=dim)
+                scaled = taken * along(np.broadcast_to(by, span.new), dim, ndim)
+                factors[dim] = np.where(along(known, dim, ndim), scaled, 1.0)
+        fold = new.forward_mult(sig) / old.forward_mult(sig)
+        weight[0], gradient[0] = weight[0] / fold, gradient[0] * fold
+        return LeafRescaling(tuple(weight), tuple(gradient), tuple(share), leaf.width_mult)
+
+    start = rescaling(lineage.before)
+    if start is None:
+        start = jax.tree.map(lambda sig: _unscaled(sig, old), old_signatures)
+    return jax.tree.map(one, signatures, start)
+
+
+def check_continues(lineage: Lineage) -> None:
+    """Checks that AdamW can go on exactly through a model's last growth, where that is asked for.
+
+    Raises:
+        ValueError: an axis grew in a way that does not scale gradients by known factors.
+    """
+    if lineage.growth is None or lineage.growth.optimizer != "exact":
+        return
+    for axis, grown in lineage.outline.items():
+        method = lineage.last_growth.method_of(axis)
         if grown.active and not REGISTRY[method].continues:
             kind = KINDS[axis]
             known = ", ".join(
@@ -82,79 +121,60 @@ def frame(old: ModelConfig, new: ModelConfig, growth: Growth, before: Rescaling 
                 f"optimizer='exact': {axis} are divided among their readers, {grown.span.old} to {grown.span.new}, and "
                 "each part has only its own readers' gradient from now on; take optimizer='carry'."
             )
-    _, old_signatures = declared(old)
-    _, signatures = declared(new)
-
-    def one(sig: Signature, view: LeafRescaling) -> LeafRescaling:
-        ndim = len(sig.axes)
-        weight, gradient, share = ([*factors] for factors in (view.weight, view.gradient, view.share))
-        for dim, axis in enumerate(sig.axes):
-            if axis not in maps:
-                continue
-            span, rule = maps[axis].span, maps[axis].rules[sig.role(axis)]
-            copied = rule.fill == "copy" and not rule.from_above
-            # What is drawn, silent, or a layer of its own is seen as it is.
-            known = ~span.fresh | (copied & (np.broadcast_to(rule.dual, span.new) != 0))
-            count = np.where(known, np.bincount(span.source, weights=known)[span.source], 1)
-            for factors, by in ((weight, rule.scale), (gradient, rule.dual), (share, 1 / np.maximum(count, 1))):
-                taken = np.take(factors[dim], span.source, axis=dim)
-                scaled = taken * along(np.broadcast_to(by, span.new), dim, ndim)
-                factors[dim] = np.where(along(known, dim, ndim), scaled, 1.0)
-        fold = new.forward_mult(sig) / old.forward_mult(sig)
-        weight[0], gradient[0] = weight[0] / fold, gradient[0] * fold
-        return LeafRescaling(tuple(weight), tuple(gradient), tuple(share), view.width_mult)
-
-    start = jax.tree.map(lambda sig: _plain(sig, old), old_signatures) if before is None else before
-    return jax.tree.map(one, signatures, start)
 
 
-def _plain(sig: Signature, cfg: ModelConfig) -> LeafRescaling:
+def _unscaled(sig: Signature, cfg: ModelConfig) -> LeafRescaling:
     ones = tuple(along(np.ones(cfg.sizes[axis]), dim, len(sig.axes)) for dim, axis in enumerate(sig.axes))
     return LeafRescaling(ones, ones, ones, sig.width_mult(cfg.sizes, cfg.base_sizes))
 
 
-def rescaled_moments(moments: Any, frame: Rescaling | None, power: int) -> Any:
-    """Averages of gradients to some power, as the frame sees them."""
-    if frame is None:
+def rescaled_moments(moments: Any, scaling: Rescaling | None, power: int) -> Any:
+    """Averages of gradients to some power, as AdamW sees them."""
+    if scaling is None:
         return moments
-    return jax.tree.map(lambda m, view: times(m, view.gradient, -power), moments, frame)
+    return jax.tree.map(lambda m, leaf: times(m, leaf.gradient, -power), moments, scaling)
 
 
-def in_rescaling(
-    inner: optax.GradientTransformation, frame: Rescaling | None, clip: float
+def rescaled_adamw(
+    cfg: OptimizerConfig, model: ModelConfig, signatures: Any, scaling: Rescaling | None = None
 ) -> optax.GradientTransformation:
-    """An optimizer that works in a frame, behind clipping by the global norm, in which copies count once.
+    """AdamW in a rescaling, behind clipping by the global norm, in which copies count once.
 
     Args:
-      inner: from gradients to steps, without clipping.
-      frame: how it sees parameters and gradients; None: as they are.
-      clip: largest global norm; 0: any.
+      cfg: how.
+      model: whose widths muP goes by, where nothing is rescaled.
+      signatures: of its parameters.
+      scaling: how it sees parameters and gradients; None: as they are.
     """
+    mults = width_mults(model, signatures)
+    if scaling is not None:
+        mults = jax.tree.map(lambda leaf: leaf.width_mult, scaling)
+    inner = adamw(cfg, signatures, mults)
 
     def clipped(grads: Any) -> Any:
-        if not clip:
+        if not cfg.clip:
             return grads
-        if frame is None:
-            return optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())[0]
-        squares = jax.tree.map(lambda g, view: jnp.sum(times(g * g, view.share)), grads, frame)
+        if scaling is None:
+            return optax.clip_by_global_norm(cfg.clip).update(grads, optax.EmptyState())[0]
+        squares = jax.tree.map(lambda g, leaf: jnp.sum(times(g * g, leaf.share)), grads, scaling)
         norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
-        return jax.tree.map(lambda g: jnp.where(norm < clip, g, g / norm.astype(g.dtype) * clip), grads)
+        return jax.tree.map(lambda g: jnp.where(norm < cfg.clip, g, g / norm.astype(g.dtype) * cfg.clip), grads)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        seen = clipped(rescaled_moments(grads, frame, 1))
-        if frame is None:
+        seen = clipped(rescaled_moments(grads, scaling, 1))
+        if scaling is None:
             return inner.update(seen, state, params)
-        params = jax.tree.map(lambda p, view: times(p, view.weight, -1), params, frame)
+        params = jax.tree.map(lambda p, leaf: times(p, leaf.weight, -1), params, scaling)
         steps, state = inner.update(seen, state, params)
-        return jax.tree.map(lambda u, view: times(u, view.weight), steps, frame), state
+        return jax.tree.map(lambda u, leaf: times(u, leaf.weight), steps, scaling), state
 
     return optax.GradientTransformation(inner.init, update)
 
 
-def new_entries(old: ModelConfig, new: ModelConfig, growth: Growth) -> Any:
+def new_entries(lineage: Lineage) -> Any:
     """A tree like the parameters: by dimension, which entries are fresh, (size,) bool shaped to broadcast."""
-    maps = axis_maps(old, new, growth)
-    _, signatures = declared(new)
+    maps = lineage.maps
+    _, signatures = declared(lineage.cfg)
 
     def one(sig: Signature) -> Factors:
         ndim = len(sig.axes)

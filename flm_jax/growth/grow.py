@@ -16,14 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flm_jax.config import ModelConfig
 from flm_jax.growth.axis_map import AxisMap, Rule
-from flm_jax.growth.exact_adamw import LeafRescaling, Rescaling
-from flm_jax.growth.leaf_map import Grown, LeafMap, make_leaf_map
-from flm_jax.growth.plan import Growth, axis_maps
+from flm_jax.growth.exact_adamw import LeafRescaling, Rescaling, rescaling
+from flm_jax.growth.leaf_map import GrownDim, LeafMap, make_leaf_map
+from flm_jax.growth.lineage import Lineage, lineage_of
+from flm_jax.growth.plan import Growth
 from flm_jax.model import Params, declared
+from flm_jax.optimizer import map_parts
 from flm_jax.signature import Signature, draw
 
 
@@ -43,30 +44,36 @@ def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key
     Raises:
       ValueError: the parameters are not those of `old` (the path and both shapes are named), or see `axis_maps`.
     """
+    return grow_params(lineage_of(old, new, growth), params, key)
 
-    def one(path: str, value: jax.Array, way: LeafMap) -> jax.Array:
+
+def grow_params(lineage: Lineage, params: Params, key: jax.Array) -> Params:
+    """The parameters of a grown model, from those of the model before it: see `grow`."""
+
+    def one(path: str, value: jax.Array, leaf: LeafMap) -> jax.Array:
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return way.grow(value, functools.partial(fresh, way, leaf_key, way.shape, new.std(way.signature)), leaf_key)
+        drawn = functools.partial(fresh, leaf, leaf_key, leaf.shape, lineage.cfg.std(leaf.signature))
+        return leaf.grow(value, drawn, leaf_key)
 
-    check_shapes(params, old)
+    check_shapes(params, lineage.before.cfg)
     return jax.tree_util.tree_map_with_path(
-        lambda path, value, way: one(jax.tree_util.keystr(path, simple=True, separator="/"), value, way),
+        lambda path, value, leaf: one(jax.tree_util.keystr(path, simple=True, separator="/"), value, leaf),
         params,
-        param_maps(old, new, growth),
+        param_maps(lineage),
     )
 
 
-def fresh(way: LeafMap, key: jax.Array, shape: tuple[int, ...], std: float, **offset: Any) -> jax.Array:
+def fresh(leaf: LeafMap, key: jax.Array, shape: tuple[int, ...], std: float, **offset: Any) -> jax.Array:
     """What is drawn for a parameter, or for a block of it that begins at some `offset`."""
-    return draw(way.signature, key, shape, std=std, dtype=way.wide, **offset)
+    return draw(leaf.signature, key, shape, std=std, dtype=leaf.wide, **offset)
 
 
-def param_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> Params:
+def param_maps(lineage: Lineage) -> Params:
     """How every parameter grows: a tree of `LeafMap`."""
-    maps = axis_maps(old, new, growth)
+    old, new = lineage.before.cfg, lineage.cfg
 
     def one(signature: Signature, like: jax.ShapeDtypeStruct) -> LeafMap:
-        grown = _grown_axes(signature, maps)
+        grown = _grown_axes(signature, lineage.maps)
         weights = [np.ones(1) for _ in signature.axes]
         for dim, span, rule in grown:
             weights[dim] = np.broadcast_to(rule.scale, span.new)
@@ -77,23 +84,29 @@ def param_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> Params:
 
 
 def moment_maps(
-    old: ModelConfig,
-    new: ModelConfig,
-    growth: Growth,
-    power: int,
-    before: Rescaling | None = None,
-    after: Rescaling | None = None,
+    lineage: Lineage, power: int, before: Rescaling | None = None, after: Rescaling | None = None
 ) -> Params:
-    """How moving averages of gradients to some power grow, in the frames that they are in: a tree of `LeafMap`."""
-    maps = axis_maps(old, new, growth)
-    forget = growth.optimizer == "asymmetric"
+    """How moving averages of gradients to some power grow: a tree of `LeafMap`.
 
-    def one(signature: Signature, like: jax.ShapeDtypeStruct, *views: LeafRescaling) -> LeafMap:
-        seen = dict(zip([f for f in ("before", "after") if frames[f] is not None], views, strict=True))
-        factors = {name: [np.ravel(f) ** float(power) for f in view.gradient] for name, view in seen.items()}
+    Args:
+      lineage: of the grown model.
+      power: of the gradients.
+      before: the rescaling that the old averages are in; None: they are as gradients are.
+      after: the rescaling that the new ones are to be in.
+    """
+    old, new = lineage.before.cfg, lineage.cfg
+    forget = lineage.last_growth.optimizer == "asymmetric"
+    given = {"before": before, "after": after}
+    given = {name: scaling for name, scaling in given.items() if scaling is not None}
+
+    def one(signature: Signature, like: jax.ShapeDtypeStruct, *scalings: LeafRescaling) -> LeafMap:
+        factors = {
+            name: [np.ravel(f) ** float(power) for f in scaling.gradient]
+            for name, scaling in zip(given, scalings, strict=True)
+        }
         weights = factors.get("before", [np.ones(1) for _ in signature.axes])
-        grown: list[Grown] = []
-        for dim, span, rule in _grown_axes(signature, maps):
+        grown: list[GrownDim] = []
+        for dim, span, rule in _grown_axes(signature, lineage.maps):
             unknown = forget or rule.fill != "copy" or rule.from_above
             grown.append((dim, span, Rule("zero" if unknown else "copy")))
             taken = np.broadcast_to(weights[dim], span.old)[span.source]
@@ -103,9 +116,8 @@ def moment_maps(
         fold = (new.forward_mult(signature) / old.forward_mult(signature)) ** power
         return make_leaf_map(signature, like, grown, fold, weights)
 
-    frames = {"before": before, "after": after}
     likes, signatures = declared(new)
-    return jax.tree.map(one, signatures, likes, *(f for f in frames.values() if f is not None))
+    return jax.tree.map(one, signatures, likes, *given.values())
 
 
 def grow_moments(
@@ -129,15 +141,13 @@ def grow_moments(
       new: the configuration after.
       growth: how.
       power: of the gradients.
-      before: the frame that the old moments are in (see `frame`).
-      after: the frame that the new ones shall be in.
+      before: the rescaling that the old moments are in (see `exact_adamw`).
+      after: the rescaling that the new ones are to be in.
 
     Raises:
         ValueError: as `grow`.
     """
-    check_shapes(moments, old)
-    ways = moment_maps(old, new, growth, power, before, after)
-    return jax.tree.map(lambda value, way: way.grow(value), moments, ways)
+    return _grow_average(lineage_of(old, new, growth), moments, power, before, after)
 
 
 def grow_optimizer(
@@ -148,32 +158,47 @@ def grow_optimizer(
     before: Rescaling | None = None,
     after: Rescaling | None = None,
 ) -> Any:
-    """The optimizer's state for the grown model: Adam's moments by `grow_moments`, its count as it was.
+    """The optimizer's state for the grown model: its averages by `grow_moments`, its counts as they were.
 
-    With ``growth.optimizer == "fresh"`` moments and count are those of a first step.
+    With ``growth.optimizer == "fresh"`` averages and counts are those of a first step.
 
     Args:
       state: of the old model's optimizer.
       old: the configuration before.
       new: the configuration after.
       growth: how.
-      before: the frame that the old moments are in (see `frame`).
-      after: the frame that the new ones shall be in.
+      before: the rescaling that the old moments are in (see `exact_adamw`).
+      after: the rescaling that the new ones are to be in.
+
+    Raises:
+        ValueError: a leaf of the state is declared nowhere (see `optimizer.AVERAGES`); or as `grow`.
     """
+    return _grow_state(lineage_of(old, new, growth), state, before, after)
 
-    def moved(moments: Params, power: int) -> Params:
-        return grow_moments(moments, old, new, growth, power, before, after)
 
-    def one(part: Any) -> Any:
-        if not isinstance(part, optax.ScaleByAdamState):
-            return part
-        if growth.optimizer == "fresh":
-            shapes, _ = declared(new)
-            zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
-            return part._replace(count=jnp.zeros_like(part.count), mu=zeros, nu=zeros)
-        return part._replace(mu=moved(part.mu, 1), nu=moved(part.nu, 2))
+def grow_opt_state(lineage: Lineage, state: Any) -> Any:
+    """The optimizer's state of a grown model, from that of the model before it, each in its own rescaling."""
+    return _grow_state(lineage, state, rescaling(lineage.before), rescaling(lineage))
 
-    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+
+def _grow_state(lineage: Lineage, state: Any, before: Rescaling | None, after: Rescaling | None) -> Any:
+    fresh_state = lineage.last_growth.optimizer == "fresh"
+
+    def one(power: int | None, part: Any) -> Any:
+        if power is None:
+            return jnp.zeros_like(part) if fresh_state else part
+        if fresh_state:
+            return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), declared(lineage.cfg)[0])
+        return _grow_average(lineage, part, power, before, after)
+
+    return map_parts(one, state)
+
+
+def _grow_average(
+    lineage: Lineage, moments: Params, power: int, before: Rescaling | None, after: Rescaling | None
+) -> Params:
+    check_shapes(moments, lineage.before.cfg)
+    return jax.tree.map(lambda value, leaf: leaf.grow(value), moments, moment_maps(lineage, power, before, after))
 
 
 def check_shapes(tree: Params, cfg: ModelConfig) -> None:
@@ -193,7 +218,7 @@ def check_shapes(tree: Params, cfg: ModelConfig) -> None:
             )
 
 
-def _grown_axes(signature: Signature, maps: Mapping[str, AxisMap]) -> list[Grown]:
+def _grown_axes(signature: Signature, maps: Mapping[str, AxisMap]) -> list[GrownDim]:
     """The dimensions of an array that grow, the last one first."""
     return [
         (dim, maps[axis].span, maps[axis].rules[signature.role(axis)])

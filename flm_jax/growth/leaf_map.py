@@ -26,7 +26,7 @@ NOISE = 0.1
 MAX_RUNS = 8
 
 Vector = Any  # (size,), of NumPy or traced
-Grown = tuple[int, Span, Rule]
+GrownDim = tuple[int, Span, Rule]
 
 
 class Entries(NamedTuple):
@@ -59,7 +59,7 @@ class LeafMap:
     signature: Signature
     shape: tuple[int, ...]
     dtype: Any
-    grown: tuple[Grown, ...]
+    grown: tuple[GrownDim, ...]
     entries: Entries
 
     @property
@@ -193,7 +193,7 @@ class LeafMap:
 def make_leaf_map(
     signature: Signature,
     like: jax.ShapeDtypeStruct,
-    grown: Sequence[Grown],
+    grown: Sequence[GrownDim],
     scale: float,
     weights: Sequence[np.ndarray],
 ) -> LeafMap:

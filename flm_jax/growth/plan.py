@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
 from flm_jax.config import ModelConfig
-from flm_jax.growth import depth, masks, operators
+from flm_jax.growth import depth, operators
 from flm_jax.growth.axis_map import AxisMap, Span, append, divided, nested
 from flm_jax.growth.masks import Ramp
-from flm_jax.model import Masks
 from flm_jax.records import recorded
 from flm_jax.signature import KINDS
 
@@ -116,11 +114,6 @@ class Growth:
             return self
         return dataclasses.replace(self, depth=depth.by_distance(distances, layers))
 
-    @property
-    def placeholder(self) -> Growth:
-        """This plan, good for shapes: where copies go does not change them."""
-        return dataclasses.replace(self, depth="interleave") if self.depth == "distance" else self
-
 
 def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, AxisMap]:
     """The map of every axis whose size changes, by its name.
@@ -161,6 +154,16 @@ def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, A
     return maps
 
 
+def outline_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, AxisMap]:
+    """As `axis_maps`, also where layers go by distances that are not measured yet: only their places are not meant.
+
+    Raises:
+        ValueError: as `axis_maps`.
+    """
+    anywhere = dataclasses.replace(growth, depth="interleave") if growth.depth == "distance" else growth
+    return axis_maps(old, new, anywhere)
+
+
 def _heads(old: ModelConfig, new: ModelConfig) -> tuple[Span, Span]:
     """The spans of key heads and of query heads, which stay with the key heads that they read.
 
@@ -199,7 +202,7 @@ def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> Model
     Raises:
         ValueError: tied embeddings whose effective multipliers would change, since no parameter could absorb that.
     """
-    maps = axis_maps(old, target, growth.placeholder)
+    maps = outline_maps(old, target, growth)
     embed = maps.get("embed")
     squares = 1.0 if embed is None else embed.squares
     if squares is not None and growth.norm == "keep":
@@ -229,7 +232,7 @@ def changed(old: ModelConfig, changes: Mapping[str, Any], growth: Growth) -> Mod
     target = old.changed({"norm_width": None, **changes})
     if "output_mult" in changes or "base_width" in changes:
         return target
-    kept = _kept_logits_mult(old, target, axis_maps(old, target, growth.placeholder))
+    kept = _kept_logits_mult(old, target, outline_maps(old, target, growth))
     return target.replace(output_mult=kept * target.embed / target.base_width)
 
 
@@ -242,68 +245,3 @@ def _kept_logits_mult(old: ModelConfig, target: ModelConfig, maps: Mapping[str, 
     embed = maps.get("embed")
     louder = embed.squares if target.tied and embed is not None and embed.active else None
     return old.logits_mult / (louder or 1.0)
-
-
-def promises(old: ModelConfig, new: ModelConfig, growth: Growth) -> bool:
-    """Whether the methods of all axes that grow preserve the function."""
-    maps = axis_maps(old, new, growth.placeholder)
-    return all(operators.REGISTRY[growth.method_of(axis)].preserving for axis in maps)
-
-
-def mask_flags(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, np.ndarray]:
-    """By axis, (size,) bool: the fresh entries that start behind a mask."""
-    return {axis: m.span.fresh for axis, m in axis_maps(old, new, growth).items() if m.masked and axis in masks.FIELDS}
-
-
-def norm_widths(old: ModelConfig, new: ModelConfig, growth: Growth) -> tuple[float, float] | None:
-    """What norms divide by at the growth and after the ramp; None where that does not change.
-
-    Raises:
-        ValueError: it would have to change, and neither a mask nor the plan lets it.
-    """
-    embed = axis_maps(old, new, growth.placeholder).get("embed")
-    squares = 1.0 if embed is None else embed.squares
-    widths = old.effective_norm_width * (1.0 if squares is None else squares), new.effective_norm_width
-    if np.isclose(*widths, rtol=1e-12):
-        return None
-    if squares is not None and growth.norm == "keep":
-        raise ValueError(
-            f"Norms of the grown model divide by {widths[1]:g}, but growing by {growth.name} keeps them exact at "
-            f"{widths[0]:g}: take the configuration that grown_config() returns."
-        )
-    return widths
-
-
-def ramp_steps(old: ModelConfig, new: ModelConfig, growth: Growth) -> int:
-    """Steps after the growth that run with masks; then the ordinary program takes over.
-
-    Raises:
-        ValueError: a ramp is missing, or has nothing to act on.
-    """
-    growth = growth.placeholder
-    ramped = set(mask_flags(old, new, growth)) | ({"embed"} if norm_widths(old, new, growth) else set())
-    for axis in sorted(ramped):
-        if growth.ramp_of(axis).steps < 1:
-            raise ValueError(
-                f"Growing by {growth.name} masks {', '.join(sorted(ramped))}, and ramp_steps="
-                f"{growth.ramp_of(axis).steps} on {axis}: give the ramp at least one step."
-            )
-    grown = axis_maps(old, new, growth)
-    for axis in growth.ramps:
-        if axis not in ramped and axis in grown:
-            why = "; key heads are hidden behind the mask of heads" if axis == "kv_heads" else ""
-            raise ValueError(
-                f"Growth.ramps names {axis!r}, but growing it by {growth.method_of(axis)} masks nothing{why}."
-            )
-    if (growth.ramp_steps or growth.ramp_delay) and grown and not ramped:
-        raise ValueError(f"ramp_steps={growth.ramp_steps}, but growing by {growth.name} masks nothing.")
-    return max((growth.ramp_of(axis).end for axis in ramped), default=0)
-
-
-def masks_at(old: ModelConfig, new: ModelConfig, growth: Growth, step: int | jax.Array) -> Masks | None:
-    """The masks after `step` steps; None where the growth has none. After the ramp they are 1: leave them out."""
-    flags, widths = mask_flags(old, new, growth), norm_widths(old, new, growth)
-    if not flags and widths is None:
-        return None
-    values = {axis: growth.ramp_of(axis).at(step) for axis in (*flags, "embed")}
-    return masks.at(flags, values, widths)

@@ -11,7 +11,8 @@ import numpy as np
 
 from flm_jax.config import ModelConfig
 from flm_jax.distributed import fetch
-from flm_jax.growth.plan import Growth, axis_maps, masks_at, promises
+from flm_jax.growth.lineage import Lineage, lineage_of
+from flm_jax.growth.plan import Growth
 from flm_jax.model import Masks, Params, Transformer
 from flm_jax.signature import Role
 
@@ -117,14 +118,21 @@ def compare(
       tokens_BT: int32 token ids.
       segments_BT: int32, equal within a document.
     """
+    lineage = lineage_of(old, new, growth)
     before = observe(old, old_params, tokens_BT, segments_BT)
-    after = observe(new, new_params, tokens_BT, segments_BT, masks_at(old, new, growth, 0))
-    return judge(old, before, new, after, growth)
+    after = observe(new, new_params, tokens_BT, segments_BT, lineage.masks(0))
+    return judge(lineage, before, after)
 
 
-def judge(old: ModelConfig, before: Observed, new: ModelConfig, after: Observed, growth: Growth) -> Verification:
-    """What `compare` measures, from what was observed of each model: the first may be gone by now."""
-    maps = axis_maps(old, new, growth)
+def judge(lineage: Lineage, before: Observed, after: Observed) -> Verification:
+    """What `compare` measures, from what was observed of each model: the first may be gone by now.
+
+    Args:
+      lineage: of the grown model.
+      before: what the model before made of some tokens.
+      after: what the grown one makes of them, behind its masks.
+    """
+    old, new, maps = lineage.before.cfg, lineage.cfg, lineage.maps
 
     # A fresh layer adds nothing yet: its output is that of the last old layer below it.
     stands_for = np.arange(new.layers)
@@ -150,4 +158,4 @@ def judge(old: ModelConfig, before: Observed, new: ModelConfig, after: Observed,
         differences(before.logits_BTV, after.logits_BTV, before.hidden_LBTD, after.hidden_LBTD)
     )
     layers = tuple(float(x) for x in per_layer)
-    return Verification(promises(old, new, growth), float(absolute), float(relative), layers)
+    return Verification(lineage.preserving, float(absolute), float(relative), layers)

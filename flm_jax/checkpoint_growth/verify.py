@@ -1,0 +1,248 @@
+"""The full verification of a growth, inside a run and outside: outputs, loss, continuations, what is new, state.
+
+It has two halves, so that the model before may be gone when the grown one is looked at: `observe_before`, and
+`verify_growth`, which compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flm_jax.checkpoint import CheckpointError
+from flm_jax.data.batches import Batch
+from flm_jax.data.config import DataConfig
+from flm_jax.data.source import Data, open_data
+from flm_jax.distributed import fetch
+from flm_jax.generate import generate
+from flm_jax.growth.diagnostics import copies_apart, dead_slices, fresh_entries
+from flm_jax.growth.lineage import Lineage
+from flm_jax.growth.verify import Observed, judge, observe
+from flm_jax.loss import make_heldout_loss
+from flm_jax.model import Masks, Params
+from flm_jax.sharding import MeshConfig, few_rows, make_mesh, put_batch
+from flm_jax.source_checkpoint import read_source
+from flm_jax.state import TrainState, abstract_state
+
+# Of greedy continuations: what they follow, and how long they are.
+PROMPT_TOKENS, GREEDY_TOKENS = 16, 64
+
+
+@dataclass(frozen=True)
+class VerificationText:
+    """What growths are measured on.
+
+    Attributes:
+      name: where it is from, for records.
+      few: one batch of a few rows, on which whole logits are compared; on the host.
+      batches: held-out batches, on which the loss is measured.
+    """
+
+    name: str
+    few: Any
+    batches: tuple[Any, ...]
+
+
+def heldout_text(data: Data, mesh: Mesh, batch_size: int | None = None, windows: int = 32) -> VerificationText:
+    """Held-out text of data that is open.
+
+    Args:
+      data: the data.
+      mesh: which `few` rows must fit.
+      batch_size: rows of the batches that the loss is measured on; None: as few.
+      windows: held-out windows that the loss is measured on.
+    """
+    rows = few_rows(mesh)
+    few = next(iter(data.heldout(rows, rows)))
+    batches = tuple(data.heldout(batch_size or rows, windows))
+    return VerificationText(f"held-out text, digest {data.digest[:12]}", few, batches)
+
+
+def verification_text(data: DataConfig | None, vocab: int, mesh: Mesh) -> VerificationText:
+    """Held-out text of some data; without data, random tokens, which serve to compare models and nothing else.
+
+    Raises:
+      ValueError: the data's vocabulary has more tokens than the model.
+    """
+    if data is not None:
+        opened = open_data(data)
+        if opened.vocabulary.size > vocab:
+            raise ValueError(f"the data's vocabulary has {opened.vocabulary.size} tokens, the model only {vocab}.")
+        return heldout_text(opened, mesh)
+    rows = few_rows(mesh)
+    rng, shape = np.random.default_rng(0), (rows, 64)
+    drawn = [rng.integers(0, vocab, (rows, 65), dtype=np.int32) for _ in range(max(32 // rows, 1))]
+    segments, weights = np.zeros(shape, np.int32), np.ones(shape, np.float32)
+    batches = tuple(Batch(ids[:, :-1], ids[:, 1:], weights, segments) for ids in drawn)
+    return VerificationText("random tokens", batches[0], batches)
+
+
+class Before(NamedTuple):
+    """What the comparison needs of the model before."""
+
+    observed: Observed
+    loss: float
+    greedy: np.ndarray
+
+
+def observe_before(lineage: Lineage, params: Params, text: VerificationText, mesh: Mesh, chunks: int = 1) -> Before:
+    """Runs the model before a growth.
+
+    Args:
+      lineage: of the grown model.
+      params: of the model before.
+      text: what it is run on.
+      mesh: where they live.
+      chunks: parts of a window that the head runs on, one at a time.
+    """
+    cfg, batch = lineage.before.cfg, put_batch(text.few, mesh)
+    observed = observe(cfg, params, batch.inputs_BT, batch.segments_BT)
+    loss = _loss(cfg, params, text, mesh, chunks, None)
+    return Before(observed, loss, _greedy(cfg, params, batch.inputs_BT, None))
+
+
+def verify_growth(
+    lineage: Lineage,
+    before: Before,
+    grown: TrainState,
+    text: VerificationText,
+    mesh: Mesh,
+    tolerance: float,
+    chunks: int = 1,
+) -> dict[str, Any]:
+    """Checks a grown state against what its method promises.
+
+    Args:
+      lineage: of the grown model.
+      before: what `observe_before` saw of the model before, on the same text.
+      grown: the state at the growth.
+      text: what it is run on.
+      mesh: where it lives.
+      tolerance: largest relative difference of logits, in float32.
+      chunks: parts of a window that the head runs on, one at a time.
+
+    Returns:
+      JSON-able: method, preserving, holds, failures (in words), logits, hidden, eval_loss, greedy, fresh, dead,
+      copies_apart, optimizer, multipliers, tokens. Greedy continuations are reported and not judged: where the logits
+      hold, they can differ at a tie alone.
+    """
+    old, new, growth = lineage.before.cfg, lineage.cfg, lineage.last_growth
+    masks, batch = lineage.masks(0), put_batch(text.few, mesh)
+    after = observe(new, grown.params, batch.inputs_BT, batch.segments_BT, masks)
+    measured = judge(lineage, before.observed, after)
+    del after
+    loss = _loss(new, grown.params, text, mesh, chunks, masks)
+    greedy = _greedy(new, grown.params, batch.inputs_BT, masks)
+    optimizer = _optimizer_faults(lineage, grown, mesh)
+    dead = dead_slices(grown.params, lineage, batch.inputs_BT)
+    failures = []
+    if measured.preserving:
+        if fault := measured.fault(tolerance):
+            failures.append(fault)
+        far = not abs(before.loss - loss) <= 10 * tolerance * max(1.0, abs(before.loss))
+        if old.vocab == new.vocab and far:
+            failures.append(f"held-out loss goes from {before.loss:.6f} to {loss:.6f}")
+        failures += [f"{line} would never learn" for line in dead]
+    failures += optimizer
+    return {
+        "method": growth.name,
+        "preserving": measured.preserving,
+        "holds": not failures,
+        "failures": failures,
+        "tolerance": tolerance,
+        "tokens": text.name,
+        "logits": {"max_abs": measured.max_abs_logit_diff, "max_rel": measured.max_rel_logit_diff},
+        "hidden": {"max_rel_by_layer": list(measured.layer_diffs)},
+        "eval_loss": {"before": before.loss, "after": loss},
+        "greedy": {"tokens": GREEDY_TOKENS, "equal": bool((before.greedy == greedy).all())},
+        "fresh": fresh_entries(grown.params, lineage),
+        "dead": dead,
+        "copies_apart": copies_apart(grown.params, lineage),
+        "optimizer": {"mode": growth.optimizer, "problems": optimizer},
+        "multipliers": {
+            name: {"before": getattr(old, name), "after": getattr(new, name)}
+            for name in ("input_mult", "logits_mult", "effective_norm_width", "effective_head_width")
+        },
+        "axes": {axis: [m.span.old, m.span.new] for axis, m in lineage.maps.items()},
+    }
+
+
+def _loss(cfg: Any, params: Params, text: VerificationText, mesh: Mesh, chunks: int, masks: Masks | None) -> float:
+    with jax.default_matmul_precision("highest"):
+        return make_heldout_loss(cfg.for_comparison, mesh, chunks)(params, text.batches, masks)
+
+
+def _greedy(cfg: Any, params: Params, tokens_BT: jax.Array, masks: Masks | None) -> np.ndarray:
+    """The likeliest continuations of the first tokens of each row, in at least float32."""
+    prompt_BT, key = tokens_BT[:, :PROMPT_TOKENS], jax.random.key(0)
+    found: np.ndarray = fetch(generate(cfg.for_comparison, params, prompt_BT, GREEDY_TOKENS, key, 0.0, masks))
+    return found
+
+
+def _optimizer_faults(lineage: Lineage, grown: TrainState, mesh: Mesh) -> list[str]:
+    """Leaves of the state whose shape or dtype is not that of a fresh one."""
+    expected = abstract_state(lineage, mesh, weights=not jax.tree.leaves(grown.opt_state))
+    pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree_util.tree_leaves_with_path(grown), strict=True)
+    return [
+        f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, not {like.dtype}{list(like.shape)}"
+        for (path, like), (_, leaf) in pairs
+        if (like.shape, like.dtype) != (leaf.shape, leaf.dtype)
+    ]
+
+
+def verify_checkpoints(
+    source: str | Path,
+    target: str | Path,
+    mesh: MeshConfig | None = None,
+    data: DataConfig | None = None,
+    tolerance: float = 1e-5,
+) -> dict[str, Any]:
+    """Checks that a grown checkpoint is what its method promises, against the one that it grew from.
+
+    Both are read in full and their checksums compared; then both models are run.
+
+    Args:
+      source: the checkpoint before: a step, a stage's directory or a work directory.
+      target: the grown one, at step 0 of its stage.
+      mesh: how devices are laid out.
+      data: held-out text; None: random tokens.
+      tolerance: largest relative difference of logits, in float32.
+
+    Returns:
+      See `verify_growth`.
+
+    Raises:
+      DamagedError: one of them is not as it was saved.
+      CheckpointError: the target did not grow from the source.
+    """
+    before, after = read_source(source), read_source(target)
+    if after.step == 0 and after.lineage.growth is None:
+        raise CheckpointError(f"{after.directory} did not grow from anything: it is an initialisation.")
+    if after.step != 0:
+        raise CheckpointError(f"{after.directory} has trained since it grew: give step 0 of its stage.")
+    if not after.meta.newborn:
+        raise CheckpointError(f"{after.directory} goes on with a checkpoint of its own shape: nothing grew.")
+    claimed = (after.meta.provenance or {}).get("source_digest")
+    if claimed != before.digest:
+        raise CheckpointError(
+            f"{after.directory} grew from a state with digest {str(claimed)[:12]}, but {before.directory} has "
+            f"{before.digest[:12]}."
+        )
+    placed = make_mesh(mesh)
+    text = verification_text(data, before.cfg.vocab, placed)
+    with jax.set_mesh(placed):
+        # Whole states are read, so that every bit is checked, whatever the comparison needs.
+        observed = observe_before(after.lineage, before.restore(placed, optimizer=False).params, text, placed)
+        grown = after.restore(placed, optimizer=False)
+        return verify_growth(after.lineage, observed, grown, text, placed, tolerance)
+
+
+def failures_text(found: Mapping[str, Any]) -> str:
+    """What does not hold, in a sentence."""
+    return "; ".join(found["failures"]) + "."

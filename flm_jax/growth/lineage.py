@@ -1,0 +1,220 @@
+"""A model's configuration and how it came to be: the growths that led to it, and what each of them implies.
+
+    small = Lineage(cfg)                            # initialised, or imported
+    large = small.grown(target, Growth("zero"))     # its configuration keeps what the method needs
+    params = grow_params(large, params, key)        # flm_jax.growth.grow
+
+Everything that follows from a growth is a property here, computed once: axis maps, masks, norm widths, promises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from flm_jax.config import ModelConfig
+from flm_jax.growth import masks, operators
+from flm_jax.growth.axis_map import AxisMap
+from flm_jax.growth.plan import Growth, axis_maps, grown_config, outline_maps
+from flm_jax.model import Masks
+from flm_jax.records import as_dict, from_dict
+
+
+@dataclass(frozen=True, eq=False)
+class Lineage:
+    """A model and how it came to be.
+
+    Attributes:
+      cfg: its configuration.
+      growth: how it grew from `parent`; None: it was initialised or imported.
+      parent: the model that it grew from, there exactly when `growth` is.
+    """
+
+    cfg: ModelConfig
+    growth: Growth | None = None
+    parent: Lineage | None = None
+
+    def __post_init__(self) -> None:
+        if (self.growth is None) != (self.parent is None):
+            raise ValueError("A lineage has a growth and a parent, or neither.")
+
+    def grown(self, target: ModelConfig, growth: Growth) -> Lineage:
+        """The model that this one grows into.
+
+        Args:
+          target: the shape to grow to.
+          growth: how.
+
+        Raises:
+          ValueError: see `plan.grown_config`.
+        """
+        return Lineage(grown_config(self.cfg, target, growth), growth, self)
+
+    @property
+    def last_growth(self) -> Growth:
+        """The growth that led here.
+
+        Raises:
+          ValueError: there was none.
+        """
+        return self._born[1]
+
+    @property
+    def before(self) -> Lineage:
+        """The model that this one grew from.
+
+        Raises:
+          ValueError: there is none.
+        """
+        return self._born[0]
+
+    @property
+    def _born(self) -> tuple[Lineage, Growth]:
+        if self.parent is None or self.growth is None:
+            raise ValueError("This model grew from nothing: it was initialised or imported.")
+        return self.parent, self.growth
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known where all new layers go; before, its shapes may be asked, and not its values."""
+        return self.growth is None or self.growth.depth != "distance"
+
+    def settled(self, distances: Sequence[float]) -> Lineage:
+        """This lineage with new layers placed by the measured distances of the parent's layers, where asked for."""
+        if self.is_settled:
+            return self
+        return dataclasses.replace(self, growth=self.last_growth.settled(distances, self.cfg.layers))
+
+    @functools.cached_property
+    def maps(self) -> dict[str, AxisMap]:
+        """The map of every axis that grew, by its name.
+
+        Raises:
+          ValueError: the growth places layers by distance, and none were measured yet.
+        """
+        parent, growth = self._born
+        return axis_maps(parent.cfg, self.cfg, growth)
+
+    @functools.cached_property
+    def outline(self) -> dict[str, AxisMap]:
+        """As `maps`, good for everything but where layers go: known before distances are measured."""
+        parent, growth = self._born
+        return outline_maps(parent.cfg, self.cfg, growth)
+
+    @functools.cached_property
+    def preserving(self) -> bool:
+        """Whether the methods of all axes that grew promise that the outputs stay equal."""
+        growth = self.last_growth
+        return all(operators.REGISTRY[growth.method_of(axis)].preserving for axis in self.outline)
+
+    @functools.cached_property
+    def mask_flags(self) -> dict[str, np.ndarray]:
+        """By axis, (size,) bool: the fresh entries that start behind a mask."""
+        return {axis: m.span.fresh for axis, m in self.maps.items() if m.masked and axis in masks.FIELDS}
+
+    @functools.cached_property
+    def norm_widths(self) -> tuple[float, float] | None:
+        """What norms divide by at the growth and after the ramp; None where that does not change.
+
+        Raises:
+          ValueError: it would have to change, and neither a mask nor the plan lets it.
+        """
+        parent, growth = self._born
+        embed = self.outline.get("embed")
+        squares = 1.0 if embed is None else embed.squares
+        widths = parent.cfg.effective_norm_width * (1.0 if squares is None else squares), self.cfg.effective_norm_width
+        if np.isclose(*widths, rtol=1e-12):
+            return None
+        if squares is not None and growth.norm == "keep":
+            raise ValueError(
+                f"Norms of the grown model divide by {widths[1]:g}, but growing by {growth.name} keeps them exact at "
+                f"{widths[0]:g}: take the configuration that grown_config() returns."
+            )
+        return widths
+
+    @functools.cached_property
+    def ramp_steps(self) -> int:
+        """Steps after the growth that run with masks; then the ordinary program takes over.
+
+        Raises:
+          ValueError: a ramp is missing, or has nothing to act on.
+        """
+        if self.growth is None:
+            return 0
+        growth, grown = self.growth, self.outline
+        ramped = {axis for axis, m in grown.items() if m.masked and axis in masks.FIELDS}
+        ramped |= {"embed"} if self.norm_widths else set()
+        for axis in sorted(ramped):
+            if growth.ramp_of(axis).steps < 1:
+                raise ValueError(
+                    f"Growing by {growth.name} masks {', '.join(sorted(ramped))}, and ramp_steps="
+                    f"{growth.ramp_of(axis).steps} on {axis}: give the ramp at least one step."
+                )
+        for axis in growth.ramps:
+            if axis not in ramped and axis in grown:
+                why = "; key heads are hidden behind the mask of heads" if axis == "kv_heads" else ""
+                raise ValueError(
+                    f"Growth.ramps names {axis!r}, but growing it by {growth.method_of(axis)} masks nothing{why}."
+                )
+        if (growth.ramp_steps or growth.ramp_delay) and grown and not ramped:
+            raise ValueError(f"ramp_steps={growth.ramp_steps}, but growing by {growth.name} masks nothing.")
+        return max((growth.ramp_of(axis).end for axis in ramped), default=0)
+
+    def masks(self, step: int | jax.Array) -> Masks | None:
+        """The masks `step` steps after the growth; None where it has none. After the ramp they are 1."""
+        if self.growth is None or (not self.mask_flags and self.norm_widths is None):
+            return None
+        values = {axis: self.growth.ramp_of(axis).at(step) for axis in (*self.mask_flags, "embed")}
+        return masks.at(self.mask_flags, values, self.norm_widths)
+
+    def record(self) -> list[dict[str, Any]]:
+        """The models that led here, oldest first, each with the growth that it came by; JSON-able."""
+        earlier = [] if self.parent is None else self.parent.record()
+        return [*earlier, {"model": as_dict(self.cfg), "growth": as_dict(self.growth)}]
+
+    @classmethod
+    def from_record(cls, record: Sequence[Mapping[str, Any]]) -> Lineage:
+        """The lineage of a record.
+
+        An entry without a growth, after the first, is a stage that went on with the model before it, in other numerics
+        at most: it is the same model.
+
+        Raises:
+          ValueError: the record is empty, or names what this version does not know.
+        """
+        found: Lineage | None = None
+        for entry in record:
+            cfg, growth = from_dict(entry["model"]), from_dict(entry["growth"])
+            if found is None or growth is not None:
+                found = cls(cfg, growth, found)
+            else:
+                found = dataclasses.replace(found, cfg=cfg)
+        if found is None:
+            raise ValueError("The record of a lineage names no model.")
+        return found
+
+
+def lineage_of(old: ModelConfig, new: ModelConfig, growth: Growth) -> Lineage:
+    """The lineage of one growth, from configurations: `new` is what `grown_config` returned."""
+    return Lineage(new, growth, Lineage(old))
+
+
+def promises(old: ModelConfig, new: ModelConfig, growth: Growth) -> bool:
+    """See `Lineage.preserving`."""
+    return lineage_of(old, new, growth).preserving
+
+
+def mask_flags(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, np.ndarray]:
+    """See `Lineage.mask_flags`."""
+    return lineage_of(old, new, growth).mask_flags
+
+
+def masks_at(old: ModelConfig, new: ModelConfig, growth: Growth, step: int | jax.Array) -> Masks | None:
+    """See `Lineage.masks`."""
+    return lineage_of(old, new, growth).masks(step)

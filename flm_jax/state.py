@@ -1,0 +1,64 @@
+"""The train state: what it holds, its shapes and shardings for a model on a mesh, and what checkpoints keep of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+
+from flm_jax.growth.exact_adamw import rescaled_adamw
+from flm_jax.growth.lineage import Lineage
+from flm_jax.model import Params, declared
+from flm_jax.optimizer import OptimizerConfig, state_shardings
+from flm_jax.sharding import abstract, param_shardings, replicated
+
+
+class TrainState(struct.PyTreeNode):
+    """All that training changes.
+
+    Attributes:
+      step: () int32, steps done in this stage.
+      params: parameters.
+      opt_state: moments, and their count, which goes on from stage to stage; () where there are weights alone.
+    """
+
+    step: Any
+    params: Params
+    opt_state: Any
+
+
+def abstract_state(lineage: Lineage, mesh: Mesh, weights: bool = False) -> TrainState:
+    """Shapes, dtypes and shardings of a model's state: `jax.ShapeDtypeStruct`s.
+
+    Args:
+      lineage: the model; where its new layers go need not be settled.
+      mesh: where it lives.
+      weights: without an optimizer's state.
+    """
+    shapes, signatures = declared(lineage.cfg)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    where = param_shardings(signatures, shapes, mesh)
+    if weights:
+        opt_shapes: Any = ()
+        opt_shardings: Any = ()
+    else:
+        # Rates and rescalings do not change a state's form.
+        tx = rescaled_adamw(OptimizerConfig(), lineage.cfg, signatures)
+        opt_shapes, opt_shardings = state_shardings(tx, signatures, shapes, mesh)
+    found: TrainState = abstract(
+        TrainState(step, shapes, opt_shapes), TrainState(replicated(mesh), where, opt_shardings)
+    )
+    return found
+
+
+def shardings_of(tree: Any) -> Any:
+    """The shardings of a tree of arrays or `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda like: like.sharding, tree)
+
+
+def kept(state: TrainState) -> Any:
+    """What a checkpoint holds of a state: all of it, or, of weights alone, step and parameters."""
+    return state if jax.tree.leaves(state.opt_state) else {"step": state.step, "params": state.params}
