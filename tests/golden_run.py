@@ -23,7 +23,7 @@ import jax
 
 from flm_jax import train as training
 from flm_jax.checkpoint import read_manifest
-from flm_jax.checkpoint_growth.grow import grow_checkpoint
+from flm_jax.checkpoint_growth import grow_checkpoint
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.train_vocabulary import Bytes

@@ -14,7 +14,7 @@ import transformers
 
 from flm_jax import train as training
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, blocks, manifest
-from flm_jax.checkpoint_growth.grow import grow_checkpoint, verify_checkpoints
+from flm_jax.checkpoint_growth import grow_checkpoint, verify_checkpoints
 from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.convert import exporting, families, importing
 from flm_jax.convert.exporting import export_model

@@ -30,8 +30,7 @@ from flm_jax.checkpoint import (
     read_manifest,
     verify,
 )
-from flm_jax.checkpoint_growth import streaming
-from flm_jax.checkpoint_growth.grow import grow_checkpoint
+from flm_jax.checkpoint_growth import grow_checkpoint, streaming
 from flm_jax.checkpoint_growth.jobs import Form, grow_block
 from flm_jax.growth import Growth, Lineage
 from flm_jax.growth.grow import fresh, moment_maps, param_maps
@@ -198,7 +197,7 @@ def test_checksums_of_blocks_add_up(dtype):
 GO = """
 import sys
 from flm_jax.growth import Growth
-from flm_jax.checkpoint_growth.grow import grow_checkpoint
+from flm_jax.checkpoint_growth import grow_checkpoint
 from tests.test_streamed import NEW
 grow_checkpoint(sys.argv[1], sys.argv[2], NEW, Growth(), streamed=True, chunk_bytes=300)
 """

@@ -11,7 +11,7 @@ import pytest
 
 from flm_jax import train as training
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError
-from flm_jax.checkpoint_growth.grow import grow_checkpoint, verify_checkpoints
+from flm_jax.checkpoint_growth import grow_checkpoint, verify_checkpoints
 from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
