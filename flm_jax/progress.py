@@ -11,30 +11,37 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from flm_jax.distributed import is_primary
-from flm_jax.recipe import ResolvedStage
 
 
 class Progress:
-    """A bar with ETA, loss and tokens/s, and scalars in event files, for one stage. The first process shows them."""
+    """A bar with ETA, loss and tokens/s, and scalars in event files, for one stage. The primary process shows them."""
 
-    def __init__(self, events: Path, stage: ResolvedStage, context: int, flops_per_token: int, start: int) -> None:
-        """Starts at step `start`; `context` and `flops_per_token` turn steps into tokens and FLOP/s."""
+    def __init__(
+        self, events: Path, name: str, steps: int, tokens_per_step: int, flops_per_token: int, start: int
+    ) -> None:
+        """Begins at step `start`.
+
+        Args:
+          events: the stage's directory of event files.
+          name: the stage's.
+          steps: in all.
+          tokens_per_step: turns steps into tokens.
+          flops_per_token: turns tokens into FLOPs.
+          start: steps that are done already.
+        """
         # Imported here: neither is needed to use the library without a terminal.
         from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
-        self._stage = stage
-        self._tokens_per_step = stage.batch_size * context
-        self._flops_per_token = flops_per_token
+        self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
         # What a killed run wrote after its last checkpoint is written again, and hidden by the purge.
-        self._writer = SummaryWriter(str(events / stage.directory), purge_step=start + 1) if is_primary() else None
-        interval = 0.2 if sys.stderr.isatty() else 20.0
+        self._writer = SummaryWriter(str(events), purge_step=start + 1) if is_primary() else None
         self._bar = tqdm(
-            total=self._stage.steps,
+            total=steps,
             initial=start,
-            desc=self._stage.name,
+            desc=name,
             unit="step",
-            mininterval=interval,
+            mininterval=_interval(),
             smoothing=0.1,
             disable=not is_primary(),
         )
@@ -83,6 +90,18 @@ class Progress:
             for name in ("loss", "bits_per_byte"):
                 self._writer.add_scalar(f"heldout/{name}", record[name], step)
         self._since = (step, time.perf_counter())
+
+
+def byte_bar(total: int, done: int, what: str) -> Any:
+    """A bar that shows how many bytes of a total are done; a context manager with `update`."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, mininterval=_interval(), smoothing=0.1)
+
+
+def _interval() -> float:
+    """Seconds between two states of a bar: few lines where they are not overwritten."""
+    return 0.2 if sys.stderr.isatty() else 20.0
 
 
 class Interrupts:

@@ -266,7 +266,8 @@ class _StageRun:
         rows = own_rows(self.mesh, stage.batch_size)
         pending: tuple[int, Metrics] | None = None
         masked, stepper = None, None
-        with Progress(self.workdir / "events", stage, self.recipe.data.context, self.flops_per_token, step) as show:
+        events, tokens = self.workdir / "events" / stage.directory, stage.batch_size * self.recipe.data.context
+        with Progress(events, stage.name, stage.steps, tokens, self.flops_per_token, step) as show:
 
             def look(at: int, metrics: Metrics) -> None:
                 nonlocal bad_in_a_row

@@ -27,7 +27,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 import threading
 import zlib
 from collections.abc import Callable, Generator, Mapping
@@ -45,6 +44,7 @@ from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, Leaf, lea
 from flm_jax.checkpoint_growth.jobs import Form, Unit, grow_block, jobs
 from flm_jax.checkpoint_growth.journal import Journal, Sum
 from flm_jax.growth.lineage import Lineage
+from flm_jax.progress import byte_bar
 from flm_jax.records import as_dict
 from flm_jax.sharding import make_mesh
 from flm_jax.source_checkpoint import SourceCheckpoint, signature_texts
@@ -198,7 +198,8 @@ class _Pass:
         units = {unit.name: unit for job in self.jobs for unit in job.units()}
         left = collections.Counter(unit.job.path for unit in units.values())
         done = {name: sums for name, sums in self.journal.done.items() if self._is_there(units.get(name))}
-        shown = bar(sum(unit.nbytes for unit in units.values()), sum(units[name].nbytes for name in done))
+        total, before = (sum(units[name].nbytes for name in names) for names in (units, done))
+        shown = byte_bar(total, before, "growing")
 
         def finish(unit: Unit, sums: tuple[Sum, Sum]) -> None:
             job = unit.job
@@ -368,11 +369,3 @@ class _Pass:
             "source": {"leaves": len(size), "bytes": sum(size.values()), "checksums": "equal"},
             "target": {"leaves": len(self.target), "bytes": sum(u.nbytes for job in self.jobs for u in job.units())},
         }
-
-
-def bar(total: int, done: int, what: str = "growing") -> Any:
-    """Shows how many bytes of a total are done."""
-    from tqdm import tqdm
-
-    interval = 0.2 if sys.stderr.isatty() else 20.0
-    return tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, mininterval=interval, smoothing=0.1)

@@ -18,13 +18,13 @@ import numpy as np
 from flm_jax import costs
 from flm_jax.checkpoint import blocks, checksum, manifest
 from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, read_manifest
-from flm_jax.checkpoint_growth.streaming import bar
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
 from flm_jax.convert.fold import factors
 from flm_jax.convert.layout import Part, parts, tensors
 from flm_jax.convert.pieces import block_checksum, cast, check_dtype, in_parallel
 from flm_jax.convert.safetensors_writer import Writer
+from flm_jax.progress import byte_bar
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
 SHARD_BYTES = 5 * 10**9
@@ -89,7 +89,7 @@ def export_model(
             raise CheckpointError(
                 f"{target} has room for {costs.size(free)}, and the model takes {costs.size(needed)}."
             )
-        with Writer(target, planned, shard_bytes) as writer, bar(needed, 0, "converting") as shown:
+        with Writer(target, planned, shard_bytes) as writer, byte_bar(needed, 0, "converting") as shown:
             for nbytes in _export(origin, by, writer, np.dtype(jnp.dtype(dtype)), held_bytes):
                 shown.update(nbytes)
         files = {name: content for name, content in origin.files.items() if name != families.CONFIG}

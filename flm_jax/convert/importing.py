@@ -18,13 +18,13 @@ from flm_jax.checkpoint import blocks, checksum
 from flm_jax.checkpoint.commit import commit_step, small_files
 from flm_jax.checkpoint.directory import take_lock
 from flm_jax.checkpoint.manifest import CheckpointError, Leaf
-from flm_jax.checkpoint_growth.streaming import bar
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
 from flm_jax.convert.layout import Part, parts
 from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, in_parallel
 from flm_jax.convert.safetensors import Stored, few, open_shards
 from flm_jax.growth.lineage import Lineage
+from flm_jax.progress import byte_bar
 from flm_jax.source_checkpoint import CheckpointMeta
 
 CHUNK_BYTES = 16 << 20
@@ -244,7 +244,7 @@ def _write(
         blocks.write_chunk(arrays, path, chunks[path], (*tile.lead, *_at(part, tile.start // runs[part.path])), block)
         return tile, block_checksum(part, block, tile.lead, 0, tile.start)
 
-    with bar(needed, 0, "converting") as shown:
+    with byte_bar(needed, 0, "converting") as shown:
         for tile, lanes in in_parallel(convert, _tiles(every, runs)):
             path = f"params/{tile.part.path}"
             sums[path] = checksum.add(sums[path], lanes)
