@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import gin  # noqa: E402
 
-from experiments import launch  # noqa: E402
 from flm_jax import costs  # noqa: E402
+from flm_jax.cli import configure  # noqa: E402
 from flm_jax.planning import compiled, stages  # noqa: E402
 from flm_jax.planning.topology import Topology, topology  # noqa: E402
 from flm_jax.recipe import Recipe, ResolvedStage, Run, resolve  # noqa: E402
@@ -83,8 +83,8 @@ def main() -> None:
 def configured(bindings: Sequence[str]) -> tuple[Recipe, Run]:
     """The recipe, with some bindings changed."""
     gin.clear_config()
-    launch.parse([RECIPE], bindings)
-    recipe, run = launch.train()
+    configure.parse([RECIPE], bindings)
+    recipe, run = configure.train()
     gin.clear_config()
     return recipe, run
 

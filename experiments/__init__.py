@@ -1,1 +1,1 @@
-"""Launchers: parse flags, parse gin, call one function."""
+"""Launchers: each runs one program of `flm_jax.cli`."""

@@ -32,6 +32,11 @@ def recorded(cls: type[T]) -> type[T]:
     return cls
 
 
+def classes() -> list[type]:
+    """Every configuration class that has been imported, by name."""
+    return [_CLASSES[name] for name in sorted(_CLASSES)]
+
+
 def as_dict(value: Any) -> Any:
     """A configuration as JSON-able data; dataclasses carry the name of their class.
 

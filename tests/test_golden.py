@@ -10,8 +10,8 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from experiments import launch
 from flm_jax import costs
+from flm_jax.cli import configure
 from flm_jax.recipe import resolve
 from flm_jax.sharding import MESH_AXES, sharding
 
@@ -23,8 +23,8 @@ RECIPES = ["tele_flm_52b", "tele_flm_102b", "tele_flm_1t"]
 def placements(name):
     """One line a parameter: path, signature, dtype, shape, what its dimensions are split over, a device's share."""
     gin.clear_config()
-    launch.parse([f"gin_configs/recipes/{name}.gin"], [])
-    recipe, run = launch.train()
+    configure.parse([f"gin_configs/recipes/{name}.gin"], [])
+    recipe, run = configure.train()
     gin.clear_config()
     lines = []
     for stage in resolve(recipe):

@@ -318,11 +318,11 @@ def tasks(tmp_path):
 def launched(checkpoint, what, tokenizer=None, batch_size=4, json_file=None, bindings=()):
     import gin
 
-    from experiments import launch
+    from flm_jax.cli import runs
 
     gin.clear_config()
     try:
-        launch.run_evaluate(str(checkpoint), what, tokenizer, batch_size, None, json_file, [], list(bindings))
+        runs.run_evaluate(str(checkpoint), what, tokenizer, batch_size, None, json_file, [], list(bindings))
     finally:
         gin.clear_config()
 
@@ -404,13 +404,13 @@ def test_a_run_is_evaluated_with_the_vocabulary_it_was_trained_with(data, tmp_pa
 def test_a_checkpoints_tokenizer_is_a_vocabulary_to_train_with(converted):
     import gin
 
-    from experiments import launch
+    from flm_jax.cli import configure
 
     gin.clear_config()
     try:
         bindings = ["DataConfig.vocabulary = @Pretrained()", f"Pretrained.path = {str(converted)!r}"]
-        launch.parse([], [*bindings, "verify.data = @DataConfig()"])
-        config = launch.verify()["data"].vocabulary
+        configure.parse([], [*bindings, "verify.data = @DataConfig()"])
+        config = configure.verify()["data"].vocabulary
     finally:
         gin.clear_config()
     assert config.load().digest == TokenizerVocabulary.from_directory(converted.parent / "hub").digest

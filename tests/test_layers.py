@@ -25,6 +25,7 @@ checkpoint_growth
 report
 train
 convert evaluation planning
+cli
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
 # What preparing text needs; growing, verifying, converting and planning do without.

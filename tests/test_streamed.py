@@ -324,14 +324,14 @@ def test_what_cannot_be_streamed_is_refused_with_what_would_be_right(source, tmp
 def test_on_the_command_line(source, tmp_path, capsys):
     import gin
 
-    from experiments import launch
+    from flm_jax.cli import runs
 
     fields = {name: value for name, value in dataclasses.asdict(NEW).items() if value != getattr(OLD, name)}
     given = {**dataclasses.asdict(OLD), **fields}
     bindings = [f"ModelConfig.{name} = {value!r}" for name, value in given.items()]
     bindings += ["grow.target = @ModelConfig()", "grow.growth = @Growth()", "Growth.method = 'zero'"]
     gin.clear_config()
-    launch.run_grow(
+    runs.run_grow(
         str(source), str(tmp_path / "grown"), [], [*bindings, "grow.streamed = True", "grow.chunk_bytes = 5000"]
     )
     gin.clear_config()

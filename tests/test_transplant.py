@@ -227,22 +227,22 @@ def test_a_dry_run_describes_a_recipe_that_starts_with_a_checkpoint(trained, dat
 def test_on_the_command_line_status_says_whether_it_holds(trained, copied, tmp_path, capsys):
     import gin
 
-    from experiments import launch
+    from flm_jax.cli import runs
 
     gin.clear_config()
-    launch.run_verify(str(trained), str(copied), str(tmp_path / "found.json"), [], [])
+    runs.run_verify(str(trained), str(copied), str(tmp_path / "found.json"), [], [])
     assert json.loads((tmp_path / "found.json").read_text())["holds"]
     other = resaved(
         copied, tmp_path / "other", lambda s: s.replace(params={**s.params, "head": s.params["head"] * 1.01})
     )
     gin.clear_config()
     with pytest.raises(SystemExit) as stop:
-        launch.run_verify(str(trained), str(other), None, [], [])
+        runs.run_verify(str(trained), str(other), None, [], [])
     assert stop.value.code == 1
     assert "final norm, the head or the logit multiplier" in capsys.readouterr().out
     gin.clear_config()
     with pytest.raises(SystemExit):
-        launch.run_grow(str(trained), str(tmp_path / "new"), ["gin_configs/growth/copy_small.gin"], [])
+        runs.run_grow(str(trained), str(tmp_path / "new"), ["gin_configs/growth/copy_small.gin"], [])
     gin.clear_config()
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -257,14 +257,14 @@ CONFIGS = sorted(Path(__file__).parent.parent.glob("gin_configs/growth/*.gin"))
 def test_every_growth_configuration_parses_and_fits(file):
     import gin
 
-    from experiments import launch
+    from flm_jax.cli import configure
     from flm_jax.config import small_52b
     from flm_jax.growth import Lineage
 
     gin.clear_config()
-    by_hand = launch.parse([str(file)], [])
-    settings = launch.grow()
-    launch.check_used(by_hand)
+    by_hand = configure.parse([str(file)], [])
+    settings = configure.grow()
+    configure.check_used(by_hand)
     gin.clear_config()
     grown = Lineage(small_52b()).grown(settings["target"], settings["growth"])
     assert grown.outline

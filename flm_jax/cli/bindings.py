@@ -1,0 +1,88 @@
+"""List what gin files and --gin_bindings can set: every configurable, its fields, types, defaults and meanings.
+
+python experiments/bindings.py                    # all of them, a line per field
+python experiments/bindings.py Growth Stage       # these, with what each field means
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gin
+from absl import app
+
+# A field's default where it has none.
+REQUIRED = "required"
+
+
+def fields_of(configurable: Callable[..., Any]) -> list[tuple[str, str, str]]:
+    """Every field or parameter: name, type, default."""
+    if dataclasses.is_dataclass(configurable):
+        return [(f.name, str(f.type), _default(f)) for f in dataclasses.fields(configurable)]
+    found = []
+    for name, parameter in inspect.signature(configurable).parameters.items():
+        given = parameter.default
+        missing = given is inspect.Parameter.empty or given is gin.REQUIRED
+        found.append((name, str(parameter.annotation), REQUIRED if missing else repr(given)))
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    if field.default_factory is dataclasses.MISSING:
+        return REQUIRED
+    made = field.default_factory()
+    return f"@{type(made).__name__}()" if dataclasses.is_dataclass(made) else repr(made)
+
+
+def meanings_of(configurable: Callable[..., Any]) -> dict[str, str]:
+    """What the docstring says of each field or argument."""
+    text = inspect.getdoc(configurable) or ""
+    section = re.search(r"^(?:Attributes|Args):\n((?:[ \t]+.*\n?|\n)+)", text, re.MULTILINE)
+    found: dict[str, str] = {}
+    name = ""
+    for line in section[1].splitlines() if section else ():
+        begun = re.match(r"\s{2,4}(\w+): (.*)", line)
+        if begun:
+            name, found[begun[1]] = begun[1], begun[2]
+        elif name and line.strip():
+            found[name] += f" {line.strip()}"
+    return found
+
+
+def table(configurable: Callable[..., Any], meanings: bool) -> str:
+    """A configurable as text: its name and first docstring line, and a line per field."""
+    lines = [f"{configurable.__name__}: {(inspect.getdoc(configurable) or '').splitlines()[0]}"]
+    said = meanings_of(configurable) if meanings else {}
+    for name, kind, default in fields_of(configurable):
+        lines.append(f"  {configurable.__name__}.{name}: {kind} = {default}")
+        if name in said:
+            lines.append(f"      {said[name]}")
+    return "\n".join(lines)
+
+
+def run(argv: list[str]) -> None:
+    """Lists what is asked for."""
+    from flm_jax.cli import configure  # Imported here, so that --help answers at once.
+
+    known = {configurable.__name__: configurable for configurable in configure.configurables()}
+    if unknown := sorted(set(argv[1:]) - known.keys()):
+        print(f"error: gin knows no {', '.join(unknown)}; it knows {', '.join(known)}.", file=sys.stderr)
+        sys.exit(1)
+    print("\n\n".join(table(known[name], bool(argv[1:])) for name in argv[1:] or known))
+
+
+def main() -> None:
+    """Runs the program."""
+    sys.modules["__main__"].__doc__ = __doc__
+    app.run(run)
+
+
+if __name__ == "__main__":
+    main()

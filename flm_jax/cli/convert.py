@@ -1,0 +1,61 @@
+"""Convert a model of the Llama family into a checkpoint, and a checkpoint into one that other programs load.
+
+  python experiments/convert.py --from_hf=my/llama --workdir=runs/llama [--dtype=float32]
+  python experiments/convert.py --to_hf=my/larger --workdir=runs/larger [--dtype=bfloat16] [--architecture=NAME]
+
+The first reads config.json, safetensors and tokenizer of a Llama, Mistral, Qwen2, Qwen3 or Tele-FLM directory, of any
+size, and writes step 0 of a new work directory: grow it, verify it, train on from it with `Recipe.start`. To train,
+take --dtype=float32: AdamW's small steps are lost in 16 bits.
+
+The second writes a directory that `transformers` loads with no code of ours, tokenizer included; kept widths and
+multipliers are folded into the weights. With --architecture=TeleFLMForCausalLM multipliers stay multipliers.
+
+Neither changes a bit of the weights that need not change: docs/convert.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from flm_jax.cli.flags import launch, refuse
+
+
+def define() -> None:
+    """Defines the flags."""
+    flags.DEFINE_string("from_hf", None, "A directory to read: config.json, safetensors, tokenizer.")
+    flags.DEFINE_string("to_hf", None, "A directory to write: new or empty.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "With --from_hf: new or empty. With --to_hf: a work directory, a stage's or a step.",
+        required=True,
+    )
+    flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; without it, the dtype stays.")
+    flags.DEFINE_string("architecture", None, "With --to_hf: what to write it as, such as Qwen2ForCausalLM.")
+    flags.DEFINE_float("shard_gb", 5.0, "With --to_hf: the largest file, in 10^9 bytes.", lower_bound=1e-9)
+
+
+def run(values: Any) -> None:
+    """Converts what the flags say."""
+    source, target = values.from_hf, values.to_hf
+    if (source is None) == (target is None):
+        refuse("give one of --from_hf and --to_hf")
+    if source is not None and values.architecture is not None:
+        refuse("--architecture belongs to --to_hf")
+    from flm_jax.cli import runs  # Imported here, so that --help answers at once.
+
+    if source is not None:
+        runs.run_import(source, values.workdir, values.dtype)
+    else:
+        runs.run_export(values.workdir, target, values.architecture, values.dtype, int(values.shard_gb * 1e9))
+
+
+def main() -> None:
+    """Runs the program."""
+    launch(__doc__ or "", define, run)
+
+
+if __name__ == "__main__":
+    main()

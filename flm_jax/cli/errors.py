@@ -1,0 +1,57 @@
+"""How a program starts and fails: logging, joining other processes, errors in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+from flm_jax import distributed
+from flm_jax.checkpoint import CheckpointError
+from flm_jax.growth import GrowthError
+from flm_jax.train import NonFiniteError
+
+# What a user's input can cause: one sentence is enough. Anything else is our error, and shows where.
+EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, NonFiniteError, distributed.PeerError)
+
+
+def join(flags: Mapping[str, Any]) -> None:
+    """Joins the other processes of a run, if the flags or the environment name any: see `flm_jax.distributed.join`."""
+    _log_from(logging.WARNING)
+    try:
+        distributed.join(**flags)
+    except ValueError as error:
+        fail(error)
+
+
+def _log_from(level: int) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level, force=True)
+
+
+@contextlib.contextmanager
+def started() -> Iterator[None]:
+    """Within it, expected errors are told in one sentence, and end the program with status 1."""
+    _log_from(logging.WARNING)  # before JAX looks for devices, and tells of all that it does not find
+    if not distributed.is_primary():
+        _log_from(logging.ERROR)
+    try:
+        yield
+    except EXPECTED as error:
+        fail(error)
+    except (Exception, KeyboardInterrupt) as error:
+        if distributed.joined():
+            traceback.print_exc()
+            distributed.fail_together(repr(error))
+        raise
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Prints one sentence, and exits with status 1."""
+    # gin appends the calls that it was in; the sentence itself comes first.
+    text = " ".join(str(error).split("\n  In call to configurable")[0].split())
+    print(f"error: {text}", file=sys.stderr)
+    distributed.fail_together(text)
+    sys.exit(1)

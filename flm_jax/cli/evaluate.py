@@ -1,0 +1,73 @@
+"""Evaluate a checkpoint: lm-eval's tasks, bits per byte of any text, continuations of a prompt.
+
+  python experiments/evaluate.py --checkpoint=runs/demo --text=my/texts [--json=FILE]
+  python experiments/evaluate.py --checkpoint=runs/converted --lm_eval=hellaswag,arc_easy --limit=100
+  python experiments/evaluate.py --checkpoint=runs/converted --lm_eval=my_task --include_path=my/tasks
+  python experiments/evaluate.py --checkpoint=runs/demo --generate='def main(' --tokens=64
+
+Tasks need `pip install -e '.[eval]'`; those of your own, on files of your own, need no network. The tokenizer is the
+checkpoint's own, or that of the data its run was configured with. Gin only lays devices out:
+
+      --gin_bindings='evaluate.mesh = @MeshConfig()' --gin_bindings='MeshConfig.tensor = 4'
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from flm_jax.cli.flags import define_gin, define_json, define_processes, launch, process_flags, refuse
+
+
+def define() -> None:
+    """Defines the flags."""
+    define_processes()
+    define_gin("evaluate.mesh = @MeshConfig()")
+    define_json()
+    flags.DEFINE_string("checkpoint", None, "A step, a stage's or a work directory.", required=True)
+    flags.DEFINE_list("lm_eval", [], "Tasks or groups of lm-eval, or patterns of their names.")
+    flags.DEFINE_string("include_path", None, "A folder with lm-eval tasks of your own, as YAML.")
+    flags.DEFINE_float("limit", None, "Examples per task; below 1, a share of them.", lower_bound=0.0)
+    flags.DEFINE_integer("num_fewshot", None, "Examples shown before each question.", lower_bound=0)
+    flags.DEFINE_string("text", None, "Bits per byte of this: a text file, a *.jsonl, or a folder of *.txt.")
+    flags.DEFINE_string("generate", None, "Continue this prompt, with the likeliest token each time.")
+    flags.DEFINE_integer("tokens", 64, "How many tokens to continue it by.", lower_bound=1)
+    flags.DEFINE_string("tokenizer", None, "A directory with tokenizer.json, in place of the checkpoint's own.")
+    flags.DEFINE_integer("batch_size", 8, "Rows read at once, on all devices together.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_length",
+        None,
+        "Tokens the model reads at once; by default what it was made for, at most 4096.",
+        lower_bound=2,
+    )
+
+
+def run(values: Any) -> None:
+    """Evaluates what the flags say."""
+    if not values.lm_eval and values.text is None and values.generate is None:
+        refuse("say what to evaluate: --lm_eval, --text or --generate")
+    from flm_jax.cli import runs  # Imported here, so that --help answers at once.
+    from flm_jax.evaluation import EvalRequest
+
+    runs.join(process_flags(values))
+    asked = EvalRequest(
+        tasks=tuple(values.lm_eval),
+        include_path=values.include_path,
+        limit=values.limit,
+        num_fewshot=values.num_fewshot,
+        text=values.text,
+        prompt=values.generate,
+        tokens=values.tokens,
+    )
+    how = (values.tokenizer, values.batch_size, values.max_length)
+    runs.run_evaluate(values.checkpoint, asked, *how, values.json, values.gin_file, values.gin_bindings)
+
+
+def main() -> None:
+    """Runs the program."""
+    launch(__doc__ or "", define, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Grow a checkpoint, optimizer state included, into a new work directory, and verify it.
+
+  python experiments/grow.py --source=runs/demo/checkpoints/0_52b_small --workdir=runs/copied \
+      --gin_file=gin_configs/growth/copy_small.gin
+
+The source, a step, a stage's directory or a work directory, is only read. Go on from the result with
+`Recipe.start = 'runs/copied'`.
+
+A checkpoint that does not fit in memory grows block by block, from disk to disk, with the same result:
+
+      --gin_bindings='grow.streamed = True' --gin_bindings='Growth.depth = "interleave"'
+
+The models are not run then, so distances cannot be measured; killed and run again, it goes on where it was.
+`grow.chunk_bytes` bounds a block, and so the memory (docs/streaming.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from flm_jax.cli.flags import define_gin, define_processes, launch, process_flags, refuse
+
+
+def define() -> None:
+    """Defines the flags."""
+    define_processes()
+    define_gin("grow.seed = 1")
+    flags.DEFINE_string("source", None, "The checkpoint to grow.", required=True)
+    flags.DEFINE_string("workdir", None, "Where the grown one goes: new or empty.", required=True)
+
+
+def run(values: Any) -> None:
+    """Grows what the flags say."""
+    if not values.gin_file and not values.gin_bindings:
+        refuse("say how to grow, with --gin_file")
+    from flm_jax.cli import runs  # Imported here, so that --help answers at once.
+
+    runs.join(process_flags(values))
+    runs.run_grow(values.source, values.workdir, values.gin_file, values.gin_bindings)
+
+
+def main() -> None:
+    """Runs the program."""
+    launch(__doc__ or "", define, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What each program calls once its flags and gin are parsed; it prints what a user is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import gin
+
+from flm_jax import checkpoint_growth, costs, distributed, evaluation
+from flm_jax.checkpoint_growth.text import verification_lines
+from flm_jax.cli import configure
+from flm_jax.cli.configure import PACKAGE, check_used, parse, recorded_data, required
+from flm_jax.cli.errors import fail, join, started
+from flm_jax.config import ModelConfig
+from flm_jax.convert import exporting, importing
+from flm_jax.evaluation import EvalRequest
+from flm_jax.files import write_json
+from flm_jax.growth import Growth
+from flm_jax.planning import compiled, stages, text
+from flm_jax.planning.topology import Topology
+from flm_jax.train import train
+
+__all__ = ["join", "run_evaluate", "run_export", "run_grow", "run_import", "run_plan", "run_train", "run_verify"]
+
+
+def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool) -> None:
+    """Builds the recipe, and trains it, or only says what it would be."""
+    with started():
+        by_hand = parse(gin_files, gin_bindings)
+        recipe, run = required(configure.train)
+        check_used(by_hand)
+        if dry_run:
+            for section in text.dry_run(recipe, run):
+                distributed.print0(section)
+            return
+        assert workdir is not None
+        given = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
+        if train(recipe, run, workdir, records=given) is None:
+            distributed.print0(f"Stopped; everything is saved in {workdir}. Run the same command to go on.")
+
+
+def check_writable(json_file: str | None) -> None:
+    """Refuses a --json that cannot be written, before anything is computed for it.
+
+    Raises:
+        ValueError: it is a directory, or lies in none.
+    """
+    if json_file is None:
+        return
+    path = Path(json_file).absolute()
+    if path.is_dir():
+        raise ValueError(f"--json={json_file} is a directory; name a file in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--json={json_file}: there is no directory {path.parent}.")
+
+
+def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
+    """Grows a checkpoint into a new work directory, and says what was found."""
+    with started():
+        data = recorded_data(source)
+        by_hand = parse(gin_files, gin_bindings)
+        settings = required(configure.grow)
+        check_used(by_hand)
+        for name, kinds in (("target", (ModelConfig, Mapping)), ("growth", (Growth,))):
+            if not isinstance(settings[name], kinds):
+                right = f"bind a {kinds[0].__name__}, called: '@name()'"
+                more = ", or what changes, such as {'embed': 720}" if Mapping in kinds else ""
+                raise ValueError(f"grow.{name} is {settings[name]!r}; {right}{more}.")
+        if not settings["streamed"]:
+            settings["data"] = settings["data"] or data
+        records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
+        record = checkpoint_growth.grow_checkpoint(source, workdir, **settings, records=records)
+        distributed.print0(verification_lines(record["verification"]))
+        distributed.print0(f"Written to {workdir}. Go on from it with Recipe.start = {workdir!r}.")
+
+
+def run_verify(
+    source: str, target: str, json_file: str | None, gin_files: Sequence[str], gin_bindings: Sequence[str]
+) -> None:
+    """Verifies a grown checkpoint, and exits with status 1 if what its method promises does not hold."""
+    with started():
+        data = recorded_data(source)
+        by_hand = parse(gin_files, gin_bindings)
+        settings = configure.verify()
+        check_used(by_hand)
+        settings["data"] = settings["data"] or data
+        check_writable(json_file)
+        found = checkpoint_growth.verify_checkpoints(source, target, **settings)
+    distributed.print0(verification_lines(found))
+    if json_file and distributed.is_primary():
+        write_json(Path(json_file), found)
+    if not found["holds"]:
+        sys.exit(1)
+
+
+def run_import(source: str, workdir: str, dtype: str | None) -> None:
+    """Makes a checkpoint of another program's model, and says what it is."""
+    with started():
+        found = importing.import_model(source, workdir, dtype)
+    distributed.print0(
+        f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters in {found['tensors']} "
+        f"tensors, kept as {found['dtype']}; with {', '.join(found['files'])}."
+    )
+    if "tokenizer.json" not in found["files"]:
+        distributed.print0(
+            "No tokenizer.json came with it: training and evaluation want one of you (Pretrained.path, --tokenizer)."
+        )
+    distributed.print0(f"Written to {workdir}. Grow it with --source={workdir}, or go on from it with Recipe.start.")
+
+
+def run_export(workdir: str, target: str, architecture: str | None, dtype: str | None, shard_bytes: int) -> None:
+    """Writes a checkpoint for other programs, and says what it has become."""
+    with started():
+        found = exporting.export_model(workdir, target, architecture, dtype, shard_bytes)
+    folded = (
+        f"{found['folded']} kinds of parameters took over multipliers and kept widths"
+        if found["folded"]
+        else ("nothing to fold")
+    )
+    tokenizer = "" if found["tokenizer"] else "; the checkpoint has no tokenizer to go with it"
+    distributed.print0(
+        f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters as {found['dtype']}, "
+        f"{costs.size(found['bytes'])}; {folded}{tokenizer}."
+    )
+    if found["folded"] and found["dtype"] != "float32":
+        distributed.print0(
+            f"What was folded is rounded to {found['dtype']}: with --dtype=float32 it stays within a few 1e-6."
+        )
+    distributed.print0(f"Written to {target}: {', '.join(found['files'])} and the weights.")
+
+
+def run_evaluate(
+    checkpoint: str,
+    asked: EvalRequest,
+    tokenizer: str | None,
+    batch_size: int,
+    max_length: int | None,
+    json_file: str | None,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+) -> None:
+    """Evaluates a checkpoint, and says what was found."""
+    with started():
+        check_writable(json_file)
+        data = recorded_data(checkpoint)
+        by_hand = parse(gin_files, gin_bindings)
+        mesh = configure.evaluate()
+        check_used(by_hand)
+        try:
+            found = evaluation.evaluate_checkpoint(
+                checkpoint, asked, tokenizer, data, mesh, batch_size, max_length, distributed.print0
+            )
+        except ImportError as error:
+            fail(error)
+    if json_file and distributed.is_primary():
+        write_json(Path(json_file), found)
+
+
+def run_plan(
+    machine: Topology,
+    compiler: str,
+    utilisation: float,
+    storage: float,
+    json_file: str | None,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+) -> None:
+    """Plans a recipe for a machine, stage by stage."""
+    with started():
+        check_writable(json_file)
+        by_hand = parse(gin_files, gin_bindings)
+        recipe, run = required(configure.train)
+        check_used(by_hand)
+        assumed = stages.Assumptions(utilisation, storage)
+        print(
+            f"{machine.name}: {machine.devices} devices on {machine.hosts} hosts; utilisation {utilisation:.0%} assumed"
+        )
+        records = []
+        for record in stages.stages(recipe, run, compiled.devices_of(machine, compiler), machine, compiler, assumed):
+            records.append(record)
+            print(text.stage_text(record), flush=True)
+    print(text.total_text(records, machine))
+    if json_file:
+        about = {"name": machine.name, "devices": machine.devices, "hosts": machine.hosts, "chip": machine.chip.source}
+        found = {
+            "topology": about,
+            "compiler": compiler,
+            "assumed": {"utilisation": utilisation, "storage_bytes_per_second_and_host": storage},
+            "stages": records,
+            "total": text.totals(records),
+        }
+        write_json(Path(json_file), found)
+    if not all(record["fits"] for record in records):
+        sys.exit(1)
+
+
+def git_state() -> str:
+    """The commit that this is, and what is changed on top of it; empty outside a git checkout."""
+    root = str(PACKAGE.parent)
+    try:
+        calls = [["git", "-C", root, *args] for args in (["rev-parse", "HEAD"], ["diff", "HEAD", "--stat"])]
+        return "\n".join(subprocess.run(call, capture_output=True, text=True, check=True).stdout for call in calls)
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,45 @@
+"""Train a recipe: its first stage, then every growth and the stages after it.
+
+  python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=runs/demo
+
+Run the same command again to go on where it was left. Add --dry_run to see parameters, FLOPs and memory of every
+stage, and to compile nothing but check that everything lowers. On several hosts, the same command once a host: see
+docs/pods.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from flm_jax.cli.flags import define_gin, define_processes, launch, process_flags, refuse
+
+
+def define() -> None:
+    """Defines the flags."""
+    define_processes()
+    define_gin("Recipe.seed = 1")
+    flags.DEFINE_string("workdir", None, "Where everything is written; belongs to one recipe.")
+    flags.DEFINE_bool("dry_run", False, "Print parameters, FLOPs and memory, lower every stage, train nothing.")
+
+
+def run(values: Any) -> None:
+    """Trains what the flags say."""
+    if not values.gin_file and not values.gin_bindings:
+        refuse("give a recipe with --gin_file")
+    if values.workdir is None and not values.dry_run:
+        refuse("give a --workdir, or --dry_run")
+    from flm_jax.cli import runs  # Imported here, so that --help answers at once.
+
+    runs.join(process_flags(values))
+    runs.run_train(values.gin_file, values.gin_bindings, values.workdir, values.dry_run)
+
+
+def main() -> None:
+    """Runs the program."""
+    launch(__doc__ or "", define, run)
+
+
+if __name__ == "__main__":
+    main()

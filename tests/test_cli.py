@@ -1,0 +1,68 @@
+"""Programs: what gin can bind, the shipped minimal recipe, help that answers at once, the shipped gin files."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import pytest
+
+from flm_jax import records
+from flm_jax.cli import bindings, configure, runs
+
+ROOT = Path(__file__).resolve().parent.parent
+SURFACE = ROOT / "tests/golden/bindings.txt"
+PROGRAMS = ("train", "grow", "verify", "convert", "evaluate", "plan", "bindings")
+
+
+def surface() -> str:
+    """Everything that gin can bind, as `python experiments/bindings.py` prints it."""
+    return "\n\n".join(bindings.table(c, meanings=False) for c in configure.configurables()) + "\n"
+
+
+def test_what_gin_can_bind_is_what_was_reviewed():
+    assert surface() == SURFACE.read_text(), (
+        "users' gin files name these; if they are to change, `python -m tests.test_cli` writes them anew"
+    )
+
+
+@pytest.mark.parametrize("cls", records.classes(), ids=lambda c: c.__name__)
+def test_every_field_of_every_configuration_has_a_meaning(cls):
+    # Corpora say theirs in their first lines.
+    if not cls.__module__.startswith("flm_jax.data") or cls.__name__ in ("DataConfig", "SentencePiece", "Pretrained"):
+        assert set(bindings.meanings_of(cls)) == {name for name, _, _ in bindings.fields_of(cls)}
+
+
+def test_bindings_of_a_name_that_gin_does_not_know_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bindings.run(["bindings", "Growht"])
+    assert "gin knows no Growht; it knows " in capsys.readouterr().err
+    bindings.run(["bindings", "Ramp"])
+    assert "Ramp.delay: int = 0\n      steps at 0 before it." in capsys.readouterr().out
+
+
+def test_the_minimal_recipe_is_short_and_trains_and_grows_on_texts_of_ones_own(tmp_path, capsys):
+    recipe = ROOT / "gin_configs/recipes/minimal.gin"
+    assert len(recipe.read_text().splitlines()) < 20
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"{number} is a number; " * 30)
+    given = [f"TextFolder.path = {str(tmp_path)!r}", f"DataConfig.cache_dir = {str(tmp_path / 'cache')!r}"]
+    given += ["DataConfig.context = 32", "Stage.steps = 2", "Recipe.eval_windows = 4"]
+    gin.clear_config()
+    runs.run_train([str(recipe)], given, str(tmp_path / "run"), False)
+    gin.clear_config()
+    assert "Growth to 'large' by zero" in capsys.readouterr().out
+    assert (tmp_path / "run/report.md").is_file()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_answers_without_jax(name):
+    code = f"import sys; sys.argv = ['x', '--help']; from flm_jax.cli.{name} import main\n"
+    code += "try:\n  main()\nfinally:\n  assert 'jax' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "AssertionError" not in done.stderr, done.stderr
+    assert f"experiments/{name}.py" in done.stdout
+
+
+if __name__ == "__main__":
+    SURFACE.write_text(surface())
