@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flm_jax.config import ModelConfig
@@ -189,6 +187,10 @@ def _splash(
     """
     del mask_BTS
     B, T, N, _ = q_BTNH.shape
+    # Imported here: experimental, and nothing but a TPU needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
     mesh, parts = jax.sharding.get_abstract_mesh(), splash_parts()
     block = splash_block(T)
     if block is None:

@@ -166,7 +166,7 @@ def all_gather_text(what: str, text: str = "") -> list[str]:
 
 
 def _client() -> Any:
-    # JAX shows its key-value store nowhere else; orbax takes it from here too.
+    # JAX shows its key-value store nowhere else; orbax takes it from here too. Checked with jax 0.10.2 and 0.12.0.1.
     from jax._src import distributed
 
     return distributed.global_state.client

@@ -67,4 +67,4 @@ def missing_room(folder: Path, needed: int) -> str | None:
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return None
-    return f"{folder} has room for {free / 1e9:.4g} GB, and {needed / 1e9:.4g} GB are needed; free some room"
+    return f"{folder} has room for {free / 1e9:.4g} GB, and {needed / 1e9:.4g} GB are needed: free some"

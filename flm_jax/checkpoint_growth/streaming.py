@@ -43,6 +43,7 @@ from flm_jax.checkpoint.directory import take_lock
 from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, Leaf, leaf_paths, read_manifest
 from flm_jax.checkpoint_growth.jobs import Form, Unit, grow_block, jobs
 from flm_jax.checkpoint_growth.journal import Journal, Sum
+from flm_jax.files import missing_room
 from flm_jax.growth.lineage import Lineage
 from flm_jax.progress import byte_bar
 from flm_jax.records import as_dict
@@ -184,12 +185,8 @@ class _Pass:
 
     def _check_room(self) -> None:
         needed = sum(unit.nbytes for job in self.jobs for unit in job.units())
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise CheckpointError(
-                f"{self.directory} has room for {free / 1e9:.1f} GB, and the grown checkpoint is {needed / 1e9:.1f} "
-                "GB; nothing was written. Free some, or take a --workdir on another disk."
-            )
+        if missing := missing_room(self.directory, needed):
+            raise CheckpointError(f"{missing}, or take a --workdir on another disk; nothing was written.")
 
     def _stream(self) -> dict[str, Sum]:
         """Grows what is not on disk yet; returns the checksums of the target's leaves."""

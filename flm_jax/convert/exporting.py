@@ -24,6 +24,7 @@ from flm_jax.convert.fold import factors
 from flm_jax.convert.layout import Part, parts, tensors
 from flm_jax.convert.pieces import block_checksum, cast, check_dtype, in_parallel
 from flm_jax.convert.safetensors_writer import Writer
+from flm_jax.files import atomic_write, missing_room
 from flm_jax.progress import byte_bar
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
@@ -85,17 +86,15 @@ def export_model(
     made = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     try:
-        if (free := shutil.disk_usage(target).free) < needed:
-            raise CheckpointError(
-                f"{target} has room for {costs.size(free)}, and the model takes {costs.size(needed)}."
-            )
+        if missing := missing_room(target, needed):
+            raise CheckpointError(f"{missing}.")
         with Writer(target, planned, shard_bytes) as writer, byte_bar(needed, 0, "converting") as shown:
             for nbytes in _export(origin, by, writer, np.dtype(jnp.dtype(dtype)), held_bytes):
                 shown.update(nbytes)
         files = {name: content for name, content in origin.files.items() if name != families.CONFIG}
         for name, content in files.items():
-            (target / name).write_bytes(content)
-        (target / families.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            atomic_write(target / name, content)
+        atomic_write(target / families.CONFIG, json.dumps(config, indent=2) + "\n")
     except BaseException:
         if made:
             shutil.rmtree(target, ignore_errors=True)

@@ -23,6 +23,7 @@ from flm_jax.convert import families
 from flm_jax.convert.layout import Part, parts
 from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, in_parallel
 from flm_jax.convert.safetensors import Stored, few, open_shards
+from flm_jax.files import missing_room
 from flm_jax.growth.lineage import Lineage
 from flm_jax.progress import byte_bar
 from flm_jax.source_checkpoint import CheckpointMeta
@@ -224,11 +225,8 @@ def _write(
     likes = {f"params/{part.path}": jax.ShapeDtypeStruct(part.whole, part.dtype) for part in every}
     needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in likes.values())
     partial.mkdir()
-    free = shutil.disk_usage(partial).free
-    if free < needed:
-        raise CheckpointError(
-            f"{partial.parent} has room for {costs.size(free)}, and the checkpoint takes {costs.size(needed)}."
-        )
+    if missing := missing_room(partial, needed):
+        raise CheckpointError(f"{missing}.")
     step = jnp.zeros((), jnp.int32)
     runs = {part.path: _run(part, chunk_bytes) for part in every}
     chunks = {f"params/{part.path}": _chunk(part, runs[part.path]) for part in every}
