@@ -21,6 +21,7 @@ from flm_jax import train as library
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.convert import exporting, importing
 from flm_jax.data import corpora, source, train_vocabulary
+from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import Growth, GrowthError, Ramp
 from flm_jax.origin import model_of, read_origin
 from flm_jax.overview import dry_run as describe
@@ -29,8 +30,19 @@ from flm_jax.streamed.flow import CHUNK_BYTES
 from flm_jax.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
+# gin_configs/ lies beside the package in a checkout, and inside it where a wheel was installed.
+_PACKAGE = Path(config.__file__).resolve().parent
+GIN_ROOT = _PACKAGE if (_PACKAGE / "gin_configs").is_dir() else _PACKAGE.parent
 # What a user's input can cause: one sentence is enough. Anything else is our error, and shows where.
-EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, library.NonFiniteError, hosts.PeerError)
+EXPECTED = (
+    ValueError,
+    OSError,
+    GrowthError,
+    CheckpointError,
+    library.NonFiniteError,
+    hosts.PeerError,
+    MissingExtraError,
+)
 _registered: set[str] = set()
 T = TypeVar("T")
 Binding = tuple[str, str, str]  # scope, function, parameter
@@ -72,7 +84,7 @@ def register() -> None:
 
 
 def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> set[Binding]:
-    """Parses gin files (found from here or from the project's root), then bindings.
+    """Parses gin files (found from here or from the folder that holds the project's gin_configs), then bindings.
 
     Returns:
         What the bindings set or changed, for `check_used`.
@@ -81,10 +93,12 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> set[Binding]
         ValueError: a file does not exist, or something does not parse.
     """
     register()
-    gin.add_config_file_search_path(str(ROOT))
+    gin.add_config_file_search_path(str(GIN_ROOT))
+    # Files alone: gin's second reader takes the folder of a name for a Python package, and crashes where it is none.
+    del gin.config._FILE_READERS[1:]
     for name in gin_files:
-        if not any((base / name).is_file() for base in (Path.cwd(), ROOT)):
-            raise ValueError(f"There is no gin file {name!r}, neither here nor in {ROOT}.")
+        if not any((base / name).is_file() for base in (Path.cwd(), GIN_ROOT)):
+            raise ValueError(f"There is no gin file {name!r}, neither here nor in {GIN_ROOT}.")
     try:
         gin.parse_config_files_and_bindings(
             list(gin_files), [], finalize_config=False, print_includes_and_imports=False
