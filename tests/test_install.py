@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from experiments import launch
+from flm_jax.cli import configure, errors
 from flm_jax.data.reading import load_tensorflow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +76,7 @@ def test_every_runtime_requirement_is_pinned_inside_its_declared_range():
 
 def test_without_the_data_extra_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "seqio", None)
-    with pytest.raises(launch.EXPECTED, match=r"pip install 'flm_jax\[data\]'"):
+    with pytest.raises(errors.EXPECTED, match=r"pip install 'flm_jax\[data\]'"):
         load_tensorflow()
 
 
@@ -84,7 +84,7 @@ def test_gin_files_are_found_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)  # gin_configs then looks like a package, which it is not
     try:
-        launch.parse(["gin_configs/recipes/demo.gin"], [])  # it includes another
+        configure.parse(["gin_configs/recipes/demo.gin"], [])  # it includes another
     finally:
         gin.clear_config()
 
@@ -124,7 +124,7 @@ def test_the_base_alone_trains_grows_verifies_converts_and_plans(data, tmp_path)
         return done.stdout if succeeds else done.stderr
 
     def launch(name, *flags, **keywords) -> str:
-        return call(python, ROOT / "experiments" / f"{name}.py", *flags, **keywords)
+        return call(python.with_name(f"flm-{name}"), *flags, **keywords)
 
     call(sys.executable, "-m", "venv", python.parents[1])
     call(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ROOT)
