@@ -31,7 +31,9 @@ _DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; witho
 _ARCHITECTURE = flags.DEFINE_string(
     "architecture", None, "With --to_hf: what to write it as, such as Qwen2ForCausalLM."
 )
-_SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "With --to_hf: the largest file, in 10^9 bytes.", lower_bound=1e-9)
+_SHARD_GB = flags.DEFINE_float(
+    "shard_gb", 1.0, "With --to_hf: the largest file, in 10^9 bytes; it is assembled in memory.", lower_bound=1e-9
+)
 
 
 def main(argv: list[str]) -> None:

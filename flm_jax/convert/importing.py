@@ -18,7 +18,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.convert import families
 from flm_jax.convert.layout import Part, parts
 from flm_jax.convert.pieces import DTYPES, cast, check_dtype, checksum, in_parallel
-from flm_jax.convert.safetensors import Stored, few, open_shards
+from flm_jax.convert.tensors import Stored, few, open_shards
 from flm_jax.integrity import CheckpointError, Leaf
 from flm_jax.origin import lineage
 from flm_jax.recipe import ResolvedStage, Stage, as_dict
