@@ -34,7 +34,9 @@ def define() -> None:
     )
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; without it, the dtype stays.")
     flags.DEFINE_string("architecture", None, "With --to_hf: what to write it as, such as Qwen2ForCausalLM.")
-    flags.DEFINE_float("shard_gb", 5.0, "With --to_hf: the largest file, in 10^9 bytes.", lower_bound=1e-9)
+    flags.DEFINE_float(
+        "shard_gb", 1.0, "With --to_hf: the largest file, in 10^9 bytes; it is assembled in memory.", lower_bound=1e-9
+    )
 
 
 def run(values: Any) -> None:

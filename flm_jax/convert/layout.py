@@ -108,20 +108,22 @@ class Part:
         _turn(rows, out)
         return out.reshape(*self.shape[: self.dim], -1, *self.shape[self.dim + 1 :])
 
-    def to_theirs(self, block: np.ndarray, rows: np.ndarray, first: int = 0) -> None:
-        """The inverse, of a part of a run of their rows, in their dtype.
+    def to_theirs(self, block: np.ndarray, tensor: np.ndarray, first: int) -> None:
+        """Writes a run of indices along the first dimension here to its place in the tensor there.
 
         Args:
-          block: here; from index `first` of the first dimension, whole along the others but `dim`.
-          rows: there; the whole run, of which the entries of the block are written.
-          first: where the block begins. 0 unless the first dimension is one that is read.
+          block: here; from index `first` of the first dimension, whole along the others.
+          tensor: there, whole, in the dtype of the block.
+          first: where the block begins.
         """
         if not self.turned:
+            at = first * self.row_step
+            rows = tensor[at : at + len(block) * self.row_step]
             rows[...] = block.reshape(rows.shape)
             return
         flat = block.reshape(math.prod(block.shape[: self.dim]), -1)
         at = first * (len(flat) // len(block))
-        _turn(flat, rows[:, at : at + len(flat)])
+        _turn(flat, tensor[:, at : at + len(flat)])
 
 
 def _turn(matrix: np.ndarray, out: np.ndarray) -> None:
