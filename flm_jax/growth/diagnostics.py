@@ -54,7 +54,6 @@ def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: fl
       A line for each dimension with dead slices, naming the parameter and the axis; none is right. Rows of the
       embedding that stand for new tokens are not asked: no text holds them yet.
     """
-
     # One token less than a window: kernels that want blocks of positions cannot take it.
     cfg = lineage.cfg.for_comparison
 
