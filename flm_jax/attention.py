@@ -183,7 +183,7 @@ def _splash(
     """JAX's Pallas kernel for TPUs, on every device's own rows, heads and query positions; keys come whole.
 
     Raises:
-        ValueError: a device's share of the window is no multiple of 128 positions.
+      ValueError: a device's share of the window is no multiple of 128 positions.
     """
     del mask_BTS
     B, T, N, _ = q_BTNH.shape

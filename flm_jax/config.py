@@ -229,7 +229,7 @@ class ModelConfig:
         """This configuration with fields changed as a user names them; key heads follow heads unless they are named.
 
         Raises:
-            ValueError: there is no such field, or the values do not fit.
+          ValueError: there is no such field, or the values do not fit.
         """
         known = [field.name for field in dataclasses.fields(self)]
         if unknown := sorted(set(changes) - set(known)):

@@ -81,7 +81,7 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """The rate at each step of a stage of `steps` steps, at the base width.
 
     Raises:
-        ValueError: warm-up and decay together are longer than the stage, or the stage is longer than `decay_span`.
+      ValueError: warm-up and decay together are longer than the stage, or the stage is longer than `decay_span`.
     """
     if cfg.warmup_steps + cfg.decay_steps > steps:
         raise ValueError(

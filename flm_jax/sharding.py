@@ -62,7 +62,7 @@ class MeshConfig:
         """Devices along each of `MESH_AXES`.
 
         Raises:
-            ValueError: the sizes do not multiply to `devices`.
+          ValueError: the sizes do not multiply to `devices`.
         """
         given = [getattr(self, axis) for axis in MESH_AXES]
         rest = math.prod(size for size in given if size != -1)
@@ -99,7 +99,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     Over several TPU slices, whose links to each other are slow, `data` is split first.
 
     Raises:
-        ValueError: the sizes do not fit the devices, or `data` does not fit the slices.
+      ValueError: the sizes do not fit the devices, or `data` does not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = (config or MeshConfig()).shape(len(devices))
@@ -120,7 +120,7 @@ def check_slices(data: int, slices: int) -> None:
     """Checks that `data` can be split over slices first.
 
     Raises:
-        ValueError: it cannot.
+      ValueError: it cannot.
     """
     if data % slices:
         raise ValueError(
@@ -133,7 +133,7 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes that an array axis is split over.
 
     Raises:
-        ValueError: no rule covers `axis`.
+      ValueError: no rule covers `axis`.
     """
     for name, mesh in RULES:
         if name == axis:
@@ -150,7 +150,7 @@ def sharding(signature: Signature, mesh: Mesh, shape: tuple[int, ...], path: str
     """Where a parameter of this signature and shape lives on `mesh`.
 
     Raises:
-        ValueError: an axis is not divisible by the devices it is split over; the message names sizes that are.
+      ValueError: an axis is not divisible by the devices it is split over; the message names sizes that are.
     """
     for axis, size in zip(signature.axes, shape, strict=True):
         parts = 1

@@ -78,7 +78,7 @@ class Signature:
         A star marks a written axis that is contracted with another's: ``"embed -> kv_heads head_dim*"`` for keys.
 
         Raises:
-            ValueError: an axis has no entry in `KINDS`, or the arrow is misplaced.
+          ValueError: an axis has no entry in `KINDS`, or the arrow is misplaced.
         """
         body, stacked = text, False
         if ":" in text:

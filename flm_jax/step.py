@@ -109,7 +109,7 @@ class StageProgram:
         """Checks that the mesh can split this stage's batches: not every mesh that its state lives on trains it.
 
         Raises:
-            ValueError: it cannot; the message names sizes that work.
+          ValueError: it cannot; the message names sizes that work.
         """
         stage, mesh = self.stage, self.mesh
         shards = mesh.shape["data"] * mesh.shape["fsdp"]

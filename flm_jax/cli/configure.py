@@ -54,10 +54,10 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> set[Binding]
     """Parses gin files (found from here, or among those that are shipped), then bindings.
 
     Returns:
-        What the bindings set or changed, for `check_used`.
+      What the bindings set or changed, for `check_used`.
 
     Raises:
-        ValueError: a file does not exist, or something does not parse.
+      ValueError: a file does not exist, or something does not parse.
     """
     register()
     for base in SHIPPED:
@@ -89,7 +89,7 @@ def check_used(by_hand: set[Binding]) -> None:
     are never called, for whoever chooses them; what was bound by hand must have an effect.
 
     Raises:
-        ValueError: names the bindings.
+      ValueError: names the bindings.
     """
     # gin offers both only as text; the dictionaries have been the same since its first release.
     given, used = gin.config._CONFIG, gin.config._OPERATIVE_CONFIG

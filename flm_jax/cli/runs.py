@@ -46,7 +46,7 @@ def check_writable(json_file: str | None) -> None:
     """Refuses a --json that cannot be written, before anything is computed for it.
 
     Raises:
-        ValueError: it is a directory, or lies in none.
+      ValueError: it is a directory, or lies in none.
     """
     if json_file is None:
         return

@@ -34,7 +34,7 @@ def devices_of(topology: Topology, compiler: str) -> Sequence[Any]:
     """The devices to compile for.
 
     Raises:
-        ValueError: the compiler is unknown, is not installed, or does not know this chip.
+      ValueError: the compiler is unknown, is not installed, or does not know this chip.
     """
     if compiler not in COMPILERS:
         raise ValueError(f"compiler={compiler!r}: use one of {', '.join(COMPILERS)}.")
@@ -214,7 +214,7 @@ def kernel_seconds(
     recomputed is in the count of runs.
 
     Raises:
-        ValueError: a kernel that is not known, whose time would be left out without a word.
+      ValueError: a kernel that is not known, whose time would be left out without a word.
     """
     known = {name: [n for part, n in _KERNEL_PRODUCTS.items() if part in name] for name in kernels}
     if unknown := [name for name, products in known.items() if not products]:

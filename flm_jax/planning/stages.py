@@ -82,7 +82,7 @@ def stages(
       What `experiments/plan.py` writes for each stage, JSON-able.
 
     Raises:
-        ValueError: the recipe is wrong, or the mesh does not divide one of its axes.
+      ValueError: the recipe is wrong, or the mesh does not divide one of its axes.
     """
     assumed = assumed or Assumptions()
     run.check(recipe)

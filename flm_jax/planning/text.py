@@ -18,7 +18,7 @@ def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
     """What a recipe would be on the devices that are here: lowered, neither compiled nor trained; data is not read.
 
     Raises:
-        ValueError: the recipe is wrong, or the mesh does not divide one of its axes.
+      ValueError: the recipe is wrong, or the mesh does not divide one of its axes.
     """
     records = []
     for record in stages.stages(recipe, run, jax.devices(), None):

@@ -175,7 +175,7 @@ def topology(name: str) -> Topology:
     """Reads a topology's name.
 
     Raises:
-        ValueError: no such chip, or no such size; the message names the nearest sizes.
+      ValueError: no such chip, or no such size; the message names the nearest sizes.
     """
     match = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name.lower().replace("v5litepod", "v5e"))
     if not match or match[2] not in CHIPS:
