@@ -178,6 +178,11 @@ class ResolvedStage:
         return self.stage.batch_size
 
     @property
+    def optimizer(self) -> OptimizerConfig:
+        """How it is optimised."""
+        return self.stage.optimizer
+
+    @property
     def accumulate(self) -> int:
         """Parts that a batch is split into."""
         return self.stage.accumulate

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flm_jax.distributed import is_primary
-from flm_jax.files import atomic_write, sha256_json, write_json
+from flm_jax.files import atomic_write, write_json
 
 RECIPE, DATA = "recipe.json", "data.json"
 T = TypeVar("T")
@@ -98,11 +98,6 @@ def _identifies(field: dataclasses.Field[Any]) -> bool:
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def fingerprint(record: Any) -> str:
-    """A sha256 (hex) of JSON-able data, as `as_dict` makes it."""
-    return sha256_json(record)
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:

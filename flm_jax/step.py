@@ -97,13 +97,13 @@ class StageProgram:
         self.options = dict(compiler_options) if compiler_options and on_tpu else None
         self.abstract_state = abstract_state(stage.lineage, mesh)
         self.shardings = shardings_of(self.abstract_state)
-        self.rate = schedule(stage.stage.optimizer, stage.steps)
+        self.rate = schedule(stage.optimizer, stage.steps)
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         """The optimizer; where AdamW goes on exactly after a growth, it must be known where its layers went."""
         signatures = declared(self.stage.cfg)[1]
-        return rescaled_adamw(self.stage.stage.optimizer, self.stage.cfg, signatures, rescaling(self.stage.lineage))
+        return rescaled_adamw(self.stage.optimizer, self.stage.cfg, signatures, rescaling(self.stage.lineage))
 
     def check_trains(self, context: int) -> None:
         """Checks that the mesh can split this stage's batches: not every mesh that its state lives on trains it.
@@ -145,7 +145,7 @@ class StageProgram:
 
     def _paced(self, updates: Params, state: TrainState) -> Params:
         """The optimizer's steps, those of new entries at their own rate if the growth gives them one."""
-        growth, cfg = self.stage.growth, self.stage.stage.optimizer
+        growth, cfg = self.stage.growth, self.stage.optimizer
         if growth is None or growth.optimizer != "asymmetric":
             return updates
         count = optax.tree_utils.tree_get(state.opt_state, "count")

@@ -46,13 +46,14 @@ from flm_jax.checkpoint_growth.text import growth_lines
 from flm_jax.checkpoint_growth.verify import failures_text, heldout_text, observe_before, verify_growth
 from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data, open_data
+from flm_jax.files import sha256_json
 from flm_jax.generate import generate
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import GrowthError
 from flm_jax.loss import bits_per_byte, make_heldout_loss
 from flm_jax.progress import Interrupts, Progress
 from flm_jax.recipe import Recipe, ResolvedStage, Run, begin, resolve
-from flm_jax.records import DATA, RECIPE, as_dict, check_identity, fingerprint, write_identity, write_record
+from flm_jax.records import DATA, RECIPE, as_dict, check_identity, write_identity, write_record
 from flm_jax.sharding import make_mesh, own_rows, put_batch
 from flm_jax.source_checkpoint import POSITION, CheckpointMeta, SourceCheckpoint, signature_texts
 from flm_jax.state import TrainState, abstract_state, shardings_of
@@ -96,7 +97,7 @@ def train(
         programs = _programs(recipe, run, stages)
         for program in programs:
             program.check_trains(recipe.data.context)
-    settings = fingerprint([as_dict(recipe), as_dict(run)])
+    settings = sha256_json([as_dict(recipe), as_dict(run)])
     distributed.assert_equal("The recipe or its Run", settings, "Start every process with the same command.")
     data = open_data(recipe.data)
     _check_vocabulary(stages, data)

@@ -29,7 +29,7 @@ def placements(name):
     lines = []
     for stage in resolve(recipe):
         mesh = AbstractMesh(run.mesh_of(stage.stage).shape(DEVICES), MESH_AXES)
-        lines.append(f"{stage.stage.name}: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
+        lines.append(f"{stage.name}: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
         for path, like, sig in costs.leaves(stage.cfg):
             where = sharding(sig, mesh, like.shape, path)
             split = ", ".join(

@@ -15,10 +15,11 @@ from flm_jax.data.batches import Batch, StoreBatches, TokenBatches, heldout_batc
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import Corpus
 from flm_jax.data.prepare import prepare
-from flm_jax.data.store import TokenStore, canonical_digest
+from flm_jax.data.store import TokenStore
 from flm_jax.data.train_vocabulary import build_vocabulary
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.distributed import assert_equal, is_primary, primary_then_others
+from flm_jax.files import sha256_json
 
 
 class Data(Protocol):
@@ -108,7 +109,7 @@ class StreamData:
     @functools.cached_property
     def digest(self) -> str:
         """See Data; of corpus and vocabulary, as the tokens are never all seen."""
-        return canonical_digest({"corpus": self._corpus.digest(), "vocabulary": self.vocabulary.digest})
+        return sha256_json({"corpus": self._corpus.digest(), "vocabulary": self.vocabulary.digest})
 
     def train(self, host: int = 0, hosts: int = 1) -> TokenBatches:
         """See Data; each host reads documents of its own."""

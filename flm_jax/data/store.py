@@ -12,7 +12,6 @@ but the first is predicted exactly once an epoch. Reading needs NumPy alone.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,16 @@ from typing import Any
 import numpy as np
 
 from flm_jax.data.vocabulary import Vocabulary, from_spec
-from flm_jax.files import sha256_file
+from flm_jax.files import sha256_file, sha256_json
 
 FORMAT = 1
 STORE_FILE = "store.json"
 VOCABULARY_FILE = "vocabulary.json"
 
 
-def canonical_digest(record: Any) -> str:
-    """The sha256 (hex) of a JSON-able value."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def data_digest(record: dict[str, Any]) -> str:
     """What identifies a store's data: all but the corpus's description, which holds paths."""
-    return canonical_digest({key: record[key] for key in ("format", "dtype", "vocabulary", "corpus", "splits")})
+    return sha256_json({key: record[key] for key in ("format", "dtype", "vocabulary", "corpus", "splits")})
 
 
 def render(record: dict[str, Any]) -> bytes:
@@ -85,7 +79,7 @@ class TokenStore:
             seal = record.pop("seal")
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{manifest} is damaged: delete the store and prepare it again") from None
-        if not whole or canonical_digest(record) != seal:
+        if not whole or sha256_json(record) != seal:
             raise ValueError(f"{manifest} was altered (its seal does not match): delete the store and prepare it again")
         if record["format"] != FORMAT:
             raise ValueError(f"{manifest} has format {record['format']}; this version reads format {FORMAT}")

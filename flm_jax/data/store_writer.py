@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flm_jax.data.corpora import SPLITS
-from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, TokenStore, canonical_digest, render
+from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, TokenStore, render
 from flm_jax.data.vocabulary import Vocabulary, spec_bytes
-from flm_jax.files import draft_of, sync_write
+from flm_jax.files import draft_of, sha256_json, sync_write
 
 
 class _Split:
@@ -156,7 +156,7 @@ class StoreWriter:
             "description": self._description,
             "splits": splits,
         }
-        record["seal"] = canonical_digest(record)
+        record["seal"] = sha256_json(record)
         sync_write(self._draft / STORE_FILE, render(record))
         try:
             self._draft.rename(self.path)
