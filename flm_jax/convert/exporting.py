@@ -1,4 +1,4 @@
-"""A checkpoint becomes a model that other programs read with no code of ours."""
+"""Export: a checkpoint to Hugging Face model files, which transformers loads without code of flm_jax."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from flm_jax.progress import byte_bar
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
 SHARD_BYTES = 5 * 10**9
-# Of a tensor's turned copy, where the checkpoint's chunks are not runs of its rows there, as those of an import are; a
-# larger one is read once for every so many bytes of it.
+# Bound on the transposed copy of a tensor in memory. It matters where the checkpoint's chunks are not ranges of the
+# tensor's rows (those of an import are); a tensor larger than this is read once per this number of bytes.
 HELD_BYTES = 512 << 20
 READ_BYTES = 16 << 20
 
@@ -43,27 +43,29 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     held_bytes: int = HELD_BYTES,
 ) -> dict[str, Any]:
-    """Writes a checkpoint's weights as config.json and safetensors, with the tokenizer that it came with.
+    """Writes a checkpoint's weights as config.json and safetensors, with the tokenizer that it was imported with.
 
-    Kept widths and multipliers are folded into the weights (see `fold`); what nothing folds into stays as it is, bit
-    for bit where the dtype does.
+    Kept widths and multipliers are folded into the weights (see `fold`). Weights without a factor stay the same, bit
+    for bit if the dtype does not change.
 
     Args:
-      source: a step, a stage's directory or a work directory, past the ramp of its masks; it is only read.
-      target: a directory, new or empty.
-      architecture: what to write it as (`families.FAMILIES`); None: as it came, or the first that has all of it. As
-        TeleFLMForCausalLM the multipliers stay multipliers.
+      source: a step, a stage's directory or a work directory, after the ramp of its masks; it is only read.
+      target: a new or empty directory.
+      architecture: the architecture to write (`families.FAMILIES`); None: the one it was imported from, or the first
+        that can express the model. As TeleFLMForCausalLM, multipliers are written as multipliers and not folded.
       dtype: of the weights; None: that of the parameters.
-      shard_bytes: the largest file, unless one tensor is larger.
-      held_bytes: of one tensor that are held in memory, unless its chunks need less; more is read several times.
+      shard_bytes: bound on the bytes of a file, unless a single tensor is larger.
+      held_bytes: bound on the bytes of one tensor in memory; a larger tensor is read several times, unless its chunks
+        are ranges of its rows.
 
     Returns:
-      What was written, JSON-able.
+      A record of what was written, JSON-able.
 
     Raises:
-      ValueError: the target is in use, masks are still rising, or no architecture has all that the model has.
-      DamagedError: the checkpoint is not as it was saved; nothing is left of the target.
-      CheckpointError: as `read_source`, or there is no room.
+      ValueError: the target is not empty, the masks are not at the end of their ramp, or no architecture can express
+        the model.
+      DamagedError: the checkpoint is not as it was saved; the target is removed.
+      CheckpointError: as `read_source`, or the disk has not enough room.
     """
     target = Path(target).expanduser()
     if target.is_file():
@@ -73,8 +75,8 @@ def export_model(
     origin = read_source(source)
     if origin.step < origin.meta.ramp_steps:
         raise ValueError(
-            f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.meta.ramp_steps}: take a "
-            "later checkpoint, for masks are known nowhere else."
+            f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.meta.ramp_steps} steps: "
+            "take a later checkpoint, because other programs do not support masks."
         )
     before = origin.meta.converted or _recorded(origin)
     family, by, cfg = _plain(origin.cfg, architecture, before)
@@ -118,13 +120,13 @@ def export_model(
 
 
 def _recorded(origin: SourceCheckpoint) -> Mapping[str, Any]:
-    """The config.json that the weights came with, through whatever growth and training; empty where there was none."""
+    """The config.json that the weights were imported with, before any growth or training; empty if there was none."""
     text = origin.files.get(families.CONFIG)
     return json.loads(text) if text else {}
 
 
 def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]) -> Any:
-    """The family, by what each parameter is multiplied, and the configuration that is written."""
+    """The family to write, the factor of each parameter, and the configuration to write."""
     came = (before.get("architectures") or [None])[0]
     own = families.TELE_FLM.architecture
     keeps = (architecture or came) == own
@@ -133,7 +135,7 @@ def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]
 
 
 def _export(origin: SourceCheckpoint, by: Any, writer: Writer, dtype: np.dtype, held_bytes: int) -> Iterator[int]:
-    """Writes every tensor, and checks what it reads; yields the bytes of each run of rows."""
+    """Writes every tensor and verifies the checksums of what it reads; yields the bytes of each range of rows."""
     old = origin.cfg
     saved = read_manifest(origin.directory)
     every = list(parts(old))
@@ -168,7 +170,7 @@ def _export(origin: SourceCheckpoint, by: Any, writer: Writer, dtype: np.dtype, 
 
 
 def _share(leaf: blocks.StoredLeaf, part: Part, held_bytes: int) -> int:
-    """How many indices along a part's `dim` are held at once: whole chunks where they fit, so none is read twice."""
+    """The number of indices along `part.dim` held at a time: whole chunks if they fit, so that none is read twice."""
     chunk = leaf.chunks[part.dim + bool(part.layers)] if part.dim else 1
     return max(min(max(READ_BYTES // (chunk * part.index_bytes), 1) * chunk, held_bytes // part.index_bytes), 1)
 
@@ -176,7 +178,7 @@ def _share(leaf: blocks.StoredLeaf, part: Part, held_bytes: int) -> int:
 def _pieces(
     leaf: blocks.StoredLeaf, part: Part, lead: tuple[int, ...], start: int, stop: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Indices start to stop along a part's `dim`, by runs along the first dimension, and where these begin."""
+    """Blocks that cover indices start to stop along `part.dim`, each with its first index along dimension 0."""
     if part.dim == 0:
         out = np.empty((stop - start, *part.shape[1:]), part.dtype)
         leaf.read(lead, start, out)
@@ -194,7 +196,7 @@ def _pieces(
 
 
 def _columns(leaf: blocks.StoredLeaf, lead: tuple[int, ...], axis: int, start: int, stop: int) -> blocks.StoredLeaf:
-    """Of a leaf, for one layer, only the chunks of these numbers along an axis."""
+    """A view of a leaf with only the chunks of one layer, and chunks start to stop along an axis."""
     chunk = leaf.chunks[axis]
     grid = [range(-(-size // of)) for size, of in zip(leaf.shape, leaf.chunks, strict=True)]
     grid[: len(lead)] = [range(at // of, at // of + 1) for at, of in zip(lead, leaf.chunks[: len(lead)], strict=True)]
