@@ -5,11 +5,12 @@ WORKDIR ?= runs/demo
 
 .PHONY: demo test test-search test-slow test-smollm2 test-tpu lint format clean
 
-# The environment is rebuilt when what it holds is declared anew.
+# pyproject.toml declares ranges, requirements.txt the versions that are tested.
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14) and 'flm_jax needs Python 3.11 to 3.13; choose one with make PYTHON=python3.11')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--requirement requirements.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/installed

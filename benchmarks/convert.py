@@ -76,20 +76,21 @@ def make_model(folder: Path, gigabytes: float) -> dict[str, Any]:
 
     from flm_jax.convert import families
     from flm_jax.convert.layout import tensors
-    from flm_jax.convert.safetensors_writer import Writer
+    from flm_jax.convert.tensors import save
 
     cfg = shape(gigabytes)
     planned = tensors(cfg, np.dtype(ml_dtypes.bfloat16))
     sizes = [int(np.prod(like.shape)) * 2 for like in planned.values()]
     rng = np.random.default_rng(0)
-    with Writer(folder, planned, max(-(-sum(sizes) // SHARDS), max(sizes))) as writer:
-        for name, like in planned.items():
-            row = int(np.prod(like.shape[1:]))
-            step = max(disk.PIECE // (2 * row), 1)
-            for start in range(0, like.shape[0], step):
-                rows = (min(step, like.shape[0] - start), *like.shape[1:])
-                bits = np.frombuffer(rng.bytes(2 * row * rows[0]), np.uint16) & 0xBFFF  # below 2, so finite
-                writer.write(name, start, bits.view(ml_dtypes.bfloat16).reshape(rows))
+
+    def fill(name: str, tensor: Any) -> None:
+        del name
+        flat = tensor.reshape(-1).view(np.uint16)
+        for start in range(0, len(flat), disk.PIECE):
+            piece = flat[start : start + disk.PIECE]
+            piece[...] = np.frombuffer(rng.bytes(piece.nbytes), np.uint16) & 0xBFFF  # below 2, so finite
+
+    save(folder, planned, fill, max(-(-sum(sizes) // SHARDS), max(sizes)))
     config = families.config_json(cfg, families.FAMILIES["LlamaForCausalLM"], "bfloat16", 4096, {})
     (folder / families.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return {"layers": cfg.layers, "bytes": sum(sizes), "largest": max(sizes)}
@@ -112,7 +113,7 @@ def convert(work: Path, case: str) -> dict[str, Any]:
 
 def digests(folder: Path) -> dict[str, str]:
     """The digest of every tensor's name, dtype, shape and bytes."""
-    from flm_jax.convert.safetensors import open_shards
+    from flm_jax.convert.tensors import open_shards
 
     found = {}
     for name, tensor in open_shards(folder).items():

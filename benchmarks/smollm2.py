@@ -179,7 +179,7 @@ def measure(base: Path) -> dict[str, Any]:
 
 def same_bits(before: Path, after: Path) -> bool:
     """Whether two directories hold the same tensors."""
-    from flm_jax.convert.safetensors import open_shards
+    from flm_jax.convert.tensors import open_shards
 
     a, b = open_shards(before), open_shards(after)
     return a.keys() == b.keys() and all(a[name].read().tobytes() == b[name].read().tobytes() for name in a)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 
-from flm_jax.drawing import truncated_normal
+from flm_jax.counter_rng import truncated_normal
 
 Sizes = Mapping[str, float]
 

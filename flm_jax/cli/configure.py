@@ -62,6 +62,8 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> set[Binding]
     register()
     for base in SHIPPED:
         gin.add_config_file_search_path(str(base))
+    # Files alone: gin's second reader takes the folder of a name for a Python package, and crashes where it is none.
+    del gin.config._FILE_READERS[1:]
     for name in gin_files:
         if not any((base / name).is_file() for base in (Path.cwd(), *SHIPPED)):
             places = " nor in ".join(map(str, SHIPPED))

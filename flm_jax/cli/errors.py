@@ -11,11 +11,20 @@ from typing import Any, NoReturn
 
 from flm_jax import distributed
 from flm_jax.checkpoint import CheckpointError
+from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import GrowthError
 from flm_jax.train import NonFiniteError
 
 # Errors that a user's input can cause; they are printed as one sentence. Others are bugs and keep their traceback.
-EXPECTED = (ValueError, OSError, GrowthError, CheckpointError, NonFiniteError, distributed.PeerError)
+EXPECTED = (
+    ValueError,
+    OSError,
+    GrowthError,
+    CheckpointError,
+    NonFiniteError,
+    distributed.PeerError,
+    MissingExtraError,
+)
 
 
 def join(flags: Mapping[str, Any]) -> None:

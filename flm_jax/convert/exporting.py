@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import collections
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,13 @@ from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, read_mani
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
 from flm_jax.convert.fold import factors
-from flm_jax.convert.layout import Part, parts, tensors
+from flm_jax.convert.layout import parts, tensors
 from flm_jax.convert.pieces import block_checksum, cast, check_dtype, in_parallel
-from flm_jax.convert.safetensors_writer import Writer
+from flm_jax.convert.tensors import SHARD_BYTES, save
 from flm_jax.files import atomic_write, missing_room
 from flm_jax.progress import byte_bar
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
-SHARD_BYTES = 5 * 10**9
-# Bound on the transposed copy of a tensor in memory. It matters where the checkpoint's chunks are not ranges of the
-# tensor's rows (those of an import are); a tensor larger than this is read once per this number of bytes.
-HELD_BYTES = 512 << 20
 READ_BYTES = 16 << 20
 
 
@@ -41,7 +36,6 @@ def export_model(
     architecture: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-    held_bytes: int = HELD_BYTES,
 ) -> dict[str, Any]:
     """Writes a checkpoint's weights as config.json and safetensors, with the tokenizer that it was imported with.
 
@@ -54,9 +48,8 @@ def export_model(
       architecture: the architecture to write (`families.FAMILIES`); None: the one it was imported from, or the first
         that can express the model. As TeleFLMForCausalLM, multipliers are written as multipliers and not folded.
       dtype: of the weights; None: that of the parameters.
-      shard_bytes: bound on the bytes of a file, unless a single tensor is larger.
-      held_bytes: bound on the bytes of one tensor in memory; a larger tensor is read several times, unless its chunks
-        are ranges of its rows.
+      shard_bytes: bound on the bytes of a file, unless a single tensor is larger. One file at a time is assembled in
+        memory.
 
     Returns:
       A record of what was written, JSON-able.
@@ -90,9 +83,8 @@ def export_model(
     try:
         if missing := missing_room(target, needed):
             raise CheckpointError(f"{missing}.")
-        with Writer(target, planned, shard_bytes) as writer, byte_bar(needed, 0, "converting") as shown:
-            for nbytes in _export(origin, by, writer, np.dtype(jnp.dtype(dtype)), held_bytes):
-                shown.update(nbytes)
+        with byte_bar(needed, 0, "converting") as shown:
+            save(target, planned, _filler(origin, by, shown.update), shard_bytes)
         files = {name: content for name, content in origin.files.items() if name != families.CONFIG}
         for name, content in files.items():
             atomic_write(target / name, content)
@@ -134,76 +126,52 @@ def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]
     return families.choose(plain, architecture or (own if keeps else None), before), by, plain
 
 
-def _export(origin: SourceCheckpoint, by: Any, writer: Writer, dtype: np.dtype, held_bytes: int) -> Iterator[int]:
-    """Writes every tensor and verifies the checksums of what it reads; yields the bytes of each range of rows."""
-    old = origin.cfg
+def _filler(origin: SourceCheckpoint, by: Any, show: Callable[[int], Any]) -> Callable[[str, np.ndarray], None]:
+    """A function for `tensors.save` that reads the tensor with a given name into an array.
+
+    It verifies the checksum of a parameter after its last layer, so the layers must be asked for in order.
+
+    Args:
+      origin: the checkpoint.
+      by: tree of the factors of the parameters.
+      show: called with the bytes of each range of rows that was read.
+
+    Raises:
+      DamagedError: the checkpoint is not as it was saved; the returned function raises it too.
+    """
     saved = read_manifest(origin.directory)
-    every = list(parts(old))
+    every = list(parts(origin.cfg))
     wanted = {f"params/{p.path}": jax.ShapeDtypeStruct(p.whole, p.dtype) for p in every}
     manifest.compare(saved.leaves, wanted, where=str(origin.directory), partial=True)
     if faults := manifest.file_faults(origin.directory, saved, contents=True):
         raise DamagedError("; ".join(faults[:3]))
     leaves = blocks.open_leaves(origin.directory / "arrays", wanted)
-    for part, factor in zip(every, jax.tree.leaves(by), strict=True):
+    sums: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
+    sources = {
+        part.name(lead): (part, lead, factor)
+        for part, factor in zip(every, jax.tree.leaves(by), strict=True)
+        for lead in part.leads
+    }
+
+    def fill(name: str, tensor: np.ndarray) -> None:
+        part, lead, factor = sources[name]
         path = f"params/{part.path}"
-        total = (0, 0)
-        share, size = _share(leaves[path], part, held_bytes), part.shape[part.dim]
-        slabs = [(lead, at, min(at + share, size)) for lead in part.leads for at in range(0, size, share)]
+        size = part.shape[0]
+        run = max(READ_BYTES // (math.prod(part.shape[1:]) * part.dtype.itemsize), 1)
 
-        def one(slab: Any, part: Part = part, factor: float = factor, path: str = path) -> Any:
-            lead, start, stop = slab
-            rows = np.empty(((stop - start) * part.row_step, *part.theirs[1:]), dtype)
-            sums = (0, 0)
-            for first, block in _pieces(leaves[path], part, lead, start, stop):
-                sums = checksum.add(sums, block_checksum(part, block, lead, first, start))
-                if factor != 1:
-                    block = block.astype(np.float32) * np.float32(factor)
-                part.to_theirs(cast(block, dtype, part.name(lead)), rows, first)
-            writer.write(part.name(lead), start * part.row_step, rows)
-            return sums, rows.nbytes
+        def read(first: int) -> tuple[np.ndarray, int]:
+            block = np.empty((min(run, size - first), *part.shape[1:]), part.dtype)
+            leaves[path].read(lead, first, block)
+            lanes = block_checksum(part, block, lead, first, 0)
+            if factor != 1:
+                block = block.astype(np.float32) * np.float32(factor)
+            part.to_theirs(cast(block, tensor.dtype, name), tensor, first)
+            return lanes, block.size * tensor.dtype.itemsize
 
-        for sums, nbytes in in_parallel(one, iter(slabs)):
-            total = checksum.add(total, sums)
-            yield nbytes
-        if checksum.digest(total) != saved.leaves[path].checksum:
+        for lanes, nbytes in in_parallel(read, iter(range(0, size, run))):
+            sums[path] = checksum.add(sums[path], lanes)
+            show(nbytes)
+        if lead == part.leads[-1] and checksum.digest(sums[path]) != saved.leaves[path].checksum:
             raise DamagedError(f"{origin.directory}: the values of {path} have changed")
 
-
-def _share(leaf: blocks.StoredLeaf, part: Part, held_bytes: int) -> int:
-    """The number of indices along `part.dim` held at a time: whole chunks if they fit, so that none is read twice."""
-    chunk = leaf.chunks[part.dim + bool(part.layers)] if part.dim else 1
-    return max(min(max(READ_BYTES // (chunk * part.index_bytes), 1) * chunk, held_bytes // part.index_bytes), 1)
-
-
-def _pieces(
-    leaf: blocks.StoredLeaf, part: Part, lead: tuple[int, ...], start: int, stop: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks that cover indices start to stop along `part.dim`, each with its first index along dimension 0."""
-    if part.dim == 0:
-        out = np.empty((stop - start, *part.shape[1:]), part.dtype)
-        leaf.read(lead, start, out)
-        yield 0, out
-        return
-    axis = part.dim + len(lead)
-    chunk = leaf.chunks[axis]
-    columns = _columns(leaf, lead, axis, start // chunk, -(-stop // chunk))
-    begin, shape = start // chunk * chunk, columns.shape[len(lead) :]
-    step = max(READ_BYTES // (math.prod(shape[1:]) * part.dtype.itemsize), 1)
-    for first in range(0, shape[0], step):
-        out = np.empty((min(step, shape[0] - first), *shape[1:]), part.dtype)
-        columns.read(lead, first, out)
-        yield first, out[(slice(None),) * part.dim + (slice(start - begin, stop - begin),)]
-
-
-def _columns(leaf: blocks.StoredLeaf, lead: tuple[int, ...], axis: int, start: int, stop: int) -> blocks.StoredLeaf:
-    """A view of a leaf with only the chunks of one layer, and chunks start to stop along an axis."""
-    chunk = leaf.chunks[axis]
-    grid = [range(-(-size // of)) for size, of in zip(leaf.shape, leaf.chunks, strict=True)]
-    grid[: len(lead)] = [range(at // of, at // of + 1) for at, of in zip(lead, leaf.chunks[: len(lead)], strict=True)]
-    grid[axis] = range(start, stop)
-    runs = {}
-    for index in itertools.product(*grid):
-        if run := leaf.runs.get(".".join(map(str, index))):
-            runs[".".join(map(str, (*index[:axis], index[axis] - start, *index[axis + 1 :])))] = run
-    along = min(stop * chunk, leaf.shape[axis]) - start * chunk
-    return dataclasses.replace(leaf, shape=(*leaf.shape[:axis], along, *leaf.shape[axis + 1 :]), runs=runs)
+    return fill

@@ -22,7 +22,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.convert import families
 from flm_jax.convert.layout import Part, parts
 from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, in_parallel
-from flm_jax.convert.safetensors import Stored, few, open_shards
+from flm_jax.convert.tensors import Stored, few, open_shards
 from flm_jax.files import missing_room
 from flm_jax.growth.lineage import Lineage
 from flm_jax.progress import byte_bar

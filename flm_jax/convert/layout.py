@@ -110,20 +110,22 @@ class Part:
         _turn(rows, out)
         return out.reshape(*self.shape[: self.dim], -1, *self.shape[self.dim + 1 :])
 
-    def to_theirs(self, block: np.ndarray, rows: np.ndarray, first: int = 0) -> None:
-        """The inverse of `to_ours`: writes a block in our layout into a range of their rows, in the dtype of `rows`.
+    def to_theirs(self, block: np.ndarray, tensor: np.ndarray, first: int) -> None:
+        """Writes a range of our first dimension to its place in their tensor.
 
         Args:
-          block: ours; whole along all dimensions except the first and `dim`.
-          rows: theirs; the whole range, of which only the entries of the block are written.
-          first: index of the block's first entry along the first dimension; 0 unless that is an axis that is read.
+          block: ours; from index `first` of the first dimension, whole along the others.
+          tensor: theirs; the whole tensor, in the dtype of the block.
+          first: index of the block's first entry along the first dimension.
         """
         if not self.turned:
+            at = first * self.row_step
+            rows = tensor[at : at + len(block) * self.row_step]
             rows[...] = block.reshape(rows.shape)
             return
         flat = block.reshape(math.prod(block.shape[: self.dim]), -1)
         at = first * (len(flat) // len(block))
-        _turn(flat, rows[:, at : at + len(flat)])
+        _turn(flat, tensor[:, at : at + len(flat)])
 
 
 def _turn(matrix: np.ndarray, out: np.ndarray) -> None:

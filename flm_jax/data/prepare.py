@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from flm_jax.data.corpora import SPLITS, Corpus, SeqioTask
+from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.store import FORMAT, STORE_FILE, TokenStore
 from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary, identity
@@ -60,6 +61,7 @@ def prepare(
     from flm_jax.data import tasks
 
     began = time.monotonic()
+    load_tensorflow()  # if it is missing, to be told before a vocabulary is trained
     source = tasks.resolve(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
     if source.is_mixture:
         _log.warning("the store holds each task of a mixture once; its rates act only with streamed=True")

@@ -14,15 +14,28 @@ import numpy as np
 from flm_jax.data.text import FileCorpus, Jsonl, name_hash
 
 
+class MissingExtraError(ImportError):
+    """A package that only an extra installs is not there; the message says which extra."""
+
+
 def load_tensorflow() -> tuple[Any, Any]:
     """Imports TensorFlow and seqio, with the accelerators left to JAX.
 
     Returns:
       The modules (tensorflow, seqio).
+
+    Raises:
+      MissingExtraError: they are not installed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its start-up notes say nothing about the data
-    import seqio
-    import tensorflow as tf
+    try:
+        import seqio
+        import tensorflow as tf
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Preparing or streaming text needs TensorFlow and seqio, which cannot be imported ({error}): "
+            "pip install 'flm_jax[data]'. Training from a prepared token store needs neither."
+        ) from error
 
     with contextlib.suppress(RuntimeError):  # TensorFlow was already in use: its owner has chosen
         tf.config.set_visible_devices([], "GPU")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.random import threefry2x32_p
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flm_jax import drawing
-from flm_jax.drawing import truncated_normal
+from flm_jax import counter_rng
+from flm_jax.counter_rng import truncated_normal
 from flm_jax.sharding import MeshConfig, make_mesh
 
 KEY = jax.random.key(11)
@@ -36,9 +37,9 @@ def test_a_block_is_what_stands_there_in_the_whole():
 @given(stride=st.integers(0, 2**64 - 1), index=st.integers(0, 2**32 - 1), offset=st.integers(0, 2**63))
 def test_places_are_counted_in_64_bits(stride, index, offset):
     with jax.disable_jit():
-        high, low = drawing._product(jnp.uint32([index]), stride)
+        high, low = counter_rng._product(jnp.uint32([index]), stride)
         assert (int(high[0]) << 32) + int(low[0]) == index * stride % 2**64
-        high, low = drawing._counters((2, 3), drawing._words(offset, 6))
+        high, low = counter_rng._counters((2, 3), counter_rng._words(offset, 6))
     found = (np.asarray(high, np.uint64) << np.uint64(32)) + np.asarray(low, np.uint64)
     np.testing.assert_array_equal(found.ravel(), offset + np.arange(6, dtype=np.uint64))
 
@@ -54,6 +55,16 @@ def test_on_a_mesh_every_device_draws_its_own():
     program = jax.jit(lambda key: truncated_normal(key, 3.0, (64, 48)), out_shardings=places).lower(KEY).compile()
     assert not re.findall(r"all-gather|all-reduce|collective|all-to-all", program.as_text())
     np.testing.assert_array_equal(program(KEY), truncated_normal(KEY, 3.0, (64, 48)))
+
+
+def test_the_cipher_is_that_of_jax_and_needs_no_memory_of_its_own():
+    """The primitive of JAX is a loop on a CPU, which keeps its words between the rounds."""
+    words = jax.random.bits(KEY, (4, 300, 70), jnp.uint32)
+    expected = threefry2x32_p.bind(*words)
+    for found, word in zip(counter_rng._threefry(*words), expected, strict=True):
+        np.testing.assert_array_equal(found, word)
+    found = jax.jit(lambda key: truncated_normal(key, 3.0, (300, 700))).lower(KEY).compile().memory_analysis()
+    assert found.temp_size_in_bytes < found.output_size_in_bytes / 100
 
 
 def test_other_generators_and_places_outside_are_refused():
