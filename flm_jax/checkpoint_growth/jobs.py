@@ -127,7 +127,7 @@ def _parts(state: Any, labels: Any) -> list[tuple[int | None, Any]]:
     """The averages of an optimizer's state as trees of paths, each with its power; and its counts, with None.
 
     Raises:
-        ValueError: a leaf is declared nowhere, see `optimizer.map_parts`.
+      ValueError: a leaf is declared nowhere, see `optimizer.map_parts`.
     """
     found: list[tuple[int | None, Any]] = []
     map_parts(lambda _, part: part, state.opt_state)  # Refuses what nothing declares.

@@ -79,7 +79,7 @@ def append(axis: str, old: int, new: int) -> Span:
     """New entries after the old ones; each stands beside an old one, in turn.
 
     Raises:
-        ValueError: the axis would shrink.
+      ValueError: the axis would shrink.
     """
     if new < old:
         raise ValueError(f"Axis {axis!r} would shrink from {old} to {new}; growth keeps or enlarges every axis.")

@@ -60,7 +60,7 @@ def rescaling(lineage: Lineage) -> Rescaling | None:
     """How AdamW sees a model after the growths that led to it; None where it sees everything as it is.
 
     Raises:
-        ValueError: an axis grew in a way that does not scale gradients by known factors.
+      ValueError: an axis grew in a way that does not scale gradients by known factors.
     """
     if lineage.growth is None or lineage.growth.optimizer != "exact":
         return None
@@ -98,7 +98,7 @@ def check_continues(lineage: Lineage) -> None:
     """Checks that AdamW can go on exactly through a model's last growth, where that is asked for.
 
     Raises:
-        ValueError: an axis grew in a way that does not scale gradients by known factors.
+      ValueError: an axis grew in a way that does not scale gradients by known factors.
     """
     if lineage.growth is None or lineage.growth.optimizer != "exact":
         return

@@ -145,7 +145,7 @@ def grow_moments(
       after: the rescaling that the new ones are to be in.
 
     Raises:
-        ValueError: as `grow`.
+      ValueError: as `grow`.
     """
     return _grow_average(lineage_of(old, new, growth), moments, power, before, after)
 
@@ -171,7 +171,7 @@ def grow_optimizer(
       after: the rescaling that the new ones are to be in.
 
     Raises:
-        ValueError: a leaf of the state is declared nowhere (see `optimizer.AVERAGES`); or as `grow`.
+      ValueError: a leaf of the state is declared nowhere (see `optimizer.AVERAGES`); or as `grow`.
     """
     return _grow_state(lineage_of(old, new, growth), state, before, after)
 
@@ -205,7 +205,7 @@ def check_shapes(tree: Params, cfg: ModelConfig) -> None:
     """Checks that these are parameters, or averages, of a model.
 
     Raises:
-        ValueError: names the first path that is not, and both shapes.
+      ValueError: names the first path that is not, and both shapes.
     """
     shapes, _ = declared(cfg)
     expected = {jax.tree_util.keystr(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(shapes)}

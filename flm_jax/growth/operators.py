@@ -61,7 +61,7 @@ def lookup(name: str, axis: str | None = None) -> Operator:
     """The operator of this name, which must grow `axis` if one is given.
 
     Raises:
-        ValueError: there is none, or it does not grow this axis.
+      ValueError: there is none, or it does not grow this axis.
     """
     if name not in REGISTRY:
         raise ValueError(f"Unknown growth operator {name!r}; the registry has {', '.join(sorted(REGISTRY))}.")
@@ -177,7 +177,7 @@ def hypercloning(span: Span) -> AxisMap:
     """As `copy`, for whole multiples only, as published.
 
     Raises:
-        ValueError: the new size is no multiple of the old one.
+      ValueError: the new size is no multiple of the old one.
     """
     if len(set(span.copies)) > 1:
         raise ValueError(

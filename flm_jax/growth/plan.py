@@ -91,7 +91,7 @@ class Growth:
         """The operator that grows `axis`.
 
         Raises:
-            ValueError: it has none.
+          ValueError: it has none.
         """
         name = self.methods.get(axis, self.method)
         if name is None:
@@ -119,8 +119,8 @@ def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, A
     """The map of every axis whose size changes, by its name.
 
     Raises:
-        ValueError: something changes that growth does not cover, an axis shrinks, an axis has no method, or heads
-          cannot be regrouped.
+      ValueError: something changes that growth does not cover, an axis shrinks, an axis has no method, or heads
+        cannot be regrouped.
     """
     for f in dataclasses.fields(ModelConfig):
         before, after = getattr(old, f.name), getattr(new, f.name)
@@ -158,7 +158,7 @@ def outline_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str
     """As `axis_maps`, also where layers go by distances that are not measured yet: only their places are not meant.
 
     Raises:
-        ValueError: as `axis_maps`.
+      ValueError: as `axis_maps`.
     """
     anywhere = dataclasses.replace(growth, depth="interleave") if growth.depth == "distance" else growth
     return axis_maps(old, new, anywhere)
@@ -200,7 +200,7 @@ def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> Model
     """The configuration that the grown model really has: `target`, with the widths that the method keeps.
 
     Raises:
-        ValueError: tied embeddings whose effective multipliers would change, since no parameter could absorb that.
+      ValueError: tied embeddings whose effective multipliers would change, since no parameter could absorb that.
     """
     maps = outline_maps(old, target, growth)
     embed = maps.get("embed")
@@ -227,7 +227,7 @@ def changed(old: ModelConfig, changes: Mapping[str, Any], growth: Growth) -> Mod
     """A target that differs from a model in some fields only; logits keep their multiplier, unless it is changed too.
 
     Raises:
-        ValueError: there is no such field, or as `axis_maps`.
+      ValueError: there is no such field, or as `axis_maps`.
     """
     target = old.changed({"norm_width": None, **changes})
     if "output_mult" in changes or "base_width" in changes:
