@@ -19,7 +19,7 @@ from flm_jax import costs
 from flm_jax.checkpoint.manifest import leaf_paths
 from flm_jax.growth.exact_adamw import rescaling
 from flm_jax.growth.grow import fresh, moment_maps, param_maps
-from flm_jax.growth.leaf_map import Entries, LeafMap
+from flm_jax.growth.leaf_map import EntryValues, LeafMap
 from flm_jax.growth.lineage import Lineage
 from flm_jax.optimizer import map_parts
 from flm_jax.sharding import mesh_axes
@@ -193,7 +193,7 @@ class Form:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def grow_block(
-    form: Form, shape: tuple[int, ...], value: jax.Array, entries: Entries, key: jax.Array, offset: jax.Array
+    form: Form, shape: tuple[int, ...], value: jax.Array, entries: EntryValues, key: jax.Array, offset: jax.Array
 ) -> jax.Array:
     """Grows one block.
 
