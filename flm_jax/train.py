@@ -222,7 +222,7 @@ class _StageRun:
         lineage, chunks = self.stage.lineage, self.recipe.loss_chunks
         # The stage before may have had another mesh; nothing moves where it has not.
         state = jax.device_put(state, shardings_of(abstract_state(lineage.before, self.mesh)))
-        text = heldout_text(self.data, self.mesh, self.stage.batch_size, self.recipe.eval_windows)
+        text = heldout_text(self.data, self.mesh, self.recipe.eval_windows)
         batch = put_batch(text.few, self.mesh)
         lineage, distances = settle(lineage, state.params, batch.inputs_BT, batch.segments_BT)
         stage = dataclasses.replace(self.stage, lineage=lineage)

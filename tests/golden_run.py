@@ -124,7 +124,8 @@ def started(base: Path) -> dict:
 def found(base: Path) -> dict:
     """All that `run.json` records."""
     saved = {f"{p.parent.name}/{p.name}": digest(p) for p in sorted(RUN.glob("checkpoints/*/[0-9]*"))}
-    result = {"machine": machine(), "saved": saved, "resumed": resumed(base), "grown": grown(base)}
+    about = {"machine": machine(), "jax": jax.__version__}
+    result = {**about, "saved": saved, "resumed": resumed(base), "grown": grown(base)}
     return json.loads(json.dumps({**result, "started": started(base)}))
 
 

@@ -2,13 +2,15 @@
 
 import json
 
+import jax
 import pytest
 
 from tests import golden_run
 
 EXPECTED = json.loads(golden_run.EXPECTED.read_text())
-# Sums are rounded in the order of the processor's vectors: on another one losses are compared, and not every bit.
-SAME_MACHINE = golden_run.machine() == EXPECTED["machine"]
+# Sums are rounded in the order of the processor's vectors, and another XLA fuses others: there training is held to its
+# losses, and not to every bit. Growing gives the same bits everywhere.
+SAME_PROGRAMS = (golden_run.machine(), jax.__version__) == (EXPECTED["machine"], EXPECTED["jax"])
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def test_its_checkpoints_are_read_and_have_the_digests_they_were_saved_with(foun
 
 def test_resumed_inside_its_ramp_it_ends_as_it_did(found):
     assert losses_match(found["resumed"]["losses"], EXPECTED["resumed"]["losses"])
-    assert not SAME_MACHINE or found["resumed"] == EXPECTED["resumed"]
+    assert not SAME_PROGRAMS or found["resumed"] == EXPECTED["resumed"]
 
 
 @pytest.mark.parametrize("name", golden_run.GROWTHS)
@@ -40,4 +42,4 @@ def test_it_grows_to_the_same_bytes_in_memory_and_block_by_block(name, found):
 def test_runs_that_begin_with_it_grown_end_as_they_did(name, found):
     mine, expected = found["started"][name], EXPECTED["started"][name]
     assert losses_match(mine["losses"], expected["losses"])
-    assert not SAME_MACHINE or mine == expected
+    assert not SAME_PROGRAMS or mine == expected

@@ -55,9 +55,12 @@ def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: fl
       result. Embedding rows of new tokens are not checked: no text contains these tokens yet.
     """
 
+    # One token less than a window: kernels that want blocks of positions cannot take it.
+    cfg = lineage.cfg.for_comparison
+
     def loss(params: Params, tokens_BT: jax.Array, masks: Any) -> jax.Array:
         x, y = tokens_BT[:, :-1], tokens_BT[:, 1:]
-        return loss_sum(lineage.cfg, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x), masks) / x.size
+        return loss_sum(cfg, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x), masks) / x.size
 
     @jax.jit
     def descend(params: Params, seen: Params, tokens_BT: jax.Array, masks: Any) -> tuple[Params, Params]:
