@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,7 +62,10 @@ def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: fl
         x, y = tokens_BT[:, :-1], tokens_BT[:, 1:]
         return loss_sum(cfg, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x), masks) / x.size
 
-    @jax.jit
+    where = jax.tree.map(lambda x: x.sharding, params)
+
+    # Where what it returns lives is said, or the second call would compile it again.
+    @functools.partial(jax.jit, out_shardings=(where, where))
     def descend(params: Params, seen: Params, tokens_BT: jax.Array, masks: Any) -> tuple[Params, Params]:
         grads = jax.grad(loss)(params, tokens_BT, masks)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
@@ -73,11 +77,21 @@ def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: fl
     for step in range(steps + 1):
         masks = lineage.masks(step * lineage.ramp_steps // steps)
         params, seen = descend(params, seen, tokens_BT, masks)
+
+    @jax.jit
+    def felt(seen: Params) -> list[jax.Array]:
+        """How much gradient the slices of each grown dimension received, in the order of `grown_dimensions`."""
+        return [
+            jnp.sum(total, axis=tuple(i for i in range(total.ndim) if i != dim))
+            for _, _, dim, _, _, _, total in grown_dimensions(seen, lineage)
+        ]
+
     found = []
-    for path, axis, dim, sig, span, _, total in grown_dimensions(seen, lineage):
+    for (path, axis, _, sig, span, _, _), felt_A in zip(
+        grown_dimensions(seen, lineage), fetch(felt(seen)), strict=True
+    ):
         if KINDS[axis] is Kind.OUTSIDE and sig.role(axis) is Role.READER:
             continue
-        felt_A = fetch(jnp.sum(total, axis=tuple(i for i in range(total.ndim) if i != dim)))
         dead = int(np.sum(felt_A[span.fresh] == 0))
         if dead:
             found.append(f"{path}: {dead} of {int(span.fresh.sum())} new slices on {axis}")
@@ -90,17 +104,22 @@ def copies_apart(params: Params, lineage: Lineage) -> float | None:
     0: copies are identical; with identical optimizer state they stay identical (the symmetry is not broken). None:
     nothing was copied.
     """
-    found: list[float] = []
     maps = lineage.maps
-    for _, axis, dim, sig, span, rule, value in grown_dimensions(params, lineage):
-        # On the other axes only old entries are compared: drawn ones have no source.
-        for other, name in enumerate(sig.axes):
-            if name in maps and other != dim:
-                value = jnp.take(value, np.flatnonzero(~maps[name].span.fresh), axis=other)
-        if rule.fill != "copy" or KINDS[axis] is Kind.STACK or rule.from_above:
-            continue
-        seen = value / along(np.broadcast_to(rule.scale, span.new), dim, value.ndim).astype(value.dtype)
-        _, first, group = np.unique(span.copy_group, return_index=True, return_inverse=True)
-        apart = jnp.max(jnp.abs(seen - jnp.take(seen, first[group], axis=dim))) / jnp.max(jnp.abs(seen))
-        found.append(float(apart))
-    return max(found, default=None)
+
+    @jax.jit
+    def measured(params: Params) -> list[jax.Array]:
+        found = []
+        for _, axis, dim, sig, span, rule, value in grown_dimensions(params, lineage):
+            if rule.fill != "copy" or KINDS[axis] is Kind.STACK or rule.from_above:
+                continue
+            # On the other axes only old entries are compared: drawn ones have no source.
+            for other, name in enumerate(sig.axes):
+                if name in maps and other != dim:
+                    value = jnp.take(value, np.flatnonzero(~maps[name].span.fresh), axis=other)
+            seen = value / along(np.broadcast_to(rule.scale, span.new), dim, value.ndim).astype(value.dtype)
+            _, first, group = np.unique(span.copy_group, return_index=True, return_inverse=True)
+            apart = jnp.max(jnp.abs(seen - jnp.take(seen, first[group], axis=dim))) / jnp.max(jnp.abs(seen))
+            found.append(apart)
+        return found
+
+    return max((float(apart) for apart in fetch(measured(params))), default=None)
