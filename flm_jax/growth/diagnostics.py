@@ -54,7 +54,6 @@ def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: fl
       One line per dimension that has dead slices, naming the parameter and the axis; an empty list is the expected
       result. Embedding rows of new tokens are not checked: no text contains these tokens yet.
     """
-
     # One token less than a window: kernels that want blocks of positions cannot take it.
     cfg = lineage.cfg.for_comparison
 
