@@ -195,10 +195,10 @@ def together(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         mine = error
-    told = all_gather_text(what, "" if mine is None else f"{type(mine).__name__}: {str(mine)[:_LONGEST]}")
+    texts = all_gather_text(what, "" if mine is None else f"{type(mine).__name__}: {str(mine)[:_LONGEST]}")
     if mine is not None:
         raise mine
-    for process, text in enumerate(told):
+    for process, text in enumerate(texts):
         if text:
             name, _, sentence = text.partition(": ")
             known = {kind.__name__: kind for kind in kinds}
@@ -213,8 +213,8 @@ def from_primary(what: str, make: Callable[[], T]) -> T:
     with together(what):
         if is_primary():
             found = json.dumps(make())
-    told: T = json.loads(all_gather_text(what, found)[0])
-    return told
+    result: T = json.loads(all_gather_text(what, found)[0])
+    return result
 
 
 def primary_then_others(what: str, make: Callable[[], T]) -> T:
@@ -235,12 +235,12 @@ def assert_equal(what: str, value: str, advice: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    told = all_gather_text(what, value)
-    for process, theirs in enumerate(told):
-        if theirs != told[0]:
+    values = all_gather_text(what, value)
+    for process, other in enumerate(values):
+        if other != values[0]:
             raise ValueError(
-                f"{what} differs between processes: process 0 has {told[0][:16]}, process {process} has {theirs[:16]}. "
-                + advice
+                f"{what} differs between processes: process 0 has {values[0][:16]}, process {process} has "
+                f"{other[:16]}. {advice}"
             )
 
 
@@ -250,7 +250,7 @@ def any_process(what: str, mine: bool) -> bool:
 
 
 class Vote:
-    """A vote: whether a flag is true in any process, asked once per step, without waiting.
+    """A vote of all processes, such as to stop: whether a flag is true in any of them, asked each step without waiting.
 
     One byte per flag and device is reduced on the devices, after the step that was just dispatched, and read one step
     later, when that step is done anyway. All processes therefore learn the result at the same step, the one after that

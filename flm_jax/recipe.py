@@ -286,8 +286,8 @@ def _check_rising(found: ResolvedStage) -> None:
         raise ValueError(f"rewarm_steps={found.growth.rewarm_steps} is more than its {found.steps} steps.")
     if found.ramp_steps > found.steps:
         raise ValueError(
-            f"its masks ramp over {found.ramp_steps} steps, delays included, of its {found.steps}: they must be gone "
-            "at its end."
+            f"its masks ramp over {found.ramp_steps} steps, delays included, of its {found.steps}: the ramp must "
+            "end within the stage."
         )
 
 

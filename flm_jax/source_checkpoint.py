@@ -144,18 +144,18 @@ class SourceCheckpoint:
         return {name: content for name, content in self.files.items() if same or name == CONFIG}
 
     def restore(self, mesh: Mesh, optimizer: bool = True) -> TrainState:
-        """The state on a mesh, with every bit checked; a checkpoint of weights only gets fresh optimizer state.
+        """The state on a mesh, with every bit checked; a weights-only checkpoint gets fresh optimizer state.
 
         Args:
           mesh: where to place the state.
-          optimizer: False: a checkpoint of weights only gets no optimizer state.
+          optimizer: False: a weights-only checkpoint gets no optimizer state.
 
         Raises:
           DamagedError: it is not as it was saved.
         """
         abstract = abstract_state(self.lineage, mesh, weights=not self.trained)
-        with Checkpoints(self.directory.parent, read_only=True) as store:
-            found = store.restore(kept(abstract), self.step).state
+        with Checkpoints(self.directory.parent, read_only=True) as checkpoints:
+            found = checkpoints.restore(kept(abstract), self.step).state
         if self.trained:
             state: TrainState = found
             return state
@@ -172,8 +172,8 @@ class SourceCheckpoint:
           DamagedError: the checkpoint is not as it was saved.
         """
         abstract = {"params": abstract_state(self.lineage, mesh, weights=True).params}
-        with Checkpoints(self.directory.parent, read_only=True) as store:
-            return store.restore(abstract, self.step, partial=True).state["params"]
+        with Checkpoints(self.directory.parent, read_only=True) as checkpoints:
+            return checkpoints.restore(abstract, self.step, partial=True).state["params"]
 
     def masks(self) -> Masks | None:
         """The masks of its own growth if they are still rising: the model must be run with them. None otherwise."""

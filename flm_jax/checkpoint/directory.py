@@ -51,7 +51,9 @@ class Steps:
                 continue
             if not STEP.fullmatch(entry.name):
                 unfinished = LEFTOVER.fullmatch(entry.name)
-                self._ignore(entry, "a save or deletion did not finish" if unfinished else "it is not named for a step")
+                self._ignore(
+                    entry, "a save or deletion did not finish" if unfinished else "its name is not a step number"
+                )
             elif not any(entry.iterdir()):
                 self._ignore(entry, "it is empty")
             elif faults := _structure(entry):

@@ -1,8 +1,8 @@
 """The manifest of a checkpoint step: its leaves with their checksums, its files, and the checks against them.
 
 Orbax stores no checksum of an array's values, so a flipped bit would be restored without notice. Here every leaf has
-one (see `checksum`); every file has its size and every small file its sha256. All of this stands in one manifest per
-step, which also holds the sha256 of its own content.
+one (see `checksum`); every file has its size and every small file its sha256. All of this is recorded in one manifest
+per step, which also holds the sha256 of its own content.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def _grow_in_memory(
         if not found["holds"]:
             raise CheckpointError(f"The growth does not hold, and nothing was written: {failures_text(found)}")
         meta = CheckpointMeta(STAGE, lineage, provenance=record.record()).record()
-        with Checkpoints(directory) as store:
-            store.save(0, kept(grown), signatures=signature_texts(lineage.cfg), meta=meta, blobs=origin.files)
-            store.wait()
+        with Checkpoints(directory) as checkpoints:
+            checkpoints.save(0, kept(grown), signatures=signature_texts(lineage.cfg), meta=meta, blobs=origin.files)
+            checkpoints.wait()
     return record

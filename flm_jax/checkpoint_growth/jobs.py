@@ -24,8 +24,8 @@ from flm_jax.growth.lineage import Lineage
 from flm_jax.optimizer import map_parts
 from flm_jax.sharding import mesh_axes
 
-# A block is stored in up to so many pieces of at least so many bytes, split along an axis that a mesh splits, so that
-# each device reads little more than its own part.
+# A block is stored in at most PIECES pieces of at least PIECE_BYTES each, split along an axis that meshes split: each
+# device then reads little more than its own part.
 PIECES, PIECE_BYTES = 8, 4 << 20
 
 
