@@ -1,1 +1,1 @@
-"""What the project claims about speed and memory, as commands."""
+"""Benchmarks: programs that measure speed, memory and accuracy, and write pages of docs/; see README.md here."""

@@ -1,13 +1,13 @@
-"""Converting a model in files larger than memory: time against what the disk allows, and memory beyond the process.
+"""Import and export of models larger than memory: time compared with the disk's floor, and memory of the process.
 
   python benchmarks/convert.py --size=4 [--small=1] [--write=docs/convert_benchmark.md] [--json=FILE] [--dir=DIR]
 
-A Llama 4,096 wide, of random bfloat16 weights in several files, is made of as many layers as come to `size` GB, and
-another of `small` GB. Each is read in its own dtype, read as float32, and what was read in its own dtype is written out
-again; the tensors that come out must be those that went in, bit for bit, or the exit status is 1. Each conversion runs
-in a process of its own. The floor is the time of moving as many bytes on the same file system without computing
-anything (see `disk.floor`), both before and after the conversion; what is read is dropped from the page cache before
-each.
+Two Llamas of width 4,096 with random bfloat16 weights are made, with as many layers as give `size` and `small` GB. Each
+is imported in its own dtype, imported as float32, and the first import is exported again. The exported tensors must be
+equal to the original ones bit for bit, otherwise the exit status is 1. Each conversion runs in a process of its own.
+The floor is the time to read and write the same number of bytes on the same file system without computing anything
+(`disk.floor`), measured before and after the conversion. The files that are read are dropped from the page cache before
+each measurement.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import disk
 
 _SIZE = flags.DEFINE_float("size", 4.0, "GB of the model's files.", lower_bound=0.0)
-_SMALL = flags.DEFINE_float("small", 1.0, "GB of the smaller model's; left out where it is not smaller.")
-_DIR = flags.DEFINE_string("dir", None, "Where the models go meanwhile; a temporary directory if not given.")
+_SMALL = flags.DEFINE_float("small", 1.0, "GB of the smaller model's files; ignored unless smaller than --size.")
+_DIR = flags.DEFINE_string("dir", None, "Directory for the models; by default a temporary directory.")
 _WRITE = flags.DEFINE_string("write", None, "Write the page to this file.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 _CHILD = flags.DEFINE_string("child", None, "Used by the program itself.")
 
-# By name: what is read, and what comes of it; in this order.
+# For each conversion, in the order of measurement: the folder that is read and the folder that is written.
 CASES = {
     "import": ("model", "checkpoint"),
     "import as float32": ("model", "widened"),
@@ -46,7 +46,7 @@ SHARDS = 4
 
 
 def shape(gigabytes: float) -> Any:
-    """The model: layers come until the files have so many bytes."""
+    """The model, with the smallest number of layers that gives files of `gigabytes` GB."""
     from flm_jax import costs
     from flm_jax.config import ModelConfig
 
@@ -70,7 +70,7 @@ def shape(gigabytes: float) -> Any:
 
 
 def make_model(folder: Path, gigabytes: float) -> dict[str, Any]:
-    """Writes a directory that anybody could have downloaded; returns its size."""
+    """Writes a directory in the form of a downloaded model; returns its layers and bytes."""
     import ml_dtypes
     import numpy as np
 
@@ -97,13 +97,13 @@ def make_model(folder: Path, gigabytes: float) -> dict[str, Any]:
 
 
 def convert(work: Path, case: str) -> dict[str, Any]:
-    """One conversion, which measures its own time and memory."""
+    """Runs one conversion in this process; returns its time and memory."""
     import jax
 
     from flm_jax.convert.exporting import export_model
     from flm_jax.convert.importing import import_model
 
-    jax.numpy.zeros(()).block_until_ready()  # the process itself, with its runtime
+    jax.numpy.zeros(()).block_until_ready()  # starts JAX's runtime, so that its memory is not counted
     source, target = (work / name for name in CASES[case])
     if case == "export":
         return disk.measured(lambda: export_model(source, target))[1]
@@ -126,7 +126,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def child(work: Path, task: str) -> dict[str, Any]:
-    """What a process of its own does."""
+    """The result of one task, run in a process of its own."""
     if task == "make":
         return make_model(work / "model", _SIZE.value)
     if task == "compare":
@@ -137,7 +137,7 @@ def child(work: Path, task: str) -> dict[str, Any]:
 
 
 def measure(work: Path, case: str, read: int) -> dict[str, Any]:
-    """One conversion, and the floor before and after it."""
+    """The measurements of one conversion, and of the floor before and after it."""
     source, target = (work / name for name in CASES[case])
     written = read * (2 if "float32" in case else 1)
     floors = [disk.floor(source, read, written)]
@@ -166,7 +166,7 @@ def measure(work: Path, case: str, read: int) -> dict[str, Any]:
 
 
 def measure_all(work: Path, gigabytes: float) -> list[dict[str, Any]]:
-    """All conversions of a model of so many GB."""
+    """The measurements of all conversions of a model of `gigabytes` GB."""
     work.mkdir()
     made = call(["--child", "make", f"--dir={work}", f"--size={gigabytes}"])
     rows = []
@@ -181,7 +181,7 @@ def measure_all(work: Path, gigabytes: float) -> list[dict[str, Any]]:
 
 
 def call(arguments: list[str]) -> dict[str, Any]:
-    """Runs this program anew; what it prints last is JSON."""
+    """Runs this program in a new process; returns the JSON object that it prints last."""
     done = subprocess.run(
         [sys.executable, __file__, *arguments],
         stdout=subprocess.PIPE,
@@ -196,32 +196,32 @@ PAGE = """# What converting a model costs
 
     {command}
 
-A Llama 4,096 wide with a vocabulary of 32,768, in bfloat16, in several safetensors files:
+The model is a Llama of width 4,096 with a vocabulary of 32,768, in bfloat16, in several safetensors files:
 {sizes}.
-Its largest tensors have {largest:.2f} GB. It is read in its own dtype (import), read as float32, and what was read in its
-own dtype is written out again (export). The tensors that come out must be those that went in, bit for bit. {same}
+Its largest tensors have {largest:.2f} GB. It is imported in its own dtype (import), imported as float32, and the first
+import is exported again (export). All exported tensors must be equal to the original ones, bit for bit. {same}
 
 | conversion | read | written | time | floor | time / floor | floor past the cache | processor time | memory |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-- Memory is the process's own at its highest, less what it was before the conversion, with everything imported (VmHWM and
-  VmRSS; the page cache is not in it). By the files' size, from small to large:
+- Memory is the peak of the process during the conversion, minus its memory before it, with all modules imported (VmHWM
+  minus VmRSS; without the page cache). From the smaller to the larger model:
   {peaks}.
-- The floor is the time that this file system takes for the same bytes in plain order: the files read, and one file of
-  what is written, written and synced; the mean of a measurement before the conversion and one after it. What is read is
-  dropped from the page cache before each.
+- The floor is the time that this file system takes to read the same files in order, and to write and sync one file of
+  the written size: the mean of a measurement before the conversion and one after it. The files that are read are
+  dropped from the page cache before each measurement.
 - An import reads and writes past the page cache (O_DIRECT); an export reads past it and writes through it. The floor
-  past the cache is what this disk does for whoever has nothing to compute.
-- Processor time is that of all threads. It goes into turning matrices, which lie the other way round in a checkpoint, and
-  into the checksums that a checkpoint has of all values. Some of it is spent once, on compiling.
+  past the cache is the floor measured with O_DIRECT.
+- Processor time is the sum over all threads. It is spent on transposing matrices, which are stored transposed in the
+  files, and on the checksums of all values. Some of it is spent once, on compilation.
 
-{machine}, shared with others, under a load of {load:.1f} when it was measured: read the ratios with that in mind.
-"""  # noqa: E501
+{machine}, shared with other work, under a load of {load:.1f} during the measurement, which affects the ratios.
+"""
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """The figures, and what they are of."""
+    """The page in Markdown: the measurements and their explanation."""
     table = "\n".join(
         f"| {row['case']} | {row['read_gb']:.2f} GB | {row['written_gb']:.2f} GB | {row['seconds']:.1f} s | "
         f"{row['floor']:.1f} s | {row['ratio']:.2f} | {row['floor_past_cache']:.1f} s | {row['cpu_seconds']:.1f} s | "
@@ -239,7 +239,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         command=f"python benchmarks/convert.py {asked} --write=docs/convert_benchmark.md",
         sizes=" and ".join(f"{size:.2f} GB ({layers} layers)" for size, layers in sizes),
         largest=rows[0]["largest_gb"],
-        same=f"{differ} of them are not." if differ else "They all are.",
+        same=f"{differ} of them are not." if differ else "They are.",
         rows=table,
         peaks="; ".join(peaks),
         machine=disk.machine(),
@@ -252,9 +252,9 @@ def _size(row: dict[str, Any]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Makes the models, converts each, and compares what comes out with what went in."""
+    """Makes the models, converts each, and compares the exported tensors with the original ones."""
     del argv
-    logging.set_verbosity(logging.ERROR)  # orbax has much to say
+    logging.set_verbosity(logging.ERROR)  # orbax logs a lot
     if _CHILD.value:
         print(json.dumps(child(Path(_DIR.value or "."), _CHILD.value)))
         return
@@ -274,7 +274,7 @@ def main(argv: list[str]) -> None:
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
     if any(row["differ"] for row in rows):
-        raise SystemExit("What came out is not what went in.")
+        raise SystemExit("Some exported tensors differ from the original ones.")
 
 
 if __name__ == "__main__":

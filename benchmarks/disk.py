@@ -1,4 +1,4 @@
-"""What the disk allows, and what a process takes: for the benchmarks of programs that stream from disk to disk."""
+"""Measurements of the disk's speed and of a process's time and memory, for the streaming and conversion benchmarks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIECE = 64 << 20
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: VmRSS, what is resident now, or VmHWM, the most that was."""
+    """Bytes of this process: with "VmRSS" its resident memory now, with "VmHWM" the peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -22,10 +22,10 @@ def memory(field: str) -> int:
 
 
 def measured(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """Calls a function in a process that has imported what it needs.
+    """Calls a function and measures it; everything that it needs should be imported before.
 
     Returns:
-      Its result; its seconds and the processor's, the process's bytes before it, and the most while it ran.
+      The function's result; its wall-clock and processor seconds, and the process's bytes before it and at the peak.
     """
     base = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -39,7 +39,7 @@ def measured(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def forget(folder: Path) -> list[Path]:
-    """Drops the files of a folder from the page cache; returns them."""
+    """Drops the files of a folder from the page cache, and returns their paths."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         handle = os.open(path, os.O_RDONLY)
@@ -50,8 +50,8 @@ def forget(folder: Path) -> list[Path]:
 
 
 def floor(source: Path, read: int, written: int, past_cache: bool = False) -> tuple[float, float]:
-    """Seconds to read so many bytes of a folder's files, and to write and sync so many in a file beside it."""
-    aligned = mmap.mmap(-1, PIECE)  # as O_DIRECT wants it
+    """Seconds to read `read` bytes of a folder's files, and to write and sync `written` bytes to a file beside it."""
+    aligned = mmap.mmap(-1, PIECE)  # O_DIRECT needs an aligned buffer
     aligned.write(os.urandom(1 << 20) * (PIECE >> 20))
     buffer, flag = memoryview(aligned), os.O_DIRECT if past_cache else 0
     files = forget(source)
@@ -77,6 +77,6 @@ def floor(source: Path, read: int, written: int, past_cache: bool = False) -> tu
 
 
 def machine() -> str:
-    """The processors, in words."""
+    """The number and model of the processors, as text."""
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     return f"{os.cpu_count()} cores of an {model.partition(':')[2].strip()}"

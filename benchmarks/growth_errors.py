@@ -1,9 +1,9 @@
-"""How far every growth operator is from exact, axis by axis, in three precisions: a table for the documentation.
+"""The error of every growth operator on every axis, in three precisions: the table of docs/growth_errors.md.
 
   python benchmarks/growth_errors.py [--out=FILE]
 
-Whatever is in the registry is measured on every axis that it grows, one at a time and all together. An operator that
-refuses these ratios is measured at twice the size.
+Every operator of the registry is measured on each axis that it grows, and on all of them together. An operator that
+does not accept these sizes is measured at twice the old size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flm_jax.signature import KINDS
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "growth_errors.md"
 _OUT = flags.DEFINE_string("out", str(PAGE), "Write the page to this file.")
 
-# By the name of a precision: the dtype of the parameters; that of activations has its name.
+# For each precision, which is also the dtype of activations: the dtype of parameters.
 PRECISIONS: Mapping[str, str] = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}
 COLUMNS = ("operator", "promises preservation", "axis", "sizes", *PRECISIONS)
 SHAPE = dict(embed=64, heads=4, kv_heads=4, head_dim=16, mlp=176, layers=4, vocab=128)
@@ -41,15 +41,15 @@ BATCH, TIME = 2, 24
 
 @dataclass(frozen=True)
 class Case:
-    """What grows: a row for every operator that grows all of these axes.
+    """A growth to measure, with every operator that grows all of its axes.
 
     Attributes:
-      name: the row's name.
-      before: sizes before.
-      after: the sizes that change, after.
-      doubled: the same, for operators that grow by whole multiples only.
-      keeps_multiplier: whether the logits are multiplied by what they were; else its change is folded into the head,
-        which rounds the head anew.
+      name: the name of its rows.
+      before: sizes before the growth.
+      after: the sizes that change, after the growth.
+      doubled: `after` for operators that grow by whole multiples only.
+      keeps_multiplier: whether the logits' multiplier stays the same; otherwise its change is folded into the head,
+        which rounds the head's weights once more.
     """
 
     name: str
@@ -84,11 +84,11 @@ class Row:
     """A row of the table.
 
     Attributes:
-      operator: its name in the registry.
-      preserving: whether it promises that nothing changes.
-      axis: the case's name.
-      sizes: what grew, from where to where.
-      errors: by precision, the relative difference of the logits; 0 means bit-equal.
+      operator: the operator's name in the registry.
+      preserving: whether it promises to preserve the function.
+      axis: the name of the case.
+      sizes: the sizes that grew, as text.
+      errors: for each precision, the relative difference of the logits; 0 means bit-equal.
     """
 
     operator: str
@@ -99,7 +99,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, bool]:
-        """What the row is about, without what was measured."""
+        """The row without its measurements, to compare tables by."""
         return self.operator, self.axis, self.sizes, self.preserving
 
 
@@ -118,7 +118,7 @@ def figure(error: float) -> str:
 
 
 def config(sizes: Mapping[str, int], precision: str) -> ModelConfig:
-    """A small model with the numerics that make growth hard: small embeddings under eps 1e-5."""
+    """A small model whose numerics make growth difficult: small embeddings with eps 1e-5."""
     axes: dict[str, Any] = dict(sizes)
     return ModelConfig(
         **axes,
@@ -131,7 +131,7 @@ def config(sizes: Mapping[str, int], precision: str) -> ModelConfig:
     )
 
 
-# The growth runs once: compiling it takes longer than any optimisation of it could save.
+# Each growth runs once, so compiling it with optimisation would take longer than the optimisation saves.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -147,7 +147,7 @@ def _apply(cfg: ModelConfig, params: Any, tokens: jax.Array, masks: Any) -> jax.
 
 @functools.cache
 def _source(cfg: ModelConfig) -> tuple[Any, np.ndarray, np.ndarray]:
-    """Parameters with norm scales that are not 1, as after training; random tokens; their logits."""
+    """Parameters with random norm scales, as after training; random tokens; the logits of these tokens."""
     rng = np.random.default_rng(0)
     _, signatures = model.declared(cfg)
     params = jax.tree.map(
@@ -160,14 +160,14 @@ def _source(cfg: ModelConfig) -> tuple[Any, np.ndarray, np.ndarray]:
 
 
 def measure(operators: Iterable[str] | None = None, precisions: Iterable[str] = tuple(PRECISIONS)) -> Iterator[Row]:
-    """Measures operators on every axis that they grow.
+    """The rows of the table.
 
     Args:
-      operators: their names; None: all of the registry.
-      precisions: of `PRECISIONS`; other columns are left out.
+      operators: names of operators; None: all of the registry.
+      precisions: names from `PRECISIONS`; other columns are left out.
 
     Yields:
-      The table's rows.
+      One row per operator and case.
     """
     for name in REGISTRY if operators is None else operators:
         grows = {axis for axis, kind in KINDS.items() if kind in REGISTRY[name].kinds}
@@ -186,7 +186,7 @@ def _row(method: str, case: Case, axes: set[str], precisions: tuple[str, ...]) -
 
 
 def _accepted(method: str, case: Case, axes: set[str]) -> dict[str, int]:
-    """The sizes after, of these axes: doubled where the operator refuses the others."""
+    """The sizes of these axes after the growth: those of `case.after`, or the doubled ones if the operator refuses."""
     after, doubled = (
         {axis: sizes[axis] for axis in case.after if axis in axes} for sizes in (case.after, case.doubled)
     )
@@ -199,7 +199,7 @@ def _accepted(method: str, case: Case, axes: set[str]) -> dict[str, int]:
 
 
 def _error(method: str, case: Case, after: Mapping[str, int], precision: str) -> float:
-    """The largest difference of a logit of the old vocabulary, over the largest logit."""
+    """The largest difference of a logit, over the largest logit of the source; logits of new tokens do not count."""
     growth = Growth(method)
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
         old, target = config(case.before, precision), config({**case.before, **after}, precision)
@@ -207,9 +207,9 @@ def _error(method: str, case: Case, after: Mapping[str, int], precision: str) ->
             target = target.replace(output_mult=old.logits_mult * target.embed / target.base_width)
         new = grown_config(old, target, growth)
         params, tokens, before = _source(old)
-        # Growth works on parameters: that of a float32 model serves the bfloat16 one, and is compiled once.
+        # Growth depends on the parameters' dtype only, so float32 and bfloat16 share one compiled growth.
         stored = (cfg.replace(compute_dtype=PRECISIONS[precision]) for cfg in (old, new))
-        # Names for one operator share what is compiled.
+        # Two names of the same operator share one compiled growth.
         first = next(name for name, operator in REGISTRY.items() if operator.map is REGISTRY[method].map)
         grown = _grown(*stored, first, params)
         found = _apply(new, grown, tokens, masks_at(old, new, growth, 0))
@@ -221,29 +221,29 @@ HEADER = f"""# How exact every operator is
 
     python benchmarks/growth_errors.py
 
-wrote this page: every operator of the registry ([growth.md](growth.md)), on every axis that it grows, one at a time,
-then on all of them together while the axes that it does not grow stay. A figure is the largest difference of a logit
-between the grown model and its source, over the source's largest logit. **0 means bit-equal.**
+wrote this page. It measures every operator of the registry ([growth.md](growth.md)) on each axis that it grows, and on
+all of these axes together. Each number is the largest difference of a logit between the grown model and its source,
+divided by the source's largest logit. **0 means bit-equal.**
 
 - The source has {{shape}};
   for rows that widen groups, for new or divided key heads, and for all axes, {{grouped}}.
-  Norm scales are random in [0.5, 1.5], embeddings have standard deviation 0.02 and eps is 1e-5, so that eps weighs in
-  the first norm. {BATCH} x {TIME} random tokens.
-- float64 and float32 are the dtypes of parameters and activations alike. In the column bfloat16 parameters are float32
-  and activations bfloat16, and the bfloat16 grown model is compared with the bfloat16 source. There an operator that
-  weighs its copies rounds the weighted weights anew; that is the rounding of bfloat16, not an error of the rule.
-- The logits' multiplier stays what it was, but in the rows "{FOLDED}": there it changes with the
-  width, as muP has it, and the head absorbs the change, which rounds it anew.
-- Masked growth is compared at the start of its ramp. Of a grown vocabulary the old logits are compared.
-- An operator that takes whole multiples only is measured at twice the size.
-- Operators that promise nothing are nevertheless exact where nothing new reaches an old logit: on new tokens, and where
-  key heads are divided among their queries, which brings no new entry.
-- Device: {{device}}; matrix products at the highest precision that it has.
+  Norm scales are random in [0.5, 1.5]. Embeddings have standard deviation 0.02 and eps is 1e-5, so that eps has an
+  effect in the first norm. The input is {BATCH} x {TIME} random tokens.
+- In the columns float64 and float32, parameters and activations have that dtype. In the column bfloat16, parameters are
+  float32 and activations bfloat16, and the bfloat16 grown model is compared with the bfloat16 source. There, operators
+  that scale their copies show the rounding of the scaled weights to bfloat16; it is not an error of the operator.
+- The logits' multiplier stays the same, except in the rows "{FOLDED}". There it changes with the
+  width, as in muP, and the change is folded into the head, which rounds the head's weights once more.
+- Masked growth is compared at the start of its ramp. If the vocabulary grows, only logits of old tokens are compared.
+- An operator that accepts whole multiples only is measured at twice the old size.
+- Operators that do not promise preservation are still exact where no new entry affects an old logit: with new tokens,
+  and where key heads are divided among their queries, which adds no new entries.
+- Device: {{device}}; matrix products in its highest precision.
 """
 
 
 def page(rows: Iterable[Row]) -> str:
-    """The page, in Markdown."""
+    """The page in Markdown."""
     words = lambda sizes: ", ".join(f"{axis} {size}" for axis, size in sizes.items())  # noqa: E731
     changed = {axis: size for axis, size in GROUPED.items() if SHAPE[axis] != size}
     header = HEADER.format(shape=words(SHAPE), grouped=words(changed), device=jax.devices()[0].device_kind)
@@ -252,7 +252,7 @@ def page(rows: Iterable[Row]) -> str:
 
 
 def parse(text: str) -> list[Row]:
-    """The rows of a page."""
+    """The rows of a page in Markdown."""
     table = [line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     return [
         Row(operator, promise == "yes", axis, sizes, dict(zip(PRECISIONS, map(float, errors), strict=True)))

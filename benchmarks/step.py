@@ -1,10 +1,10 @@
-"""Train-step throughput against a plain hand-written JAX step of the same shapes, on this machine.
+"""Train-step throughput compared with a plain hand-written JAX step of the same shapes, on this machine.
 
   python benchmarks/step.py [--json=FILE]
 
-The plain step is what one would write in an afternoon without a framework: a dictionary of arrays, a scan over
-layers, AdamW by hand, no signatures, no masks, no sharding. The two take turns within one run, so that a noisy machine
-disturbs both; the median of the ratios of neighbouring steps is the figure to quote.
+The plain step is a minimal implementation without a framework: a dictionary of arrays, a scan over layers, AdamW by
+hand, no signatures, no masks, no sharding. The two steps alternate within one run, so that other load on the machine
+affects both. The main result is the median of the ratios of neighbouring steps.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
-_ROUNDS = flags.DEFINE_integer("rounds", 30, "Steps that are timed for each.")
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Windows a step.")
-_CONTEXT = flags.DEFINE_integer("context", 128, "Tokens a window.")
+_ROUNDS = flags.DEFINE_integer("rounds", 30, "Number of timed steps of each implementation.")
+_BATCH = flags.DEFINE_integer("batch_size", 16, "Windows per step.")
+_CONTEXT = flags.DEFINE_integer("context", 128, "Tokens per window.")
 
 LEARNING_RATE, B1, B2, EPS, CLIP = 1e-3, 0.9, 0.95, 1e-8, 1.0
 
 
 def plain_loss(cfg: Any, p: dict[str, Any], x_BT: jax.Array, y_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """The mean loss of a batch, by hand."""
+    """The mean loss of a batch, in nats per token, by the plain implementation."""
     time_T, half = jnp.arange(x_BT.shape[1]), cfg.head_dim // 2
     angles = time_T[:, None] * cfg.rope_theta ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
@@ -63,7 +63,7 @@ def plain_loss(cfg: Any, p: dict[str, Any], x_BT: jax.Array, y_BT: jax.Array, se
 
 
 def plain_step(cfg: Any) -> Callable[..., Any]:
-    """AdamW with clipping, by hand, jitted with donation."""
+    """The plain train step: AdamW with clipping, jitted with donation."""
 
     def step(state: Any, batch: Any) -> Any:
         p, m, v, t = state
@@ -82,7 +82,7 @@ def plain_step(cfg: Any) -> Callable[..., Any]:
 
 
 def plain_state(params: Any) -> Any:
-    """The same parameters, in the plain layout."""
+    """The plain implementation's state with the same parameters, in its own layout."""
     b = params["blocks"]
     attention, mlp = b["attention"], b["mlp"]
     blocks = {
@@ -102,7 +102,7 @@ def plain_state(params: Any) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    """Times both, in turns, for the three stages of the small family."""
+    """Times both implementations for the three models of the small family."""
     del argv
     from flm_jax.config import small_1t, small_52b, small_102b
     from flm_jax.data.batches import Batch

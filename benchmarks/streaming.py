@@ -1,11 +1,12 @@
-"""Growing a checkpoint from disk to disk: time against what the disk allows, and memory beyond the process itself.
+"""Streamed growth of a checkpoint: time compared with the disk's floor, and memory of the process.
 
   python benchmarks/streaming.py --size=4 [--method=zero] [--write=docs/streaming.md] [--json=FILE]
 
-A model 1,024 wide grows to 1,536, layers by half as many again, parameters and Adam's moments in float32, until the
-target's state has `size` GB. The growth runs in a process of its own. The floor is the time of moving as many bytes on
-the same file system without computing anything: the source's files read in order, one file of the target's size written
-and synced, 64 MiB at a time, both before and after the growth; the source is dropped from the page cache before each.
+A model of width 1,024 grows to width 1,536 and 1.5 times as many layers, with parameters and Adam's moments in float32.
+The number of layers is chosen so that the target's state has `size` GB. The growth runs in a process of its own. The
+floor is the time to read the source's files in order, and to write and sync one file of the target's size, 64 MiB at a
+time, on the same file system without computing anything (`disk.floor`), measured before and after the growth. The
+source is dropped from the page cache before each measurement.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import disk
 
 _SIZE = flags.DEFINE_float("size", 4.0, "GB of the target's state.")
-_METHODS = flags.DEFINE_multi_string("method", ["zero", "copy"], "How all but the layers grow.")
-_CHUNK = flags.DEFINE_integer("chunk_bytes", 0, "The largest block; 0: the default.")
-_DIR = flags.DEFINE_string("dir", None, "Where the checkpoints go meanwhile; a temporary directory if not given.")
+_METHODS = flags.DEFINE_multi_string("method", ["zero", "copy"], "Operator for all axes except layers.")
+_CHUNK = flags.DEFINE_integer("chunk_bytes", 0, "Bytes of the largest block; 0: the default.")
+_DIR = flags.DEFINE_string("dir", None, "Directory for the checkpoints; by default a temporary directory.")
 _WRITE = flags.DEFINE_string("write", None, "Write the page to this file.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 _CHILD = flags.DEFINE_string("child", None, "Used by the program itself.")
 
 
 def shapes(gigabytes: float) -> tuple[Any, Any]:
-    """Source and target."""
+    """The configurations of source and target, for a target state of `gigabytes` GB."""
     from flm_jax import costs
     from flm_jax.config import ModelConfig
 
@@ -53,7 +54,7 @@ def shapes(gigabytes: float) -> tuple[Any, Any]:
 
 
 def save_source(workdir: Path, gigabytes: float) -> None:
-    """A checkpoint of random values, as a run would have saved it."""
+    """Saves a checkpoint with random parameters in the form in which a run saves it."""
     import jax
     import jax.numpy as jnp
 
@@ -77,14 +78,14 @@ def save_source(workdir: Path, gigabytes: float) -> None:
 
 
 def child(work: Path, gigabytes: float, method: str, chunk_bytes: int) -> dict[str, float]:
-    """Grows, and measures its own time and memory."""
+    """Runs one growth in this process; returns its time, memory and bytes."""
     import jax
 
     from flm_jax.checkpoint_growth.grow import grow_checkpoint
     from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
     from flm_jax.growth import Growth
 
-    jax.numpy.zeros(()).block_until_ready()  # the process itself, with its runtime
+    jax.numpy.zeros(()).block_until_ready()  # starts JAX's runtime, so that its memory is not counted
     growth = Growth(method, methods={"layers": "zero"})
     target, chunk_bytes = shapes(gigabytes)[1], chunk_bytes or CHUNK_BYTES
     record, found = disk.measured(
@@ -95,7 +96,7 @@ def child(work: Path, gigabytes: float, method: str, chunk_bytes: int) -> dict[s
 
 
 def measure(work: Path, method: str) -> dict[str, Any]:
-    """One growth, and the floor before and after it."""
+    """The measurements of one growth, and of the floor before and after it."""
     source, target = shapes(_SIZE.value)
     from flm_jax import costs
 
@@ -127,7 +128,7 @@ def measure(work: Path, method: str) -> dict[str, Any]:
 
 
 def call(arguments: list[str]) -> dict[str, float]:
-    """Runs this program anew; what it prints last is JSON."""
+    """Runs this program in a new process; returns the JSON object that it prints last."""
     done = subprocess.run(
         [sys.executable, __file__, *arguments],
         stdout=subprocess.PIPE,
@@ -143,46 +144,47 @@ PAGE = """# Growing a checkpoint larger than memory
     python experiments/grow.py --source=runs/first --workdir=runs/grown --gin_file=... \\
         --gin_bindings='grow.streamed = True'
 
-grows parameters and Adam's moments from disk to disk, block by block: a block is a run of rows of one layer of one
-leaf, at most `grow.chunk_bytes` ({chunk_mib} MiB), or one row where that is more. The result is that of a growth in
-memory, bit for bit: every leaf, the manifest's checksums, the state's digest.
+grows parameters and Adam's moments from disk to disk, block by block. A block is a range of rows of one layer of one
+leaf, of at most `grow.chunk_bytes` ({chunk_mib} MiB), or one row if a row is larger. The result is equal to that of a
+growth in memory, bit for bit: every leaf, the manifest's checksums, the state's digest.
 
-- Killed and run again, it goes on where it was: `0.growing.jsonl` beside the target says which blocks are on disk, with
-  their checksums. It belongs to one source, plan, seed and block size; of another it keeps nothing. The target has its
-  name only when all of it is on disk.
-- Every leaf that is read is checked against the source's manifest as it passes by. If one is wrong, the growth ends
-  with its name, and what there was of the target is deleted. Moments that start anew (`optimizer = 'fresh'`) are not read.
-- Rows with copies in other blocks are read once for each of these, and where entries are copied from the layer above
-  (`aki`), that layer is read again. Everything else is read once.
-- Noise that copies cancel, and a new row that is the mean of the others, need all rows: where they act on a leaf's first
-  axis after layers, its blocks are whole layers.
-- The models are not run, so nothing is compared but checksums, `growth.json` says so, and distances cannot be measured:
-  give `Growth.depth` as a place, or as the copies that follow each layer. Where both models fit in memory,
+- If the growth is killed, the same command resumes it. The file `0.growing.jsonl` beside the target lists the blocks
+  that are on disk, with their checksums. It is valid for one source, plan, seed and block size; if any of them changes,
+  the growth starts again. The target gets its final name only when it is complete on disk.
+- The checksum of every leaf is verified against the source's manifest while it is read. If one is wrong, the growth
+  stops with an error that names the leaf, and the unfinished target is deleted. Moments that start at 0
+  (`optimizer = 'fresh'`) are not read.
+- A row with copies in several blocks is read once per block. If entries are copied from the layer above (`aki`), that
+  layer is read once more. Everything else is read once.
+- Two operators need all rows at once: `noise`, whose noise must cancel over the copies, and `mean`, whose new row is the
+  mean of the others. Where they act on a leaf's first axis after layers, the blocks of this leaf are whole layers.
+- The models are not run. So only checksums are compared, which `growth.json` says, and distances cannot be measured: set
+  `Growth.depth` to a place, or to the number of copies that follow each layer. If both models fit in memory,
   `python experiments/verify.py` compares them.
 
-## What it costs
+## Cost
 
     {command}
 
-A model 1,024 wide with {layers} layers grows to 1,536 wide with {grown_layers}, in float32 with both moments, in a
-process of its own. The floor is the time that this file system takes for the same bytes in plain order: the source's files read, and
-one file of the target's size written and synced; the mean of a measurement before the growth and one after it. The source
-is dropped from the page cache before each. Memory is the process's own at its highest, less what it was before the
-growth (VmHWM and VmRSS; the page cache is not in it).
+A model of width 1,024 with {layers} layers grows to width 1,536 and {grown_layers} layers, in float32 with both moments,
+in a process of its own. The floor is the time that this file system takes to read the source's files in order, and to
+write and sync one file of the target's size: the mean of a measurement before the growth and one after it. The source is
+dropped from the page cache before each measurement. Memory is the peak of the process during the growth, minus its
+memory before it (VmHWM minus VmRSS; without the page cache).
 
 | growth | read | written | time | floor | time / floor | floor past the cache | processor time | memory |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-{machine}, shared with others, under a load of {load:.1f} when it was measured: read the ratio with that in mind. The
-floor wants the disk and, to fill the page cache, the processors; the growth goes past the cache (O_DIRECT) and wants the
-processors for its own work, {per_gb:.1f} s of one for a GB written, some of it once, on compiling. The floor past the cache
-is what this disk does for whoever has nothing to compute.
+{machine}, shared with other work, under a load of {load:.1f} during the measurement, which affects the ratio. The
+floor uses the disk, and the processors to fill the page cache. The growth reads and writes past the cache (O_DIRECT) and
+uses the processors for its own work: {per_gb:.1f} s of one processor per GB written, some of it once, on compilation.
+The floor past the cache is the floor measured with O_DIRECT.
 """  # noqa: E501
 
 
 def write_page(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the figures, and what they are of."""
+    """Writes the page: the measurements and their explanation."""
     from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
 
     source, target = shapes(_SIZE.value)
@@ -208,7 +210,7 @@ def write_page(path: Path, rows: list[dict[str, Any]]) -> None:
 def main(argv: list[str]) -> None:
     """Makes the source, and grows it by each method."""
     del argv
-    logging.set_verbosity(logging.ERROR)  # orbax has much to say
+    logging.set_verbosity(logging.ERROR)  # orbax logs a lot
     if _CHILD.value == "source":
         save_source(Path(_DIR.value or ".") / "source", _SIZE.value)
         print("{}")

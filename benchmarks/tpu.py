@@ -1,9 +1,9 @@
-"""What the TPU compiler says of the full-size recipe: every program of every stage, and the layouts that were weighed.
+"""The full-size recipe compiled by the TPU compiler: all programs of all stages, and other layouts; writes docs/tpu.md.
 
   make test-tpu
 
-which runs: python benchmarks/tpu.py --write=docs/tpu.md, with libtpu beside the environment. No TPU is needed.
-It fails unless every program fits, no whole parameter is gathered, and the attention kernel is in every train step.
+runs: python benchmarks/tpu.py --write=docs/tpu.md, with libtpu installed beside the environment. It needs no TPU. It
+fails unless every program fits, no whole parameter is gathered, and every train step contains the attention kernel.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from flm_jax.step import StageProgram  # noqa: E402
 
 RECIPE = "gin_configs/recipes/tele_flm_1t.gin"
 MACHINE = "v5p-2048"
-# A growth may gather the norms' scales, which are vectors.
+# Bound on the bytes that a growth may gather: it may gather the norms' scales, which are vectors.
 VECTORS = 16 * 2**20
-# What else was weighed, for one stage each: what it is called, the stage, and what is bound differently.
+# The other layouts to compile, for one stage each: name, stage, changed bindings.
 WEIGHED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("sequence 2 x tensor 8", "52b", ("MeshConfig.sequence = 2", "MeshConfig.tensor = 8")),
     ("tensor 16", "52b", ("MeshConfig.sequence = 1", "MeshConfig.tensor = 16")),
@@ -46,10 +46,10 @@ WEIGHED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def main() -> None:
-    """Compiles, checks, and writes the page."""
+    """Compiles and checks all programs, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", help="write the page here, such as docs/tpu.md")
-    parser.add_argument("--stages", nargs="*", help="only these stages, and nothing that was weighed")
+    parser.add_argument("--write", help="write the page to this file, such as docs/tpu.md")
+    parser.add_argument("--stages", nargs="*", help="only these stages, without other layouts")
     options = parser.parse_args()
     machine = topology(MACHINE)
     start = time.perf_counter()
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def configured(bindings: Sequence[str]) -> tuple[Recipe, Run]:
-    """The recipe, with some bindings changed."""
+    """The recipe and the run, with additional bindings."""
     gin.clear_config()
     configure.parse([RECIPE], bindings)
     recipe, run = configure.train()
@@ -90,7 +90,7 @@ def configured(bindings: Sequence[str]) -> tuple[Recipe, Run]:
 
 
 def faults(record: Mapping[str, Any], name: str, about: Mapping[str, Any]) -> list[str]:
-    """What a program does that it must not."""
+    """The requirements that a program violates, as text."""
     where = f"{record['name']}, {name}"
     if not about["fits"]:
         return [f"{where} does not fit: {about['compiler_said']}"]
@@ -107,7 +107,7 @@ def faults(record: Mapping[str, Any], name: str, about: Mapping[str, Any]) -> li
 
 
 def matrices(record: Mapping[str, Any]) -> set[tuple[int, ...]]:
-    """The extents of every whole parameter that is no vector, and of its layers, one by one."""
+    """The sorted shape of every parameter that is not a vector, and the sorted shape of one of its layers."""
     cfg = from_dict(record["model"])
     found: set[tuple[int, ...]] = set()
     for _, x, sig in costs.leaves(cfg):
@@ -117,13 +117,13 @@ def matrices(record: Mapping[str, Any]) -> set[tuple[int, ...]]:
 
 
 def extent(shape: str) -> tuple[int, ...]:
-    """The sizes of an array, in whichever order they lie: f32[1,64,8] -> (8, 64)."""
+    """The sorted sizes of an array's dimensions, without ones: f32[1,64,8] -> (8, 64)."""
     sizes = [int(n) for n in shape.split("[")[1].rstrip("]").split(",")]
     return tuple(sorted(n for n in sizes if n > 1))
 
 
 def decoding(stage: ResolvedStage, run: Run, recipe: Recipe, devices: Any, machine: Topology) -> dict[str, Any]:
-    """Generation by the last model: a row for each share of the batch."""
+    """The record of the compiled generation by a stage's model, with one row per batch shard."""
     mesh = make_mesh(run.mesh_of(stage.stage), devices)
     program = StageProgram(stage, mesh, 1)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -131,7 +131,7 @@ def decoding(stage: ResolvedStage, run: Run, recipe: Recipe, devices: Any, machi
 
 
 def weighed(devices: Any, machine: Topology) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """The train step of each other layout."""
+    """Stage, layout and compiled train step of each other layout."""
     for name, stage, bindings in WEIGHED:
         recipe, run = configured(bindings)
         (record,) = stages.stages(recipe, run, devices, machine, "tpu", only=("train step",), among=(stage,))
@@ -140,12 +140,12 @@ def weighed(devices: Any, machine: Topology) -> Iterator[tuple[str, str, Mapping
 
 
 def line(cells: Sequence[str]) -> str:
-    """A row of a table."""
+    """A table row in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 
 def cells(about: Mapping[str, Any]) -> list[str]:
-    """What the tables say of a program."""
+    """The table cells of a program."""
     if not about["fits"]:
         return ["does not fit", *["-"] * 5, f"{about['compile_seconds']:.0f}"]
     size, predicted = about["bytes_per_device"], about.get("predicted", {})
@@ -171,18 +171,18 @@ def text(
     others: Sequence[tuple[str, str, Mapping[str, Any]]],
     seconds: float,
 ) -> str:
-    """The page."""
+    """The page in Markdown."""
     head = [
-        "peak a device",
+        "peak per device",
         "arguments",
-        "collectives a call (bytes a device sends)",
+        "collectives per call (bytes sent per device)",
         "predicted s",
-        "of it waiting for collectives",
+        "of these, waiting for collectives",
         "predicted utilisation",
-        "compiled in s",
+        "compilation, s",
     ]
     layouts = [
-        line(["stage", "parameters", "mesh", "batch, tokens", "in parts", "remat", "state a device"]),
+        line(["stage", "parameters", "mesh", "batch, tokens", "accumulated in parts", "remat", "state per device"]),
         line(["---"] * 7),
     ]
     for r in records:
@@ -216,12 +216,12 @@ def text(
     )
 
 
-PAGE = """# The full-size recipe, as the TPU compiler sees it
+PAGE = """# The full-size recipe, compiled for TPUs
 
-Written by `make test-tpu` (`python benchmarks/tpu.py --write=docs/tpu.md`), {minutes} minutes on two cores; no
+`make test-tpu` (`python benchmarks/tpu.py --write=docs/tpu.md`) wrote this page, in {minutes} minutes on two cores; no
 TPU was used. Every program of `gin_configs/recipes/tele_flm_1t.gin` was compiled by the TPU compiler for
-{machine}: {devices} chips of {memory} each. The command fails unless all of them fit, none gathers a whole
-parameter, and the train steps hold the attention kernel.
+{machine}: {devices} chips of {memory} each. The command fails unless all programs fit, none gathers a whole
+parameter, and the train steps contain the attention kernel.
 
 {layouts}
 
@@ -229,23 +229,25 @@ parameter, and the train steps hold the attention kernel.
 
 {programs}
 
-*Peak* is the compiler's own; a program that does not fit does not compile. **Seconds and utilisation are
-predictions and were never measured**: the compiler's estimate of the cycles of every operation, loops counted in
-full; plus the collectives that the program waits for, at the bandwidth of the links that they lie along; plus the
-attention kernel, of which the compiler estimates nothing, at half of the peak. Collectives that run beside other
-work are taken to be hidden by it. The utilisation is that of model FLOPs (`costs.train_flops_per_token`: what is
-recomputed does not count). Good for comparing layouts, not for promising days.
+*Peak* is the value that the compiler reports; a program that does not fit does not compile. **Seconds and utilisation
+are predictions and were never measured.** They are the sum of three terms: the compiler's estimate of the cycles of
+every operation, with loops counted in full; the collectives that the program waits for, at the bandwidth of the links
+that they use; and the attention kernel, for which the compiler has no estimate, at half of the chip's peak. Collectives
+that run at the same time as other work are assumed to be hidden by it. The utilisation counts model FLOPs
+(`costs.train_flops_per_token`; recomputation does not count). The predictions can compare layouts; they cannot tell how
+many days a run takes.
 
-## What else was weighed
+## Other layouts
 
-The train step of one stage, with something changed:
+The train step of one stage, with one change:
 
 {alternatives}
 
-So: `tensor` is kept as small as the state allows, since what the products of a layer exchange over it grows with
-it; what the published batch of 1,344 windows leaves of the devices goes to `sequence`. At 1T the state wants all
-of them. Keeping what is split over `tensor` inside a block (`inner`) is paid for by memory that is there.
-Pipelining was not needed for anything to fit, and is not implemented.
+The conclusions: `tensor` is as small as the state allows, because the bytes that the products of a layer exchange grow
+with it. The published batch of 1,344 windows does not occupy all devices; `sequence` uses the rest. At 1T the state
+needs all devices for `fsdp` and `tensor`. Saving the products that are split over `tensor` inside a block
+(`remat = 'inner'`) needs more memory, which is available. Pipelining was not needed to make any program fit, and is not
+implemented.
 """
 
 

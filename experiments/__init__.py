@@ -1,1 +1,1 @@
-"""Launchers: each runs one program of `flm_jax.cli`."""
+"""Launchers, one per program of `flm_jax.cli`."""

@@ -1,4 +1,4 @@
-"""Plan a recipe for machines that are not here: what each stage takes, whether it fits, what growing costs.
+"""Plan a recipe for a machine, without the machine: cost of each stage, whether it fits, cost of each growth.
 
 The program is flm_jax/cli/plan.py; installed, it is also the command flm-plan.
 """

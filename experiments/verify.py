@@ -1,4 +1,4 @@
-"""Verify a grown checkpoint against the one it grew from: exit status 0 only if what its method promises holds.
+"""Verify a grown checkpoint against its source: exit status 0 only if all promises of its growth method hold.
 
 The program is flm_jax/cli/verify.py; installed, it is also the command flm-verify.
 """

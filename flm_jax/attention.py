@@ -1,8 +1,8 @@
-"""Rotary positions and attention: kernels behind one function, and the key-value cache.
+"""Rotary positions, attention kernels behind one function, and the key-value cache.
 
-The kernels: "plain" everywhere; "cudnn" on NVIDIA GPUs; "splash" on TPUs, where scores never leave the chip's fast
-memory and blocks that lie wholly in the future are skipped; "auto" is splash on TPUs where it
-can cut the window up, and plain elsewhere.
+The kernels: "plain" runs everywhere; "cudnn" on NVIDIA GPUs; "splash" on TPUs, where scores stay in the chip's fast
+memory and blocks that are entirely in the future are skipped; "auto" is splash on TPUs if its blocks divide the window,
+and plain otherwise.
 
 B batch, T query positions, S key positions, N query heads, K key heads, H head width.
 """
@@ -23,13 +23,13 @@ from flm_jax.sharding import mesh_axes, spec
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far.
+    """The key-value cache: keys and values of the positions seen so far.
 
     Attributes:
-      key_LBSKH: rotated keys, one slice a layer.
+      key_LBSKH: rotated keys, one slice per layer.
       value_LBSKH: values.
       length: () int32, how many of the S positions are filled.
-      start_B: int32, the first position of each row that is not padding; None: every row begins at 0.
+      start_B: int32, the first position of each row that is not padding; None: no row has padding.
     """
 
     key_LBSKH: jax.Array
@@ -39,10 +39,10 @@ class Cache(NamedTuple):
 
 
 def rotary_frequencies(cfg: ModelConfig) -> jax.Array:
-    """Radians a position of every pair of a head, (H/2,): theta^(-2i/width) (2104.09864), scaled if the model says so.
+    """The rotary frequency of every pair of a head, (H/2,), in radians per position: theta^(-2i/width) (2104.09864).
 
-    Of the scaling (Llama 3.1, 2407.21783): with t the turns of a pair over the original context, it keeps the share
-    (t - low) / (high - low), between 0 and 1, of its frequency, and of the rest 1 / factor.
+    With `rope_scaling` (Llama 3.1, 2407.21783), a frequency f becomes k f + (1 - k) f / factor, where
+    k = (turns - low) / (high - low), clipped to [0, 1], and turns are those of the pair over the original context.
     """
     wide = jnp.promote_types(cfg.compute, jnp.float32)
     frequency_H = cfg.rope_theta ** (-jnp.arange(0, cfg.h_dim, 2, dtype=wide) / cfg.effective_head_width)
@@ -55,14 +55,14 @@ def rotary_frequencies(cfg: ModelConfig) -> jax.Array:
 
 
 def rotary_tables(positions_BT: jax.Array, frequency_H: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, (B, T, 1, H/2), of RoPE (2104.09864)."""
+    """The cosines and sines of RoPE (2104.09864), each (B, T, 1, H/2)."""
     wide = frequency_H.dtype
     angle_BT1H = positions_BT[:, :, None, None].astype(wide) * frequency_H[None, None, None]
     return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
 
 
 def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pair (i, i + H/2) of every head: the half-split layout, as in Llama's released weights."""
+    """Heads (B, T, N, H) with pairs (i, i + H/2) rotated: the half-split layout, as in Llama's released weights."""
     cos, sin = tables
     first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -76,7 +76,7 @@ def attention_mask(
     key_segment_BS: jax.Array,
     sliding_window: int | None = None,
 ) -> jax.Array:
-    """(B, T, S) bool: a query sees keys at its own position or before, in its own document and within the window."""
+    """The mask, (B, T, S) bool: a query sees keys up to its own position, in its own document, within the window."""
     causal = query_BT[:, :, None] >= key_BS[:, None, :]
     seen = causal & (query_segment_BT[:, :, None] == key_segment_BS[:, None, :])
     return seen if sliding_window is None else seen & (query_BT[:, :, None] - key_BS[:, None, :] < sliding_window)
@@ -92,18 +92,18 @@ def attend(
     kernel: str,
     sliding_window: int | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(width)) v, masked; query head n reads key head n // (N / K).
+    """Masked attention, softmax(q k^T / sqrt(width)) v; query head n reads key head n // (N / K).
 
     Args:
       q_BTNH: queries, rotated.
       k_BSKH: keys, rotated.
       v_BSKH: values.
       mask_BTS: bool, (B or 1, T, S).
-      segments_BT: int32, (B or 1, T), where the mask is that of whole rows: causal within equal numbers. None: keys
-        are from a cache, and every kernel is the plain one.
-      width: of a head, as the scores' scale takes it.
+      segments_BT: int32, (B or 1, T), document numbers; splash builds its mask from them: causal within a document.
+        None: keys come from a cache, and the plain kernel is used whatever `kernel` says.
+      width: the head width in the scores' scale.
       kernel: "plain"; "cudnn" (`jax.nn.dot_product_attention` on NVIDIA GPUs, bf16 or fp16); "splash" (TPUs); "auto".
-      sliding_window: how many positions a query sees, as in the mask; splash makes its own of it.
+      sliding_window: how many positions a query sees, as in `mask_BTS`; splash builds its mask from it.
 
     Returns:
       (B, T, N, H), in the dtype of `v`.
@@ -115,7 +115,7 @@ def attend(
     chosen = {"cudnn": functools.partial(_cudnn, width=width), "splash": splash_kernel}
     if kernel in chosen:
         return chosen[kernel](q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
-    # cudnn's function asks for the library already when it is traced, so it has to be asked for by name.
+    # "auto" never chooses cudnn: its function fails already at tracing where the library is missing.
     if splash_block(q_BTNH.shape[1]) is None:
         return plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
     return jax.lax.platform_dependent(
@@ -127,7 +127,7 @@ def _plain(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: An
     del segments_BT
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    # The queries of a key head are queries at more positions, X = G T: one batched product, whatever the grouping.
+    # The G = N / K queries of a key head are treated as queries at X = G T positions: one batched product for any G.
     q_BXKH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 3, 1).reshape(B, -1, K, H)
     mask_BXS = jnp.tile(mask_BTS, (1, N // K, 1))
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
@@ -148,15 +148,14 @@ def _cudnn(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: An
     return checkpoint_name(o_BTNH, ATTENDED)
 
 
-# Rows and columns of scores that the kernel holds at once: the largest that divide the window.
+# Possible block sizes of the splash kernel, in rows and columns of scores; the largest that divides the window is used.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
-# The attention's output, by the name that a checkpoint policy may keep it under; with what its backward pass needs
-# besides, where the kernel is splash.
+# The checkpoint name of the attention's output. With splash, the kernel's other residuals have this name too.
 ATTENDED = "attended"
 
 
 def splash_parts() -> dict[str, int]:
-    """Over how many devices of the current mesh heads and positions are split."""
+    """The number of devices of the current mesh that heads, and that positions, are split over."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return {"heads": 1, "time": 1}
@@ -164,7 +163,7 @@ def splash_parts() -> dict[str, int]:
 
 
 def splash_block(length: int) -> int | None:
-    """The largest block that divides a device's share of a window of so many positions."""
+    """The largest block size that divides one device's part of a window of `length` positions; None if none does."""
     share, left = divmod(length, splash_parts()["time"])
     return None if left else next((size for size in SPLASH_BLOCKS if share % size == 0), None)
 
@@ -180,14 +179,14 @@ def _splash(
     sliding_window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Pallas kernel for TPUs, on every device's own rows, heads and query positions; keys come whole.
+    """JAX's Pallas splash attention for TPUs, on each device's rows, heads and query positions; keys are gathered.
 
     Raises:
-        ValueError: a device's share of the window is no multiple of 128 positions.
+      ValueError: a device's part of the window is not a multiple of 128 positions.
     """
     del mask_BTS
     B, T, N, _ = q_BTNH.shape
-    # Imported here: experimental, and nothing but a TPU needs it.
+    # Imported here because it is experimental and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
@@ -196,7 +195,7 @@ def _splash(
     if block is None:
         raise ValueError(
             f"attention='splash': each device has {T // parts['time']} of the window's {T} positions, and the kernel "
-            f"works on blocks of {SPLASH_BLOCKS[-1]}; take a context that is a multiple of "
+            f"works on blocks of {SPLASH_BLOCKS[-1]}; use a context that is a multiple of "
             f"{SPLASH_BLOCKS[-1] * parts['time']}, or attention='plain'."
         )
     columns = max(size for size in SPLASH_BLOCKS if T % size == 0)

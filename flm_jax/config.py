@@ -1,6 +1,7 @@
 """The model's configuration, and the shapes of the Tele-FLM series.
 
-`ModelConfig` is all that decides what the network computes; training, data and growth have their own.
+`ModelConfig` holds everything that decides what the network computes. Training, data and growth have configurations of
+their own.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ ATTENTION = ("plain", "cudnn", "splash", "auto")
 @recorded
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's change of the rotary frequencies for contexts longer than those of its training (2407.21783).
+    """Llama 3.1's scaling of the rotary frequencies, for contexts longer than those it was trained on (2407.21783).
 
-    Pairs that turn fast keep their frequency, slow ones have it divided by `factor`, and those between are mixed.
+    Fast pairs keep their frequency, slow pairs have it divided by `factor`, and pairs in between are interpolated.
 
     Attributes:
-      factor: by which the frequencies of slow pairs are divided.
-      low_freq_factor: pairs that turn fewer times than this over `original_context` are slow.
-      high_freq_factor: pairs that turn more often than this are fast.
-      original_context: positions that the model was trained on before.
+      factor: divides the frequencies of slow pairs.
+      low_freq_factor: pairs with fewer turns than this over `original_context` are slow.
+      high_freq_factor: pairs with more turns than this over `original_context` are fast.
+      original_context: number of positions that the model was trained on before the scaling.
     """
 
     factor: float
@@ -50,7 +51,7 @@ class RopeScaling:
 class ModelConfig:
     """A decoder of the Tele-FLM form: Llama's forward pass with an input and an output multiplier.
 
-    The fields from `qkv_bias` to `rope_scaling` are what relatives of Llama have besides; Tele-FLM has none of them.
+    The fields from `qkv_bias` to `rope_scaling` are for relatives of Llama (Qwen, Mistral); Tele-FLM uses none of them.
 
     Attributes:
       embed: width of the residual stream (D).
@@ -62,27 +63,29 @@ class ModelConfig:
       head_dim: width of one head (H), even. None: `embed / heads`.
       tied: whether the logits reuse the embedding; then there is no head parameter.
       norm_eps: added to the mean square in RMSNorm.
-      norm_width: the width that RMSNorm divides the sum of squares by. None: `embed`. Zero growth keeps the width it
-        grew from here, which makes it exact at any ratio: the new entries are zero and add nothing to the sum.
-      head_width: the head width that scores are divided by the root of, and that rotary frequencies follow. None:
-        `head_dim`. A growth of `head_dim` keeps the width it grew from here, so that old pairs turn as they did.
+      norm_width: the number that RMSNorm divides the sum of squares by. None: `embed`. A growth by `zero` keeps the old
+        width here, which makes it exact at any ratio: the new entries are zero and add nothing to the sum.
+      head_width: the head width in the scores' scale, 1 / sqrt(head_width), and in the rotary frequencies. None:
+        `head_dim`. A growth of `head_dim` keeps the old width here, so that old rotary pairs keep their frequencies.
       rope_theta: base of the rotary frequencies (half-split layout).
       qkv_bias: whether queries, keys and values have biases (Qwen2).
-      qk_norm: whether every query and key head goes through an RMSNorm of its own before it is rotated (Qwen3).
-      sliding_window: how many positions a query sees, its own included (Mistral); None: all before it.
-      rope_scaling: change of the rotary frequencies for long contexts (Llama 3.1); None: none.
+      qk_norm: whether RMSNorm is applied to each query and key head before its rotation (Qwen3).
+      sliding_window: how many positions a query sees, its own included (Mistral); None: all positions up to its own.
+      rope_scaling: scaling of the rotary frequencies for long contexts (Llama 3.1); None: no scaling.
       input_mult: multiplies the embedding's output.
       output_mult: multiplies the logits, before division by `embed / base_width`.
       base_width: width at which muP's multipliers are 1.
-      init_std: standard deviation of matrix-like parameters at the base width; it falls with the root of fan-in.
+      init_std: standard deviation of matrix-like parameters at the base width; divided by the root of the width
+        multiplier at other widths.
       init_std_vector: standard deviation of vector-like parameters (embedding, head), at every width.
       compute_dtype: dtype of activations. Norms, softmax and logits are at least float32.
       param_dtype: dtype of parameters.
-      remat: what the backward pass recomputes: none (of it); all but products of weights (dots); all but what is split
-        over `tensor` inside a block, the attention's and the MLP's (inner); all but the MLP's (mlp); all (full).
-      attention: kernel: plain, cudnn (NVIDIA GPUs), splash (TPUs), or auto: splash on TPUs
-        where it can cut the window up, else plain.
-      scan_unroll: layers a step of the scan over layers; `layers` unrolls it.
+      remat: what the backward pass recomputes. none: nothing. dots: everything except products with weights. inner:
+        everything except the products inside a block that are split over `tensor` (attention and MLP). mlp: everything
+        except the MLP's gate and up products. full: everything.
+      attention: the kernel: plain, cudnn (NVIDIA GPUs), splash (TPUs), or auto (splash on TPUs if its blocks divide the
+        window, otherwise plain).
+      scan_unroll: layers per step of the scan over layers; the value of `layers` unrolls the scan completely.
     """
 
     embed: int
@@ -130,7 +133,7 @@ class ModelConfig:
         if self.k_heads < 1 or self.heads % self.k_heads:
             raise ValueError(
                 f"ModelConfig: kv_heads={self.kv_heads} must divide heads={self.heads}: every key head "
-                "serves the same number of query heads."
+                "has the same number of query heads."
             )
         if self.h_dim < 2 or self.h_dim % 2:
             raise ValueError(f"ModelConfig: head_dim={self.head_dim} must be even, for rotary pairs.")
@@ -171,7 +174,7 @@ class ModelConfig:
 
     @property
     def base_sizes(self) -> Mapping[str, float]:
-        """Axis sizes of muP's base model: `base_width` wide, heads that fill it, an MLP of 8/3 of it."""
+        """Axis sizes of muP's base model: width `base_width`, as many heads as fill it, an MLP 8/3 times as wide."""
         heads = self.base_width / self.h_dim
         return {
             "embed": self.base_width,
@@ -183,17 +186,17 @@ class ModelConfig:
 
     @property
     def effective_norm_width(self) -> float:
-        """What RMSNorm divides the sum of squares by."""
+        """The number that RMSNorm divides the sum of squares by (`norm_width`, resolved)."""
         return float(self.embed if self.norm_width is None else self.norm_width)
 
     @property
     def effective_head_width(self) -> float:
-        """What scores are divided by the root of, and rotary frequencies follow."""
+        """The head width in the scores' scale and in the rotary frequencies (`head_width`, resolved)."""
         return float(self.h_dim if self.head_width is None else self.head_width)
 
     @property
     def logits_mult(self) -> float:
-        """The effective output multiplier: 0.03125 for Tele-FLM-52B, 0.025 for Tele-FLM-1T."""
+        """The number that logits are multiplied by: 0.03125 for Tele-FLM-52B, 0.025 for Tele-FLM-1T."""
         return self.output_mult * self.base_width / self.embed
 
     @property
@@ -203,7 +206,7 @@ class ModelConfig:
 
     @property
     def for_comparison(self) -> ModelConfig:
-        """The same model computed in at least float32, by the plain kernel: not every kernel takes float32."""
+        """The same model computed in at least float32, with the plain kernel, since not all kernels take float32."""
         wide = jnp.promote_types(self.param_dtype, jnp.float32)
         return self.replace(compute_dtype=str(wide), attention="plain")
 
@@ -226,10 +229,12 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     def changed(self, changes: Mapping[str, Any]) -> ModelConfig:
-        """This configuration with fields changed as a user names them; key heads follow heads unless they are named.
+        """This configuration with the fields of `changes` replaced.
+
+        If `heads` changes and `kv_heads` is not given, the number of query heads per key head stays.
 
         Raises:
-            ValueError: there is no such field, or the values do not fit.
+          ValueError: there is no such field, or the values do not fit.
         """
         known = [field.name for field in dataclasses.fields(self)]
         if unknown := sorted(set(changes) - set(known)):
@@ -251,7 +256,7 @@ def tele_flm_102b(remat: str = "full", attention: str = "auto") -> ModelConfig:
     """The 102B stage of 2407.02783. 102.24 B parameters.
 
     The shape is recalled and agrees with the published size; no released configuration confirms it. Its output
-    multiplier is not public: at 1.0 the effective one is 0.025, the value that the 1T stage was released with.
+    multiplier is not public: with 1.0 the effective one is 0.025, the value of the released 1T stage.
     """
     return ModelConfig(embed=10_240, layers=80, heads=80, mlp=27_264, vocab=81_920, remat=remat, attention=attention)
 
@@ -278,15 +283,15 @@ def _small(embed: int, layers: int, mlp: int, vocab: int) -> ModelConfig:
 
 
 def small_52b(vocab: int = 2048) -> ModelConfig:
-    """Tele-FLM-52B in small, for one laptop: layers / 16, width / 128, the MLP 2.7 widths."""
+    """Tele-FLM-52B scaled down for one laptop: layers / 16, width / 128, the MLP 2.7 times as wide as the model."""
     return _small(64, 4, 172, vocab)
 
 
 def small_102b(vocab: int = 2048) -> ModelConfig:
-    """Tele-FLM-102B in small: 1.25 times as wide and as deep as `small_52b`."""
+    """Tele-FLM-102B scaled down: 1.25 times as wide and as deep as `small_52b`."""
     return _small(80, 5, 216, vocab)
 
 
 def small_1t(vocab: int = 2048) -> ModelConfig:
-    """Tele-FLM-1T in small: 2.5 times as wide as `small_52b`, 9 layers (8.75 rounded), the MLP 4.8 widths."""
+    """Tele-FLM-1T scaled down: 2.5 times as wide as `small_52b`, 9 layers (8.75 rounded), the MLP 4.8 times as wide."""
     return _small(160, 9, 768, vocab)

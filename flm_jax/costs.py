@@ -1,4 +1,4 @@
-"""What a configuration costs: parameters, FLOPs, bytes. Arithmetic only; nothing is allocated."""
+"""The number of parameters and FLOPs of a model, computed from its configuration alone, and how numbers are printed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def param_count(cfg: ModelConfig) -> int:
 
 
 def forward_flops_per_token(cfg: ModelConfig, context: int) -> int:
-    """FLOPs of one token's forward pass in a window of `context` tokens.
+    """FLOPs per token of the forward pass in a window of `context` tokens.
 
-    Two for every weight that multiplies it (all but gains and the embedding, which is looked up; a tied head counts),
-    and 4 L T N H for attention: scores and weighted values against every position of the window, masked or not, which
-    is what the plain kernel computes. Norms, rotary positions, softmax and SiLU are left out.
+    The sum of 2 per weight in a matrix product (all parameters except gains, biases and the embedding, which is looked
+    up; a tied head counts), and 4 L T N H for attention: scores and weighted values for all positions of the window,
+    masked or not, as the plain kernel computes them. Norms, rotary positions, softmax and SiLU are not counted.
     """
     weights = sum(math.prod(like.shape) for _, like, sig in leaves(cfg) if sig.reads and "vocab" not in sig.reads)
     if cfg.tied:
@@ -39,12 +39,12 @@ def forward_flops_per_token(cfg: ModelConfig, context: int) -> int:
 
 
 def train_flops_per_token(cfg: ModelConfig, context: int) -> int:
-    """FLOPs of one token's training: forward, and twice that backward. What remat recomputes is not counted."""
+    """FLOPs per token of training: the forward pass, plus twice that for the backward pass; remat is not counted."""
     return 3 * forward_flops_per_token(cfg, context)
 
 
 def count(number: float) -> str:
-    """A count with a metric suffix: 52.85 B."""
+    """A count as text with a metric suffix: 52.85 B."""
     for size, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.4g} {suffix}"
@@ -52,7 +52,7 @@ def count(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes with a metric suffix: 52.85 GB."""
+    """A number of bytes as text with a metric suffix: 52.85 GB."""
     for unit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(number) >= unit:
             return f"{number / unit:.4g} {suffix}"
@@ -60,14 +60,14 @@ def size(number: float) -> str:
 
 
 def shape_line(cfg: ModelConfig) -> str:
-    """A configuration's shape in one line."""
+    """A configuration's shape as one line of text."""
     kv = f" ({cfg.k_heads} kv)" if cfg.k_heads != cfg.heads else ""
     blocks = f"{cfg.layers} layers x {cfg.embed} wide, {cfg.heads}{kv} heads of {cfg.h_dim}"
     return f"{blocks}, MLP {cfg.mlp}, vocabulary {cfg.vocab}"
 
 
 def param_table(cfg: ModelConfig) -> str:
-    """One line a parameter: path, signature, shape, initial deviation, width multiplier."""
+    """A table as text, one line per parameter: path, signature, shape, initial standard deviation, width multiplier."""
     rows: list[tuple[Any, ...]] = [("parameter", "signature", "shape", "std", "width mult")]
     for path, like, sig in leaves(cfg):
         std = "ones" if sig.gains else f"{cfg.std(sig):.4g}"

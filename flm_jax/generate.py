@@ -1,4 +1,4 @@
-"""Sampling text, with a key-value cache."""
+"""Text generation with a key-value cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flm_jax.sharding import constrain
 
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
-    """A cache for `length` positions, in the compute dtype."""
+    """An empty cache for `length` positions, in the compute dtype."""
     shape = (cfg.layers, batch, length, cfg.k_heads, cfg.h_dim)
     empty = constrain(jnp.zeros(shape, cfg.compute), "layers", "batch", "history", "kv_heads", "head_dim")
     return Cache(empty, empty, jnp.zeros((), jnp.int32))
@@ -32,17 +32,17 @@ def generate(
     masks: Masks | None = None,
     start_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Continues prompts.
+    """The tokens that continue each prompt.
 
     Args:
       cfg: the model.
       params: its parameters.
-      prompt_BT: (B, T) int32, T at least 1; a shorter prompt lies at the end of its row.
-      steps: tokens to add.
+      prompt_BT: (B, T) int32, T at least 1; shorter prompts are padded on the left.
+      steps: number of tokens to add.
       key: for sampling.
-      temperature: divides the logits; 0 takes the likeliest token.
+      temperature: divides the logits; 0: greedy, the likeliest token each time.
       masks: growth masks, during their ramp.
-      start_B: int32, where the prompt of each row starts, below T; what lies before is not seen. None: at 0.
+      start_B: int32 below T, where the prompt of each row starts; positions before it are ignored. None: at 0.
 
     Returns:
       (B, steps) int32.
@@ -66,12 +66,12 @@ def generate(
         return (token_B, cache), token_B
 
     keys = jax.random.split(key, steps)
-    # Rotary positions are relative: where in its row a prompt starts makes no difference but to rounding.
+    # Rotary positions are relative, so the start of a prompt in its row changes the result only by rounding.
     logits_BV, cache = forward(prompt_BT, empty_cache(cfg, B, T + steps)._replace(start_B=start_B))
     first_B = choose(logits_BV, keys[0])
     _, rest_SB = jax.lax.scan(step, (first_B, cache), keys[1:])
     tokens_BS = jnp.concatenate([first_B[None], rest_SB]).T
     if jax.sharding.get_abstract_mesh().empty:
         return tokens_BS
-    # A whole copy everywhere: every process may read it.
+    # Replicated, so that every process can read the whole result.
     return jax.lax.with_sharding_constraint(tokens_BS, jax.sharding.PartitionSpec())

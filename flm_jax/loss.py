@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, in chunks of time so that no logits of a large vocabulary are whole; held-out loss."""
+"""Next-token cross-entropy, computed in chunks of positions to bound the memory of the logits; held-out loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flm_jax.sharding import put_batch, replicated
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log p(target), (B, T), in nats, in the dtype of the logits."""
+    """The loss -log p(target) of every token, (B, T), in nats, in the dtype of the logits."""
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
 
@@ -32,17 +32,18 @@ def loss_sum(
     masks: Masks | None = None,
     chunks: int = 1,
 ) -> jax.Array:
-    """The weighted sum of the losses of all tokens, (), in nats; divide by the sum of the weights for the mean.
+    """The weighted sum of the losses of all tokens, (), in nats; divided by the sum of the weights it is the mean.
 
     Args:
       cfg: the model.
       params: its parameters.
       inputs_BT: int32 token ids.
       targets_BT: int32, the token that follows each input.
-      weights_BT: float32, 0 where a token does not count.
+      weights_BT: float32, 0 for tokens that are ignored.
       segments_BT: int32, equal within a document.
       masks: growth masks.
-      chunks: the head runs on T / chunks positions at a time, recomputed in the backward pass; 1: all at once.
+      chunks: number of parts that the head is applied to one after the other, each T / chunks positions, recomputed in
+        the backward pass; 1: all positions at once.
 
     Raises:
       ValueError: `chunks` does not divide T.
@@ -60,7 +61,7 @@ def loss_sum(
     if chunks == 1:
         return of_chunk(x_BTD, targets_BT, weights_BT)
 
-    # Position t goes to chunk t mod chunks, so that every device keeps its own positions.
+    # Position t goes to chunk t mod chunks, so that no position has to move to another device.
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0], T // chunks, chunks, *x.shape[2:]), 2, 0)
 
@@ -69,16 +70,16 @@ def loss_sum(
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Bits a byte of text (2404.16645): a loss in nats a token, over the bytes a token stands for, over ln 2."""
+    """Bits per byte of text (2404.16645): the loss in nats per token, divided by bytes per token and by ln 2."""
     return loss / bytes_per_token / math.log(2)
 
 
 def make_heldout_loss(
     cfg: ModelConfig, mesh: Mesh, chunks: int = 1
 ) -> Callable[[Params, Iterable[Any], Masks | None], float]:
-    """A function from parameters, batches and masks to the mean loss in nats a token.
+    """A function from parameters, batches and masks to the mean loss in nats per token.
 
-    It is compiled once for the masked and once for the ordinary program; batches must all have one shape.
+    It is compiled once with masks and once without; all batches must have the same shape.
     """
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))

@@ -1,8 +1,8 @@
-"""The Transformer, top to bottom: what Tele-FLM computes (2404.16645, section 2; 2407.02783).
+"""The decoder as Flax Linen modules: the forward pass of Tele-FLM (2404.16645, section 2; 2407.02783).
 
-Pre-norm blocks of attention with rotary positions and SwiGLU, RMSNorm, one more norm after the last block, no biases,
-an input multiplier on the embedding and an output multiplier on the logits. Llama and its relatives Mistral, Qwen2 and
-Qwen3 are the same but for what `ModelConfig` names. Growth masks enter here and nowhere else.
+Pre-norm blocks of attention with rotary positions and SwiGLU, RMSNorm, a final norm, no biases, an input multiplier on
+the embedding and an output multiplier on the logits. Llama, Mistral, Qwen2 and Qwen3 differ from it only by fields of
+`ModelConfig`. Growth masks are applied in this module and nowhere else.
 
 Shapes: B batch, T time, D embed, N heads, K kv_heads, H head_dim, F mlp, L layers, V vocab.
 """
@@ -28,15 +28,15 @@ Params = Any
 
 
 class Masks(NamedTuple):
-    """Growth masks (MSG, 2305.02869): 1 on old entries, a ramp from 0 to 1 on new ones; None where nothing is masked.
+    """Growth masks (MSG, 2305.02869): 1 on old entries, a ramp from 0 to 1 on new ones; None if an axis has no mask.
 
     Attributes:
-      embed_D: on the residual stream: whatever is written into it, and its norms.
-      norm_width: (), what the norms divide by while `embed_D` ramps.
-      heads_N: on the outputs of heads.
-      head_dim_H: on queries and on the outputs of heads.
-      mlp_F: on the SwiGLU product.
-      layers_L: on whole blocks: y = x + m (block(x) - x).
+      embed_D: applied to everything that is written into the residual stream, and in its norms.
+      norm_width: (), the number that norms divide by while `embed_D` ramps.
+      heads_N: applied to the outputs of heads.
+      head_dim_H: applied to queries and to the outputs of heads.
+      mlp_F: applied to the SwiGLU product.
+      layers_L: applied to whole blocks: y = x + m (block(x) - x).
     """
 
     embed_D: jax.Array | None = None
@@ -48,7 +48,7 @@ class Masks(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What every block reads besides the residual stream."""
+    """The inputs that all blocks share, besides the residual stream."""
 
     rotary: tuple[jax.Array, jax.Array]
     mask_BTS: jax.Array
@@ -57,23 +57,24 @@ class Shared(NamedTuple):
     cache_length: jax.Array | None
 
 
-def times(x: jax.Array, last: jax.Array) -> jax.Array:
-    """`x` times something over its last axes, in the dtype of `x`; only this and `plus` broadcast."""
+# Rank promotion is an error in the tests, so all broadcasting goes through the next two functions.
+def scaled_by_axis(x: jax.Array, last: jax.Array) -> jax.Array:
+    """`x` times `last`, which has the shape of the last axes of `x`, in the dtype of `x`."""
     return x * jnp.expand_dims(last.astype(x.dtype), range(x.ndim - last.ndim))
 
 
 def plus(x: jax.Array, last: jax.Array) -> jax.Array:
-    """`x` plus a bias over its last axes."""
+    """`x` plus `last`, a bias with the shape of the last axes of `x`."""
     return x + jnp.expand_dims(last, range(x.ndim - last.ndim))
 
 
 def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`x` times a growth mask over its last axes; `x` itself where nothing is masked."""
-    return x if mask is None else times(x, mask)
+    """`x` times a growth mask with the shape of its last axes; `x` itself if there is no mask."""
+    return x if mask is None else scaled_by_axis(x, mask)
 
 
 def parameter(module: nn.Module, cfg: ModelConfig, name: str, text: str) -> jax.Array:
-    """Declares a parameter by its signature, and returns it in the compute dtype (a gain: at least float32)."""
+    """Declares a parameter by its signature `text` and returns it in the compute dtype (a gain: at least float32)."""
     signature = Signature.parse(text)
 
     def init(key: jax.Array) -> Declared:
@@ -91,10 +92,11 @@ def parameter(module: nn.Module, cfg: ModelConfig, name: str, text: str) -> jax.
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The rows of a table, (B, T, D).
+    """The rows of a table for token ids, (B, T, D).
 
-    Where the vocabulary is split, every device looks up what it has, and the sum over devices is exact: all but one add
-    zeros. Left to itself, the compiler would gather the table whole, and its gradient too.
+    If the vocabulary is split over devices, every device looks up the rows that it holds, and the results are summed.
+    The sum is exact, because all devices but one add zeros. Without this, the compiler gathers the whole table, and its
+    whole gradient too.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = mesh_axes("vocab")
@@ -107,56 +109,56 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         found_BTD = table_vD[jnp.where(mine_BT, row_BT, 0)]
         return jax.lax.psum(jnp.where(mine_BT[..., None], found_BTD, jnp.zeros((), found_BTD.dtype)), names)
 
-    # Over the width the table is gathered, so that rows come out as the batch is split.
+    # The specs keep the table's width whole on each device (it is gathered), so the result is split like the batch.
     rows = fitting_spec(tokens_BT.shape, ("batch", "time"))
     split = jax.shard_map(local, in_specs=(PartitionSpec(names), rows), out_specs=rows)
     return split(table_VD, tokens_BT)
 
 
 def normalised(x: jax.Array, width: Any, eps: float, mask: jax.Array | None) -> jax.Array:
-    """Gives x * rsqrt(sum(x^2) / width + eps) over the last axis; a mask hides entries from the sum."""
+    """The normalised `x`: x * rsqrt(sum(m x^2) / width + eps) over the last axis; m is the mask, 1 without one."""
     square = jnp.sum(masked(x * x, mask), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(square / width + eps)
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(sum(x^2) / width + eps) * scale, computed in at least float32."""
+    """RMSNorm: x * rsqrt(sum(x^2) / width + eps) * scale, computed in at least float32."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
-        """(B, T, D) -> (B, T, D); under a mask m: x * rsqrt(sum(m x^2) / width + eps) * scale * m."""
+        """(B, T, D) -> (B, T, D); with a mask m: x * rsqrt(sum(m x^2) / width + eps) * scale * m."""
         scale_D = parameter(self, self.cfg, "scale", "embed")
         x = x_BTD.astype(scale_D.dtype)
         width = self.cfg.effective_norm_width if masks.norm_width is None else masks.norm_width.astype(x.dtype)
         y = masked(normalised(x, width, self.cfg.norm_eps, masks.embed_D), masks.embed_D)
-        y_BTD = times(y, scale_D).astype(x_BTD.dtype)
+        y_BTD = scaled_by_axis(y, scale_D).astype(x_BTD.dtype)
         return constrain(y_BTD, "batch", "time", "residual")
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of every head by itself, one scale for all heads, computed in at least float32 (Qwen3, 2505.09388)."""
+    """RMSNorm of each head, with one scale for all heads, computed in at least float32 (Qwen3, 2505.09388)."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTNH: jax.Array, masks: Masks) -> jax.Array:
-        """(B, T, N, H) -> (B, T, N, H); a mask hides entries of the head from the mean square, and they count less."""
+        """(B, T, N, H) -> (B, T, N, H); with a mask, the mean square is weighted: sum(m x^2) / sum(m)."""
         scale_H = parameter(self, self.cfg, "scale", "head_dim")
         x, mask_H = x_BTNH.astype(scale_H.dtype), masks.head_dim_H
         width = float(self.cfg.h_dim) if mask_H is None else jnp.sum(mask_H.astype(x.dtype))
-        return times(normalised(x, width, self.cfg.norm_eps, mask_H), scale_H).astype(x_BTNH.dtype)
+        return scaled_by_axis(normalised(x, width, self.cfg.norm_eps, mask_H), scale_H).astype(x_BTNH.dtype)
 
 
 class Attention(nn.Module):
-    """Causal attention over the documents of a window; grouped queries where `kv_heads` < `heads`."""
+    """Causal attention within the documents of a window; grouped-query attention if `kv_heads` < `heads`."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, cache: Any, shared: Shared) -> tuple[jax.Array, Any]:
-        """(B, T, D) -> (B, T, D), and this layer's slice of the cache with the new keys and values, if there is one."""
+        """(B, T, D) -> (B, T, D), and this layer's slice of the cache with the new keys and values, or None."""
         cfg = self.cfg
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, parameter(self, cfg, "query", "embed -> heads head_dim"))
         k_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "key", "embed -> kv_heads head_dim*"))
@@ -213,14 +215,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, layer_mask: Any, cache: Any, shared: Shared) -> tuple[jax.Array, Any]:
-        """One step of the scan over layers: the residual stream is carried, the cache goes through slice by slice."""
+        """One step of the scan over layers: the carry is the residual stream, the scanned input this layer's cache."""
         attended_BTD, cache = Attention(self.cfg, name="attention")(
             RMSNorm(self.cfg, name="attention_norm")(x_BTD, shared.masks), cache, shared
         )
         y_BTD = x_BTD + attended_BTD
         y_BTD = y_BTD + Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(y_BTD, shared.masks), shared.masks)
         if layer_mask is not None:
-            # Where the mask is 1 the block's own output is taken, so that old layers are not rounded twice.
+            # Old layers have mask 1 and take the block's output unchanged; the formula would round it once more.
             m = layer_mask.astype(y_BTD.dtype)
             y_BTD = jnp.where(m < 1, x_BTD + m * (y_BTD - x_BTD), y_BTD)
         y_BTD = constrain(y_BTD, "batch", "stream", "residual")
@@ -228,7 +230,7 @@ class Block(nn.Module):
         return y_BTD, cache
 
 
-# What the backward pass finds saved, by the names that the blocks give their products; the rest it computes anew.
+# The products that each remat policy saves for the backward pass, by their checkpoint names; the rest is recomputed.
 SAVED = {
     "full": (),
     "mlp": ("gate", "up"),
@@ -237,19 +239,19 @@ SAVED = {
 
 
 def remat_policy(remat: str) -> Any:
-    """The checkpoint policy of a block."""
+    """The `jax.checkpoint` policy of a block for a value of `ModelConfig.remat` other than none."""
     if remat == "dots":
         return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
 
 
 class Transformer(nn.Module):
-    """The decoder. `hidden` then `logits`; calling it does both."""
+    """The decoder; calling it applies `hidden`, then `logits`."""
 
     cfg: ModelConfig
 
     def setup(self) -> None:
-        """Declares the embedding, the stacked blocks, the last norm and the head."""
+        """Declares the embedding, the stacked blocks, the final norm and the head."""
         cfg = self.cfg
         self.embedding_VD = parameter(self, cfg, "embedding", "vocab -> embed")
         block = Block if cfg.remat == "none" else nn.remat(Block, policy=remat_policy(cfg.remat), prevent_cse=False)
@@ -274,13 +276,13 @@ class Transformer(nn.Module):
         masks: Masks | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """The residual stream after the last norm, (B, T, D), and the cache, extended by T positions.
+        """The residual stream after the final norm, (B, T, D), and the cache, extended by T positions.
 
         Args:
           tokens_BT: int32 token ids.
-          segments_BT: int32, equal within a document; None: one document a row. Not with a cache.
-          masks: growth masks; None, the ordinary program, has no trace of them.
-          cache: keys and values of the positions before these; None: these are the first.
+          segments_BT: int32, equal within a document; None: one document per row. Ignored if there is a cache.
+          masks: growth masks; with None, the compiled program contains no masks.
+          cache: keys and values of the earlier positions; None: these positions are the first.
         """
         cfg, masks = self.cfg, masks or Masks()
         time = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
@@ -327,18 +329,18 @@ class Transformer(nn.Module):
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Fresh parameters, each with its signature (`Declared`); jit it with shardings for a large model."""
-    # Parameters do not depend on the kernel, which this machine may not have.
+    """Initial parameters, each with its signature (`Declared`); for a large model, jit it with output shardings."""
+    # Parameters do not depend on the attention kernel, and this machine may not support the configured one.
     return Transformer(cfg.replace(attention="plain")).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Fresh parameters as a plain tree of arrays."""
+    """Initial parameters as a plain tree of arrays."""
     return meta.unbox(init(cfg, key))
 
 
 def declared(cfg: ModelConfig) -> tuple[Params, Params]:
-    """Shapes (`jax.ShapeDtypeStruct`) and signatures of all parameters, without making any."""
+    """The trees of shapes (`jax.ShapeDtypeStruct`) and signatures of all parameters; no array is allocated."""
     boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
     is_box = lambda x: isinstance(x, Declared)  # noqa: E731
     return meta.unbox(boxed), jax.tree.map(lambda box: box.signature, boxed, is_leaf=is_box)

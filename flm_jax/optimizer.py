@@ -1,7 +1,7 @@
-"""AdamW with muP's multipliers, and learning-rate schedules.
+"""AdamW with muP's multipliers, learning-rate schedules, and the table of which state leaves are moving averages.
 
-The learning rate is applied in the train step, from the step within the stage, so that the optimizer's own state is
-moments and one count: nothing in it has to be rewound when the model grows.
+The learning rate is applied in the train step and follows the step within the stage. The optimizer's own state is
+therefore only moments and one count, and no schedule in it has to be reset when the model grows.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ SCHEDULES = ("wsd", "cosine", "linear", "constant")
 @recorded
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How one stage is optimised.
+    """AdamW's settings and the learning-rate schedule of one stage.
 
     Attributes:
-      learning_rate: peak rate at the base width; matrix-like parameters get it divided by their width multiplier.
+      learning_rate: peak rate at the base width; for matrix-like parameters it is divided by their width multiplier.
       matrix_rate: the rate of matrix-like parameters at the base width, as a multiple of `learning_rate`.
-      schedule: wsd (warm up, stay, decay linearly), cosine, linear, constant.
-      warmup_steps: linear warm-up at the start of the stage, from `warmup_from`.
-      warmup_from: fraction of the peak that the warm-up starts at: 0 for a first stage, more after a growth.
+      schedule: wsd (warm-up, stable, linear decay), cosine, linear, constant.
+      warmup_steps: steps of linear warm-up at the start of the stage, from `warmup_from`.
+      warmup_from: fraction of the peak at which the warm-up starts: 0 for a first stage, more after a growth.
       decay_steps: steps of decay at the end of the stage (wsd).
-      final_rate: fraction of the peak that a decay leads to; its last step is one short of it.
-      decay_span: steps that a cosine or linear decay is laid out over, where that is more than this stage: it may begin
-        before it and end after it. 0: from the end of the warm-up to the end of the stage.
-      decay_passed: steps of `decay_span` that lie before this stage.
+      final_rate: fraction of the peak at which a decay ends; the last step of the stage is one step before that end.
+      decay_span: total length in steps of a cosine or linear decay that extends beyond this stage, before it, after it
+        or both. 0: the decay runs from the end of the warm-up to the end of the stage.
+      decay_passed: steps of `decay_span` that are before this stage.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
       eps: added to the root of the second moment.
-      weight_decay: decoupled, multiplied by the rate at the base width; gains are exempt.
-      clip: largest global norm of the gradient; 0 for no clipping.
+      weight_decay: decoupled, multiplied by the rate at the base width; gains and biases are exempt.
+      clip: largest global norm of the gradient; 0: no clipping.
     """
 
     learning_rate: float = 1e-3
@@ -63,25 +63,27 @@ class OptimizerConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"OptimizerConfig.schedule={self.schedule!r}: use one of {', '.join(SCHEDULES)}.")
         if self.decay_steps and self.schedule != "wsd":
-            raise ValueError(f"OptimizerConfig.decay_steps={self.decay_steps} belongs to wsd, not {self.schedule}.")
+            raise ValueError(
+                f"OptimizerConfig.decay_steps={self.decay_steps} is for schedule wsd, not {self.schedule}."
+            )
         if (self.decay_span or self.decay_passed) and self.schedule not in ("cosine", "linear"):
             raise ValueError(
-                f"OptimizerConfig.decay_span and decay_passed belong to cosine and linear, not {self.schedule}."
+                f"OptimizerConfig.decay_span and decay_passed are for schedules cosine and linear, not {self.schedule}."
             )
         if self.decay_passed and self.decay_passed >= self.decay_span:
             raise ValueError(
-                f"OptimizerConfig.decay_passed={self.decay_passed} is not within decay_span={self.decay_span}: nothing "
-                "would be left of the decay."
+                f"OptimizerConfig.decay_passed={self.decay_passed} must be less than decay_span={self.decay_span}: no "
+                "steps of the decay would be left."
             )
         if self.final_rate and (self.schedule == "constant" or (self.schedule == "wsd" and not self.decay_steps)):
             raise ValueError(f"OptimizerConfig.final_rate={self.final_rate} has no effect: nothing decays.")
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The rate at each step of a stage of `steps` steps, at the base width.
+    """The learning rate at the base width, as a function of the step within a stage of `steps` steps.
 
     Raises:
-        ValueError: warm-up and decay together are longer than the stage, or the stage is longer than `decay_span`.
+      ValueError: warm-up and decay together are longer than the stage, or the decay ends before the stage does.
     """
     if cfg.warmup_steps + cfg.decay_steps > steps:
         raise ValueError(
@@ -91,14 +93,14 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     rest = steps - cfg.warmup_steps
     if cfg.decay_span and cfg.decay_span - cfg.decay_passed < steps:
         raise ValueError(
-            f"decay_span={cfg.decay_span}, of which {cfg.decay_passed} steps lie before this stage, ends before its "
-            f"{steps} steps do."
+            f"decay_span={cfg.decay_span} minus decay_passed={cfg.decay_passed} is less than the stage's {steps} "
+            "steps: the decay would end within the stage."
         )
     if cfg.decay_span:
         decayed = _decaying(cfg, peak, final, cfg.decay_span)
 
         def within(step: Any) -> Any:
-            """The decay where it stands, under the warm-up's ramp."""
+            """The rate of the decay, times the warm-up."""
             rate = decayed(step + cfg.decay_passed)
             if not cfg.warmup_steps:
                 return rate
@@ -128,7 +130,7 @@ def _decaying(cfg: OptimizerConfig, peak: float, final: float, steps: int) -> op
 
 
 def scale_by_width(width_mults: Any) -> optax.GradientTransformation:
-    """Divides every parameter's updates by its width multiplier (muP for Adam, 2203.03466, Table 8)."""
+    """The transformation that divides each parameter's update by its width multiplier (muP, 2203.03466, Table 8)."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         del params
@@ -138,7 +140,10 @@ def scale_by_width(width_mults: Any) -> optax.GradientTransformation:
 
 
 def decay(rate: float, decays: Any) -> optax.GradientTransformation:
-    """Adds `rate` times the parameters that decay; without a state, whose form could differ from stage to stage."""
+    """The transformation that adds `rate` times the parameters that decay.
+
+    It has no state, so that the optimizer's state has the same form in every stage.
+    """
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         if rate:
@@ -149,20 +154,21 @@ def decay(rate: float, decays: Any) -> optax.GradientTransformation:
 
 
 def width_mults(model: ModelConfig, signatures: Any) -> Any:
-    """MuP's width multiplier of every parameter."""
+    """The tree of muP's width multipliers, one number per parameter."""
     return jax.tree.map(lambda sig: sig.width_mult(model.sizes, model.base_sizes), signatures)
 
 
 def adamw(cfg: OptimizerConfig, signatures: Any, mults: Any) -> optax.GradientTransformation:
-    """AdamW up to clipping, sign and rate: the parameters' step is minus the rate times what this returns.
+    """AdamW without clipping, sign and learning rate: the train step adds minus the rate times these updates.
 
-    Weight decay is added after muP's division, which is the published rule (decay times the width multiplier) under a
-    rate divided by it: every decaying parameter shrinks by the same fraction per step, whatever its width.
+    Weight decay is added after muP's division. This is the published rule, where the decay is multiplied by the width
+    multiplier and the rate divided by it: every parameter that decays shrinks by the same fraction per step, at any
+    width.
 
     Args:
-      cfg: how.
-      signatures: of the parameters.
-      mults: their width multipliers.
+      cfg: Adam's settings and weight decay.
+      signatures: tree of the parameters' signatures.
+      mults: tree of their width multipliers.
     """
     mults = jax.tree.map(lambda sig, m: m / cfg.matrix_rate if sig.is_matrix_like else m, signatures, mults)
     decays = jax.tree.map(lambda sig: sig.decays, signatures)
@@ -173,20 +179,20 @@ def adamw(cfg: OptimizerConfig, signatures: Any, mults: Any) -> optax.GradientTr
     )
 
 
-# By the class of an optimizer's state, its fields that are moving averages of a power of the gradient, which grow by
-# the duals of the parameters' maps; the other fields of such a state are counts. An optimizer enters here.
+# For each class of optimizer state: its fields that are moving averages, and of which power of the gradient. They grow
+# by the duals of the parameters' maps. Its other fields are counts. A new optimizer adds the class of its state here.
 AVERAGES: dict[type, dict[str, int]] = {optax.ScaleByAdamState: {"mu": 1, "nu": 2}}
 
 
 def map_parts(one: Callable[[int | None, Any], Any], state: Any) -> Any:
-    """An optimizer's state with its averages and their counts replaced.
+    """An optimizer's state with every moving average and every count replaced by the result of `one`.
 
     Args:
-      one: from the power of the gradient (None for a count) and an average, a tree like the parameters, to the new one.
-      state: arrays, or anything in their places.
+      one: called with the power of the gradient and the average (a tree like the parameters), or with None and a count.
+      state: the optimizer's state; its leaves may be anything in the place of arrays.
 
     Raises:
-      ValueError: an array that is no scalar stands outside of what `AVERAGES` declares; the message has its path.
+      ValueError: the state has an array with dimensions that `AVERAGES` does not declare; the message names its path.
     """
 
     def part(path: Any, node: Any) -> Any:
@@ -195,9 +201,9 @@ def map_parts(one: Callable[[int | None, Any], Any], state: Any) -> Any:
             return node._replace(**{name: one(powers.get(name), value) for name, value in node._asdict().items()})
         if getattr(node, "ndim", 0):
             raise ValueError(
-                f"The optimizer's state holds {jax.tree_util.keystr(path)}, {node.dtype}{list(node.shape)}, and "
-                "nothing says how it grows: declare its class in flm_jax.optimizer.AVERAGES, with the power of the "
-                "gradient that each of its fields averages."
+                f"The optimizer's state holds {jax.tree_util.keystr(path)}, {node.dtype}{list(node.shape)}, and it is "
+                "not declared how it grows: add the class of its state to flm_jax.optimizer.AVERAGES, with the power "
+                "of the gradient that each of its fields averages."
             )
         return node
 
@@ -205,7 +211,7 @@ def map_parts(one: Callable[[int | None, Any], Any], state: Any) -> Any:
 
 
 def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """Shapes and shardings of the optimizer's state: moments live where their parameters do, counts everywhere."""
+    """The optimizer state's shapes and shardings: moments are sharded like their parameters, counts replicated."""
     state = jax.eval_shape(tx.init, shapes)
     where = param_shardings(signatures, shapes, mesh)
     shardings = optax.tree_utils.tree_map_params(

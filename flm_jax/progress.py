@@ -1,4 +1,4 @@
-"""What a person sees while it runs: the progress bar, TensorBoard events, and how to stop."""
+"""Progress bars, TensorBoard events, and stopping by a signal."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from flm_jax.distributed import is_primary
 
 
 class Progress:
-    """A bar with ETA, loss and tokens/s, and scalars in event files, for one stage. The primary process shows them."""
+    """A progress bar with ETA, loss and tokens/s, and scalars in event files, for one stage, in the primary process."""
 
     def __init__(
         self, events: Path, name: str, steps: int, tokens_per_step: int, flops_per_token: int, start: int
     ) -> None:
-        """Begins at step `start`.
+        """Opens the bar and the event file at step `start`.
 
         Args:
           events: the stage's directory of event files.
-          name: the stage's.
-          steps: in all.
-          tokens_per_step: turns steps into tokens.
-          flops_per_token: turns tokens into FLOPs.
-          start: steps that are done already.
+          name: of the stage.
+          steps: total number of steps of the stage.
+          tokens_per_step: tokens of one batch.
+          flops_per_token: training FLOPs per token.
+          start: number of steps that are already done.
         """
-        # Imported here: neither is needed to use the library without a terminal.
+        # Imported here, because using the library without a terminal needs neither.
         from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
         self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
-        # What a killed run wrote after its last checkpoint is written again, and hidden by the purge.
+        # Steps after the last checkpoint of a killed run are written again; purge_step hides their first version.
         self._writer = SummaryWriter(str(events), purge_step=start + 1) if is_primary() else None
         self._bar = tqdm(
             total=steps,
@@ -61,10 +61,10 @@ class Progress:
             self._writer.close()
 
     def step(self, step: int, metrics: Mapping[str, float], write: bool) -> None:
-        """One finished step; its metrics go to the event file if `write`."""
+        """Shows one finished step, and writes its metrics to the event file if `write`."""
         begun, since = self._since
         if self._compiling:
-            # The first step of a start compiles; it says nothing of the speed.
+            # The first step after a start includes compilation, so it is not timed.
             self._compiling, self._since = False, (step, time.perf_counter())
         elif write or not self._rate:
             now = time.perf_counter()
@@ -84,8 +84,8 @@ class Progress:
                 self._writer.add_scalar(f"train/{name}", value, step)
 
     def evaluated(self, step: int, record: Mapping[str, Any]) -> None:
-        """A held-out measurement; the time it took is not counted as training."""
-        self._eval = f", held out {record['loss']:.3f}"
+        """Shows and writes a held-out measurement; the time that it took does not count in tokens/s."""
+        self._eval = f", held-out {record['loss']:.3f}"
         if self._writer is not None:
             for name in ("loss", "bits_per_byte"):
                 self._writer.add_scalar(f"heldout/{name}", record[name], step)
@@ -93,19 +93,23 @@ class Progress:
 
 
 def byte_bar(total: int, done: int, what: str) -> Any:
-    """A bar that shows how many bytes of a total are done; a context manager with `update`."""
+    """A progress bar in bytes, `done` of `total`; a context manager with `update(nbytes)`."""
     from tqdm import tqdm
 
     return tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, mininterval=_interval(), smoothing=0.1)
 
 
 def _interval() -> float:
-    """Seconds between two states of a bar: few lines where they are not overwritten."""
+    """Minimum seconds between two updates of a bar: long if stderr is a file, where each update is a new line."""
     return 0.2 if sys.stderr.isatty() else 20.0
 
 
 class Interrupts:
-    """While active, SIGINT and SIGTERM ask for a stop after the current step; a second one stops at once."""
+    """A context manager in which SIGINT and SIGTERM request a stop; a second signal stops the program at once.
+
+    Attributes:
+      requested: the name of the signal that was received, or None.
+    """
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -115,7 +119,7 @@ class Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # Not the main thread, as in some notebooks: signals are somebody else's there.
+            except ValueError:  # Not the main thread, as in some notebooks; only the main thread can set handlers.
                 break
         return self
 
@@ -124,7 +128,7 @@ class Interrupts:
         self.requested = signal.Signals(number).name
         signal.signal(number, self._before[number])
         print(
-            f"\n{self.requested}: saving after this step; once more to stop at once.",
+            f"\n{self.requested}: stopping after this step, once its state is saved; send it again to stop at once.",
             file=sys.stderr,
             flush=True,
         )

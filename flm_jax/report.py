@@ -1,4 +1,4 @@
-"""The report of a run: report.json for programs, report.md and loss.png for people."""
+"""The report of a run: report.json for programs, report.md and loss.png for readers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def summary(
     context: int,
     sample: str,
 ) -> dict[str, Any]:
-    """The report as data. `tokens` and `flops` are each stage's own; the `total` ones count every stage before too."""
+    """The report as JSON-able data.
+
+    In a stage, `tokens` and `flops` are those of the stage alone; `total_tokens` and `total_flops` include all earlier
+    stages.
+    """
     rows, tokens, flops = [], 0, 0
     for s in stages:
         own = s.steps * s.batch_size * context
@@ -66,7 +70,7 @@ def summary(
 
 
 def _growth(growth: GrowthRecord) -> dict[str, Any]:
-    """A growth as the report has it: flat, without the configurations."""
+    """The report's entry of a growth: its record and main measurements as one flat dict, without configurations."""
     found = growth.verification
     return {
         **{name: value for name, value in growth.record().items() if name not in _LEFT_OUT},
@@ -81,7 +85,7 @@ def _growth(growth: GrowthRecord) -> dict[str, Any]:
 
 
 def curve(result: Mapping[str, Any]) -> list[tuple[str, list[float], list[float]]]:
-    """By stage: its name, FLOPs since the run began, and held-out loss at those points."""
+    """For each stage: its name, the FLOPs of the run at each measurement, and the held-out loss there."""
     lines, base = [], 0
     for row in result["stages"]:
         points = [(base + e["flops"], e["loss"]) for e in result["evals"] if e["stage"] == row["name"]]
@@ -91,7 +95,7 @@ def curve(result: Mapping[str, Any]) -> list[tuple[str, list[float], list[float]
 
 
 def plot(result: Mapping[str, Any], file: Path) -> None:
-    """Held-out loss against FLOPs over all stages, growths marked."""
+    """Writes a plot of held-out loss against training FLOPs over all stages, with growths marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
@@ -111,9 +115,9 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
             fontsize=9,
             color="dimgrey",
         )
-    axes.set_xlabel("training FLOPs, every stage counted")
+    axes.set_xlabel("training FLOPs, all stages")
     axes.set_ylabel("held-out loss (nats per token)")
-    # The first point of all is the loss of a random model; showing it whole would flatten all the rest.
+    # The first point is the loss of a random model; an axis that includes it would flatten the other points.
     losses = sorted(y for _, _, ys in lines for y in ys)
     if len(losses) > 4:
         axes.set_ylim(losses[0] - 0.15, losses[-2] + 0.3)
@@ -125,7 +129,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The report for people."""
+    """The report as Markdown."""
     lines = ["# Report", "", "![held-out loss](loss.png)", "", "## Stages", ""]
     lines += ["| stage | shape | parameters | steps | tokens | FLOPs | held-out loss | bits per byte |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
@@ -135,16 +139,16 @@ def markdown(result: Mapping[str, Any]) -> str:
         for r in result["stages"]
     ]
     last = result["stages"][-1]
-    lines += ["", f"In all {costs.count(last['total_tokens'])} tokens and {last['total_flops']:.3g} FLOPs."]
+    lines += ["", f"All stages: {costs.count(last['total_tokens'])} tokens and {last['total_flops']:.3g} FLOPs."]
     if result["growths"]:
         lines += [
             "",
             "## Growths",
             "",
-            "Measured at the growth, in float32, before any step of the larger model.",
+            "Measured at the growth, in float32, before the first step of the larger model.",
             "",
         ]
-        lines += ["| to | method | parameters | max abs diff of logits | relative | held-out loss before | after |"]
+        lines += ["| to | method | parameters | logits: max difference | relative | held-out loss before | after |"]
         lines += ["|---|---|---|---|---|---|---|"]
         lines += [
             f"| {g['stage']} | {g['method']} | {costs.count(g['params_before'])} -> {costs.count(g['params_after'])} | "
@@ -158,7 +162,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def write(workdir: Path, result: Mapping[str, Any]) -> None:
-    """Writes report.json, report.md and loss.png into the work directory, and says where they are."""
+    """Writes report.json, report.md and loss.png into the work directory, and prints their paths."""
     atomic_write(workdir / "report.json", json.dumps(result, indent=1, sort_keys=True) + "\n")
     atomic_write(workdir / "report.md", markdown(result))
     plot(result, workdir / "loss.png")
@@ -167,9 +171,9 @@ def write(workdir: Path, result: Mapping[str, Any]) -> None:
     print(f"\nHeld-out loss {last['eval_loss']:.4f} ({last['eval_bits_per_byte']:.3f} bits per byte).")
     for name, what in (
         ("report.md", "the report"),
-        ("report.json", "the same for programs"),
+        ("report.json", "the report for programs"),
         ("loss.png", "held-out loss against FLOPs"),
         ("events", "TensorBoard: tensorboard --logdir"),
-        ("checkpoints", "one directory a stage"),
+        ("checkpoints", "one directory per stage"),
     ):
         print(f"  {workdir / name!s:<40} {what}")

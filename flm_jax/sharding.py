@@ -1,6 +1,6 @@
-"""Where arrays live: one mesh, one ordered list of rules from axis names to mesh axes.
+"""The device mesh, the rules from axis names to mesh axes, and the placing of parameters, activations and batches.
 
-Shapes first, then shardings, then values: nothing is ever made on one device and moved.
+Shapes are computed first, then shardings, then values: no array is ever made on one device and then moved.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from flm_jax.signature import Signature
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Every axis that a parameter or an activation names stands here; the first rule of a name applies. Widths that the
-# residual stream never shares with the batch go to `tensor`; the residual width itself, in parameters, to `fsdp`.
+# Every axis name of a parameter or an activation, with the mesh axes that it is split over. The width of the residual
+# stream has two names. `embed` is that of parameters, split over `fsdp`. `residual` is that of activations: their batch
+# is already split over `fsdp`, and one array cannot be split over a mesh axis twice, so it stays whole. The axes inside
+# a block (heads, MLP) and the vocabulary are split over `tensor`, in parameters and activations alike.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", ("data", "fsdp")),
     ("time", ("sequence",)),
-    # Between the products of a block, where nothing mixes positions, the stream is split over `tensor` too: what the
-    # products of one device sum to is scattered, not repeated (sequence parallelism of 2205.05198).
+    # Positions of the residual stream between the products of a block, where no operation mixes positions: they are
+    # split over `tensor` too, so the partial sums of the devices are reduce-scattered instead of all-reduced (sequence
+    # parallelism, 2205.05198).
     ("stream", ("sequence", "tensor")),
     ("history", ()),
     ("layers", ()),
@@ -44,13 +47,13 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 @recorded
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, for all that are left.
+    """Number of devices along each mesh axis; one of them may be -1, for all the devices that are left.
 
     Attributes:
-      data: replicas of the parameters, each with its own share of the batch.
-      fsdp: shares of parameters, gradients and moments; the batch is split over these too.
-      sequence: shares of each window's positions; keys and values are exchanged, parameters are repeated.
-      tensor: shares of heads, MLP and vocabulary inside one layer.
+      data: copies of the parameters, each with its own part of the batch.
+      fsdp: parts of parameters, gradients and moments; the batch is split over these too.
+      sequence: parts of each window's positions; keys and values are exchanged, parameters are replicated.
+      tensor: parts of heads, MLP and vocabulary.
     """
 
     data: int = -1
@@ -59,73 +62,73 @@ class MeshConfig:
     tensor: int = 1
 
     def shape(self, devices: int) -> tuple[int, ...]:
-        """Devices along each of `MESH_AXES`.
+        """Number of devices along each of `MESH_AXES`.
 
         Raises:
-            ValueError: the sizes do not multiply to `devices`.
+          ValueError: the sizes do not multiply to `devices`.
         """
         given = [getattr(self, axis) for axis in MESH_AXES]
         rest = math.prod(size for size in given if size != -1)
         if given.count(-1) > 1 or any(size == 0 or size < -1 for size in given):
-            raise ValueError(f"{self}: sizes are positive, and at most one is -1 (all the devices that are left).")
+            raise ValueError(f"{self}: sizes must be positive; at most one may be -1 (all the devices that are left).")
         if -1 in given and devices % rest == 0:
             given[given.index(-1)] = devices // rest
         if math.prod(given) != devices:
             raise ValueError(
                 f"{self} does not fit {devices} devices: {' x '.join(MESH_AXES)} must be {devices}, "
-                f"and -1 stands for what the others leave. {self._advice(devices)}"
+                f"where -1 means all the devices that are left. {self._advice(devices)}"
             )
         return tuple(given)
 
     def _advice(self, devices: int) -> str:
-        """Which axis to change, and to what."""
+        """A sentence that says which axis to change, and to what size."""
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         largest = max(sizes, key=lambda axis: sizes[axis])
         rest = math.prod(size for axis, size in sizes.items() if axis != largest and size != -1)
         if rest > devices or devices % rest:
-            return f"Without {largest}, the others ask for {rest} devices, which do not divide {devices}."
+            return f"The axes other than {largest} need {rest} devices, which does not divide {devices}."
         fitting = [n for n in range(1, devices // rest + 1) if (devices // rest) % n == 0]
         if -1 not in sizes.values():
             fitting = fitting[-1:]
         below = [n for n in fitting if n <= sizes[largest]][-1:]
         above = [n for n in fitting if n > sizes[largest]][:1]
         near = " and ".join(str(n) for n in below + above)
-        return f"The nearest that works for {largest}, now {sizes[largest]}, is {near}."
+        return f"The nearest size that works for {largest}, now {sizes[largest]}, is {near}."
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `MESH_AXES` over `devices` (default: all).
+    """The mesh with axes `MESH_AXES` over `devices` (default: all).
 
-    Over several TPU slices, whose links to each other are slow, `data` is split first.
+    With several TPU slices, `data` is the axis that crosses slices, since the links between slices are slow.
 
     Raises:
-        ValueError: the sizes do not fit the devices, or `data` does not fit the slices.
+      ValueError: the sizes do not fit the devices, or `data` does not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = (config or MeshConfig()).shape(len(devices))
-    # Elsewhere a slice is something else: on GPUs as many as NVLink joins, and any axis may reach over it.
+    # GPUs have a `slice_index` too, with another meaning (devices joined by NVLink); there any axis may cross slices.
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
-    # An axis of the mesh may take a part of a physical one: 4 of a torus's 16, say.
+    # allow_split_physical_axes: a mesh axis may take a part of a physical axis, for example 4 of 16 chips of a torus.
     if slices > 1:
         check_slices(shape[0], slices)
         inside, outside = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
         placed = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # Linen's transforms know nothing of explicitly sharded types.
+    # Flax Linen's transforms do not support explicitly sharded types.
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def check_slices(data: int, slices: int) -> None:
-    """Checks that `data` can be split over slices first.
+    """Checks that the mesh axis `data` is a multiple of the number of slices.
 
     Raises:
-        ValueError: it cannot.
+      ValueError: it is not.
     """
     if data % slices:
         raise ValueError(
-            f"MeshConfig.data={data} must be a multiple of the {slices} slices that it is split over, such as "
-            f"{slices}, and another axis smaller."
+            f"MeshConfig.data={data} must be a multiple of the {slices} slices that it is split over: take "
+            f"{slices}, and make another axis smaller."
         )
 
 
@@ -133,7 +136,7 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes that an array axis is split over.
 
     Raises:
-        ValueError: no rule covers `axis`.
+      ValueError: no rule covers `axis`.
     """
     for name, mesh in RULES:
         if name == axis:
@@ -147,10 +150,11 @@ def spec(axes: Sequence[str]) -> PartitionSpec:
 
 
 def sharding(signature: Signature, mesh: Mesh, shape: tuple[int, ...], path: str = "") -> NamedSharding:
-    """Where a parameter of this signature and shape lives on `mesh`.
+    """The sharding on `mesh` of a parameter with this signature and shape.
 
     Raises:
-        ValueError: an axis is not divisible by the devices it is split over; the message names sizes that are.
+      ValueError: the size of an axis is not divisible by the number of devices it is split over; the message names
+        sizes that are.
     """
     for axis, size in zip(signature.axes, shape, strict=True):
         parts = 1
@@ -167,12 +171,12 @@ def sharding(signature: Signature, mesh: Mesh, shape: tuple[int, ...], path: str
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """The sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def param_shardings(signatures: Any, shapes: Any, mesh: Mesh) -> Any:
-    """Tree of shardings for a tree of signatures and the matching tree of `jax.ShapeDtypeStruct`."""
+    """The tree of shardings for a tree of signatures and the matching tree of `jax.ShapeDtypeStruct`s."""
     return jax.tree_util.tree_map_with_path(
         lambda path, sig, like: sharding(sig, mesh, like.shape, jax.tree_util.keystr(path, simple=True, separator="/")),
         signatures,
@@ -181,16 +185,17 @@ def param_shardings(signatures: Any, shapes: Any, mesh: Mesh) -> Any:
 
 
 def abstract(shapes: Any, shardings: Any) -> Any:
-    """`jax.ShapeDtypeStruct`s that know where they will live."""
+    """A tree of `jax.ShapeDtypeStruct`s with their shardings."""
     return jax.tree.map(
         lambda like, where: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=where), shapes, shardings
     )
 
 
 def fitting_axes(shape: Sequence[int], axes: Sequence[str], mesh: Any) -> list[tuple[str, ...]]:
-    """The mesh axes that each dimension of an activation is split over, as far as it divides.
+    """The mesh axes that each dimension of an activation is split over.
 
-    A single position, when text is generated, is not split at all.
+    Mesh axes that do not divide the dimension are dropped, from the last: the single position of a generation step is
+    not split at all.
     """
     split = []
     for axis, size in zip(axes, shape, strict=True):
@@ -202,13 +207,13 @@ def fitting_axes(shape: Sequence[int], axes: Sequence[str], mesh: Any) -> list[t
 
 
 def fitting_spec(shape: Sequence[int], axes: Sequence[str]) -> PartitionSpec:
-    """How an activation is split on the mesh of `jax.set_mesh`."""
+    """The partition spec of an activation on the mesh of `jax.set_mesh`."""
     split = fitting_axes(shape, axes, jax.sharding.get_abstract_mesh())
     return PartitionSpec(*(names or None for names in split))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Tells the compiler how an activation is split, under `jax.set_mesh`; nothing elsewhere."""
+    """`x` with a sharding constraint under `jax.set_mesh`; `x` itself where no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, axes))
@@ -216,9 +221,9 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of a batch that this process's devices hold, in order, int64.
+    """The indices of the batch rows that this process's devices hold, ascending, int64.
 
-    The mesh decides: where `tensor` reaches over several processes, these hold the same rows.
+    Processes that differ only along `tensor` or `sequence` hold the same rows.
     """
     where = NamedSharding(mesh, spec(("batch",))).addressable_devices_indices_map((batch_size,))
     rows = np.arange(batch_size)
@@ -226,12 +231,12 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
-    """A batch of (B, T) arrays as global arrays, split as the mesh splits them.
+    """A batch of (B, T) host arrays as global arrays, split over the mesh.
 
     Args:
-      batch: the whole batch, the same in every process; or, with `batch_size`, its `own_rows`.
-      mesh: where to.
-      batch_size: B, where the arrays hold this process's rows alone.
+      batch: the whole batch, the same in every process; or, with `batch_size`, only the rows `own_rows`.
+      mesh: the mesh of the result.
+      batch_size: B, if the arrays hold only this process's rows; None: they hold all rows.
     """
     where = NamedSharding(mesh, spec(("batch", "time")))
 
@@ -250,6 +255,6 @@ def put_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
 
 
 def few_rows(mesh: Mesh) -> int:
-    """About eight windows, as many as the mesh can split evenly: what whole logits are looked at on."""
+    """A number of windows near eight that the mesh splits evenly; comparisons of whole logits use so few."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return int(shards * max(1, 8 // shards))

@@ -1,9 +1,13 @@
-"""A parameter's signature: what it reads and what it writes.
+"""The signature of a parameter: which axes it reads and which axes it writes.
 
-Every parameter is declared with one line, such as ``embed -> heads head_dim`` for the query projection, ``embed`` for
-the scale of a norm, ``vocab -> embed`` for the token embedding. From that line, and nothing else, follow its shape,
-its initial standard deviation, its muP class (and so its learning rate and weight decay), its sharding, and how it
-grows. Code that needs to treat parameters differently asks their signatures; there is no table of parameter names.
+Every parameter is declared with one line: ``embed -> heads head_dim`` for the query projection, ``embed`` for the scale
+of a norm, ``vocab -> embed`` for the token embedding. That line alone determines its shape, its initial standard
+deviation, its muP class (and with it learning rate and weight decay), its sharding, and how it grows. Code that treats
+parameters differently asks their signatures; there is no table of parameter names.
+
+The width of the residual stream has two names. In parameters it is ``embed``, in activations ``residual``. The size is
+the same, the sharding is not: parameters are split over the mesh axis ``fsdp`` along ``embed``, while activations are
+already split over ``fsdp`` along ``batch``, so their width must stay whole (`flm_jax.sharding.RULES`).
 """
 
 from __future__ import annotations
@@ -25,12 +29,12 @@ Sizes = Mapping[str, float]
 
 
 class Kind(enum.Enum):
-    """What an axis is to the network, which decides how a change in its size can be made invisible."""
+    """The function of an axis in the network; it decides how the axis can grow without changing the output."""
 
-    RESIDUAL = "residual"  # the stream that blocks write into and read through a norm
-    INNER = "inner"  # lives between a writer and a reader inside one block
-    PAIRED = "paired"  # inner, and rotated in pairs whose frequencies depend on where they stand
-    STACK = "stack"  # blocks, one after the other
+    RESIDUAL = "residual"  # the residual stream, which blocks write into and read through a norm
+    INNER = "inner"  # between a writer and a reader inside one block
+    PAIRED = "paired"  # inner, and rotated in pairs; the frequency of a pair depends on its position
+    STACK = "stack"  # the sequence of blocks
     OUTSIDE = "outside"  # fixed by the data
 
 
@@ -57,10 +61,16 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True)
 class Signature:
-    """What one parameter reads, writes or scales, by axis names; `stacked` when there is one slice a layer.
+    """The axes that one parameter reads, writes or scales.
 
-    `contracted` names the written axes on which the product is contracted with what another parameter wrote, so that
-    this side is the one that reads: a score is the query's entries, read by the key's.
+    Attributes:
+      reads: axes that it contracts over.
+      writes: axes that it produces.
+      gains: axes that it multiplies entry by entry; a parameter with gains neither reads nor writes.
+      stacked: whether it has one slice per layer, on its first dimension.
+      contracted: written axes along which its product is later contracted with the product of another parameter, and
+        along which it counts as the reader. An attention score contracts `head_dim` of queries and keys: the query
+        writes its entries, the key reads them.
     """
 
     reads: tuple[str, ...] = ()
@@ -73,12 +83,11 @@ class Signature:
     def parse(cls, text: str) -> Signature:
         """Parses ``"embed -> heads head_dim"``, ``"embed"`` (a gain), or ``"layers: embed -> mlp"`` (stacked).
 
-        What reads nothing, as in ``"-> heads head_dim"``, is a bias.
-
-        A star marks a written axis that is contracted with another's: ``"embed -> kv_heads head_dim*"`` for keys.
+        A parameter that reads nothing, as in ``"-> heads head_dim"``, is a bias. A star marks an axis of `contracted`:
+        ``"embed -> kv_heads head_dim*"`` for keys.
 
         Raises:
-            ValueError: an axis has no entry in `KINDS`, or the arrow is misplaced.
+          ValueError: an axis has no entry in `KINDS`, or the arrow is misplaced.
         """
         body, stacked = text, False
         if ":" in text:
@@ -107,7 +116,7 @@ class Signature:
         return f"{STACK_AXIS}: {body}" if self.stacked else body
 
     def stack(self, stacked: bool = True) -> Signature:
-        """The signature of this parameter with (or without) one slice a layer."""
+        """The signature of this parameter with (or without) one slice per layer."""
         return replace(self, stacked=stacked)
 
     @property
@@ -120,10 +129,10 @@ class Signature:
         return tuple(sizes[axis] for axis in self.axes)
 
     def role(self, axis: str) -> Role:
-        """What the parameter does on `axis`.
+        """The parameter's role on `axis`.
 
-        Along the stack a parameter counts as a writer when it writes the residual stream: silencing those slices, and
-        no others, makes a new layer the identity.
+        Along the stack a parameter is a writer if it writes the residual stream: setting those slices to zero, and no
+        others, makes a new layer the identity.
         """
         if self.gains:
             return Role.GAIN
@@ -133,26 +142,26 @@ class Signature:
 
     @property
     def is_matrix_like(self) -> bool:
-        """Whether both sides grow with the model's width (muP, 2203.03466, Table 8); else it is vector-like."""
+        """Whether both sides grow with the model's width (muP, 2203.03466, Table 8); otherwise it is vector-like."""
         inside = (Kind.RESIDUAL, Kind.INNER, Kind.PAIRED)
         return all(any(KINDS[a] in inside for a in side) for side in (self.reads, self.writes))
 
     @property
     def is_bias(self) -> bool:
-        """Whether it is added to what others write: it reads nothing."""
+        """Whether it is a bias: it reads nothing, and is added to the product of another parameter."""
         return not self.gains and not self.reads
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to what multiplies activations, neither to gains nor to biases."""
+        """Whether weight decay applies: to parameters that read, not to gains and biases."""
         return bool(self.reads)
 
     def width_mult(self, sizes: Sizes, base: Sizes) -> float:
-        """MuP's width multiplier: fan-in over fan-in at the base width, for matrix-like parameters; otherwise 1.
+        """MuP's width multiplier: fan-in divided by fan-in at the base width, for matrix-like parameters; otherwise 1.
 
-        The initial standard deviation falls with its root, the learning rate with itself. Where Tele-FLM has one
-        number for the whole model (hidden width / 256), fan-in gives each matrix its own; the two agree on every shape
-        whose MLP is 8/3 of its width.
+        The initial standard deviation is divided by its square root, the learning rate by the multiplier itself.
+        Tele-FLM has one multiplier for the whole model (hidden width / 256); here each matrix has its own, from its
+        fan-in. The two agree on every shape whose MLP is 8/3 as wide as the model.
         """
         if not self.is_matrix_like:
             return 1.0
@@ -160,7 +169,7 @@ class Signature:
 
 
 class Declared(struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A parameter's value and its signature, as Flax carries them out of `init`; `nn.scan` stacks the signature."""
+    """A parameter's value with its signature, as Flax's `init` returns it; `nn.scan` stacks the signature too."""
 
     value: Any
     signature: Signature = struct.field(pytree_node=False)
@@ -194,17 +203,17 @@ def draw(
     dtype: jnp.dtype,
     offset: int | jax.Array = 0,
 ) -> jax.Array:
-    """Fresh values: ones for a gain, zeros for a bias, else a normal of deviation `std`, truncated at three of them.
+    """Initial values: ones for a gain, zeros for a bias, otherwise normal, truncated at three standard deviations.
 
-    Every value follows from the key and its place alone, so that a block of a parameter can be drawn without the rest.
+    Every value depends only on the key and on its position, so a block of a parameter can be drawn without the rest.
 
     Args:
-      signature: the parameter's.
-      key: for what is drawn.
-      shape: of the parameter, or of a block that is contiguous in it, in row-major order.
-      std: the standard deviation.
-      dtype: what the values are rounded to.
-      offset: how many of the parameter's values stand before the block; traced, it is uint32[2], the high word first.
+      signature: of the parameter.
+      key: of the random numbers.
+      shape: of the parameter, or of a block of it that is contiguous in row-major order.
+      std: standard deviation of the normal before truncation.
+      dtype: of the result.
+      offset: number of the parameter's values before the block; if traced, uint32[2] with the high word first.
     """
     if signature.gains:
         return jnp.ones(shape, dtype)

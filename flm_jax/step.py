@@ -1,4 +1,4 @@
-"""The programs of one stage: initialisation, growth, and one optimizer step."""
+"""The jitted programs of one stage: initialisation, growth, and the train step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ from flm_jax.state import TrainState, abstract_state, shardings_of
 
 
 class Metrics(struct.PyTreeNode):
-    """What one step reports; () float32 each, `bad` is 1 for a step that was skipped because it was not finite."""
+    """Measurements of one step, each () float32.
+
+    `mask` is the smallest value of any growth mask (1 without masks); `bad` is 1 if the step was skipped because its
+    loss or gradient was not finite.
+    """
 
     loss: jax.Array
     grad_norm: jax.Array
@@ -47,14 +51,14 @@ def quietly_donated() -> Iterator[None]:
 
 
 def make_grower(lineage: Lineage, mesh: Mesh, donate: bool = False, weights: bool = False) -> Any:
-    """Jitted: the state of the model before a growth, key -> the state at the start of the grown model.
+    """The jitted function (state before the growth, key) -> state of the grown model at step 0.
 
     Args:
       lineage: of the grown model.
-      mesh: where it lives.
-      donate: the given state is used up: what keeps its shape and place keeps its memory, such as the embedding where a
-        model grows in depth alone. What grows cannot, and XLA warns of it (`quietly_donated`).
-      weights: the state is of weights alone.
+      mesh: the mesh of both states.
+      donate: whether the given state is donated. Leaves that keep their shape and sharding then reuse their memory, for
+        example the embedding if only the depth grows. Other leaves cannot, and XLA warns (see `quietly_donated`).
+      weights: whether the state has no optimizer state.
     """
 
     def grow_state(state: TrainState, key: jax.Array) -> TrainState:
@@ -69,7 +73,7 @@ def make_grower(lineage: Lineage, mesh: Mesh, donate: bool = False, weights: boo
 
 
 def parameter_growers(lineage: Lineage, mesh: Mesh) -> Iterator[Any]:
-    """Jitted, for one parameter after the other: those of the model before, key -> this one, grown."""
+    """For each parameter, the jitted function (all parameters before the growth, key) -> this parameter, grown."""
     for number, where in enumerate(jax.tree.leaves(shardings_of(abstract_state(lineage, mesh, weights=True).params))):
 
         def one(params: Params, key: jax.Array, number: int = number) -> jax.Array:
@@ -80,11 +84,11 @@ def parameter_growers(lineage: Lineage, mesh: Mesh) -> Iterator[Any]:
 
 
 class StageProgram:
-    """The functions of one stage: shapes first, then shardings, then values.
+    """The jitted functions of one stage, with the shapes and shardings of its state.
 
     Attributes:
       stage: the stage.
-      mesh: where it runs.
+      mesh: the mesh that it runs on.
       abstract_state: shapes and shardings of its `TrainState`.
     """
 
@@ -92,7 +96,7 @@ class StageProgram:
         self, stage: ResolvedStage, mesh: Mesh, chunks: int, compiler_options: Mapping[str, str] | None = None
     ) -> None:
         self.stage, self.mesh, self.chunks = stage, mesh, chunks
-        # Options are a compiler's own: others refuse them.
+        # The options are for the TPU compiler; other compilers reject them.
         on_tpu = mesh.devices.flat[0].platform == "tpu"
         self.options = dict(compiler_options) if compiler_options and on_tpu else None
         self.abstract_state = abstract_state(stage.lineage, mesh)
@@ -101,15 +105,15 @@ class StageProgram:
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
-        """The optimizer; where AdamW goes on exactly after a growth, it must be known where its layers went."""
+        """The optimizer; after a growth with `optimizer="exact"`, it needs to know where new layers were placed."""
         signatures = declared(self.stage.cfg)[1]
         return rescaled_adamw(self.stage.optimizer, self.stage.cfg, signatures, rescaling(self.stage.lineage))
 
     def check_trains(self, context: int) -> None:
-        """Checks that the mesh can split this stage's batches: not every mesh that its state lives on trains it.
+        """Checks that the mesh splits this stage's batches evenly.
 
         Raises:
-            ValueError: it cannot; the message names sizes that work.
+          ValueError: it does not; the message names sizes that work.
         """
         stage, mesh = self.stage, self.mesh
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -129,7 +133,7 @@ class StageProgram:
             )
 
     def initialiser(self) -> Any:
-        """Jitted: key -> the state of a first stage."""
+        """The jitted function key -> state of a first stage at step 0."""
 
         def initialise(key: jax.Array) -> TrainState:
             params = init_params(self.stage.cfg, key)
@@ -138,13 +142,13 @@ class StageProgram:
         return jax.jit(initialise, out_shardings=self.shardings)
 
     def masks(self, step: int | jax.Array) -> Masks | None:
-        """The growth masks after `step` steps; None from the end of the ramp on, where they leave the program."""
+        """The growth masks after `step` steps; None from the end of the ramp on, so that programs have no masks."""
         if isinstance(step, int) and step >= self.stage.ramp_steps:
             return None
         return self.stage.lineage.masks(step)
 
     def _paced(self, updates: Params, state: TrainState) -> Params:
-        """The optimizer's steps, those of new entries at their own rate if the growth gives them one."""
+        """The updates, with those of new entries scaled by their own rate if the growth is "asymmetric"."""
         growth, cfg = self.stage.growth, self.stage.optimizer
         if growth is None or growth.optimizer != "asymmetric":
             return updates
@@ -153,9 +157,9 @@ class StageProgram:
         return scale_new(updates, new_entries(self.stage.lineage), factor)
 
     def stepper(self, masked: bool) -> Any:
-        """Jitted: state, batch -> the next state (the given one is donated) and metrics.
+        """The jitted train step (state, batch) -> (next state, metrics); the given state is donated.
 
-        A step whose loss or gradient is not finite changes nothing but the count of steps.
+        If the loss or the gradient is not finite, only the step count changes.
         """
         cfg, parts = self.stage.cfg, self.stage.accumulate
 
@@ -188,7 +192,7 @@ class StageProgram:
 
 
 def _lowest(masks: Masks | None) -> jax.Array:
-    """Where the entries stand that have come least far."""
+    """The smallest value of any mask; 1 without masks."""
     flags = [] if masks is None else [m for m in masks._replace(norm_width=None) if m is not None]
     return jnp.min(jnp.concatenate([*flags, jnp.ones(1)]))
 
@@ -196,7 +200,7 @@ def _lowest(masks: Masks | None) -> jax.Array:
 def _accumulated(
     cfg: ModelConfig, params: Params, batch: Any, masks: Masks | None, chunks: int, parts: int
 ) -> tuple[jax.Array, Params]:
-    """Mean loss and its gradient over a batch, in `parts` parts."""
+    """Mean loss over a batch and its gradient, accumulated over `parts` parts of the batch."""
     total = jnp.sum(batch.weights_BT)
 
     def value(params: Params, rows: Any) -> jax.Array:
@@ -205,7 +209,7 @@ def _accumulated(
 
     if parts == 1:
         return jax.value_and_grad(value)(params, batch)
-    # Row i goes to part i mod parts, so that every device keeps its own rows.
+    # Row i goes to part i mod parts, so that no row has to move to another device.
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
     def add(carry: tuple[jax.Array, Params], rows: Any) -> tuple[tuple[jax.Array, Params], None]:

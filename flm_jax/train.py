@@ -1,21 +1,22 @@
-"""Train, grow, train, grow, train: one loop, top to bottom.
+"""The training loop: runs a recipe's stages in order, with a growth between stages, and resumes where it stopped.
 
 The order of decisions:
 
-1. The recipe is checked; a work directory that was begun with another one is refused.
-2. The data is opened; it must be what the work directory was begun with. Only now is anything written to it.
-3. The newest good checkpoint, of the latest stage that has one, decides where to go on.
-4. A stage that has no checkpoint yet starts: the first from an initialisation, every other one by growing the last
-   state of the stage before. A growth is verified before anything is spent on it, then saved as the stage's step 0
-   with its provenance, so that it is applied once and never on resume.
-5. The loop: a step is dispatched; while the devices run it, the metrics of the one before are looked at and the next
-   batch is read; then the loss is measured and the state saved, when they are due.
-6. After the last stage: the report.
+1. The recipe is checked. A work directory that was begun with another recipe is refused.
+2. The data is opened and must be the data that the work directory was begun with. Nothing is written before this point.
+3. The run continues from the newest intact checkpoint of the latest stage that has one.
+4. A stage without a checkpoint starts: the first one by initialisation, every other one by growing the last state of
+   the stage before. A growth is verified before any step of the new stage, and then saved as step 0 of that stage with
+   its provenance. It is therefore applied once, and never on resume.
+5. The loop: a step is dispatched; while the devices run it, the next batch is read and the metrics of the previous step
+   are checked; when they are due, the held-out loss is measured and the state is saved.
+6. After the last stage, the report is written.
 
-Whatever is needed to go on exactly is in the checkpoint: state, data position, and the history of measurements.
+A checkpoint holds everything that an exact resume needs: state, data position, and the history of measurements.
 
-Several processes all come this way, each with its own rows of every batch. What they decide by is the same in each, or
-told by one to all (see `flm_jax.distributed`); the first alone writes and prints, but for its part of the arrays.
+With several processes, every process runs this code, each with its own rows of every batch. All decisions depend on
+values that are equal in all processes or are broadcast from one (see `flm_jax.distributed`). Every process writes its
+part of the arrays; everything else is written and printed by the first process only.
 """
 
 from __future__ import annotations
@@ -63,30 +64,31 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Raised when too many consecutive steps had a loss or gradient that is not finite."""
 
 
 def train(
     recipe: Recipe, run: Run, workdir: str | Path, records: Mapping[str, str] | None = None
 ) -> dict[str, Any] | None:
-    """Runs a recipe in a work directory, from wherever it was left.
+    """Runs a recipe in a work directory, from its start or from the newest checkpoint, and returns the report.
 
     Args:
       recipe: what to compute.
       run: how to run it.
-      workdir: belongs to this recipe; made if missing.
-      records: texts to keep beside the results, by file name: the configuration as given, the state of the code.
+      workdir: the work directory; it belongs to this recipe, and is made if it does not exist.
+      records: texts to write into it, by file name, for example the configuration as given and the state of the code.
 
     Returns:
-      The report (also written to the work directory), or None when a signal, to any process, stopped the run after a
-      save.
+      The report, which is also written to the work directory; None if a signal to any process stopped the run. The
+      state is saved in that case.
 
     Raises:
-      ValueError: the recipe is wrong, or the work directory or its data are another's. Nothing is overwritten.
+      ValueError: the recipe is not valid, or the work directory belongs to another recipe or other data. Nothing is
+        overwritten.
       GrowthError: a growth did not preserve what its method promises.
-      NonFiniteError: the loss or its gradient is no number, `run.max_bad_steps` times in a row.
-      CheckpointError: a checkpoint cannot be written or does not fit.
-      PeerError: one of these in another process.
+      NonFiniteError: the loss or the gradient was not finite for `run.max_bad_steps` steps in a row.
+      CheckpointError: a checkpoint cannot be written or does not fit the model.
+      PeerError: one of these errors was raised in another process.
     """
     distributed.check_joined()
     workdir = Path(workdir).expanduser()
@@ -101,7 +103,7 @@ def train(
     distributed.assert_equal("The recipe or its Run", settings, "Start every process with the same command.")
     data = open_data(recipe.data)
     _check_vocabulary(stages, data)
-    # Where the data lies may change; what it is may not.
+    # The path of the data may change between starts, its contents may not.
     identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
     identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
     identity |= {} if origin is None else {"start": origin.digest}
@@ -114,7 +116,7 @@ def train(
             )
             for s in stages
         ]
-        # The directories are locked now, so nobody else writes here.
+        # The checkpoint directories are locked now, so no other run writes to this work directory.
         write_identity(workdir, RECIPE, as_dict(recipe))
         write_identity(workdir, DATA, identity)
         tables = "\n\n".join(f"{s.name}\n{costs.param_table(s.cfg)}" for s in stages)
@@ -130,10 +132,10 @@ def train(
             position = restored.blobs[POSITION]
         elif origin is not None:
             state = origin.restore(programs[0].mesh)
-        del restored  # It would keep the old arrays alive through all that follows.
+        del restored  # or it would keep the restored arrays in memory for the whole run
         interrupts = stack.enter_context(Interrupts())
         for index in range(first, len(stages)):
-            # What earlier growths by distance came to, this stage's lineage must know.
+            # The lineage of this stage needs the layer placement that earlier growths by distance have measured.
             stages = _placed(recipe, origin, history)
             worker = _StageRun(recipe, run, workdir, data, stages[index], stores[index], history, position, origin)
             with jax.set_mesh(worker.mesh):
@@ -163,14 +165,14 @@ def _programs(recipe: Recipe, run: Run, stages: Sequence[ResolvedStage]) -> list
 
 
 def _placed(recipe: Recipe, origin: SourceCheckpoint | None, history: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
-    """The stages, with layers where the growths of this run so far have put them."""
+    """The stages, with new layers placed as the growths of this run so far have placed them."""
     placed = {record["stage"]: GrowthRecord.from_record(record).growth for record in history["growths"]}
     stages = [dataclasses.replace(stage, growth=placed.get(stage.name, stage.growth)) for stage in recipe.stages]
     return resolve(dataclasses.replace(recipe, stages=tuple(stages)), origin)
 
 
 class _StageRun:
-    """One stage of one start of the program: what its start and its loop share."""
+    """One stage during one start of the program: the objects that its start and its loop share."""
 
     def __init__(
         self,
@@ -196,11 +198,14 @@ class _StageRun:
 
     @property
     def stage(self) -> ResolvedStage:
-        """The stage, its growth as it really is."""
+        """The stage; after its growth, with the measured placement of its layers."""
         return self.program.stage
 
     def start(self, state: TrainState | None) -> TrainState:
-        """The state at step 0, measured and saved: initialised, or grown from the stage before and verified."""
+        """The state at step 0, measured and saved.
+
+        It is initialised, taken from the recipe's start checkpoint, or grown from the given state and verified.
+        """
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), self.stage.index)
         provenance: dict[str, Any] = {"seed": self.recipe.seed, "key": self.stage.index}
         if state is None:
@@ -218,22 +223,22 @@ class _StageRun:
         return state
 
     def _grow(self, state: TrainState, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
-        """The grown state, verified against the given one, which is used up; and the record of the growth."""
+        """The grown state, verified, and the record of the growth; the given state is donated."""
         lineage, chunks = self.stage.lineage, self.recipe.loss_chunks
-        # The stage before may have had another mesh; nothing moves where it has not.
+        # The stage before may have used another mesh; if not, this moves nothing.
         state = jax.device_put(state, shardings_of(abstract_state(lineage.before, self.mesh)))
         text = heldout_text(self.data, self.mesh, self.recipe.eval_windows)
         batch = put_batch(text.few, self.mesh)
         lineage, distances = settle(lineage, state.params, batch.inputs_BT, batch.segments_BT)
         stage = dataclasses.replace(self.stage, lineage=lineage)
         (self.program,) = _programs(self.recipe, self.settings, [stage])
-        # What the comparison needs of the old model is observed first, so that its memory is free for the new one.
+        # The old model's outputs are computed before the growth, so that its memory is free for the new model.
         before = observe_before(lineage, state.params, text, self.mesh, chunks)
         with quietly_donated():
             grown = make_grower(lineage, self.mesh, donate=True)(state, key)
         found = verify_growth(lineage, before, grown, text, self.mesh, self.recipe.tolerance, chunks)
         if not found["holds"]:
-            raise GrowthError(f"The grown model is not what its method promises: {failures_text(found)}")
+            raise GrowthError(f"The growth does not preserve what its method promises: {failures_text(found)}")
         source = self._grown_from()
         record = GrowthRecord.of(
             stage.name,
@@ -249,7 +254,7 @@ class _StageRun:
         return grown, record.record()
 
     def _grown_from(self) -> Path:
-        """The step that the stage grew from: the last of the stage before, or what the recipe starts with."""
+        """The checkpoint step that the stage grew from: the last of the stage before, or the recipe's start."""
         if self.stage.index == 0:
             assert self.origin is not None
             return self.origin.directory
@@ -257,7 +262,7 @@ class _StageRun:
         return self.store.directory.parent / f"{before[0]}_{before[1].name}" / str(before[1].steps)
 
     def run(self, state: TrainState, interrupts: Interrupts) -> TrainState:
-        """Trains from the state's step to the end of the stage, or to a signal; the result is saved."""
+        """The state at the end of the stage, or at the step where the processes agreed to stop; it is saved."""
         stage, settings = self.stage, self.settings
         step = int(state.step)
         skipped = {s["step"] for s in self.history["skipped"] if s["stage"] == stage.name}
@@ -298,7 +303,7 @@ class _StageRun:
                 if pending is not None:
                     look(*pending)
                 pending = (step, metrics)
-                # Asked once a step: what follows must agree on it, and so must all processes.
+                # Asked once per step, so that all decisions below, and all processes, use the same answer.
                 stop, failed = vote(interrupts.requested is not None, self.store.failed())
                 if failed:
                     self.store.wait()
@@ -318,7 +323,7 @@ class _StageRun:
         return self.data.heldout(self.stage.batch_size, self.recipe.eval_windows)
 
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
-        """Held-out loss at this point of the run, entered into the history."""
+        """The record of the held-out loss at this step, which is also added to the history."""
         loss = self.heldout_loss(state.params, self._heldout(), self.program.masks(step))
         tokens = step * self.stage.batch_size * self.recipe.data.context
         record = {
@@ -336,7 +341,7 @@ class _StageRun:
         about = {"provenance": provenance, "data": self.data.describe(), "history": self.history}
         meta = CheckpointMeta(self.stage.name, self.stage.lineage, self.stage.newborn, **about).record()
         advice = "Read the data from a token store, with streamed=False."
-        distributed.assert_equal("What was read of the data", self.batches.mark(), advice)
+        distributed.assert_equal("The data read so far", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
         files = {} if self.origin is None else self.origin.files_with(self.data.vocabulary)
         blobs = {**files, POSITION: self.batches.state()}
@@ -344,7 +349,7 @@ class _StageRun:
 
 
 def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[int, Restored | None]:
-    """The stage to go on with, and its newest good checkpoint; (0, None) when there is none at all."""
+    """The index of the stage to continue, and its newest intact checkpoint; (0, None) if there is no checkpoint."""
     damaged: list[str] = []
     for program, store in reversed(list(zip(programs, stores, strict=True))):
         try:
@@ -353,10 +358,10 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
             continue
         except DamagedError as error:
             if distributed.is_primary():
-                log.error("Stage %s is begun again from the one before: %s", program.stage.name, error)
+                log.error("Stage %s starts again from the stage before: %s", program.stage.name, error)
             damaged.append(str(error))
             continue
-        distributed.print0(f"Going on with stage {program.stage.name!r} at step {restored.step}.")
+        distributed.print0(f"Continuing stage {program.stage.name!r} at step {restored.step}.")
         return program.stage.index, restored
     if damaged:
         raise CheckpointError(f"No checkpoint of any stage can be restored: {'; '.join(damaged)}")
@@ -364,17 +369,21 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
 
 
 def _check_vocabulary(stages: tuple[ResolvedStage, ...], data: Data) -> None:
-    """The embedding must have a row for every token."""
+    """Checks that the embedding of every stage has a row for every token of the vocabulary.
+
+    Raises:
+      ValueError: one has not.
+    """
     for s in stages:
         if data.vocabulary.size > s.cfg.vocab:
             raise ValueError(
-                f"Stage {s.name!r}: the vocabulary has {data.vocabulary.size} tokens, the model's embedding only "
-                f"{s.cfg.vocab}; set its vocab to {data.vocabulary.size} or more."
+                f"Stage {s.name!r}: the vocabulary has {data.vocabulary.size} tokens, but the model's embedding only "
+                f"{s.cfg.vocab} rows; set ModelConfig.vocab to {data.vocabulary.size} or more."
             )
 
 
 def _sample(stage: ResolvedStage, state: TrainState, data: Data, run: Run, seed: int) -> str:
-    """A prompt and its continuation by the last model."""
+    """The prompt `run.prompt` and its continuation by the last model."""
     ids = data.vocabulary.encode(run.prompt)
     prompt = np.asarray([ids or [data.vocabulary.eos_id]], np.int32)
     key = jax.random.fold_in(jax.random.key(seed), 0x5A)

@@ -1,1 +1,1 @@
-"""The programs: flags and gin to objects, errors to one sentence, one call of the library each."""
+"""The command-line programs: each turns flags and gin into objects, calls the library, and reports errors."""

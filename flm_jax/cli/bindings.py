@@ -1,7 +1,7 @@
 """List what gin files and --gin_bindings can set: every configurable, its fields, types, defaults and meanings.
 
-python experiments/bindings.py                    # all of them, a line per field
-python experiments/bindings.py Growth Stage       # these, with what each field means
+python experiments/bindings.py                    # all of them, one line per field
+python experiments/bindings.py Growth Stage       # these, with the meaning of each field
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import gin
 from absl import app
 
-# A field's default where it has none.
+# Shown as the default of a field that has none.
 REQUIRED = "required"
 
 
 def fields_of(configurable: Callable[..., Any]) -> list[tuple[str, str, str]]:
-    """Every field or parameter: name, type, default."""
+    """Name, type and default of every field or parameter."""
     if dataclasses.is_dataclass(configurable):
         return [(f.name, str(f.type), _default(f)) for f in dataclasses.fields(configurable)]
     found = []
@@ -42,13 +42,13 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def meanings_of(configurable: Callable[..., Any]) -> dict[str, str]:
-    """What the docstring says of each field or argument."""
+    """The description of each field or argument in the docstring, by name."""
     text = inspect.getdoc(configurable) or ""
     section = re.search(r"^(?:Attributes|Args):\n((?:[ \t]+.*\n?|\n)+)", text, re.MULTILINE)
     found: dict[str, str] = {}
     name = ""
     for line in section[1].splitlines() if section else ():
-        begun = re.match(r"\s{2,4}(\w+): (.*)", line)
+        begun = re.match(r"  (\w+): (.*)", line)  # what a field means may have lines of this form, further in
         if begun:
             name, found[begun[1]] = begun[1], begun[2]
         elif name and line.strip():
@@ -68,8 +68,8 @@ def table(configurable: Callable[..., Any], meanings: bool) -> str:
 
 
 def run(argv: list[str]) -> None:
-    """Lists what is asked for."""
-    from flm_jax.cli import configure  # Imported here, so that --help answers at once.
+    """Prints the configurables that are named in `argv`, or all of them."""
+    from flm_jax.cli import configure  # Imported here, so that --help is fast.
 
     known = {configurable.__name__: configurable for configurable in configure.configurables()}
     if unknown := sorted(set(argv[1:]) - known.keys()):

@@ -1,4 +1,4 @@
-"""Gin files and bindings to configured objects. The library itself knows no gin."""
+"""Gin files and bindings to configured objects. No module outside `flm_jax.cli` uses gin."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import model_of, read_source
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# Where `gin_configs/` is: beside the package in a checkout, inside it where it is installed.
+# The folders that may contain `gin_configs/`: beside the package in a checkout, inside it if installed.
 SHIPPED = tuple(base for base in (PACKAGE.parent, PACKAGE) if (base / "gin_configs").is_dir())
-# What gin can call besides the configuration classes.
+# The functions that gin can call, besides the configuration classes.
 FUNCTIONS: tuple[Callable[..., Any], ...] = (
     config.tele_flm_52b,
     config.tele_flm_102b,
@@ -37,12 +37,12 @@ _registered: set[str] = set()
 
 
 def configurables() -> list[Callable[..., Any]]:
-    """What gin files can name: configuration classes, functions, and what each program takes."""
+    """Everything that gin files can name: configuration classes, functions, and one configurable per program."""
     return [*records.classes(), *FUNCTIONS, *(gin.get_configurable(f"flm_jax.{name}") for name in PROGRAMS)]
 
 
 def register() -> None:
-    """Makes the library's configurations known to gin, under their own names."""
+    """Registers the library's configurations with gin, under their own names."""
     known: list[Callable[..., Any]] = [*records.classes(), *FUNCTIONS]
     for configurable in known:
         if configurable.__name__ not in _registered:
@@ -51,13 +51,13 @@ def register() -> None:
 
 
 def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> set[Binding]:
-    """Parses gin files (found from here, or among those that are shipped), then bindings.
+    """Parses gin files, then bindings; files are looked up in the current directory and among the shipped ones.
 
     Returns:
-        What the bindings set or changed, for `check_used`.
+      The parameters that the bindings set or changed, for `check_used`.
 
     Raises:
-        ValueError: a file does not exist, or something does not parse.
+      ValueError: a file does not exist, or a file or binding does not parse.
     """
     register()
     for base in SHIPPED:
@@ -67,7 +67,7 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> set[Binding]
     for name in gin_files:
         if not any((base / name).is_file() for base in (Path.cwd(), *SHIPPED)):
             places = " nor in ".join(map(str, SHIPPED))
-            raise ValueError(f"There is no gin file {name!r}, neither here nor in {places}.")
+            raise ValueError(f"There is no gin file {name!r} in the current directory nor in {places}.")
     try:
         gin.parse_config_files_and_bindings(
             list(gin_files), [], finalize_config=False, print_includes_and_imports=False
@@ -85,15 +85,19 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> set[Binding]
 
 
 def check_used(by_hand: set[Binding]) -> None:
-    """Refuses bindings that nothing read: a mistyped scope, or a macro that no value uses.
+    """Refuses bindings that had no effect: a mistyped scope, or a macro that no value uses.
 
-    gin itself refuses unknown functions and parameters, but stays silent about these. A file may bind functions that
-    are never called, for whoever chooses them; what was bound by hand must have an effect.
+    gin itself refuses unknown functions and parameters, but not these. A file may bind parameters of functions that are
+    not called, so that a binding on the command line can choose such a function; but bindings on the command line must
+    have an effect.
+
+    Args:
+      by_hand: the bindings of the command line, as `parse` returns them.
 
     Raises:
-        ValueError: names the bindings.
+      ValueError: there are such bindings; the message names them.
     """
-    # gin offers both only as text; the dictionaries have been the same since its first release.
+    # gin's public functions give these only as text; the private dictionaries have not changed since its first release.
     given, used = gin.config._CONFIG, gin.config._OPERATIVE_CONFIG
     called = {selector for _, selector in used} - {"gin.macro"}
 
@@ -111,14 +115,14 @@ def check_used(by_hand: set[Binding]) -> None:
     ]
     if unused:
         raise ValueError(
-            f"Nothing uses these gin bindings: {', '.join(unused)}; check their names and scopes, and that "
-            "what they belong to is chosen (as in Run.mesh = @MeshConfig())."
+            f"Nothing uses these gin bindings: {', '.join(unused)}; check their names and scopes, and that the "
+            "object they belong to is bound (as in Run.mesh = @MeshConfig())."
         )
 
 
 @gin.configurable(module="flm_jax")
 def train(recipe: Recipe = gin.REQUIRED, run: Run | None = None) -> tuple[Recipe, Run]:
-    """What `experiments/train.py` runs: the one function that gin configures."""
+    """The recipe and the run of `experiments/train.py`, from gin."""
     return recipe, run or Run()
 
 
@@ -133,7 +137,7 @@ def grow(
     streamed: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, Any]:
-    """What `experiments/grow.py` takes from gin: see `flm_jax.checkpoint_growth.grow_checkpoint`."""
+    """The arguments of `flm_jax.checkpoint_growth.grow_checkpoint` that `experiments/grow.py` takes from gin."""
     return dict(
         target=target,
         growth=growth,
@@ -148,18 +152,18 @@ def grow(
 
 @gin.configurable(module="flm_jax")
 def verify(mesh: MeshConfig | None = None, data: DataConfig | None = None, tolerance: float = 1e-5) -> dict[str, Any]:
-    """What `experiments/verify.py` takes from gin: see `flm_jax.checkpoint_growth.verify_checkpoints`."""
+    """The arguments of `flm_jax.checkpoint_growth.verify_checkpoints` that `experiments/verify.py` takes from gin."""
     return dict(mesh=mesh, data=data, tolerance=tolerance)
 
 
 @gin.configurable(module="flm_jax")
 def evaluate(mesh: MeshConfig | None = None) -> MeshConfig | None:
-    """What `experiments/evaluate.py` takes from gin: how devices are laid out."""
+    """The mesh of `experiments/evaluate.py`, from gin."""
     return mesh
 
 
 def recorded_data(checkpoint: str) -> DataConfig | None:
-    """The data that a checkpoint's run was configured with, if its work directory records that."""
+    """The data configuration of a checkpoint's run, read from its work directory; None if it is not recorded there."""
     recorded = read_source(checkpoint).directory.parents[2] / "config.gin"
     if not recorded.is_file() or "DataConfig" not in recorded.read_text():
         return None
@@ -171,7 +175,7 @@ def recorded_data(checkpoint: str) -> DataConfig | None:
 
 
 def required(configured: Callable[[], T]) -> T:
-    """What gin gives a function; a binding that is missing is a user's error."""
+    """The result of a gin configurable; a missing required binding raises ValueError, as other errors of input do."""
     try:
         return configured()
     except RuntimeError as error:

@@ -4,13 +4,13 @@
   python experiments/convert.py --to_hf=my/larger --workdir=runs/larger [--dtype=bfloat16] [--architecture=NAME]
 
 The first reads config.json, safetensors and tokenizer of a Llama, Mistral, Qwen2, Qwen3 or Tele-FLM directory, of any
-size, and writes step 0 of a new work directory: grow it, verify it, train on from it with `Recipe.start`. To train,
-take --dtype=float32: AdamW's small steps are lost in 16 bits.
+size, and writes step 0 of a new work directory. It can be grown, verified, and trained on with `Recipe.start`. For
+training, use --dtype=float32: AdamW's small steps are lost in 16 bits.
 
-The second writes a directory that `transformers` loads with no code of ours, tokenizer included; kept widths and
-multipliers are folded into the weights. With --architecture=TeleFLMForCausalLM multipliers stay multipliers.
+The second writes a directory that `transformers` loads without code of flm_jax, tokenizer included. Kept widths and
+multipliers are folded into the weights; with --architecture=TeleFLMForCausalLM multipliers stay multipliers.
 
-Neither changes a bit of the weights that need not change: docs/convert.md.
+Weights that need no folding and keep their dtype stay the same bit for bit; see docs/convert.md.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ def define() -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        "With --from_hf: new or empty. With --to_hf: a work directory, a stage's or a step.",
+        "With --from_hf: a new or empty directory. With --to_hf: a work directory, a stage's directory or a step.",
         required=True,
     )
-    flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; without it, the dtype stays.")
-    flags.DEFINE_string("architecture", None, "With --to_hf: what to write it as, such as Qwen2ForCausalLM.")
+    flags.DEFINE_string("dtype", None, "Dtype of the weights: float32, bfloat16 or float16. Default: unchanged.")
+    flags.DEFINE_string("architecture", None, "With --to_hf: the architecture to write, such as Qwen2ForCausalLM.")
     flags.DEFINE_float(
-        "shard_gb", 1.0, "With --to_hf: the largest file, in 10^9 bytes; it is assembled in memory.", lower_bound=1e-9
+        "shard_gb", 1.0, "With --to_hf: bound on a file, in 10^9 bytes; it is assembled in memory.", lower_bound=1e-9
     )
 
 
 def run(values: Any) -> None:
-    """Converts what the flags say."""
+    """Runs the conversion that the flags describe."""
     source, target = values.from_hf, values.to_hf
     if (source is None) == (target is None):
         refuse("give one of --from_hf and --to_hf")
     if source is not None and values.architecture is not None:
-        refuse("--architecture belongs to --to_hf")
-    from flm_jax.cli import runs  # Imported here, so that --help answers at once.
+        refuse("--architecture needs --to_hf")
+    from flm_jax.cli import runs  # Imported here, so that --help is fast.
 
     if source is not None:
         runs.run_import(source, values.workdir, values.dtype)

@@ -1,4 +1,4 @@
-"""How a program starts and fails: logging, joining other processes, errors in one sentence."""
+"""Start and failure of a program: logging, joining other processes, errors printed as one sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import GrowthError
 from flm_jax.train import NonFiniteError
 
-# What a user's input can cause: one sentence is enough. Anything else is our error, and shows where.
+# Errors that a user's input can cause; they are printed as one sentence. Others are bugs and keep their traceback.
 EXPECTED = (
     ValueError,
     OSError,
@@ -28,7 +28,7 @@ EXPECTED = (
 
 
 def join(flags: Mapping[str, Any]) -> None:
-    """Joins the other processes of a run, if the flags or the environment name any: see `flm_jax.distributed.join`."""
+    """Joins the other processes of a run, if flags or environment specify any; see `flm_jax.distributed.join`."""
     _log_from(logging.WARNING)
     try:
         distributed.join(**flags)
@@ -42,8 +42,8 @@ def _log_from(level: int) -> None:
 
 @contextlib.contextmanager
 def started() -> Iterator[None]:
-    """Within it, expected errors are told in one sentence, and end the program with status 1."""
-    _log_from(logging.WARNING)  # before JAX looks for devices, and tells of all that it does not find
+    """A context manager that prints expected errors as one sentence and exits with status 1."""
+    _log_from(logging.WARNING)  # before JAX looks for devices, because it logs every platform that it does not find
     if not distributed.is_primary():
         _log_from(logging.ERROR)
     try:
@@ -58,8 +58,8 @@ def started() -> Iterator[None]:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Prints one sentence, and exits with status 1."""
-    # gin appends the calls that it was in; the sentence itself comes first.
+    """Prints an error as one sentence and exits with status 1."""
+    # gin appends the calls that it was in to the message; only the text before them is printed.
     text = " ".join(str(error).split("\n  In call to configurable")[0].split())
     print(f"error: {text}", file=sys.stderr)
     distributed.fail_together(text)

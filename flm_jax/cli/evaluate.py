@@ -5,8 +5,8 @@
   python experiments/evaluate.py --checkpoint=runs/converted --lm_eval=my_task --include_path=my/tasks
   python experiments/evaluate.py --checkpoint=runs/demo --generate='def main(' --tokens=64
 
-Tasks need `pip install -e '.[eval]'`; those of your own, on files of your own, need no network. The tokenizer is the
-checkpoint's own, or that of the data its run was configured with. Gin only lays devices out:
+Tasks need `pip install -e '.[eval]'`; your own tasks on your own files need no network. The tokenizer is the
+checkpoint's own, or that of the data of its run. Gin sets only the mesh:
 
       --gin_bindings='evaluate.mesh = @MeshConfig()' --gin_bindings='MeshConfig.tensor = 4'
 """
@@ -25,29 +25,29 @@ def define() -> None:
     define_processes()
     define_gin("evaluate.mesh = @MeshConfig()")
     define_json()
-    flags.DEFINE_string("checkpoint", None, "A step, a stage's or a work directory.", required=True)
+    flags.DEFINE_string("checkpoint", None, "A step, a stage's directory or a work directory.", required=True)
     flags.DEFINE_list("lm_eval", [], "Tasks or groups of lm-eval, or patterns of their names.")
     flags.DEFINE_string("include_path", None, "A folder with lm-eval tasks of your own, as YAML.")
-    flags.DEFINE_float("limit", None, "Examples per task; below 1, a share of them.", lower_bound=0.0)
+    flags.DEFINE_float("limit", None, "Examples per task; below 1, a fraction of them.", lower_bound=0.0)
     flags.DEFINE_integer("num_fewshot", None, "Examples shown before each question.", lower_bound=0)
-    flags.DEFINE_string("text", None, "Bits per byte of this: a text file, a *.jsonl, or a folder of *.txt.")
+    flags.DEFINE_string("text", None, "Compute bits per byte of a text file, a *.jsonl, or a folder of *.txt.")
     flags.DEFINE_string("generate", None, "Continue this prompt, with the likeliest token each time.")
-    flags.DEFINE_integer("tokens", 64, "How many tokens to continue it by.", lower_bound=1)
-    flags.DEFINE_string("tokenizer", None, "A directory with tokenizer.json, in place of the checkpoint's own.")
-    flags.DEFINE_integer("batch_size", 8, "Rows read at once, on all devices together.", lower_bound=1)
+    flags.DEFINE_integer("tokens", 64, "Number of tokens of the continuation.", lower_bound=1)
+    flags.DEFINE_string("tokenizer", None, "A directory with tokenizer.json, used instead of the checkpoint's own.")
+    flags.DEFINE_integer("batch_size", 8, "Rows per batch, on all devices together.", lower_bound=1)
     flags.DEFINE_integer(
         "max_length",
         None,
-        "Tokens the model reads at once; by default what it was made for, at most 4096.",
+        "Longest sequence that the model reads, in tokens; by default what it was made for, at most 4096.",
         lower_bound=2,
     )
 
 
 def run(values: Any) -> None:
-    """Evaluates what the flags say."""
+    """Runs the evaluations that the flags describe."""
     if not values.lm_eval and values.text is None and values.generate is None:
         refuse("say what to evaluate: --lm_eval, --text or --generate")
-    from flm_jax.cli import runs  # Imported here, so that --help answers at once.
+    from flm_jax.cli import runs  # Imported here, so that --help is fast.
     from flm_jax.evaluation import EvalRequest
 
     runs.join(process_flags(values))

@@ -1,4 +1,4 @@
-"""Flags that programs share, and how a program starts. Imports nothing heavy, so that --help answers at once."""
+"""The flags that programs share, and their start. It imports only light modules, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]
     """Starts a program, whether as a script or as an installed command.
 
     Args:
-      document: what --help shows.
+      document: the text of --help.
       define: defines the program's flags.
-      run: the program, given the values of all flags.
+      run: the program, called with the values of all flags.
     """
-    sys.modules["__main__"].__doc__ = document  # where absl looks for it
+    sys.modules["__main__"].__doc__ = document  # absl reads the text of --help from there
     known = set(FLAGS)
     define()
     for name in set(FLAGS) - known:
-        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # or --help would leave it out
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # otherwise --help does not list it
 
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -34,33 +34,33 @@ def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]
 
 
 def refuse(what: str) -> None:
-    """Exits with status 2, after one line about the flags and the short help."""
+    """Prints the short help and a line about the flags, then exits with status 2."""
     app.usage(shorthelp=True, detailed_error=what, exitcode=2)
 
 
 def define_gin(example: str) -> None:
     """Defines --gin_file and --gin_bindings."""
-    flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
-    flags.DEFINE_multi_string("gin_bindings", [], f"A gin binding, such as {example!r}; the last wins.")
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; may be repeated, later files override earlier ones.")
+    flags.DEFINE_multi_string("gin_bindings", [], f"A gin binding, such as {example!r}; may be repeated.")
 
 
 def define_json() -> None:
     """Defines --json."""
-    flags.DEFINE_string("json", None, "Write what was found to this file.")
+    flags.DEFINE_string("json", None, "Write the results to this file, as JSON.")
 
 
 def define_processes() -> None:
     """Defines the flags with which several processes find each other."""
-    flags.DEFINE_string("coordinator", None, "Several processes: host:port of process 0.")
-    flags.DEFINE_integer("processes", None, "Several processes: how many.")
-    flags.DEFINE_integer("process", None, "Several processes: which this is, from 0.")
+    flags.DEFINE_string("coordinator", None, "With several processes: host:port of process 0.")
+    flags.DEFINE_integer("processes", None, "With several processes: their number.")
+    flags.DEFINE_integer("process", None, "With several processes: the index of this one, from 0.")
     flags.DEFINE_bool(
         "distributed",
         False,
-        "Several processes that JAX finds itself: on a TPU pod, or under SLURM, Open MPI, Kubernetes.",
+        "With several processes that JAX detects itself: on a TPU pod, or under SLURM, Open MPI, Kubernetes.",
     )
 
 
 def process_flags(values: Any) -> dict[str, Any]:
-    """What the flags of `define_processes` say, as arguments of `flm_jax.distributed.join`."""
+    """The values of the flags of `define_processes`, as arguments of `flm_jax.distributed.join`."""
     return {name: values[name].value for name in ("coordinator", "processes", "process", "distributed")}

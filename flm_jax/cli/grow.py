@@ -3,15 +3,15 @@
   python experiments/grow.py --source=runs/demo/checkpoints/0_52b_small --workdir=runs/copied \
       --gin_file=gin_configs/growth/copy_small.gin
 
-The source, a step, a stage's directory or a work directory, is only read. Go on from the result with
+The source (a step, a stage's directory or a work directory) is only read. To train on from the result, set
 `Recipe.start = 'runs/copied'`.
 
-A checkpoint that does not fit in memory grows block by block, from disk to disk, with the same result:
+A checkpoint that does not fit in memory is grown block by block, from disk to disk, with the same result:
 
       --gin_bindings='grow.streamed = True' --gin_bindings='Growth.depth = "interleave"'
 
-The models are not run then, so distances cannot be measured; killed and run again, it goes on where it was.
-`grow.chunk_bytes` bounds a block, and so the memory (docs/streaming.md).
+In this mode the models are not run, so `Growth.depth = "distance"` is not possible. If it is killed, the same command
+resumes it. `grow.chunk_bytes` bounds the size of a block, and with it the memory (docs/streaming.md).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def define() -> None:
     define_processes()
     define_gin("grow.seed = 1")
     flags.DEFINE_string("source", None, "The checkpoint to grow.", required=True)
-    flags.DEFINE_string("workdir", None, "Where the grown one goes: new or empty.", required=True)
+    flags.DEFINE_string("workdir", None, "The new or empty directory for the grown checkpoint.", required=True)
 
 
 def run(values: Any) -> None:
-    """Grows what the flags say."""
+    """Runs the growth that the flags describe."""
     if not values.gin_file and not values.gin_bindings:
         refuse("say how to grow, with --gin_file")
-    from flm_jax.cli import runs  # Imported here, so that --help answers at once.
+    from flm_jax.cli import runs  # Imported here, so that --help is fast.
 
     runs.join(process_flags(values))
     runs.run_grow(values.source, values.workdir, values.gin_file, values.gin_bindings)

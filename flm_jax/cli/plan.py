@@ -1,9 +1,9 @@
-"""Plan a recipe for machines that are not here: what each stage takes, whether it fits, what growing costs.
+"""Plan a recipe for a machine, without the machine: cost of each stage, whether it fits, cost of each growth.
 
   python experiments/plan.py --gin_file=gin_configs/recipes/tele_flm_1t.gin --topology=v5p-2048 [--json=FILE]
 
-The real train step and the real growth step of every stage are compiled: for as many simulated devices, or with
---compiler=tpu by the TPU compiler for that topology, which needs no TPU (`make test-tpu` installs it).
+The train step and the growth of every stage are compiled for the same number of simulated devices, or, with
+--compiler=tpu, by the TPU compiler for that topology, which needs no TPU (`make test-tpu` installs it).
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ def define() -> None:
         "compiler",
         "cpu",
         ["none", "cpu", "tpu"],
-        "none: lower only; cpu: for simulated devices; tpu: the real one.",
+        "none: lower only; cpu: compile for simulated devices; tpu: compile with the TPU compiler.",
     )
     flags.DEFINE_float(
         "utilisation",
         0.5,
-        "Model FLOPs over peak FLOPs, to reckon days by.",
+        "Model FLOPs over peak FLOPs, for the estimate of days.",
         lower_bound=0.01,
         upper_bound=1.0,
     )
     flags.DEFINE_float(
-        "storage", 1.0, "GB/s that one host reads or writes of checkpoints, to reckon times by.", lower_bound=0.001
+        "storage", 1.0, "GB/s at which one host reads or writes checkpoints, for estimates.", lower_bound=0.001
     )
 
 
 def run(values: Any) -> None:
-    """Plans what the flags say."""
+    """Plans the recipe that the flags describe."""
     if not values.gin_file and not values.gin_bindings:
         refuse("give a recipe with --gin_file")
     from flm_jax.planning.topology import topology
@@ -51,12 +51,12 @@ def run(values: Any) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    # Both are read when JAX starts. Nothing is computed here, so an accelerator that is here stays free.
+    # JAX reads both variables when it starts. A plan computes nothing, so it does not occupy a local accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
     if values.compiler != "tpu":
         count = f"--xla_force_host_platform_device_count={machine.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
-    from flm_jax.cli import runs  # Imported here, so that --help answers at once, and after the environment is set.
+    from flm_jax.cli import runs  # Imported here, after the environment is set, and so that --help is fast.
 
     assumed = (values.utilisation, values.storage * 1e9)
     runs.run_plan(machine, values.compiler, *assumed, values.json, values.gin_file, values.gin_bindings)

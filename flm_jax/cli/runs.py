@@ -1,4 +1,4 @@
-"""What each program calls once its flags and gin are parsed; it prints what a user is told."""
+"""One function per program: parses gin, calls the library, prints the results, sets the exit status."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["join", "run_evaluate", "run_export", "run_grow", "run_import", "run_
 
 
 def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool) -> None:
-    """Builds the recipe, and trains it, or only says what it would be."""
+    """Builds the recipe from gin and trains it, or prints its plan if `dry_run`."""
     with started():
         by_hand = parse(gin_files, gin_bindings)
         recipe, run = required(configure.train)
@@ -39,26 +39,26 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
         assert workdir is not None
         given = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
         if train(recipe, run, workdir, records=given) is None:
-            distributed.print0(f"Stopped; everything is saved in {workdir}. Run the same command to go on.")
+            distributed.print0(f"Stopped; everything is saved in {workdir}. Run the same command to continue.")
 
 
 def check_writable(json_file: str | None) -> None:
-    """Refuses a --json that cannot be written, before anything is computed for it.
+    """Refuses a --json that cannot be written, before anything is computed.
 
     Raises:
-        ValueError: it is a directory, or lies in none.
+      ValueError: it is a directory, or its directory does not exist.
     """
     if json_file is None:
         return
     path = Path(json_file).absolute()
     if path.is_dir():
-        raise ValueError(f"--json={json_file} is a directory; name a file in it.")
+        raise ValueError(f"--json={json_file} is a directory; give the name of a file.")
     if not path.parent.is_dir():
         raise ValueError(f"--json={json_file}: there is no directory {path.parent}.")
 
 
 def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
-    """Grows a checkpoint into a new work directory, and says what was found."""
+    """Grows a checkpoint into a new work directory, and prints its verification."""
     with started():
         data = recorded_data(source)
         by_hand = parse(gin_files, gin_bindings)
@@ -66,21 +66,21 @@ def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: 
         check_used(by_hand)
         for name, kinds in (("target", (ModelConfig, Mapping)), ("growth", (Growth,))):
             if not isinstance(settings[name], kinds):
-                right = f"bind a {kinds[0].__name__}, called: '@name()'"
-                more = ", or what changes, such as {'embed': 720}" if Mapping in kinds else ""
+                right = f"bind a {kinds[0].__name__} with parentheses: '@name()'"
+                more = ", or only the fields that change, such as {'embed': 720}" if Mapping in kinds else ""
                 raise ValueError(f"grow.{name} is {settings[name]!r}; {right}{more}.")
         if not settings["streamed"]:
             settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
         record = checkpoint_growth.grow_checkpoint(source, workdir, **settings, records=records)
         distributed.print0(verification_lines(record["verification"]))
-        distributed.print0(f"Written to {workdir}. Go on from it with Recipe.start = {workdir!r}.")
+        distributed.print0(f"Written to {workdir}. To train on from it, set Recipe.start = {workdir!r}.")
 
 
 def run_verify(
     source: str, target: str, json_file: str | None, gin_files: Sequence[str], gin_bindings: Sequence[str]
 ) -> None:
-    """Verifies a grown checkpoint, and exits with status 1 if what its method promises does not hold."""
+    """Verifies a grown checkpoint; exits with status 1 if a promise of its method does not hold."""
     with started():
         data = recorded_data(source)
         by_hand = parse(gin_files, gin_bindings)
@@ -97,37 +97,37 @@ def run_verify(
 
 
 def run_import(source: str, workdir: str, dtype: str | None) -> None:
-    """Makes a checkpoint of another program's model, and says what it is."""
+    """Imports a Hugging Face model as a checkpoint, and prints what it is."""
     with started():
         found = importing.import_model(source, workdir, dtype)
     distributed.print0(
         f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters in {found['tensors']} "
-        f"tensors, kept as {found['dtype']}; with {', '.join(found['files'])}."
+        f"tensors, stored as {found['dtype']}; with {', '.join(found['files'])}."
     )
     if "tokenizer.json" not in found["files"]:
         distributed.print0(
-            "No tokenizer.json came with it: training and evaluation want one of you (Pretrained.path, --tokenizer)."
+            "It has no tokenizer.json: give one for training (Pretrained.path) and for evaluation (--tokenizer)."
         )
-    distributed.print0(f"Written to {workdir}. Grow it with --source={workdir}, or go on from it with Recipe.start.")
+    distributed.print0(f"Written to {workdir}. Grow it with --source={workdir}, or train on with Recipe.start.")
 
 
 def run_export(workdir: str, target: str, architecture: str | None, dtype: str | None, shard_bytes: int) -> None:
-    """Writes a checkpoint for other programs, and says what it has become."""
+    """Exports a checkpoint as a Hugging Face model, and prints what was written."""
     with started():
         found = exporting.export_model(workdir, target, architecture, dtype, shard_bytes)
     folded = (
-        f"{found['folded']} kinds of parameters took over multipliers and kept widths"
+        f"multipliers and kept widths are folded into {found['folded']} kinds of parameters"
         if found["folded"]
         else ("nothing to fold")
     )
-    tokenizer = "" if found["tokenizer"] else "; the checkpoint has no tokenizer to go with it"
+    tokenizer = "" if found["tokenizer"] else "; the checkpoint has no tokenizer"
     distributed.print0(
         f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters as {found['dtype']}, "
         f"{costs.size(found['bytes'])}; {folded}{tokenizer}."
     )
     if found["folded"] and found["dtype"] != "float32":
         distributed.print0(
-            f"What was folded is rounded to {found['dtype']}: with --dtype=float32 it stays within a few 1e-6."
+            f"The folded weights are rounded to {found['dtype']}; with --dtype=float32 logits stay within a few 1e-6."
         )
     distributed.print0(f"Written to {target}: {', '.join(found['files'])} and the weights.")
 
@@ -142,7 +142,7 @@ def run_evaluate(
     gin_files: Sequence[str],
     gin_bindings: Sequence[str],
 ) -> None:
-    """Evaluates a checkpoint, and says what was found."""
+    """Evaluates a checkpoint, and prints the results."""
     with started():
         check_writable(json_file)
         data = recorded_data(checkpoint)
@@ -168,7 +168,7 @@ def run_plan(
     gin_files: Sequence[str],
     gin_bindings: Sequence[str],
 ) -> None:
-    """Plans a recipe for a machine, stage by stage."""
+    """Prints the plan of a recipe for a machine, stage by stage; exits with status 1 if a stage does not fit."""
     with started():
         check_writable(json_file)
         by_hand = parse(gin_files, gin_bindings)
@@ -198,7 +198,7 @@ def run_plan(
 
 
 def git_state() -> str:
-    """The commit that this is, and what is changed on top of it; empty outside a git checkout."""
+    """The commit of this checkout and a summary of uncommitted changes; empty outside a git checkout."""
     root = str(PACKAGE.parent)
     try:
         calls = [["git", "-C", root, *args] for args in (["rev-parse", "HEAD"], ["diff", "HEAD", "--stat"])]

@@ -2,8 +2,8 @@
 
   python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=runs/demo
 
-Run the same command again to go on where it was left. Add --dry_run to see parameters, FLOPs and memory of every
-stage, and to compile nothing but check that everything lowers. On several hosts, the same command once a host: see
+Run the same command again to resume it. Add --dry_run to print parameters, FLOPs and memory of every stage and to check
+that all programs lower, without compiling or training. On several hosts, start the same command once per host: see
 docs/pods.md.
 """
 
@@ -20,17 +20,17 @@ def define() -> None:
     """Defines the flags."""
     define_processes()
     define_gin("Recipe.seed = 1")
-    flags.DEFINE_string("workdir", None, "Where everything is written; belongs to one recipe.")
-    flags.DEFINE_bool("dry_run", False, "Print parameters, FLOPs and memory, lower every stage, train nothing.")
+    flags.DEFINE_string("workdir", None, "The directory for checkpoints and results; it belongs to one recipe.")
+    flags.DEFINE_bool("dry_run", False, "Print parameters, FLOPs and memory, and lower every stage; do not train.")
 
 
 def run(values: Any) -> None:
-    """Trains what the flags say."""
+    """Trains the recipe that the flags describe."""
     if not values.gin_file and not values.gin_bindings:
         refuse("give a recipe with --gin_file")
     if values.workdir is None and not values.dry_run:
         refuse("give a --workdir, or --dry_run")
-    from flm_jax.cli import runs  # Imported here, so that --help answers at once.
+    from flm_jax.cli import runs  # Imported here, so that --help is fast.
 
     runs.join(process_flags(values))
     runs.run_train(values.gin_file, values.gin_bindings, values.workdir, values.dry_run)

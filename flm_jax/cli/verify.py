@@ -1,10 +1,10 @@
-"""Verify a grown checkpoint against the one it grew from: exit status 0 only if what its method promises holds.
+"""Verify a grown checkpoint against its source: exit status 0 only if all promises of its growth method hold.
 
   python experiments/verify.py --source=runs/demo/checkpoints/0_52b_small --target=runs/copied [--json=FILE]
 
-Every bit of both is checked first; then both models are run, on the held-out text that a gin file names as
-`verify.data`, or that the source was trained with if its work directory records it; otherwise on random tokens.
-A method that does not promise preservation is measured and labelled.
+The checksums of both are verified first. Then both models are run on held-out text: that of `verify.data` in gin, or
+that of the source's run if its work directory records it; otherwise on random tokens. A method that does not promise
+preservation is measured and labelled.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def define() -> None:
     define_gin("verify.tolerance = 1e-4")
     define_json()
     flags.DEFINE_string("source", None, "The checkpoint before the growth.", required=True)
-    flags.DEFINE_string("target", None, "The grown one, at step 0 of its stage.", required=True)
+    flags.DEFINE_string("target", None, "The grown checkpoint, at step 0 of its stage.", required=True)
 
 
 def run(values: Any) -> None:
-    """Verifies what the flags say."""
-    from flm_jax.cli import runs  # Imported here, so that --help answers at once.
+    """Verifies the checkpoint that the flags describe."""
+    from flm_jax.cli import runs  # Imported here, so that --help is fast.
 
     runs.join(process_flags(values))
     runs.run_verify(values.source, values.target, values.json, values.gin_file, values.gin_bindings)

@@ -1,1 +1,1 @@
-"""Models in the formats of other programs, in and out."""
+"""Conversion between checkpoints and the model format of Hugging Face transformers, in both directions."""

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a model that other programs read with no code of ours."""
+"""Export: a checkpoint to Hugging Face model files, which transformers loads without code of flm_jax."""
 
 from __future__ import annotations
 
@@ -37,26 +37,28 @@ def export_model(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Writes a checkpoint's weights as config.json and safetensors, with the tokenizer that it came with.
+    """Writes a checkpoint's weights as config.json and safetensors, with the tokenizer that it was imported with.
 
-    Kept widths and multipliers are folded into the weights (see `fold`); what nothing folds into stays as it is, bit
-    for bit where the dtype does.
+    Kept widths and multipliers are folded into the weights (see `fold`). Weights without a factor stay the same, bit
+    for bit if the dtype does not change.
 
     Args:
-      source: a step, a stage's directory or a work directory, past the ramp of its masks; it is only read.
-      target: a directory, new or empty.
-      architecture: what to write it as (`families.FAMILIES`); None: as it came, or the first that has all of it. As
-        TeleFLMForCausalLM the multipliers stay multipliers.
+      source: a step, a stage's directory or a work directory, after the ramp of its masks; it is only read.
+      target: a new or empty directory.
+      architecture: the architecture to write (`families.FAMILIES`); None: the one it was imported from, or the first
+        that can express the model. As TeleFLMForCausalLM, multipliers are written as multipliers and not folded.
       dtype: of the weights; None: that of the parameters.
-      shard_bytes: the largest file, unless one tensor is larger. One file is assembled in memory at a time.
+      shard_bytes: bound on the bytes of a file, unless a single tensor is larger. One file at a time is assembled in
+        memory.
 
     Returns:
-      What was written, JSON-able.
+      A record of what was written, JSON-able.
 
     Raises:
-      ValueError: the target is in use, masks are still rising, or no architecture has all that the model has.
-      DamagedError: the checkpoint is not as it was saved; nothing is left of the target.
-      CheckpointError: as `read_source`, or there is no room.
+      ValueError: the target is not empty, the masks are not at the end of their ramp, or no architecture can express
+        the model.
+      DamagedError: the checkpoint is not as it was saved; the target is removed.
+      CheckpointError: as `read_source`, or the disk has not enough room.
     """
     target = Path(target).expanduser()
     if target.is_file():
@@ -66,8 +68,8 @@ def export_model(
     origin = read_source(source)
     if origin.step < origin.meta.ramp_steps:
         raise ValueError(
-            f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.meta.ramp_steps}: take a "
-            "later checkpoint, for masks are known nowhere else."
+            f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.meta.ramp_steps} steps: "
+            "take a later checkpoint, because other programs do not support masks."
         )
     before = origin.meta.converted or _recorded(origin)
     family, by, cfg = _plain(origin.cfg, architecture, before)
@@ -110,13 +112,13 @@ def export_model(
 
 
 def _recorded(origin: SourceCheckpoint) -> Mapping[str, Any]:
-    """The config.json that the weights came with, through whatever growth and training; empty where there was none."""
+    """The config.json that the weights were imported with, before any growth or training; empty if there was none."""
     text = origin.files.get(families.CONFIG)
     return json.loads(text) if text else {}
 
 
 def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]) -> Any:
-    """The family, by what each parameter is multiplied, and the configuration that is written."""
+    """The family to write, the factor of each parameter, and the configuration to write."""
     came = (before.get("architectures") or [None])[0]
     own = families.TELE_FLM.architecture
     keeps = (architecture or came) == own
@@ -125,17 +127,17 @@ def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]
 
 
 def _filler(origin: SourceCheckpoint, by: Any, show: Callable[[int], Any]) -> Callable[[str, np.ndarray], None]:
-    """A function that reads the tensor of a name into an array, for `tensors.save`.
+    """A function for `tensors.save` that reads the tensor with a given name into an array.
 
-    It checks what it reads: all layers of a parameter must have been asked for, in order, before its checksum is known.
+    It verifies the checksum of a parameter after its last layer, so the layers must be asked for in order.
 
     Args:
       origin: the checkpoint.
-      by: what each parameter is multiplied by.
-      show: is told of every run of rows, by its bytes.
+      by: tree of the factors of the parameters.
+      show: called with the bytes of each range of rows that was read.
 
     Raises:
-      DamagedError: the checkpoint is not as it was saved; the function raises it too.
+      DamagedError: the checkpoint is not as it was saved; the returned function raises it too.
     """
     saved = read_manifest(origin.directory)
     every = list(parts(origin.cfg))

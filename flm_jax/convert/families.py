@@ -1,6 +1,7 @@
-"""Configurations of other programs: the families that differ from Llama in no more than `ModelConfig` has a field for.
+"""Model families and their config.json: Llama and the architectures that `ModelConfig` can express.
 
-What a config.json says that no field expresses is refused by its name: a model that is read must be the model.
+A setting in a config.json that no field of `ModelConfig` expresses is an error that names it, because the model that is
+read must compute the same function.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from typing import Any
 from flm_jax.config import ModelConfig, RopeScaling
 
 CONFIG = "config.json"
-# Fields that not every family has.
+# Fields of `ModelConfig` that only some families have.
 SPECIAL = ("qkv_bias", "qk_norm", "sliding_window", "input_mult", "output_mult")
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture by its name in a config.json.
+    """One architecture of a config.json.
 
     Attributes:
-      architecture: the class that computes it elsewhere.
-      model_type: how its configuration is found there.
+      architecture: the name of its model class, as in `architectures`.
+      model_type: its `model_type`.
       allows: the fields of `SPECIAL` that its models may have.
-      always: those that all of its models have.
-      divides: whether the width must be a multiple of the heads, though their own width may be any.
-      defaults: what a config.json that leaves it out means.
+      always: the fields of `SPECIAL` that all of its models have.
+      divides: whether the width must be a multiple of the number of heads, even if `head_dim` is given.
+      defaults: values of settings that a config.json leaves out.
     """
 
     architecture: str
@@ -40,12 +41,12 @@ class Family:
     defaults: tuple[tuple[str, Any], ...] = ()
 
     def against(self, cfg: ModelConfig) -> list[str]:
-        """Why its models do not include this one, in words; empty where they do."""
+        """The reasons, as text, why this family cannot express a model; empty if it can."""
         special = [name for name in SPECIAL if getattr(cfg, name) != _PLAIN[name] and name not in self.allows]
         lacking = [name for name in sorted(self.always) if not getattr(cfg, name)]
         found = [f"{name}={getattr(cfg, name)!r}" for name in (*special, *lacking)]
         if self.divides and cfg.embed % cfg.heads:
-            found.append(f"a width of {cfg.embed} that is no multiple of its {cfg.heads} heads")
+            found.append(f"a width of {cfg.embed} that is not a multiple of its {cfg.heads} heads")
         return found
 
 
@@ -72,15 +73,15 @@ TELE_FLM = FAMILIES["TeleFLMForCausalLM"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object in a file.
+    """The JSON object in a file.
 
     Raises:
-      ValueError: it is missing, or something else.
+      ValueError: the file does not exist, cannot be read, or holds another JSON value.
     """
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"There is no {path.name} in {path.parent}: it must lie beside the weights.") from None
+        raise ValueError(f"There is no {path.name} in {path.parent}: it must be beside the weights.") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
@@ -92,32 +93,32 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family of a config.json.
 
     Raises:
-      ValueError: it is none of ours.
+      ValueError: its architecture is not in `FAMILIES`.
     """
     named = config.get("architectures") or []
     named = [named] if isinstance(named, str) else named
     for name in named:
         if name in FAMILIES:
             return FAMILIES[name]
-    code = " The code that it brings is never run." if "auto_map" in config else ""
+    code = " Code that comes with a model (auto_map) is never run." if "auto_map" in config else ""
     raise ValueError(
-        f"{where} names {', '.join(map(str, named)) or 'nothing'} as its architecture; what can be read is "
+        f"{where} names {', '.join(map(str, named)) or 'nothing'} as its architecture; supported are "
         f"{', '.join(FAMILIES)}.{code}"
     )
 
 
 def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """The model that a config.json describes; the dtype of its parameters is for others to say.
+    """The configuration of the model that a config.json describes; `param_dtype` is left at its default.
 
-    Its muP multipliers are 1 at its own width (but for Tele-FLM, which has its own), so that the width it has now is
-    the base from which growth scales initialisation and rates.
+    The base width is the model's own width, so its muP multipliers are 1, and a later growth scales initialisation and
+    learning rates from this width. Tele-FLM models keep the multipliers of their config.json instead.
 
     Args:
-      config: the object in it.
-      where: names the file in messages.
+      config: the object in the file.
+      where: the name of the file, for error messages.
 
     Raises:
-      ValueError: names what is missing, unknown or not supported.
+      ValueError: a setting is missing, unknown or not supported; the message names it.
     """
     family = family_of(config, where)
     given = {**dict(family.defaults), **config}
@@ -170,7 +171,7 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _multipliers(embed: int, input_mult: float, output_mult: float, scale: float) -> dict[str, Any]:
-    """Tele-FLM's: logits are multiplied by output_mult / mup_scale_factor, the width over the base width."""
+    """Tele-FLM's multipliers; logits are multiplied by output_mult / mup_scale_factor, where scale = width / base."""
     base = round(embed / scale)
     if base >= 1 and embed / base == scale:
         return dict(base_width=base, input_mult=input_mult, output_mult=output_mult)
@@ -178,7 +179,11 @@ def _multipliers(embed: int, input_mult: float, output_mult: float, scale: float
 
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:
-    """Refuses what would make it another model."""
+    """Refuses settings that change the function and that `ModelConfig` does not have.
+
+    Raises:
+      ValueError: one is given; the message names it.
+    """
     for name, plain in (
         ("attention_bias", (False, None)),
         ("mlp_bias", (False, None)),
@@ -195,15 +200,19 @@ def _refuse(config: Mapping[str, Any], where: str) -> None:
 
 
 def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """What is said of rotary frequencies, under the older name or the newer."""
+    """The settings of the rotary frequencies, under the older or the newer name; empty if there are none.
+
+    Raises:
+      ValueError: they are not one object of numbers, or the two names disagree.
+    """
     given = [config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name) is not None]
     for found in given:
         if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
-            raise ValueError(f"{where}: rotary frequencies are given as {found!r:.80}; one object of numbers is read.")
+            raise ValueError(f"{where}: rotary frequencies are {found!r:.80}; they must be one object of numbers.")
         if found.get("partial_rotary_factor", 1.0) != 1:
             raise ValueError(f"{where}: partial_rotary_factor is {found['partial_rotary_factor']!r}; it must be 1.")
     if len(given) == 2 and given[0] != given[1]:
-        raise ValueError(f"{where}: rope_scaling and rope_parameters say different things; leave one of them.")
+        raise ValueError(f"{where}: rope_scaling and rope_parameters differ; keep one of them.")
     return given[0] if given else {}
 
 
@@ -236,32 +245,32 @@ def _sliding_window(config: Mapping[str, Any], family: Family, layers: int, wher
         return None
     if found != {"sliding_attention"}:
         raise ValueError(
-            f"{where}: layers differ in what they see ({', '.join(sorted(found))}); only one sliding window for all "
-            "layers, or none, is supported."
+            f"{where}: layers have different kinds of attention ({', '.join(sorted(found))}); only one sliding window "
+            "for all layers, or none, is supported."
         )
     return int(window)
 
 
 def choose(cfg: ModelConfig, asked: str | None, before: Mapping[str, Any]) -> Family:
-    """The family to write a model as: the one asked for, else the one it came as, else the first that has it.
+    """The family to write a model as: the one asked for, else the one it was read as, else the first that fits.
 
     Args:
-      cfg: the model, kept widths folded; multipliers too, unless they are Tele-FLM's own.
+      cfg: the model, with kept widths folded, and multipliers too unless they are written as Tele-FLM's.
       asked: an architecture; None: any.
-      before: the config.json that it came with; empty: none.
+      before: the config.json that the model was read with; empty: none.
 
     Raises:
-      ValueError: none has all that the model has.
+      ValueError: no family can express the model; the message says why.
     """
     came = [name for name in before.get("architectures") or [] if name in FAMILIES]
     plain = [family.architecture for family in FAMILIES.values() if family is not TELE_FLM]
     reasons = []
     for name in [asked] if asked else [*came, *plain]:
         if name not in FAMILIES:
-            raise ValueError(f"The architecture {name!r} is not known; use one of {', '.join(FAMILIES)}.")
+            raise ValueError(f"The architecture {name!r} is unknown; use one of {', '.join(FAMILIES)}.")
         if not (against := FAMILIES[name].against(cfg)):
             return FAMILIES[name]
-        reasons.append(f"{name} cannot hold a model with {', '.join(against)}")
+        reasons.append(f"{name} cannot express a model with {', '.join(against)}")
     raise ValueError("; ".join(reasons) + ".")
 
 
@@ -272,10 +281,11 @@ def config_json(
 
     Args:
       cfg: the model, folded.
-      family: what it is written as.
+      family: the family to write it as.
       dtype: of the weights.
-      context: positions that it was trained on, if that is known; `before` may say more.
-      before: the config.json that it came with, for what decides nothing here: token ids, say.
+      context: the context that it was trained on, if known; the larger of this and that of `before` is written.
+      before: the config.json that the model was read with; settings that do not change the function are taken over, for
+        example token ids.
     """
     stale: tuple[str, ...] = (
         "rope_parameters",

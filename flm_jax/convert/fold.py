@@ -1,17 +1,17 @@
-"""The same function by a model without multipliers and kept widths, for programs that know neither.
+"""Folds kept widths and multipliers into the parameters, for programs that support neither.
 
-Each of these is a number that some parameter can take over, so folding multiplies whole parameters by numbers and
-changes a few fields of the configuration. With d and D the width that norms divide by and the model's own, h and H the
-width that scores are divided by the root of and the head's own:
+Folding multiplies whole parameters by numbers and changes some fields of the configuration; the function stays the
+same. Let d be the number that norms divide by and D the model's width, h the head width in scores and rotary
+frequencies and H the heads' real width:
 
-- x / sqrt(s / d + eps) = sqrt(d / D) x / sqrt(s / D + eps d / D): scales times sqrt(d / D), eps times d / D. Norms of
-  queries and keys divide by H as ever, but share the one eps of such formats: what they read is multiplied by
-  sqrt(d / D), which they then undo.
-- Scores over sqrt(h) are scores over sqrt(H) of queries times sqrt(H / h). Behind norms of their own, queries and keys
-  share that: their scales are each multiplied by its root.
-- Rotary frequencies theta^(-2i/h) are those of width H with theta^(H/h) for theta.
-- The input multiplier goes into the embedding and the logits' into the head. Where one matrix is both, it takes the
-  input's, and the last norm's scale their ratio.
+- Norms: x / sqrt(s / d + eps) = sqrt(d / D) x / sqrt(s / D + eps d / D). So scales are multiplied by sqrt(d / D), and
+  eps by d / D. Norms of queries and keys divide by H in any case, but a config.json has only one eps for all norms:
+  their input is multiplied by sqrt(d / D), which cancels in these norms once eps is changed.
+- Scores: q k / sqrt(h) = (q sqrt(H / h)) k / sqrt(H), so queries are multiplied by sqrt(H / h). If queries and keys
+  have norms, the scales of both norms are multiplied by (H / h)^(1/4) instead.
+- Rotary frequencies: theta^(-2i/h) = (theta^(H/h))^(-2i/H), so theta is replaced by theta^(H/h).
+- The input multiplier is folded into the embedding, the logits' multiplier into the head. If these are one matrix
+  (tied), it takes the input multiplier, and the scale of the final norm takes their ratio.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from flm_jax.signature import KINDS, Kind, Signature
 
 
 def factors(cfg: ModelConfig, multipliers: bool = True) -> tuple[Any, ModelConfig]:
-    """By what every parameter is multiplied, and the configuration that then computes the same.
+    """The factor of every parameter, and the configuration that computes the same function with the scaled parameters.
 
     Args:
-      cfg: the model, past the ramp of its masks.
-      multipliers: whether the multipliers of embedding and logits are folded too, or stay as they are.
+      cfg: the model, after the ramp of its masks.
+      multipliers: whether to fold the multipliers of embedding and logits too; otherwise they stay as they are.
 
     Returns:
-      A tree of numbers like the parameters, 1.0 for what stays bit for bit, and a configuration without `norm_width`
-      and `head_width`, whose multipliers are 1 if they are folded.
+      A tree of factors like the parameters, with 1.0 for parameters that stay bit for bit, and a configuration without
+      `norm_width` and `head_width`, whose multipliers are 1 if they are folded.
     """
     ratio = cfg.effective_norm_width / cfg.embed
     wider = cfg.h_dim / cfg.effective_head_width
@@ -66,9 +66,9 @@ def factors(cfg: ModelConfig, multipliers: bool = True) -> tuple[Any, ModelConfi
 
 
 def fold(params: Params, cfg: ModelConfig, multipliers: bool = True) -> tuple[Params, ModelConfig]:
-    """Parameters and configuration of the same function in plain form; see `factors`.
+    """The parameters and the configuration of the same function without kept widths and multipliers; see `factors`.
 
-    In bfloat16 what is multiplied is rounded anew: fold parameters of at least float32.
+    Parameters should be at least float32: in bfloat16, each product is rounded to 8 bits again.
     """
     by, plain = factors(cfg, multipliers)
     return jax.tree.map(lambda x, f: x if f == 1 else x * f, params, by), plain

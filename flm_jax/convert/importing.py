@@ -1,4 +1,4 @@
-"""A model of another program becomes a checkpoint, a run of rows at a time, so that it may be larger than memory."""
+"""Import: Hugging Face model files to a checkpoint, a range of rows at a time, so the model may exceed the memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flm_jax.progress import byte_bar
 from flm_jax.source_checkpoint import CheckpointMeta
 
 CHUNK_BYTES = 16 << 20
-# What goes with the weights; programs that a directory may bring are left where they are.
+# The files that are copied with the weights. Program files in the directory are not copied.
 FILES = (
     families.CONFIG,
     "generation_config.json",
@@ -49,13 +49,20 @@ FILES = (
     "USE_POLICY.md",
 )
 STAGE = "converted"
-# Buffers that old files keep, and that follow from the configuration.
+# Buffers in old files that can be computed from the configuration; they are ignored.
 _DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tile:
-    """A run of rows of a tensor there, which is one stored chunk of the array here."""
+    """A range of rows of one of their tensors, which becomes one stored chunk of our array.
+
+    Attributes:
+      part: the parameter.
+      lead: its layer, as the first index of our array.
+      start: first index along `part.dim`.
+      stop: index after the last.
+    """
 
     part: Part
     lead: tuple[int, ...]
@@ -64,35 +71,35 @@ class Tile:
 
     @property
     def nbytes(self) -> int:
-        """Here."""
+        """Bytes of the chunk in our layout."""
         return (self.stop - self.start) * self.part.index_bytes
 
 
 def import_model(
     source: str | Path, workdir: str | Path, dtype: str | None = None, chunk_bytes: int = CHUNK_BYTES
 ) -> dict[str, Any]:
-    """Makes step 0 of a new work directory of a directory with config.json, safetensors and tokenizer.
+    """Writes step 0 of a new work directory from a directory with config.json, safetensors and tokenizer.
 
-    The checkpoint has weights alone; it can be grown, verified, trained on (`Recipe.start`) and written out again.
+    The checkpoint has no optimizer state. It can be grown, verified, trained on (`Recipe.start`) and exported again.
 
     Args:
       source: the directory; it is only read, and no program in it is run.
-      workdir: new, or empty; what an import that was killed has left there is cleared.
+      workdir: a new or empty directory; files that a killed import has left there are removed.
       dtype: of the parameters; None: that of the files.
-      chunk_bytes: the largest run of rows, and stored chunk.
+      chunk_bytes: bound on the bytes of a stored chunk, and of a range of rows that is read at a time.
 
     Returns:
-      What was read and written, JSON-able; also in the work directory's checkpoint.
+      A record of what was read and written, JSON-able; the checkpoint's provenance has it too.
 
     Raises:
-      ValueError: it is not a model that can be read (see `families`); a tensor is missing, unknown, or of another shape
-        than config.json says; the tokenizer has more tokens than the model; the work directory is in use.
+      ValueError: the model is not supported (see `families`); a tensor is missing, unknown, or of another shape than
+        config.json says; the tokenizer has more tokens than the model; the work directory is not empty.
       FormatError: the files are damaged.
-      CheckpointError: there is no room.
+      CheckpointError: the disk has not enough room, or writing failed.
     """
     source, workdir = Path(source).expanduser(), Path(workdir).expanduser()
     if not source.is_dir():
-        raise ValueError(f"{source} is no directory; download one with {families.CONFIG} and safetensors files.")
+        raise ValueError(f"{source} is not a directory; give one with {families.CONFIG} and safetensors files.")
     where = str(source / families.CONFIG)
     config = families.read_json(source / families.CONFIG)
     cfg = families.model_config(config, where)
@@ -140,21 +147,21 @@ def _dtype(asked: str | None, stored: Mapping[str, Stored], source: Path) -> str
         return name
     listed = ", ".join(f"{count} of {name}" for name, count in found.most_common())
     raise ValueError(
-        f"{source} holds tensors of more than one dtype, or of another than {', '.join(DTYPES)}: {listed}. Say which "
-        "the parameters shall have, with --dtype."
+        f"{source} holds tensors of more than one dtype, or of another than {', '.join(DTYPES)}: {listed}. Set the "
+        "dtype of the parameters with --dtype."
     )
 
 
 def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> dict[tuple[str, tuple[int, ...]], Stored]:
-    """The tensor of every part of every parameter.
+    """The stored tensor of each layer of each parameter, by path and layer index.
 
     Raises:
-      ValueError: one is missing, of another shape or no floating-point numbers, or there are others.
+      ValueError: a tensor is missing, has another shape, is not floating-point, or does not belong to the model.
     """
     expected = {part.name(lead): (part, lead) for part in parts(cfg) for lead in part.leads}
     if missing := [name for name in expected if name not in stored]:
         raise ValueError(
-            f"{source} lacks {len(missing)} of the {len(expected)} tensors that its {families.CONFIG} asks for: "
+            f"{source} lacks {len(missing)} of the {len(expected)} tensors that its {families.CONFIG} describes: "
             f"{few(missing)}."
         )
     unknown = [name for name in stored if name not in expected and not name.endswith(_DERIVED)]
@@ -163,23 +170,29 @@ def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> dict
         unknown.remove("lm_head.weight")
     if unknown:
         raise ValueError(
-            f"{source} has {len(unknown)} tensors that its {families.CONFIG} has no place for: {few(unknown)}. They "
-            "would be lost, so nothing is read."
+            f"{source} has {len(unknown)} tensors that do not belong to the model of its {families.CONFIG}: "
+            f"{few(unknown)}. They would be lost, so nothing is imported."
         )
     for name, (part, _) in expected.items():
         tensor = stored[name]
         if tensor.shape != part.theirs:
             raise ValueError(
-                f"{tensor.file}: {name} has shape {list(tensor.shape)}, but by {families.CONFIG} it has "
-                f"{list(part.theirs)} ({part.signature})."
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}, but according to {families.CONFIG} it must "
+                f"have {list(part.theirs)} ({part.signature})."
             )
         if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
-            raise ValueError(f"{tensor.file}: {name} is {tensor.dtype.name}; only weights of 16 bits or more are read.")
+            raise ValueError(
+                f"{tensor.file}: {name} is {tensor.dtype.name}; weights must be floating-point, of 16 bits or more."
+            )
     return {(part.path, lead): stored[name] for name, (part, lead) in expected.items()}
 
 
 def _check_same(head: Stored, embedding: Stored) -> None:
-    """Some files keep a tied matrix twice; then it must be the same."""
+    """Checks that a head stored beside a tied embedding, as in some files, is equal to it.
+
+    Raises:
+      ValueError: it is not.
+    """
     same = head.shape == embedding.shape and head.dtype == embedding.dtype
     step = max(CHUNK_BYTES // max(head.row_bytes, 1), 1)
     for start in range(0, head.count if same else 0, step):
@@ -187,8 +200,8 @@ def _check_same(head: Stored, embedding: Stored) -> None:
         same = same and head.rows(start, stop).tobytes() == embedding.rows(start, stop).tobytes()
     if not same:
         raise ValueError(
-            f"{head.file}: lm_head.weight differs from the embedding, though {families.CONFIG} ties them; with "
-            '"tie_word_embeddings": false it is a model with a head of its own.'
+            f"{head.file}: lm_head.weight differs from the embedding, but {families.CONFIG} ties them; if the model "
+            'has a head of its own, set "tie_word_embeddings": false.'
         )
 
 
@@ -205,7 +218,8 @@ def _check_tokenizer(cfg: ModelConfig, source: Path) -> None:
     size = max(ids, default=-1) + 1
     if size > cfg.vocab:
         raise ValueError(
-            f"{file} has {size} tokens, but the model's embedding only {cfg.vocab} rows: they do not belong together."
+            f"{file} has {size} tokens, but the model's embedding only {cfg.vocab} rows: it is not this model's "
+            "tokenizer."
         )
 
 
@@ -220,7 +234,7 @@ def _check_new(workdir: Path, directory: Path) -> None:
 def _write(
     cfg: ModelConfig, found: Mapping[tuple[str, tuple[int, ...]], Stored], partial: Path, chunk_bytes: int
 ) -> dict[str, Leaf]:
-    """Writes the arrays; returns the leaves with their checksums."""
+    """Writes the arrays; returns the manifest's leaves with their checksums."""
     arrays, every = partial / "arrays", list(parts(cfg))
     likes = {f"params/{part.path}": jax.ShapeDtypeStruct(part.whole, part.dtype) for part in every}
     needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in likes.values())
@@ -257,7 +271,10 @@ def _write(
 
 
 def _run(part: Part, chunk_bytes: int) -> int:
-    """How many indices along a part's `dim` make a tile: all about the same, as the last chunk is stored whole."""
+    """The number of indices along `part.dim` per tile.
+
+    Tiles are made about equally large, because the last chunk is stored at full size even if it is partly empty.
+    """
     size, most = part.shape[part.dim], max(chunk_bytes // part.index_bytes, 1)
     return -(-size // -(-size // most))
 

@@ -1,7 +1,9 @@
-"""How parameters lie in the files of other programs: their names there, and their layout, which signatures decide.
+"""Names and layout of parameters in Hugging Face files, derived from signatures.
 
-A matrix is kept there as (written, read), both sides flat, a layer at a time; here it is as its signature says, read
-axes first, all layers in one array. The token embedding, which is looked up and not multiplied by, is as it is here.
+In those files a matrix has the shape (written, read), with the axes of each side flattened, and each layer has a tensor
+of its own. In our checkpoints a matrix has the axes of its signature, read axes first, and all layers are one array.
+The token embedding, which is looked up and not multiplied, has the same layout in both. In this module "theirs" means
+the layout in those files, and "ours" the layout in our checkpoints.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from flm_jax import costs
 from flm_jax.config import ModelConfig
 from flm_jax.signature import Signature
 
-# Their words for ours, wherever they stand in a path.
+# Their names for the parts of our parameter paths.
 WORDS = {
     "embedding": "model.embed_tokens",
     "blocks": "model.layers.{layer}",
@@ -41,14 +43,14 @@ _SQUARE = 256
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter; of a stacked one, any of its layers: both are alike but for the name.
+    """One parameter, with its layout in one layer, which is the same for all layers.
 
     Attributes:
-      path: its own.
-      signature: its own.
-      shape: here, of one layer.
-      layers: how many there are; 0: it is not stacked.
-      dtype: here.
+      path: its path in our parameter tree.
+      signature: its signature.
+      shape: our shape of one layer.
+      layers: number of layers; 0: the parameter is not stacked.
+      dtype: our dtype.
     """
 
     path: str
@@ -59,49 +61,49 @@ class Part:
 
     @property
     def leads(self) -> list[tuple[int, ...]]:
-        """The layers, each as the first index of the array; one empty index, if it is not stacked."""
+        """The index of each layer in our array, as a tuple; one empty tuple if the parameter is not stacked."""
         return [(layer,) for layer in range(self.layers)] or [()]
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """The array's shape."""
+        """The shape of our array, all layers included."""
         return (*((self.layers,) if self.layers else ()), *self.shape)
 
     def name(self, lead: tuple[int, ...]) -> str:
-        """What it is called there."""
+        """Their name of the tensor of one layer."""
         words = [word.removesuffix("_bias") for word in self.path.split("/") if word != "scale"]
         name = ".".join(WORDS.get(word, word) for word in words).format(layer=lead[0] if lead else "")
         return f"{name}.{'bias' if self.signature.is_bias else 'weight'}"
 
     @property
     def turned(self) -> bool:
-        """Whether it is multiplied by, and so kept as (written, read)."""
+        """Whether it is a matrix that activations are multiplied by, which they store transposed: (written, read)."""
         return bool(self.signature.reads) and "vocab" not in self.signature.reads
 
     @property
     def dim(self) -> int:
-        """The dimension here, layers not counted, along which runs of their rows lie."""
+        """Our dimension, not counting layers, that corresponds to their rows."""
         return len(self.signature.reads) if self.turned else 0
 
     @property
     def row_step(self) -> int:
-        """How many of their rows one index along `dim` is."""
+        """The number of their rows per index along `dim`."""
         return math.prod(self.shape[self.dim + 1 :]) if self.turned or self.signature.is_bias else 1
 
     @property
     def index_bytes(self) -> int:
-        """Bytes here of one index along `dim`."""
+        """Our bytes per index along `dim`, in one layer."""
         return math.prod(self.shape) // self.shape[self.dim] * self.dtype.itemsize
 
     @property
     def theirs(self) -> tuple[int, ...]:
-        """The shape there."""
+        """Their shape of the tensor of one layer."""
         if self.turned:
             return math.prod(self.shape[self.dim :]), math.prod(self.shape[: self.dim])
         return (math.prod(self.shape),) if self.signature.is_bias else self.shape
 
     def to_ours(self, rows: np.ndarray) -> np.ndarray:
-        """A run of their rows as it lies here: whole along all dimensions but `dim`, contiguous if they are."""
+        """A range of their rows in our layout: whole along all dimensions except `dim`; contiguous if `rows` is."""
         if not self.turned:
             return rows.reshape(-1, *self.shape[1:])
         out = np.empty(rows.shape[::-1], rows.dtype)
@@ -109,12 +111,12 @@ class Part:
         return out.reshape(*self.shape[: self.dim], -1, *self.shape[self.dim + 1 :])
 
     def to_theirs(self, block: np.ndarray, tensor: np.ndarray, first: int) -> None:
-        """Writes a run of indices along the first dimension here to its place in the tensor there.
+        """Writes a range of our first dimension to its place in their tensor.
 
         Args:
-          block: here; from index `first` of the first dimension, whole along the others.
-          tensor: there, whole, in the dtype of the block.
-          first: where the block begins.
+          block: ours; from index `first` of the first dimension, whole along the others.
+          tensor: theirs; the whole tensor, in the dtype of the block.
+          first: index of the block's first entry along the first dimension.
         """
         if not self.turned:
             at = first * self.row_step
@@ -127,21 +129,24 @@ class Part:
 
 
 def _turn(matrix: np.ndarray, out: np.ndarray) -> None:
-    """Writes the transpose, by squares: lines that are a power of two long would push each other out of the cache."""
+    """Writes the transpose into `out`, in square blocks.
+
+    Without blocks, rows whose length is a power of two map to the same cache sets and evict each other.
+    """
     for i in range(0, matrix.shape[0], _SQUARE):
         for j in range(0, matrix.shape[1], _SQUARE):
             out[j : j + _SQUARE, i : i + _SQUARE] = matrix[i : i + _SQUARE, j : j + _SQUARE].T
 
 
 def parts(cfg: ModelConfig) -> Iterator[Part]:
-    """Every parameter of a model."""
+    """The `Part` of every parameter of a model."""
     for path, like, signature in costs.leaves(cfg):
         stacked = signature.stacked
         yield Part(path, signature, like.shape[stacked:], like.shape[0] if stacked else 0, np.dtype(like.dtype))
 
 
 def tensors(cfg: ModelConfig, dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
-    """All of a model's tensors there: name to shape and dtype, layer after layer as a forward pass meets them."""
+    """Shape and dtype of all tensors in their files, by name, in the order of the forward pass."""
     first: dict[str, jax.ShapeDtypeStruct] = {}
     last: dict[str, jax.ShapeDtypeStruct] = {}
     stacked = []

@@ -1,4 +1,4 @@
-"""What both directions do with pieces of parameters: cast them, add up their checksums, work on a few at a time."""
+"""Operations on blocks of parameters that import and export share: casts, checksums, a bounded thread pool."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from flm_jax.checkpoint import checksum
 from flm_jax.convert.layout import Part
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Pieces that are read, turned and written at the same time.
+# Blocks that are read, transposed and written at the same time.
 WORKERS = 2
 
 
 def check_dtype(name: str) -> str:
-    """A dtype that weights may have.
+    """`name`, if it is one of `DTYPES`.
 
     Raises:
-      ValueError: it is another.
+      ValueError: it is not.
     """
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r}: use one of {', '.join(DTYPES)}.")
@@ -30,29 +30,29 @@ def check_dtype(name: str) -> str:
 
 
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Values in another dtype.
+    """`values` in another dtype; `name` is for error messages.
 
     Raises:
-      ValueError: one is finite, and too large for it.
+      ValueError: a finite value is too large for float16.
     """
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore"):
         found = values.astype(dtype)
     if dtype == np.float16 and not np.array_equal(np.isfinite(found), np.isfinite(values)):
-        raise ValueError(f"{name} has weights beyond what float16 holds, 65504; take bfloat16 or float32.")
+        raise ValueError(f"{name} has weights above 65504, the largest float16; use bfloat16 or float32.")
     return found
 
 
 def block_checksum(part: Part, block: np.ndarray, lead: tuple[int, ...], first: int, start: int) -> np.ndarray:
-    """The checksum of a block of a parameter, uint32[2]: those of all blocks add up to the parameter's.
+    """The checksum of a block of a parameter, uint32[2]; the sum over all blocks is the parameter's checksum.
 
     Args:
       part: the parameter.
-      block: as it lies here, whole along all dimensions but the first and `part.dim`.
-      lead: its layer.
-      first: where it begins along the first dimension; 0 where that is `part.dim`.
-      start: where it begins along `part.dim`.
+      block: in the layout of our checkpoints, whole along all dimensions except the first and `part.dim`.
+      lead: its layer, as the first index of the array.
+      first: index of its first entry along the first dimension; 0 if that is `part.dim`.
+      start: index of its first entry along `part.dim`.
     """
     places = [np.arange(size) for size in block.shape[: part.dim + 1]]
     places[0] += first
@@ -62,7 +62,7 @@ def block_checksum(part: Part, block: np.ndarray, lead: tuple[int, ...], first: 
 
 
 def in_parallel(function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-    """Results in order, of a few calls at a time: no more of them are held than are worked on."""
+    """The results of `function` on each item, in order, from `WORKERS` threads; at most `WORKERS + 1` are pending."""
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         pending: collections.deque[Any] = collections.deque()
         try:

@@ -1,4 +1,4 @@
-"""Evaluating checkpoints: lm-eval's tasks, bits per byte of any text, continuations of a prompt."""
+"""Evaluation of checkpoints: lm-eval tasks, bits per byte of any text, continuations of a prompt."""
 
 from flm_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
 

@@ -1,4 +1,4 @@
-"""Evaluating a checkpoint: which tokenizer is its own, how much it reads at once, and what is asked of it."""
+"""Evaluates a checkpoint: choice of tokenizer and context length, then bits per byte, continuation, lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from flm_jax.generate import generate
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.source_checkpoint import CONFIG, SourceCheckpoint, read_source
 
-# A model that says it reads a hundred thousand tokens is evaluated on so many only where that is asked for.
+# Upper bound of the default context length, for models made for contexts that are too long to evaluate by default.
 LONGEST_BY_DEFAULT = 4096
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to evaluate; None and () ask for nothing.
+    """What to evaluate: any of `tasks`, `text` and `prompt`.
 
     Attributes:
-      tasks: of lm-eval, or patterns of their names.
-      include_path: a folder with tasks of one's own.
-      limit: examples a task; below 1, a share of them.
-      num_fewshot: examples shown before each question; None: as each task has it.
-      text: bits a byte of this: see `read_texts`.
-      prompt: a text to continue.
-      tokens: by how many tokens.
+      tasks: names of lm-eval tasks, or patterns of names.
+      include_path: a folder with additional task files.
+      limit: examples per task; below 1, a fraction of them.
+      num_fewshot: examples shown before each question; None: the task's own number.
+      text: path of the text to compute bits per byte of, see `read_texts`; None: no text.
+      prompt: the text to continue; None: no continuation.
+      tokens: number of tokens of the continuation.
     """
 
     tasks: tuple[str, ...] = ()
@@ -59,28 +59,30 @@ def evaluate_checkpoint(
     max_length: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint; it is only read.
+    """The results of evaluating a checkpoint, which is only read.
 
     Args:
       checkpoint: a step, a stage's directory or a work directory.
       what: what to evaluate.
       tokenizer: a directory with tokenizer.json; None: the checkpoint's own, or the vocabulary of `data`.
-      data: what the checkpoint's run was configured with, if that is known.
+      data: the data configuration of the checkpoint's run, if it is known.
       mesh: how devices are laid out.
-      batch_size: rows read at once.
-      max_length: tokens read at once; None: what the model was made for, at most LONGEST_BY_DEFAULT.
-      say: is given what was found, in words, as it is found.
+      batch_size: rows per batch, on all devices together.
+      max_length: the longest sequence that the model reads, in tokens; None: what the model was made for, at most
+        LONGEST_BY_DEFAULT.
+      say: called with each result as text, as soon as it is known.
 
     Returns:
-      JSON-able: checkpoint, step, digest, tokenizer, max_length, and what was asked for: lm_eval, text, generated.
+      JSON-able: checkpoint, step, digest, tokenizer, max_length, and the results that were asked for: lm_eval, text,
+      generated.
 
     Raises:
-      ValueError: the tokenizer is not to be found or not this model's; a task or a text is not there.
+      ValueError: there is no tokenizer, it does not fit the model, or a task or text does not exist.
       ImportError: tasks are asked for, and lm-eval is not installed.
       DamagedError: the checkpoint is not as it was saved.
     """
     if what.tasks:
-        from flm_jax.evaluation import lm_eval_model  # at once: that it is missing should not be known an hour later
+        from flm_jax.evaluation import lm_eval_model  # first, so that a missing lm-eval is reported before any work
     origin = read_source(checkpoint)
     cfg = origin.cfg
     vocabulary = find_vocabulary(origin, tokenizer, data)
@@ -97,17 +99,15 @@ def evaluate_checkpoint(
         "tokenizer": {"kind": vocabulary.kind, "size": vocabulary.size, "digest": vocabulary.digest},
         "max_length": length,
     }
-    say(f"{origin.directory}: {vocabulary.kind} vocabulary of {vocabulary.size} ids, {length} tokens at once.")
+    say(f"{origin.directory}: {vocabulary.kind} vocabulary of {vocabulary.size} ids, sequences of {length} tokens.")
     if what.text is not None:
         texts = read_texts(what.text)
         score = bits_per_byte_of_text(cfg, params, vocabulary, texts, length, placed, batch_size, masks)
         if not math.isfinite(score.nats):
-            raise ValueError(
-                f"{origin.directory} gives {what.text} a loss that is not finite: its weights are damaged."
-            )
+            raise ValueError(f"The loss of {origin.directory} on {what.text} is not finite: its weights are damaged.")
         found["text"] = {"path": what.text, **score._asdict(), "bits_per_byte": score.bits_per_byte}
         say(
-            f"{what.text}: {score.bits_per_byte:.4f} bits a byte; {score.nats / score.tokens:.4f} nats a token, "
+            f"{what.text}: {score.bits_per_byte:.4f} bits per byte; {score.nats / score.tokens:.4f} nats per token, "
             f"{score.documents} documents, {score.tokens} tokens, {score.bytes} bytes."
         )
     if what.prompt is not None:
@@ -130,16 +130,16 @@ def evaluate_checkpoint(
 
 
 def find_vocabulary(origin: SourceCheckpoint, tokenizer: str | None, data: DataConfig | None) -> Vocabulary:
-    """What the ids of a checkpoint's model mean.
+    """The vocabulary of a checkpoint's model: of `tokenizer`, else of the checkpoint itself, else of `data`.
 
     Args:
       origin: the checkpoint.
-      tokenizer: a directory with tokenizer.json, which goes before all else.
-      data: what the checkpoint's run was configured with, if that is known.
+      tokenizer: a directory with tokenizer.json.
+      data: the data configuration of the checkpoint's run, if it is known.
 
     Raises:
-      ValueError: nothing says so.
-      FileNotFoundError: `tokenizer` is no such directory, or the data's corpus is not there any more.
+      ValueError: none of these is given.
+      FileNotFoundError: `tokenizer` is no such directory, or the corpus of `data` does not exist any more.
     """
     if tokenizer is not None:
         return TokenizerVocabulary.from_directory(tokenizer)
@@ -150,23 +150,23 @@ def find_vocabulary(origin: SourceCheckpoint, tokenizer: str | None, data: DataC
         return build_vocabulary(data.vocabulary, data.corpus, data.cache_dir)
     raise ValueError(
         f"{origin.directory} holds no {TOKENIZER}, and its work directory does not record what data it was trained on: "
-        "give a directory that a tokenizer lies in, with --tokenizer."
+        "name a directory with a tokenizer.json by --tokenizer."
     )
 
 
 def find_length(origin: SourceCheckpoint, data: DataConfig | None) -> int:
-    """How many tokens a checkpoint's model was made to read at once, at most LONGEST_BY_DEFAULT.
+    """The context length that a checkpoint's model was made for, in tokens, at most LONGEST_BY_DEFAULT.
 
     Raises:
-      ValueError: nothing says so.
+      ValueError: neither the checkpoint's config.json nor `data` has it.
     """
     config = json.loads(origin.files.get(CONFIG, b"{}"))
     said = [config.get("max_position_embeddings"), None if data is None else data.context]
     length = max((n for n in said if n is not None), default=None)
     if length is None:
         raise ValueError(
-            f"nothing says how many tokens the model of {origin.directory} reads at once: neither a config.json of its "
-            "own nor data that its run was configured with; give --max_length."
+            f"The context length of the model of {origin.directory} is not known: neither a config.json in the "
+            "checkpoint nor the recorded data of its run gives it; set --max_length."
         )
     return min(int(length), LONGEST_BY_DEFAULT)
 
@@ -175,8 +175,8 @@ def read_texts(path: str | Path) -> Iterator[str]:
     """The documents of a text file (one), of a *.jsonl (the field "text" of each line), or of a folder of *.txt.
 
     Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it is not UTF-8, or not what its name says.
+      FileNotFoundError: there is no such file or folder.
+      ValueError: it is not UTF-8, or a line of a *.jsonl is not as described.
     """
     root = Path(path).expanduser()
     if root.is_dir():
@@ -184,7 +184,7 @@ def read_texts(path: str | Path) -> Iterator[str]:
     if root.suffix == ".jsonl":
         return (text for _, text in Jsonl(str(root)).lines())
     if not root.is_file():
-        raise FileNotFoundError(f"there is no text file or folder {root}")
+        raise FileNotFoundError(f"There is no text file or folder {root}.")
     try:
         return iter([root.read_bytes().decode()])
     except UnicodeDecodeError as error:

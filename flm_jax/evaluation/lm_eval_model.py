@@ -1,7 +1,7 @@
-"""The language model evaluation harness (lm-eval): our models as one of its models.
+"""The adapter between flm_jax's models and lm-eval, the language model evaluation harness.
 
-Importing this needs the extra `eval`; nothing else of the project imports lm-eval. What its HFLM answers to a request
-is the measure: the same tokens, the same truncation, the same stops.
+Importing this module needs the extra `eval`; no other module imports lm-eval. The reference for every answer is HFLM,
+lm-eval's own model class for Hugging Face: the same tokens, the same truncation, the same stop sequences.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ try:
 except ImportError as error:
     raise ImportError(f"lm-eval cannot be imported ({error}): pip install -e '.[eval]'") from error
 
-# What is worth keeping of lm-eval's results; the rest describes the machine.
+# The keys of lm-eval's results that `record` keeps; the others describe the machine.
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval_version")
-# Tokens that are generated before it is looked whether any request is done; then twice as many, and so on.
+# Tokens to generate before checking which requests are done; the number doubles after every check.
 FIRST_STEPS = 32
 
 
 @dataclass
 class _Continuation:
-    """One request to generate: its prompt, and what was generated so far."""
+    """One generation request: its prompt, and the tokens generated so far."""
 
     prompt: list[int]
     most: int
@@ -47,9 +47,9 @@ class _Continuation:
 
 
 class LmEvalModel(TemplateLM):
-    """A model of ours for lm-eval.
+    """A model of flm_jax with the interface of lm-eval.
 
-    In several processes every one of them holds every request, and all take part in every batch.
+    With several processes, each of them holds all requests, and all of them take part in every batch.
     """
 
     def __init__(self, scorer: Scorer, vocabulary: Vocabulary, seed: int = 0, progress: bool = True) -> None:
@@ -57,9 +57,9 @@ class LmEvalModel(TemplateLM):
 
         Args:
           scorer: the model.
-          vocabulary: what its ids mean.
-          seed: of requests that ask for sampling.
-          progress: show bars on a terminal.
+          vocabulary: its vocabulary.
+          seed: for requests that ask for sampling.
+          progress: whether to show progress bars on a terminal.
 
         Raises:
           ValueError: the vocabulary has more ids than the model.
@@ -76,29 +76,33 @@ class LmEvalModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What the first token is predicted from, where there is no context."""
+        """The id that the first token is predicted from if there is no context."""
         return self._special.prefix_id
 
     @property
     def max_length(self) -> int:
-        """The most tokens that the model reads at once."""
+        """The longest sequence that the model reads, in tokens."""
         return self.scorer.context
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens to generate where a task does not say."""
+        """The number of tokens to generate for tasks that do not set it."""
         return 256
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's cache of requests."""
+        """The name of the tokenizer in lm-eval's cache of requests."""
         return f"flm_jax_{self.vocabulary.digest[:16]}"
 
     def _hidden(self, asked: bool) -> bool | None:
         return True if asked or not self._progress else None  # None: hidden where there is no terminal
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with those that the tokenizer adds unless told otherwise or the text begins with the prefix."""
+        """The token ids of a text.
+
+        The special tokens that the tokenizer adds are included according to `add_special_tokens`; with None, they are
+        included unless the text already begins with the prefix token.
+        """
         del kwargs
         ids = self.vocabulary.encode(string)
         prefix = self._special.prefix
@@ -109,7 +113,7 @@ class LmEvalModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Scores tokenised requests, (texts, context, continuation)."""
+        """Log-probability and greediness of each tokenised request (texts, context, continuation)."""
         del kwargs
         windows = [Window(context, continuation) for _, context, continuation in requests]
         with tqdm(total=len(requests), desc="scoring", disable=self._hidden(disable_tqdm)) as bar:
@@ -119,7 +123,7 @@ class LmEvalModel(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts, every token of them predicted once."""
+        """The log-probabilities of whole texts; every token is predicted once."""
         texts = [request.args[0] for request in requests]
         of_texts = [rolling_windows(self.tok_encode(text), self.prefix_token_id, self.max_length) for text in texts]
         windows = [window for of_text in of_texts for window in of_text]
@@ -131,11 +135,11 @@ class LmEvalModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continues contexts until a text that stops, the end of the document, or as many tokens as allowed.
+        """The continuation of each context, until a stop sequence, the end of the document, or the token limit.
 
         Raises:
-          ValueError: a task asks for what is not here (beams, nucleus sampling), or for more tokens than the model has
-            room for.
+          ValueError: a task asks for a method that is not implemented (beams, nucleus sampling), or for more tokens
+            than fit into the model's context.
         """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -151,7 +155,7 @@ class LmEvalModel(TemplateLM):
         return found
 
     def _generate(self, contexts: Sequence[str], asked: dict[str, Any], bar: Any) -> list[str]:
-        """Continues contexts of which the same is asked."""
+        """The continuations of contexts that have the same generation settings `asked`."""
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
         stops = [stop for stop in handle_stop_sequences(wanted.pop("until"), eos=self._special.eos) if stop]
         most = wanted.pop("max_gen_toks")
@@ -160,19 +164,19 @@ class LmEvalModel(TemplateLM):
         unknown = [name for name, x in wanted.items() if name not in harmless or harmless[name] not in (None, x)]
         if unknown:
             raise ValueError(
-                f"A task asks to generate with {', '.join(sorted(unknown))}: known are until, max_gen_toks, do_sample "
-                "and temperature."
+                f"A task asks to generate with {', '.join(sorted(unknown))}; supported are until, max_gen_toks, "
+                "do_sample and temperature."
             )
         if not 0 < most < self.max_length:
             raise ValueError(
-                f"A task asks for {most} generated tokens, and the model reads {self.max_length} at once, prompt "
-                "included: raise --max_length, or have the task set max_gen_toks."
+                f"A task asks for {most} generated tokens, but the model's context is {self.max_length} tokens, prompt "
+                "included: raise --max_length, or set max_gen_toks in the task."
             )
         rows = []
         for context in contexts:
             prompt = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
             rows.append(_Continuation(prompt, most, stops))
-        # A special token is not written out, so one that a task stops at has to be known by its id.
+        # Decoding omits special tokens, so a stop sequence that is a special token is recognised by its id.
         alone = [self.vocabulary.encode(stop) for stop in stops]
         ids = {*self._special.stop_ids, *(i[0] for i in alone if len(i) == 1 and not self.vocabulary.decode(i))}
         steps, left = FIRST_STEPS, rows
@@ -185,11 +189,11 @@ class LmEvalModel(TemplateLM):
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
     def _written(self, tokens: list[int]) -> str:
-        # A model may have more rows than the tokenizer ids; HFLM leaves them out without a trace.
+        # A model may have more rows than the tokenizer has ids; HFLM omits such tokens too.
         return self.vocabulary.decode(token for token in tokens if token < self.vocabulary.size)
 
     def _extend(self, rows: list[_Continuation], steps: int, temperature: float, stop_ids: set[int]) -> None:
-        """Generates some more tokens of a batch, all of it read anew, and sees which rows are done."""
+        """Generates up to `steps` more tokens for a batch, computing its cache again, and marks rows that are done."""
         scorer = self.scorer
         texts = [row.prompt + row.tokens for row in rows]
         length = scorer.bucket(max(map(len, texts)))
@@ -218,39 +222,39 @@ def run_tasks(
     limit: float | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any]:
-    """Runs lm-eval's tasks.
+    """The results of lm-eval tasks.
 
     Args:
-      model: what to evaluate.
-      tasks: names of tasks or groups, or patterns of them.
-      include_path: a folder with tasks of one's own, as YAML.
-      limit: examples a task; below 1, a share of them.
-      num_fewshot: examples shown before each question; None: as each task has it.
+      model: the model to evaluate.
+      tasks: names of tasks or groups, or patterns of names.
+      include_path: a folder with additional tasks, as YAML.
+      limit: examples per task; below 1, a fraction of them.
+      num_fewshot: examples shown before each question; None: the task's own number.
 
     Returns:
-      What lm-eval returns, the results of every task under "results".
+      The dict that lm-eval returns, with the results of every task under "results".
 
     Raises:
-      ValueError: a task that is not known.
+      ValueError: a task is unknown.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"--include_path={include_path} is no folder; give the one that the tasks' YAML files lie in.")
+        raise ValueError(f"--include_path={include_path} is not a folder; give the folder of the tasks' YAML files.")
 
     def unknown_to(manager: Any) -> list[str]:
         return [name for name in tasks if not fnmatch.filter(manager.all_tasks, name)]
 
-    # Reading lm-eval's own thousands of tasks takes ten seconds, for which one's own may have no use.
+    # Reading lm-eval's thousands of tasks takes ten seconds, so they are read only if a task is missing without them.
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     if include_path is not None and unknown_to(manager):
         manager = TaskManager(include_path=include_path)
     if unknown := unknown_to(manager):
         close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3, cutoff=0.5)
         raise ValueError(
-            f"lm-eval knows no task {unknown[0]!r}; close to it: {', '.join(map(repr, close)) or 'none'}"
-            + (f", {include_path} included." if include_path else "; tasks of your own: --include_path.")
+            f"lm-eval knows no task {unknown[0]!r}; the closest names are: {', '.join(map(repr, close)) or 'none'}"
+            + (f", {include_path} included." if include_path else "; for tasks of your own, give --include_path.")
         )
     found: dict[str, Any] = simple_evaluate(
         model,
@@ -264,13 +268,13 @@ def run_tasks(
 
 
 def record(results: dict[str, Any]) -> dict[str, Any]:
-    """What of the results is worth keeping, JSON-able."""
+    """The part of the results that is kept, JSON-able."""
     kept: dict[str, Any] = json.loads(json.dumps({key: results[key] for key in KEPT if key in results}, default=str))
     return kept
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as lm-eval prints them."""
+    """The results as the table that lm-eval prints."""
     from lm_eval.utils import make_table
 
     return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))

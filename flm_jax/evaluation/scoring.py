@@ -1,4 +1,4 @@
-"""Log-probabilities of text: windows of tokens, in batches of a few shapes, and bits a byte of any text."""
+"""Log-probabilities of token windows, in batches of a few shapes, and bits per byte of any text."""
 
 from __future__ import annotations
 
@@ -18,89 +18,91 @@ from flm_jax.loss import cross_entropy
 from flm_jax.model import Masks, Params, Transformer
 from flm_jax.sharding import put_batch, replicated
 
-# Logits that are whole in memory at once, on all devices; half a gigabyte of them.
+# Bound on the number of logits in memory at a time, on all devices together; in float32, half a gigabyte.
 LOGITS_AT_ONCE = 2**27
-# A batch's rows have the length of the next bucket: so many positions, times a power of two.
+# The rows of a batch are padded to a bucket length: this number of positions times a power of two. The second number is
+# for kernels that work on blocks of positions.
 SHORTEST, SHORTEST_IN_BLOCKS = 16, 128
 
 
 class Window(NamedTuple):
-    """Tokens to predict, and those that they follow, at least one; both int."""
+    """Token ids: a context of at least one token, and the continuation to predict."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class Score(NamedTuple):
-    """The log-probability of a continuation, in nats, and whether each of its tokens is the likeliest."""
+    """The log-probability of a continuation, in nats, and whether greedy decoding would produce it."""
 
     log_prob: float
     greedy: bool
 
 
 class Scorer:
-    """Scores windows with one model on one mesh; also what generates for `flm_jax.evaluation.lm_eval_model`.
+    """A model on a mesh that scores windows of tokens; `flm_jax.evaluation.lm_eval_model` also generates with it.
 
     Attributes:
-      context: the most tokens that the model reads at once.
-      rows: of a batch: what was asked for, made a multiple of what the mesh splits batches over.
+      context: the longest sequence that the model reads, in tokens.
+      rows: rows per batch: the number that was asked for, rounded up to a multiple of data x fsdp.
     """
 
     def __init__(
         self, cfg: ModelConfig, params: Params, mesh: Mesh, context: int, rows: int = 8, masks: Masks | None = None
     ) -> None:
-        """Takes a model.
+        """Wraps a model.
 
         Args:
           cfg: the model.
-          params: its parameters, where they live on `mesh`.
-          mesh: of devices.
-          context: the most tokens that the model reads at once; of longer windows, the last.
-          rows: of a batch, about.
+          params: its parameters, on `mesh`.
+          mesh: the mesh.
+          context: the longest sequence that the model reads, in tokens; longer windows keep their last tokens.
+          rows: rows per batch; see the attribute.
           masks: growth masks, during their ramp.
 
         Raises:
-          ValueError: a context or rows below 1.
+          ValueError: `context` or `rows` is below 1.
         """
         if context < 1 or rows < 1:
-            raise ValueError(f"context={context} and rows={rows}: a window has at least 1 token, a batch 1 row.")
+            raise ValueError(f"context={context} and rows={rows}: both must be at least 1.")
         self.cfg, self.params, self.mesh, self.context, self.masks = cfg, params, mesh, context, masks
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.rows = -(-rows // shards) * shards
-        # Kernels that cut the window up want blocks; a mesh that splits positions wants its share of each.
+        # Splash attention works on blocks of positions, and each device has its own part of the positions.
         self._unit = (SHORTEST_IN_BLOCKS if cfg.attention in ("splash", "auto") else SHORTEST) * mesh.shape["sequence"]
         self._program = jax.jit(
             functools.partial(_score, cfg), static_argnames="chunks", out_shardings=replicated(mesh)
         )
 
     def bucket(self, length: int) -> int:
-        """The length that rows of so many tokens are filled up to; few lengths mean few programs."""
+        """The length that rows of `length` tokens are padded to; few lengths mean few compiled programs."""
         size = self._unit
         while size < length:
             size *= 2
         return min(size, -(-max(self.context, length) // self._unit) * self._unit)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Numbers of rows, batch by batch, the longest first."""
+        """The indices of rows, grouped into batches, the longest rows first."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         for start in range(0, len(order), self.rows):
             yield order[start : start + self.rows]
 
     def score(self, windows: Sequence[Window], told: Callable[[int], object] = lambda _: None) -> list[Score]:
-        """The score of each window, in their order. Of a context that is too long, the beginning is left out.
+        """The score of each window, in the given order. A context that is too long loses its beginning.
 
         Args:
-          windows: what to score.
-          told: is called with the number of windows that each batch has scored.
+          windows: the windows to score.
+          told: called after each batch with its number of windows.
 
         Raises:
-          ValueError: a window without context, or without continuation or with one longer than the model reads.
+          ValueError: a window has no context, no continuation, or a continuation longer than `context`.
         """
         for context, continuation in windows:
             if not context or not 0 < len(continuation) <= self.context:
                 raise ValueError(
-                    f"a window has {len(context)} tokens of context and {len(continuation)} to predict: it needs 1 or "
-                    f"more of both, and predicts at most the {self.context} that the model reads at once."
+                    f"A window has {len(context)} tokens of context and {len(continuation)} to predict: it needs at "
+                    f"least 1 of both, and at most {self.context} to predict, the longest sequence that the model "
+                    "reads."
                 )
         scores: list[Score | None] = [None] * len(windows)
         tails = [list(w.context[-(self.context + 1 - len(w.continuation)) :]) + list(w.continuation) for w in windows]
@@ -132,9 +134,9 @@ def _score(
     *,
     chunks: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities, (B,), of the targets whose weight is 1, and whether all of these are likeliest, (B,) bool."""
+    """Log-probabilities of the targets whose weight is 1, (B,), and whether all of these are the argmax, (B,) bool."""
     model = Transformer(cfg)
-    # Rows are filled up at their ends, which nothing before them sees.
+    # Rows are padded at their ends; causal attention keeps earlier positions from seeing the padding.
     x_BTD, _ = model.apply({"params": params}, inputs_BT, None, masks, method="hidden")
 
     def of_chunk(x_BtD: jax.Array, targets_Bt: jax.Array, weights_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -152,22 +154,22 @@ def _score(
 
 
 def check_vocabulary(vocabulary: Vocabulary, vocab: int) -> None:
-    """Checks that the model has a row for every id.
+    """Checks that the model has an embedding row for every id of the vocabulary.
 
     Raises:
       ValueError: it has not.
     """
     if vocabulary.size > vocab:
         raise ValueError(
-            f"The tokenizer has {vocabulary.size} ids, and the model only {vocab}: it is not this model's."
+            f"The tokenizer has {vocabulary.size} ids, but the model only {vocab}: it is not this model's tokenizer."
         )
 
 
 def rolling_windows(tokens: Sequence[int], prefix_id: int, context: int) -> list[Window]:
-    """Windows that predict every token exactly once, `context` at a time, as lm-eval's rolling log-likelihood has them.
+    """Windows that together predict every token once, `context` tokens each, as in lm-eval's rolling log-likelihood.
 
-    The first token follows the prefix alone; each window then follows the last token of the one before, and the last
-    window, which predicts the rest, all that fits.
+    The context of the first window is the prefix token alone, and that of later windows the last token of the window
+    before. The last window predicts the tokens that are left, with as much context as fits.
     """
     windows = []
     for start in range(0, len(tokens), context):
@@ -178,13 +180,13 @@ def rolling_windows(tokens: Sequence[int], prefix_id: int, context: int) -> list
 
 
 class TextScore(NamedTuple):
-    """What a model makes of texts.
+    """The total score of some texts.
 
     Attributes:
-      documents: how many.
-      tokens: how many were predicted.
-      bytes: of UTF-8.
-      nats: minus the log-probability of them all.
+      documents: number of documents.
+      tokens: number of tokens that were predicted.
+      bytes: length of the texts in bytes of UTF-8.
+      nats: minus the sum of the log-probabilities.
     """
 
     documents: int
@@ -194,7 +196,7 @@ class TextScore(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte of UTF-8: the same measure for every tokenizer."""
+        """Bits per byte of UTF-8, which can be compared across tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -208,20 +210,20 @@ def bits_per_byte_of_text(
     rows: int = 8,
     masks: Masks | None = None,
 ) -> TextScore:
-    """Scores whole documents: each by itself, after the vocabulary's prefix token, in windows `context` apart.
+    """The score of whole documents, each on its own, after the vocabulary's prefix token, in windows of `context`.
 
-    Every token of the text is predicted once, and nothing else is: no end of the document, and no token that the
-    tokenizer would put before a text. Where it puts one, lm-eval's `loglikelihood_rolling` predicts that too, after the
-    prefix; everywhere else the two sums are the same.
+    Every token of the text is predicted once, and no other token: no end of the document, and no token that the
+    tokenizer puts before a text. If the tokenizer puts one, lm-eval's `loglikelihood_rolling` predicts it too, after
+    the prefix; with all other tokenizers the two sums are equal.
 
     Args:
       cfg: the model.
-      params: its parameters, where they live on `mesh`.
-      vocabulary: what tokenises.
-      texts: one document each; empty ones are left out.
-      context: the most tokens that the model reads at once.
-      mesh: of devices.
-      rows: of a batch, about.
+      params: its parameters, on `mesh`.
+      vocabulary: its vocabulary.
+      texts: one document each; empty documents are skipped.
+      context: the longest sequence that the model reads, in tokens.
+      mesh: the mesh.
+      rows: rows per batch, about.
       masks: growth masks, during their ramp.
 
     Raises:
@@ -240,5 +242,5 @@ def bits_per_byte_of_text(
             waiting = []
     nats -= sum(score.log_prob for score in scorer.score(waiting))
     if not tokens:
-        raise ValueError("there is no text to take bits a byte of: every document is empty.")
+        raise ValueError("There is no text to compute bits per byte of: every document is empty.")
     return TextScore(documents, tokens, text_bytes, nats)

@@ -1,1 +1,1 @@
-"""Planning: what a recipe takes on machines that are not here, and proof that its programs compile for them."""
+"""Ahead-of-time planning: what a recipe needs on a machine, and compilation for it, without the hardware."""

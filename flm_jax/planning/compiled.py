@@ -1,4 +1,4 @@
-"""Lowers and compiles a stage's programs for a target topology, and reads what the compiler says of them."""
+"""Lowering and compiling a stage's programs for a target topology; memory, collectives and predicted time of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flm_jax.state import abstract_state
 from flm_jax.step import StageProgram, make_grower, parameter_growers, quietly_donated
 
 COMPILERS = ("none", "cpu", "tpu")
-# Hand-written kernels, whose cycles no compiler estimates, are taken to run at half of the chip's peak.
+# Assumed fraction of the chip's peak at which hand-written kernels run; the compiler does not estimate their cycles.
 KERNEL_UTILISATION = 0.5
 _FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -34,7 +34,7 @@ def devices_of(topology: Topology, compiler: str) -> Sequence[Any]:
     """The devices to compile for.
 
     Raises:
-        ValueError: the compiler is unknown, is not installed, or does not know this chip.
+      ValueError: the compiler is unknown, is not installed, or does not know this chip.
     """
     if compiler not in COMPILERS:
         raise ValueError(f"compiler={compiler!r}: use one of {', '.join(COMPILERS)}.")
@@ -51,7 +51,7 @@ def devices_of(topology: Topology, compiler: str) -> Sequence[Any]:
 def _tpu_devices(topology: Topology) -> Sequence[Any]:
     if topology.chip.compiler is None:
         raise ValueError(f"{topology.name}: the TPU compiler does not compile for it; use --compiler=cpu.")
-    # What a TPU host would be asked for, and this one does not know.
+    # libtpu asks a TPU host for these values; this host does not have them.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.name)
@@ -66,14 +66,14 @@ def _tpu_devices(topology: Topology) -> Sequence[Any]:
         )
     except RuntimeError as error:
         raise ValueError(
-            f"The TPU compiler is not here ({str(error).splitlines()[0]}). `make test-tpu` installs libtpu beside the "
-            "environment; TPU_LIBRARY_PATH names its libtpu.so."
+            f"The TPU compiler was not found ({str(error).splitlines()[0]}). `make test-tpu` installs libtpu beside "
+            "the environment; set TPU_LIBRARY_PATH to the path of its libtpu.so."
         ) from error
     return list(found.devices)
 
 
 def programs(recipe: Recipe, program: StageProgram) -> Iterator[tuple[str, Any]]:
-    """Lowers every program of a stage, and names it."""
+    """The name and the lowered form of every program of a stage."""
     stage, mesh = program.stage, program.mesh
     where = NamedSharding(mesh, spec(("batch", "time")))
     shape = (stage.batch_size, recipe.data.context)
@@ -94,7 +94,7 @@ def programs(recipe: Recipe, program: StageProgram) -> Iterator[tuple[str, Any]]
 
 
 def decoding(program: StageProgram, rows: int, context: int, tokens: int = 64) -> Any:
-    """Lowers generation: a prompt of `context` tokens less the `tokens` that are added, in `rows` rows."""
+    """The lowered program that adds `tokens` tokens to prompts of `context - tokens` tokens, in `rows` rows."""
     mesh, cfg = program.mesh, program.stage.cfg
     where = NamedSharding(mesh, spec(("batch", "time")))
     prompt = jax.ShapeDtypeStruct((rows, context - tokens), jnp.int32, sharding=where)
@@ -105,7 +105,7 @@ def decoding(program: StageProgram, rows: int, context: int, tokens: int = 64) -
 
 
 def parameter_growth(program: StageProgram, topology: Topology | None) -> dict[str, Any]:
-    """What growing every parameter by itself takes, in all."""
+    """The record of growing each parameter by a program of its own: compile time and collectives, summed over all."""
     lineage, mesh = program.stage.lineage, program.mesh
     before = abstract_state(lineage.before, mesh).params
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -126,20 +126,20 @@ def parameter_growth(program: StageProgram, topology: Topology | None) -> dict[s
 
 
 def free_compiled_programs() -> None:
-    """Frees what was traced and compiled: for a thousand devices it is gigabytes."""
+    """Frees the memory of traced and compiled programs; for a thousand devices it is gigabytes."""
     jax.clear_caches()
     gc.collect()
-    # The C library keeps what is freed unless it is told not to; other systems' do as they please.
+    # The C library keeps freed memory unless malloc_trim is called; systems without glibc have no such call.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def compiled(lowered: Any, topology: Topology | None, mesh: Mesh) -> dict[str, Any]:
-    """What the compiler and its program's text say."""
+    """Compiles a program; returns bytes per device, collectives, kernels and predicted time, or why it does not fit."""
     start = time.perf_counter()
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     try:
-        # On a CPU it is the partitioning that is looked at, and code that runs fast would be made in vain.
+        # On a CPU only the partitioning matters, since the program is never run; so the compiler may skip optimisation.
         done = lowered.compile(compiler_options=None if on_tpu else _FAST_COMPILE)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -168,10 +168,11 @@ def compiled(lowered: Any, topology: Topology | None, mesh: Mesh) -> dict[str, A
 
 
 def predicted(program: hlo.Program, topology: Topology, mesh: Mesh) -> dict[str, float]:
-    """Seconds of one call, as the compiler's cycles and the links' bandwidth have it: a prediction, never measured.
+    """Predicted seconds of one call, from the compiler's estimated cycles and the bandwidth of the links; not measured.
 
-    Work is the compiler's own estimate of every operation, loops counted in full. Collectives that the program waits
-    for come on top; those that run beside work are hidden as far as work lasts. Hand-written kernels are not in it.
+    Work is the compiler's estimate for every operation, with loops counted in full. The time of collectives that the
+    program waits for is added. Asynchronous collectives overlap with work and count only if they take longer than it.
+    Hand-written kernels are not included.
     """
     work = program.cycles / topology.chip.clock
     waited = beside = 0.0
@@ -188,7 +189,7 @@ def predicted(program: hlo.Program, topology: Topology, mesh: Mesh) -> dict[str,
 
 
 def _rate(group: Sequence[int], topology: Topology, mesh: Mesh) -> float:
-    """Bytes/s that a device sends within a group: the links of the physical axes that the group lies along."""
+    """Bytes/s that a device sends within a group: the bandwidth of its links along the group's physical axes."""
     if len(group) < 2:
         return topology.chip.links
     members = [mesh.devices.flat[i] for i in group]
@@ -201,25 +202,26 @@ def _rate(group: Sequence[int], topology: Topology, mesh: Mesh) -> float:
     return topology.chip.links * max(along, 1) / len(topology.bounds)
 
 
-# Products of queries' size with keys' size that one run of each of splash's kernels computes, by what its name holds.
+# The number of (queries x keys) matrix products in one run of each splash kernel, by a part of the kernel's name.
 _KERNEL_PRODUCTS = {"mha_fwd": 2, "mha_dkv": 4, "mha_dq": 3}
 
 
 def kernel_seconds(
     kernels: Mapping[str, int], stage: ResolvedStage, context: int, topology: Topology, mesh: Mesh
 ) -> float:
-    """Seconds of the attention kernels in one call, at half of the peak, on the device that has most to do.
+    """Seconds of the attention kernels in one call, at half of the peak, on the device with the most work.
 
-    Positions are split in runs, and later ones see more: of s shares the last does 2 - 1/s times the mean. What is
-    recomputed is in the count of runs.
+    Positions are split into contiguous parts, and later positions see more keys: of s parts, the last has 2 - 1/s times
+    the mean work. Recomputation is included in the number of runs.
 
     Raises:
-        ValueError: a kernel that is not known, whose time would be left out without a word.
+      ValueError: a kernel is unknown, so its time cannot be computed.
     """
     known = {name: [n for part, n in _KERNEL_PRODUCTS.items() if part in name] for name in kernels}
     if unknown := [name for name, products in known.items() if not products]:
         raise ValueError(
-            f"The kernels {', '.join(unknown)} are not known: say in planning/compiled.py what they compute."
+            f"The kernels {', '.join(unknown)} are unknown: add their products to _KERNEL_PRODUCTS in "
+            "flm_jax/planning/compiled.py."
         )
     cfg, shape = stage.cfg, mesh.shape
     rows = stage.batch_size // stage.accumulate // (shape["data"] * shape["fsdp"])
@@ -232,7 +234,11 @@ def kernel_seconds(
 def prefer_compiler_memory(
     record: dict[str, Any], stage: ResolvedStage, recipe: Recipe, topology: Topology | None, mesh: Mesh
 ) -> None:
-    """Fits if every program did; the steps' predicted times, with the attention kernels' share, and what follows."""
+    """Updates a stage's record in place with the TPU compiler's results.
+
+    The stage fits if every compiled program does. The time of the attention kernels is added to the predicted times,
+    and the model FLOPs utilisation is computed from these.
+    """
     said = [about["fits"] for about in record["programs"].values() if "fits" in about]
     if said:
         record["fits"], record["fits_by"] = all(said), "the TPU compiler"

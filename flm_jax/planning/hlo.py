@@ -1,7 +1,7 @@
-"""Reading a compiled program: what moves between devices, and how long the TPU compiler thinks that it runs.
+"""A parser of compiled HLO text: collectives, hand-written kernels, and the TPU compiler's estimate of cycles.
 
-The text names computations; a loop's body counts as often as the loop runs, and every branch of a choice once. Nothing
-of this is an interface that XLA promises, so what is not understood is counted in `Program.unread`.
+A loop's body counts as often as the loop runs, and every branch of a conditional counts once. XLA does not promise that
+this text stays the same, so everything that the parser does not understand is counted in `Program.unread`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of the program's text.
+    """One collective of a program.
 
     Attributes:
       kind: one of `KINDS`.
-      result: bytes of its result on one device, or of its operand where that is larger (reduce-scatter).
-      shape: of that, as the text has it.
-      group: the devices of one group, by their number in the program.
+      result: bytes of its result on one device; for reduce-scatter, of its operand, which is larger.
+      shape: dtype and shape of the result, as written in the text.
+      group: the devices of one group, by their index in the program.
       times: how often it runs in one call.
-      overlapped: whether it is started and awaited apart, so that work can go on meanwhile.
+      overlapped: whether it is asynchronous (start and done are separate), so that it can overlap with work.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in one run, by the best algorithm on a ring."""
+        """Bytes that each device sends in one run, with the best algorithm on a ring."""
         n = len(self.group)
         if self.kind == "collective-permute":
             return float(self.result)
@@ -66,16 +66,16 @@ class Collective:
 
 @dataclass
 class Program:
-    """What a program's text says.
+    """The contents of a program's text.
 
     Attributes:
-      cycles: estimated cycles of everything that the compiler estimates, loops counted in full.
-      collectives: all of them.
-      channels: by the number of its channel, where a collective stands in `collectives`.
+      cycles: sum of the compiler's estimated cycles, with loops counted in full.
+      collectives: all collectives.
+      channels: index in `collectives` by channel id.
       kernels: how often each hand-written kernel runs.
-      devices: how many the program is for.
-      unread: loops whose number of rounds is not to be seen, whose bodies count once; collectives whose group or whose
-        dtype is not known.
+      devices: number of devices that the program is for.
+      unread: number of loops with an unknown trip count (their bodies count once) and of collectives with an unknown
+        group or dtype.
     """
 
     cycles: int = 0
@@ -86,7 +86,7 @@ class Program:
     unread: int = 0
 
     def by_kind(self) -> dict[str, dict[str, float]]:
-        """For each kind that occurs: how many run in one call, and the bytes that each device sends for them."""
+        """For each kind that occurs: how many collectives run in one call, and the bytes that each device sends."""
         found: dict[str, dict[str, float]] = {}
         for c in self.collectives:
             entry = found.setdefault(c.kind, {"count": 0, "sent_bytes": 0.0})
@@ -95,12 +95,12 @@ class Program:
         return found
 
     def largest(self, kind: str) -> Collective | None:
-        """The one of a kind with the largest result."""
+        """The collective of a kind with the largest result; None if there is none of that kind."""
         return max((c for c in self.collectives if c.kind == kind), key=lambda c: c.result, default=None)
 
 
 def read(text: str) -> Program:
-    """Reads the text of a compiled program (`jax.stages.Compiled.as_text`)."""
+    """The contents of the text of a compiled program (`jax.stages.Compiled.as_text`)."""
     bodies, entry = _computations(text)
     partitions = _PARTITIONS.search(text)
     program = Program(devices=int(partitions[1]) if partitions else 1)
@@ -116,7 +116,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             current = bodies.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
         elif line.startswith("}"):
-            # A hand-written kernel's own text has braces at the start of lines, followed by more of the instruction.
+            # The text of a hand-written kernel has lines that start with a brace and continue the instruction.
             current = None if line.rstrip() == "}" else current
         elif current is not None:
             current.append(line)
@@ -145,7 +145,7 @@ def _walk(name: str, times: int, bodies: Mapping[str, Sequence[str]], into: Prog
             for called in _CALLED.findall(line):
                 _walk(called, times, bodies, into, counting)
         elif operation in ("fusion", "call", "async-start"):
-            # A fusion's cycles stand at the fusion; what it holds is looked through for collectives alone.
+            # The cycles of a fusion are given at the fusion itself, so only collectives are looked for inside.
             for called in _CALLED.findall(line):
                 _walk(called, times, bodies, into, counting and operation == "call")
         elif operation == "custom-call" and 'custom_call_target="tpu_custom_call"' in _whole(line, bodies[name]):
@@ -153,7 +153,7 @@ def _walk(name: str, times: int, bodies: Mapping[str, Sequence[str]], into: Prog
 
 
 def _add(found: Collective, line: str, into: Program) -> None:
-    """Enters a collective; one that the compiler has cut up, to run beside other work, is met in several fusions."""
+    """Adds a collective; one that was split to overlap with work appears in several fusions, and counts once."""
     channel = _CHANNEL.search(line)
     if channel is None or channel[1] not in into.channels:
         if channel is not None:
@@ -165,7 +165,7 @@ def _add(found: Collective, line: str, into: Program) -> None:
 
 
 def _whole(line: str, lines: Sequence[str]) -> str:
-    """A line and those that go on with it."""
+    """A line of an instruction together with its continuation lines."""
     start = lines.index(line)
     end = next((i for i in range(start + 1, len(lines)) if _INSTRUCTION.match(lines[i])), len(lines))
     return "\n".join(lines[start:end])
@@ -181,9 +181,9 @@ def _rounds(line: str, condition: Sequence[str]) -> int | None:
 def _collective(
     kind: str, shape: str, line: str, computation: str, times: int, overlapped: bool, into: Program
 ) -> Collective:
-    """One collective; its result is that of all its arrays, if it has several."""
+    """The collective of a line; if it has several result arrays, their bytes are added."""
     if overlapped and kind != "all-reduce":
-        # What is started says its operands and its results: (operand, result, ...) or ((operands), (results), ...).
+        # A start operation's shape lists operands and results: (operand, result, ...) or ((operands), (results), ...).
         groups = re.findall(r"\(([^()]*)\)", _LAYOUT.sub("", shape)[1:-1])
         parts = _SHAPE.findall(groups[1]) if len(groups) > 1 else _SHAPE.findall(shape)[1:2]
     else:
@@ -193,7 +193,7 @@ def _collective(
     group = tuple(range(into.devices)) if _EVERYONE.search(line) else _group(line)
     into.unread += not group or any(_size(dtype) is None for dtype, _ in parts)
     if computation.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # On TPUs it is written as an all-reduce of which each device keeps its slice.
+        kind = "reduce-scatter"  # On TPUs it is written as an all-reduce from which each device keeps its slice.
     elif kind == "reduce-scatter":
         size *= max(len(group), 1)
     return Collective(kind, size, text, group, times, overlapped)
@@ -208,7 +208,7 @@ def _bytes(dtype: str, dims: str) -> int:
 
 
 def _group(line: str) -> tuple[int, ...]:
-    """The first group of devices of a collective, in whichever way the text writes it."""
+    """The first device group of a collective, from any of the forms in which the text writes groups."""
     if match := _LISTED.search(line):
         return tuple(int(n) for n in match[1].split(",") if n)
     if match := _IOTA.search(line):
@@ -238,7 +238,7 @@ def _order(text: str | None, dims: Sequence[int]) -> list[int]:
 
 
 def _iota(dims: Sequence[int], order: Sequence[int], index: int) -> int:
-    """Entry `index` of the numbers 0, 1, ... laid out as `dims`, transposed by `order`, read row by row."""
+    """Entry `index` of `arange(prod(dims)).reshape(dims).transpose(order)`, in row-major order."""
     moved = [dims[axis] for axis in order]
     place = []
     for size in reversed(moved):

@@ -1,9 +1,9 @@
-"""Ahead-of-time planning: parameters, FLOPs, memory and days per stage, for machines that are not here.
+"""Ahead-of-time planning: parameters, FLOPs, memory and days per stage, without the target hardware.
 
-Parameters, tokens and bytes of state are exact. FLOPs follow the formula of `costs.forward_flops_per_token`. Saved
-activations are counted from the names that blocks save under (`model.SAVED`). With `compiler="tpu"` the TPU compiler
-itself says what a program takes; with "cpu" the programs are compiled for as many simulated devices, which proves that
-they lower, shard and exchange what they should, and says nothing of a TPU's memory.
+Parameters, tokens and bytes of state are exact. FLOPs follow the formula of `costs.forward_flops_per_token`. The bytes
+of saved activations are counted from the products that each remat policy saves (`model.SAVED`). With `compiler="tpu"`
+the memory of a program comes from the TPU compiler itself. With "cpu" the programs are compiled for the same number of
+simulated devices: this shows that they lower, how they are sharded and what they exchange, but not the memory of a TPU.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from flm_jax.sharding import check_slices, fitting_axes, make_mesh, mesh_axes
 from flm_jax.state import abstract_state
 from flm_jax.step import StageProgram
 
-# What compilers take besides, over what is counted of activations. The peaks of docs/tpu.md, less parameters, moments
-# and gradients, are 1.53, 1.55 and 1.02 times what `activations` counts for the three stages.
+# Memory that compilers need beyond the counted activations, as a fraction of these. The peaks in docs/tpu.md, minus
+# parameters, moments and gradients, are 1.53, 1.55 and 1.02 times the bytes of `activations` for the three stages.
 SLACK = 0.6
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no compiler knows.
+    """Assumptions that a plan needs and that no compiler provides.
 
     Attributes:
-      utilisation: model FLOPs over peak FLOPs, by which days are reckoned.
-      storage: bytes/s that one host reads or writes of checkpoints.
+      utilisation: model FLOPs over peak FLOPs, for the estimate of days.
+      storage: bytes/s at which one host reads or writes checkpoints.
     """
 
     utilisation: float = 0.5
@@ -64,25 +64,25 @@ def stages(
     only: Sequence[str] | None = None,
     among: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Plans stage after stage, and compiles what each will run.
+    """The plan of each stage; the programs that the stage will run are lowered and compiled.
 
     Args:
       recipe: what is to be computed.
       run: how devices are laid out.
-      devices: of the machine, or stand-ins that a compiler knows: see `devices_of`.
-      topology: the machine; None: whatever `devices` are, of which nothing more is known.
-      compiler: "none" lowers only; else see the head of this file.
-      assumed: what no compiler knows.
-      only: names of programs to compile; None: all that differ in what matters here. On a CPU the growth is compiled
-        parameter by parameter: as a whole it takes more memory than a laptop may have. Moments move alike. The rest is
-        lowered.
-      among: names of stages; None: all.
+      devices: of the machine, simulated, or descriptions for a compiler (`compiled.devices_of`).
+      topology: the machine; None: only `devices` is known.
+      compiler: "none" (lower only), "cpu" or "tpu": see the module's docstring.
+      assumed: assumptions that no compiler provides.
+      only: names of programs to compile; the others are only lowered. None: with "tpu", the growth and the train steps;
+        otherwise the train step without masks, and the growth, compiled parameter by parameter, because as one program
+        it may need more memory than a laptop has (the growth of the moments exchanges the same entries).
+      among: names of the stages to plan; None: all.
 
     Yields:
-      What `experiments/plan.py` writes for each stage, JSON-able.
+      One JSON-able record per stage, as `experiments/plan.py --json` writes it.
 
     Raises:
-        ValueError: the recipe is wrong, or the mesh does not divide one of its axes.
+      ValueError: the recipe is not valid, or the mesh does not divide one of its axes.
     """
     assumed = assumed or Assumptions()
     run.check(recipe)
@@ -94,7 +94,7 @@ def stages(
         if among is not None and stage.name not in among:
             continue
         mesh = make_mesh(run.mesh_of(stage.stage), devices)
-        if topology is not None:  # Simulated devices do not say which slice they are in.
+        if topology is not None:  # Simulated devices have no slice index, so the mesh did not check this.
             check_slices(mesh.shape["data"], topology.slices)
         program = StageProgram(stage, mesh, recipe.loss_chunks, run.compiler_options)
         program.check_trains(recipe.data.context)
@@ -114,7 +114,7 @@ def stages(
 
 
 def _placed_anywhere(recipe: Recipe) -> Recipe:
-    """The recipe with layers placed without measuring distances: where they go changes nothing that is planned."""
+    """The recipe with `depth="distance"` replaced by "interleave": the placement of layers does not change the plan."""
     stages = []
     for stage in recipe.stages:
         growth = stage.growth
@@ -168,14 +168,14 @@ def _arithmetic(
     if s.grows:
         record["growth"] = _growth(s.lineage, mesh, topology, assumed)
     if topology is not None:
-        # At a growth, both states are there.
+        # During a growth, both states are in memory.
         growing = 0 if record["growth"] is None else record["growth"]["on_device_bytes"]
         record["fits"] = max(size["total"], growing) <= topology.chip.memory
     return record
 
 
 def _growth(lineage: Lineage, mesh: Mesh, topology: Topology | None, assumed: Assumptions) -> dict[str, Any]:
-    """Bytes and seconds to grow: in place on the mesh, all hosts reading and writing; and streamed, by one of them."""
+    """Bytes and seconds of a growth: on the mesh, with all hosts reading and writing, and streamed by one host."""
     states = [abstract_state(of, mesh) for of in (lineage.before, lineage)]
     read, written = map(_bytes_in_all, states)
     on_device = sum(map(_bytes_here, states))
@@ -207,10 +207,10 @@ def _bytes_in_all(tree: Any) -> int:
 
 
 def _products(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """What a block computes between the residual stream and itself, by the names that it saves under: their axes.
+    """The axes of each product inside a block that may be saved for the backward pass, by checkpoint name.
 
-    Every parameter that does not write the stream gives a product, named after it; the attention gives one more, which
-    is what the writer of heads reads.
+    Every stacked parameter that reads and does not write the residual stream has a product with its name. The attention
+    has one more: its output, which the output projection reads.
     """
     found: dict[str, tuple[str, ...]] = {}
     for path, _, sig in costs.leaves(cfg):
@@ -223,11 +223,12 @@ def _products(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def activations(cfg: ModelConfig, rows: int, context: int, chunks: int, mesh: Mesh) -> dict[str, int]:
-    """Bytes a device of what the forward pass leaves for the backward pass, and of what one layer and the head need.
+    """Bytes per device of activations: those saved for the backward pass, and those needed while computing one layer.
 
-    Saved: for every layer its input, and what the remat policy names ("dots" and "none" save more than is named; they
-    are counted as every product of a block). Working: one layer's gathered weights and their gradient, its products,
-    and one chunk of logits.
+    Saved: for every layer its input, and the products that the remat policy saves ("dots" and "none" save more than
+    `model.SAVED` names; they are counted as three inputs and all products of a block). Working: one layer's gathered
+    weights, its products, the gradients of both, and four arrays of the residual stream; or three arrays of one chunk's
+    logits, if these are larger.
     """
 
     def here(axes: Sequence[str], sizes: Sequence[int], itemsize: int) -> int:

@@ -1,4 +1,4 @@
-"""A plan, for a person: the text of what `flm_jax.planning.stages` found, stage by stage and in all."""
+"""A plan as text: the records of `flm_jax.planning.stages`, stage by stage, and their totals."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from flm_jax.records import from_dict
 
 
 def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
-    """What a recipe would be on the devices that are here: lowered, neither compiled nor trained; data is not read.
+    """The plan of a recipe on this machine's devices, as text; programs are lowered, not compiled, and no data is read.
 
     Raises:
-        ValueError: the recipe is wrong, or the mesh does not divide one of its axes.
+      ValueError: the recipe is not valid, or the mesh does not divide one of its axes.
     """
     records = []
     for record in stages.stages(recipe, run, jax.devices(), None):
@@ -29,31 +29,32 @@ def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
 
 
 def indent(text: str) -> str:
-    """Two spaces before every line."""
+    """`text` with two spaces before every line."""
     return "\n".join("  " + line for line in text.splitlines())
 
 
 def stage_text(record: dict[str, Any]) -> str:
-    """One stage."""
+    """The text of one stage's record."""
     mesh = " x ".join(f"{name} {size}" for name, size in record["mesh"].items() if size > 1) or "one device"
-    parts = f", in {record['accumulate']} parts" if record["accumulate"] > 1 else ""
+    parts = f", accumulated in {record['accumulate']} parts" if record["accumulate"] > 1 else ""
     lines = [
         f"\nStage {record['name']!r}: {record['shape']}",
         f"  {costs.count(record['params'])} parameters; mesh {mesh}",
         f"  {record['steps']} steps of {costs.count(record['batch_tokens'])} tokens{parts}: "
-        f"{costs.count(record['tokens'])} tokens, {record['flops']:.3g} FLOPs ({record['flops_per_token']:.3g} a token)"
+        f"{costs.count(record['tokens'])} tokens, {record['flops']:.3g} FLOPs "
+        f"({record['flops_per_token']:.3g} FLOPs per token)"
         + (f", {record['days']:.1f} days" if record["days"] is not None else ""),
-        f"  bytes a device: {_sizes(record['bytes_per_device'])}",
+        f"  bytes per device: {_sizes(record['bytes_per_device'])}",
     ]
     if record["fits"] is not None:
         verdict = "fits" if record["fits"] else "DOES NOT FIT"
-        lines.append(f"  {verdict} in {costs.size(record['memory'])}, says {record['fits_by']}")
+        lines.append(f"  {verdict} in {costs.size(record['memory'])}, according to {record['fits_by']}")
     if record["growth"] is not None:
         lines += _growth(record)
     lowered = ", ".join(record["programs"]) or "nothing"
     lines.append(f"  lowered: {lowered}")
     if "growth" not in record["programs"] and "initialisation" not in record["programs"]:
-        lines.append("  lowered: nothing at its start, which is a checkpoint")
+        lines.append("  lowered: no initialisation, the stage starts from a checkpoint")
     for name, about in record["programs"].items():
         if "compile_seconds" in about:
             lines += _program(name, about)
@@ -70,12 +71,12 @@ def _growth(record: dict[str, Any]) -> list[str]:
     lines = [
         f"  grows from {costs.count(growth['params_before'])} parameters by {growth['method']}{masks}",
         f"    reads {costs.size(growth['read_bytes'])}, writes {costs.size(growth['written_bytes'])}; both states: "
-        f"{costs.size(growth['on_device_bytes'])} a device",
+        f"{costs.size(growth['on_device_bytes'])} per device",
     ]
     if "read_seconds" in growth:
         lines.append(
-            f"    on the mesh: {growth['read_seconds']:.0f} s to read and {growth['write_seconds']:.0f} s to write, "
-            f"all hosts at once, {growth['on_device_seconds']:.2f} s of the devices' memory bandwidth; streamed by one "
+            f"    on the mesh: {growth['read_seconds']:.0f} s to read and {growth['write_seconds']:.0f} s to write "
+            f"with all hosts, {growth['on_device_seconds']:.2f} s to move through the devices' memory; streamed by one "
             f"host: {growth['streamed_seconds'] / 3600:.1f} h"
         )
     return lines
@@ -86,17 +87,17 @@ def _program(name: str, about: dict[str, Any]) -> list[str]:
         return [f"  {name}: DOES NOT COMPILE: {about['compiler_said']}"]
     lines = [f"  {name}: compiled in {about['compile_seconds']:.0f} s"]
     if "bytes_per_device" in about:
-        lines.append(f"    bytes a device: {_sizes(about['bytes_per_device'])}")
+        lines.append(f"    bytes per device: {_sizes(about['bytes_per_device'])}")
     if about["collectives"]:
         moved = ", ".join(
             f"{kind} {c['count']:.0f} ({costs.size(c['sent_bytes'])})" for kind, c in about["collectives"].items()
         )
-        lines.append(f"    collectives (bytes sent a device): {moved}")
+        lines.append(f"    collectives (bytes sent per device): {moved}")
     if "predicted" in about:
         p = about["predicted"]
         lines.append(
-            f"    predicted: {p['seconds']:.3g} s (work {p['work_seconds']:.3g}, collectives waited for "
-            f"{p['collectives_waited_seconds']:.3g}, beside it {p['collectives_beside_seconds']:.3g}"
+            f"    predicted: {p['seconds']:.3g} s (work {p['work_seconds']:.3g}, waiting for collectives "
+            f"{p['collectives_waited_seconds']:.3g}, collectives beside work {p['collectives_beside_seconds']:.3g}"
             + (f", attention kernel {p['kernel_seconds']:.3g})" if "kernel_seconds" in p else ")")
             + (f", model FLOPs utilisation {p['utilisation']:.1%}" if "utilisation" in p else "")
         )
@@ -104,7 +105,7 @@ def _program(name: str, about: dict[str, Any]) -> list[str]:
 
 
 def totals(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All stages together, and against training the last shape from scratch on as many tokens."""
+    """Tokens, FLOPs and days of all stages, and the FLOPs of training the last shape on as many tokens from scratch."""
     flops, tokens = sum(r["flops"] for r in records), sum(r["tokens"] for r in records)
     scratch = tokens * records[-1]["flops_per_token"]
     days = [r["days"] for r in records]
@@ -118,7 +119,7 @@ def totals(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def total_text(records: Sequence[dict[str, Any]], topology: Topology | None) -> str:
-    """The end of a plan."""
+    """The text of the totals."""
     total = totals(records)
     lines = [f"\nAll stages: {costs.count(total['tokens'])} tokens, {total['flops']:.3g} FLOPs"]
     if topology is not None and total["days"] is not None:
@@ -126,6 +127,6 @@ def total_text(records: Sequence[dict[str, Any]], topology: Topology | None) -> 
     if len(records) > 1:
         lines.append(
             f"The last shape from scratch, on as many tokens: {total['scratch_flops']:.3g} FLOPs, "
-            f"{total['scratch_over_grown']:.2f} times as many; whether it would need as many tokens is not known."
+            f"{total['scratch_over_grown']:.2f} times as many; it is not known whether it would need as many tokens."
         )
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""Machines to plan for: chips, and how many of them stand together.
+"""Machines to plan for: kinds of chips, and topologies such as ``v5p-2048``.
 
-A name is a maker's own: ``v5p-2048`` counts TensorCores, two a chip, as v4 does; ``v5e-256`` and ``v6e-256`` count
-chips; ``h100-64`` is 8 nodes of 8 GPUs. ``4xv5e-256`` is four slices, which talk over the data centre's network.
+Names are those of the manufacturer: in ``v5p-2048`` and for v4 the number counts TensorCores, two per chip; in
+``v5e-256`` and ``v6e-256`` it counts chips; ``h100-64`` is 8 nodes of 8 GPUs. ``4xv5e-256`` is four slices, connected
+by the data centre's network.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One kind of accelerator; what planning needs to know of it.
+    """The properties of one kind of accelerator that planning uses.
 
     Attributes:
       memory: bytes of high-bandwidth memory.
       flops: peak dense bf16 FLOP/s.
       bandwidth: bytes/s of that memory.
       links: bytes/s that a chip sends to its neighbours, over all links.
-      network: bytes/s that a chip sends beyond its slice or node, its share of the host's network.
-      clock: Hz, by which the compiler's cycles become seconds; 0: its compiler gives none.
-      per_host: chips of one host.
-      counts: what the number in a topology's name counts for one chip.
-      sizes: the shapes that a slice comes in, by number of chips; empty: any number of whole hosts.
-      compiler: the chip's name and settings for the TPU compiler; None: it has none.
-      source: where the figures are from.
+      network: bytes/s that a chip sends beyond its slice or node: its part of the host's network bandwidth.
+      clock: Hz, to convert the compiler's cycles to seconds; 0: there are no estimated cycles.
+      per_host: chips per host.
+      counts: by how much one chip increases the number in a topology's name (2 if it counts TensorCores).
+      sizes: the available shapes of a slice, in chips along each axis; empty: any number of whole hosts.
+      compiler: the chip's name and settings for the TPU compiler; None: that compiler does not support it.
+      source: where the figures come from.
     """
 
     memory: float
@@ -42,7 +43,7 @@ class Chip:
 
 
 def _torus(largest: int) -> tuple[tuple[int, ...], ...]:
-    """The cubes and cuboids of v4 and v5p: one host, then sides that are multiples of 4, the fattest of each size."""
+    """The slice shapes of v4 and v5p: some up to 2x4x4, then the most compact cuboids with sides that 4 divides."""
     sizes: list[tuple[int, ...]] = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
     sides = [4 * n for n in range(1, 29)]
     best: dict[int, tuple[int, ...]] = {}
@@ -143,13 +144,13 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Some slices of chips.
+    """One or more slices of chips.
 
     Attributes:
       name: as it was given.
-      chip: what they are made of.
-      slices: how many.
-      bounds: chips along each physical axis of a slice; one axis where the maker gives none.
+      chip: the kind of chip.
+      slices: number of slices.
+      bounds: chips along each physical axis of a slice; one axis if the manufacturer specifies none.
     """
 
     name: str
@@ -159,7 +160,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """Chips, over all slices; each is one device."""
+        """Number of chips in all slices; each is one device."""
         total = self.slices
         for size in self.bounds:
             total *= size
@@ -167,15 +168,15 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """Hosts, each with a process of its own."""
+        """Number of hosts, each with one process."""
         return max(self.devices // self.chip.per_host, 1)
 
 
 def topology(name: str) -> Topology:
-    """Reads a topology's name.
+    """The topology with a name such as ``v5p-2048``.
 
     Raises:
-        ValueError: no such chip, or no such size; the message names the nearest sizes.
+      ValueError: there is no such chip or no such size; the message names the nearest sizes.
     """
     match = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name.lower().replace("v5litepod", "v5e"))
     if not match or match[2] not in CHIPS:
@@ -194,7 +195,7 @@ def topology(name: str) -> Topology:
         below = max((n for n in by_number if n < number), default=min(by_number))
         above = min((n for n in by_number if n > number), default=max(by_number))
         near = " and ".join(f"{kind}-{n}" for n in sorted({below, above}))
-        what = "TensorCores, two a chip" if chip.counts == 2 else "chips"
+        what = "TensorCores, two per chip" if chip.counts == 2 else "chips"
         raise ValueError(f"There is no topology {name!r}: the number counts {what}, and the nearest sizes are {near}.")
     return Topology(name, chip, slices, by_number[number])
 
