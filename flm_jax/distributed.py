@@ -231,7 +231,7 @@ def assert_equal(what: str, value: str, advice: str) -> None:
     """Checks that all processes have the same value.
 
     Raises:
-      ValueError: they have not; raised in every process.
+      ValueError: they do not; raised in every process.
     """
     if jax.process_count() == 1:
         return
