@@ -1,8 +1,9 @@
-"""Several processes that train as one: how they meet, which of them speaks, and how they agree.
+"""Multi-process coordination: joining, barriers that propagate errors, broadcast from process 0, and a vote to stop.
 
-All processes run the same program, and what they read off global arrays is the same in each, so they take the same
-decisions without a word. What only one of them can know, such as a file, a signal or an error, it says here, through
-the coordination service of `jax.distributed`: no accelerator is waited for. With one process all of this is nothing.
+All processes run the same program, and what they read from global arrays is the same in each, so they take the same
+decisions without communicating. What only one process can know, such as a file, a signal or an error, is exchanged here
+through the coordination service of `jax.distributed`, without waiting for an accelerator. With one process nothing here
+communicates.
 """
 
 from __future__ import annotations
@@ -24,34 +25,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
-# A process that has died ends the others within the heartbeat's timeout (100 s); one that tokenises may take its time.
-_PATIENCE_MS = 24 * 3600 * 1000
+# A dead process ends the others within the heartbeat's timeout (100 s); one that tokenises may take much longer.
+_WAIT_MS = 24 * 3600 * 1000
 _FAREWELL_MS = 10_000
-_LISTEN_S = 1.0
+_POLL_S = 1.0
 _FAILED = "flm_jax/failed"
-_LONGEST = 4_000  # characters of an error that the others are told
+_LONGEST = 4_000  # characters of an error message that are sent to the other processes
 _over = threading.Event()  # The run is over, or this process is about to end.
-_turns: collections.Counter[str] = collections.Counter()
+_calls: collections.Counter[str] = collections.Counter()
 
 
 class PeerError(RuntimeError):
-    """Another process failed, and this one cannot go on without it; the message is its own."""
+    """Another process failed, and this one cannot continue without it; the message is that of the other process."""
 
 
 def join(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, distributed: bool = False
 ) -> None:
-    """Joins the other processes; before any other call of JAX. With nothing given this is a run of one process.
+    """Joins the other processes; must come before any other call of JAX. Without arguments the run has one process.
 
     Args:
       coordinator: host:port of process 0, where it listens and the others find it; default: the environment variable
         JAX_COORDINATOR_ADDRESS.
-      processes: how many there are; default: JAX_NUM_PROCESSES.
-      process: which this is, from 0; default: JAX_PROCESS_ID.
-      distributed: JAX finds the others itself: on TPU pods, and under SLURM, Open MPI or Kubernetes.
+      processes: the number of processes; default: JAX_NUM_PROCESSES.
+      process: the number of this process, from 0; default: JAX_PROCESS_ID.
+      distributed: JAX finds the other processes itself: on TPU pods, and under SLURM, Open MPI or Kubernetes.
 
     Raises:
-      ValueError: these do not fit together, or the others cannot be found.
+      ValueError: the arguments do not fit together, or the other processes cannot be found.
     """
     if not distributed:
         coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -80,23 +81,23 @@ def join(
             raise ValueError(
                 f"--process={process} with --processes={processes}: processes are numbered from 0 to {processes - 1}."
             )
-    # A run stops by its own vote (`Vote`); this service would take SIGTERM away from it.
+    # A run stops by its own vote (`Vote`); this service would intercept SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX gives them five minutes, and then ends the process from C++, where nothing can be said.
-    patience = threading.Timer(20.0, _say_waiting, ["the others" if distributed else coordinator])
-    patience.daemon = True
-    patience.start()
+    # JAX waits five minutes for them, and then ends the process from C++, where no message can be printed.
+    notice = threading.Timer(20.0, _print_waiting, ["the others" if distributed else coordinator])
+    notice.daemon = True
+    notice.start()
     try:
-        # What is said outright is not to be mixed with what an environment seems to say.
+        # Explicit arguments must not be mixed with what JAX detects in the environment.
         method = None if distributed else "deactivate"
         jax.distributed.initialize(coordinator, processes, process, cluster_detection_method=method)
     except (ValueError, RuntimeError) as error:
         how = "JAX did not find them by itself" if distributed else f"coordinator {coordinator}, process {process}"
         raise ValueError(f"The processes did not meet ({how}): {error}") from error
     finally:
-        patience.cancel()
+        notice.cancel()
     listener = threading.Thread(target=_listen, name="failures of others", daemon=True)
     listener.start()
 
@@ -114,15 +115,15 @@ def _number(variable: str) -> int | None:
     return None if text is None else int(text)
 
 
-def _say_waiting(where: str) -> None:
-    print(f"Waiting for {where}: every process must be started within five minutes.", file=sys.stderr, flush=True)
+def _print_waiting(awaited: str) -> None:
+    print(f"Waiting for {awaited}: every process must be started within five minutes.", file=sys.stderr, flush=True)
 
 
 def check_joined() -> None:
-    """Refuses several processes that cannot talk to each other.
+    """Refuses to run in several processes that were not joined.
 
     Raises:
-      ValueError: JAX knows of others, but `join` was not called.
+      ValueError: JAX knows of other processes, but `join` was not called.
     """
     if jax.process_count() > 1 and not joined():
         raise ValueError(
@@ -132,41 +133,44 @@ def check_joined() -> None:
 
 
 def joined() -> bool:
-    """Whether `join` has found others."""
+    """Whether `join` has connected this process to others."""
     return bool(jax.distributed.is_initialized())
 
 
 def is_primary() -> bool:
-    """Whether this is the process that speaks and writes."""
+    """Whether this is process 0, the primary process, which prints and writes files."""
     return bool(jax.process_index() == 0)
 
 
 def print0(text: str) -> None:
-    """Prints, once for all processes."""
+    """Prints a text in process 0 only."""
     if is_primary():
         print(text, flush=True)
 
 
 def all_gather_text(what: str, text: str = "") -> list[str]:
-    """What every process says, in their order. Each must call it, with the same `what`s in the same order."""
+    """The texts of all processes, in process order.
+
+    Every process must call it, with the same values of `what` in the same order.
+    """
     if jax.process_count() == 1:
         return [text]
     client = _client()
-    _turns[what] += 1
-    stem, turn, me = f"flm_jax/{what}", _turns[what], jax.process_index()
-    client.key_value_set(f"{stem}/{turn}/{me}", json.dumps(text))
+    _calls[what] += 1
+    stem, call, me = f"flm_jax/{what}", _calls[what], jax.process_index()
+    client.key_value_set(f"{stem}/{call}/{me}", json.dumps(text))
     if me == 0:
-        # Gathered by one and told to all: 2 N messages, not N^2.
-        said = [client.blocking_key_value_get(f"{stem}/{turn}/{i}", _PATIENCE_MS) for i in range(jax.process_count())]
-        client.key_value_set(f"{stem}/{turn}/all", f"[{', '.join(said)}]")
-        if turn > 1:  # Everybody has spoken, so everybody has heard what was said before.
-            client.key_value_delete(f"{stem}/{turn - 1}/")
-    found: list[str] = json.loads(client.blocking_key_value_get(f"{stem}/{turn}/all", _PATIENCE_MS))
+        # Process 0 gathers the texts and sends them to all: 2 N messages, not N^2.
+        texts = [client.blocking_key_value_get(f"{stem}/{call}/{i}", _WAIT_MS) for i in range(jax.process_count())]
+        client.key_value_set(f"{stem}/{call}/all", f"[{', '.join(texts)}]")
+        if call > 1:  # Every process has made this call, so every process has the result of the call before.
+            client.key_value_delete(f"{stem}/{call - 1}/")
+    found: list[str] = json.loads(client.blocking_key_value_get(f"{stem}/{call}/all", _WAIT_MS))
     return found
 
 
 def _client() -> Any:
-    # JAX shows its key-value store nowhere else; orbax takes it from here too. Checked with jax 0.10.2 and 0.12.0.1.
+    # JAX offers its key-value store nowhere else; orbax takes it from here too. Checked with jax 0.10.2 and 0.12.0.1.
     from jax._src import distributed
 
     return distributed.global_state.client
@@ -174,14 +178,14 @@ def _client() -> Any:
 
 @contextlib.contextmanager
 def together(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """A block that every process runs: none leaves it before all have, and what fails in one fails in all.
+    """A block that every process runs: none leaves it before all are done, and an error in one is raised in all.
 
     Args:
-      what: names it; used by one thread at a time.
-      kinds: errors that are raised everywhere as what they are.
+      what: names the block; used by one thread at a time.
+      kinds: errors that keep their type in the other processes.
 
     Raises:
-      PeerError: another process failed in it, by an error that is none of `kinds`.
+      PeerError: another process failed in the block, by an error that is none of `kinds`.
     """
     if jax.process_count() == 1:
         yield
@@ -191,10 +195,10 @@ def together(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         mine = error
-    told = all_gather_text(what, "" if mine is None else f"{type(mine).__name__}: {str(mine)[:_LONGEST]}")
+    texts = all_gather_text(what, "" if mine is None else f"{type(mine).__name__}: {str(mine)[:_LONGEST]}")
     if mine is not None:
         raise mine
-    for process, text in enumerate(told):
+    for process, text in enumerate(texts):
         if text:
             name, _, sentence = text.partition(": ")
             known = {kind.__name__: kind for kind in kinds}
@@ -202,19 +206,19 @@ def together(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def from_primary(what: str, make: Callable[[], T]) -> T:
-    """What the first process finds, JSON-able, for all of them."""
+    """Calls `make` in process 0 and returns its result, which must be JSON-able, in all processes."""
     if jax.process_count() == 1:
         return make()
     found = ""
     with together(what):
         if is_primary():
             found = json.dumps(make())
-    told: T = json.loads(all_gather_text(what, found)[0])
-    return told
+    result: T = json.loads(all_gather_text(what, found)[0])
+    return result
 
 
 def primary_then_others(what: str, make: Callable[[], T]) -> T:
-    """Calls a function in the first process, then in the others, which so find what it has left on a shared disk."""
+    """Calls a function in process 0, then in the others, which can thus use what process 0 left on a shared disk."""
     made: list[T] = []
     for turn in (True, False):
         with together(what):
@@ -224,33 +228,33 @@ def primary_then_others(what: str, make: Callable[[], T]) -> T:
 
 
 def assert_equal(what: str, value: str, advice: str) -> None:
-    """Checks that all processes have the same.
+    """Checks that all processes have the same value.
 
     Raises:
-      ValueError: they have not; in every process.
+      ValueError: they do not; raised in every process.
     """
     if jax.process_count() == 1:
         return
-    told = all_gather_text(what, value)
-    for process, theirs in enumerate(told):
-        if theirs != told[0]:
+    values = all_gather_text(what, value)
+    for process, other in enumerate(values):
+        if other != values[0]:
             raise ValueError(
-                f"{what} differs between processes: process 0 has {told[0][:16]}, process {process} has {theirs[:16]}. "
-                + advice
+                f"{what} differs between processes: process 0 has {values[0][:16]}, process {process} has "
+                f"{other[:16]}. {advice}"
             )
 
 
 def any_process(what: str, mine: bool) -> bool:
-    """Whether it is so in any process."""
+    """Whether `mine` is true in any process."""
     return any(all_gather_text(what, "yes" if mine else ""))
 
 
 class Vote:
-    """Whether it is so in any process, asked once a step, at the cost of no wait.
+    """A vote of all processes, such as to stop: whether a flag is true in any of them, asked each step without waiting.
 
-    A byte a question and device is reduced on the devices, behind the step just dispatched, and read a step later,
-    when that step is done and looked at anyway. So all processes hear of it at the same step: the one after that at
-    which it was said.
+    One byte per flag and device is reduced on the devices, after the step that was just dispatched, and read one step
+    later, when that step is done anyway. All processes therefore learn the result at the same step, the one after that
+    in which the flag was set.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -262,7 +266,7 @@ class Vote:
         self._asked: jax.Array | None = None
 
     def __call__(self, *mine: bool) -> tuple[bool, ...]:
-        """Casts this process's votes; returns what the call before asked, of any process (with one process: this)."""
+        """Casts this process's votes; returns the result of the previous call (with one process: of this call)."""
         if jax.process_count() == 1:
             return mine
         flags = np.asarray([mine], np.uint8)
@@ -272,7 +276,7 @@ class Vote:
 
 
 def fetch(tree: Any) -> Any:
-    """A tree of arrays as NumPy arrays, in every process, wherever their parts live; every process must call it."""
+    """A tree of arrays as NumPy arrays, in every process, wherever their shards are; every process must call it."""
 
     def whole(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
@@ -288,36 +292,36 @@ def _itself(x: jax.Array) -> jax.Array:
 
 
 def fail_together(sentence: str) -> None:
-    """After an error: tells the others, and ends this process unless all end together, by the same error.
+    """After an error: tells the other processes, and ends this one unless all of them end together, by the same error.
 
-    They may be waiting for it where nothing wakes them, in a collective: `_listen` does.
+    The others may be waiting for this process in a collective, where nothing wakes them; `_listen` ends them.
     """
     if not joined():
         return
     client = _client()
-    _over.set()  # This process leaves by itself, in its own time.
-    with contextlib.suppress(Exception):  # Somebody else was first.
+    _over.set()  # This process ends by itself; its listener must not end it.
+    with contextlib.suppress(Exception):  # Another process failed first.
         client.key_value_set(_FAILED, f"process {jax.process_index()} failed: {sentence[:_LONGEST]}")
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         client.wait_at_barrier("flm_jax/leaving", _FAREWELL_MS)
     except Exception:
-        # With the first process the coordination service ends, and by that the others, with a page of C++.
+        # The coordination service ends with process 0, and ends the others with a page of C++ output: process 0 waits.
         time.sleep(2.0 if is_primary() else 0.0)
         os._exit(1)
 
 
 def _listen() -> None:
-    """Ends this process some time after another has said that it failed; until the run is over."""
+    """Ends this process some time after another one has reported a failure; runs until the run is over."""
     client = _client()
-    # Asked again and again: a thread that waited in C++ as the interpreter ends would take it down with an abort.
-    while not _over.wait(_LISTEN_S):
+    # It polls: a thread that waits in C++ while the interpreter ends would abort it.
+    while not _over.wait(_POLL_S):
         try:
             sentence = client.key_value_try_get(_FAILED)
-        except Exception:  # Nobody has.
+        except Exception:  # No process has failed.
             continue
-        # This one may be about to leave by itself; and the first, with which the service ends, leaves last.
+        # This process may be about to end by itself; and process 0, which runs the service, ends last.
         if not _over.wait(_FAREWELL_MS / 1000 + (2.0 if is_primary() else 0.0)):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
             os._exit(1)

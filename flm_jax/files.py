@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and checks before a directory is written to."""
+"""Atomic writes of files, sha256 sums, and a check for room on the disk."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """The sha256 (hex) of a JSON-able value, whatever the order of its keys."""
+    """The sha256 (hex) of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file, or what a directory names, is on disk."""
+    """Waits until the content of a file, or the list of entries of a directory, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,12 +40,12 @@ def sync_write(path: Path, content: bytes) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """A fresh hidden name beside `path`, on the same disk, so that a rename is one step."""
+    """A new hidden name beside `path`, on the same file system, so that renaming it to `path` is atomic."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Writes a file under its name only once it is whole and on disk; makes the folder if needed."""
+    """Writes a file that gets its name only once it is complete and on disk; makes the folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_of(path)
     try:
@@ -58,12 +58,12 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON-able value as `atomic_write` does, indented."""
+    """Writes a JSON-able value by `atomic_write`, indented."""
     atomic_write(path, json.dumps(value, indent=1) + "\n")
 
 
 def missing_room(folder: Path, needed: int) -> str | None:
-    """A sentence that says how much room is there and how much is needed, where it is too little; else None."""
+    """A sentence on how much room there is and how much is needed, if there is too little; else None."""
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return None

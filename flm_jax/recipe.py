@@ -1,7 +1,7 @@
-"""What is to be computed (`Recipe`, its `Stage`s) and how it is run (`Run`).
+"""Recipes: what is computed (`Recipe`, its `Stage`s), how it is run (`Run`), and the resolved stages.
 
-A work directory belongs to one recipe: every number in it follows from the recipe, and going on with another one is
-refused. A run's settings, such as the mesh or how often to save, may change from one start to the next.
+A work directory belongs to one recipe: every number in it follows from the recipe, and continuing with another one is
+refused. A run's settings, such as the mesh or how often it saves, may change from one start to the next.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Stage:
 
     Attributes:
       name: for reports and directories.
-      model: its configuration.
+      model: the model's configuration.
       steps: optimizer steps.
-      batch_size: windows a step, over all hosts.
-      optimizer: how.
-      growth: how it grows from the stage before; None for the first stage, which is initialised, or goes on with the
-        model of `Recipe.start`.
+      batch_size: windows per step, over all hosts.
+      optimizer: the optimizer's configuration.
+      growth: how the model grows from that of the stage before; None for the first stage, which is initialised, or
+        continues with the model of `Recipe.start`.
       accumulate: parts that a batch is split into, one after the other.
     """
 
@@ -50,18 +50,19 @@ class Stage:
 @recorded
 @dataclass(frozen=True)
 class Recipe:
-    """A run from the first stage to the last: what decides every number.
+    """A run from the first stage to the last: everything that determines its numbers.
 
     Attributes:
       stages: in order; the first is initialised or begins with `start`, the others grow.
       data: corpus, vocabulary, context.
-      seed: for initialisation and for what growth draws.
+      seed: for initialisation and for entries drawn by a growth.
       loss_chunks: parts of a window that the head runs on, one at a time.
       tolerance: largest relative difference of logits that a preserving growth may show, in float32.
       eval_windows: held-out windows that the loss is measured on.
       eval_every: steps between measurements; each stage also measures at its start and end.
-      start: a checkpoint that the first stage goes on with, or grows from, if it has a growth; empty: none. The data
-        begins anew, what was spent before it is not in the report, and it must be there whenever the run is resumed.
+      start: a checkpoint that the first stage continues with, or grows from, if it has a growth; empty: none. The data
+        starts from its beginning, the report leaves out what was spent before, and the checkpoint must be there
+        whenever the run is resumed.
     """
 
     stages: tuple[Stage, ...]
@@ -71,7 +72,7 @@ class Recipe:
     tolerance: float = 1e-5
     eval_windows: int = 256
     eval_every: int = 50
-    # Where it lies may change; which one it is, is recorded by its digest.
+    # The path may change: the checkpoint is identified by its digest, which is recorded.
     start: str = field(default="", metadata={"identity": False})
 
     def __post_init__(self) -> None:
@@ -83,17 +84,17 @@ class Recipe:
 @recorded
 @dataclass(frozen=True)
 class Run:
-    """How a recipe is run: nothing here changes what is computed, but for rounding on another mesh.
+    """How a recipe is run: nothing here changes what is computed, except for rounding on another mesh.
 
     Attributes:
       mesh: how devices are laid out.
-      meshes: the same for stages that want another layout, by the stage's name.
+      meshes: the same for stages that need another layout, by the stage's name.
       compiler_options: XLA's options for train steps on TPUs; elsewhere they are left out.
       checkpoint_every: steps between checkpoints; each stage also saves at its start and end.
       keep: checkpoints of a stage that are kept, besides its first and last.
-      log_every: steps between lines in the event files.
+      log_every: steps between entries in the event files.
       max_bad_steps: non-finite steps in a row, each skipped, before the run stops.
-      prompt: beginning of the sample of text at the end.
+      prompt: beginning of the text that is sampled at the end of the run.
       sample_tokens: length of that sample.
     """
 
@@ -115,10 +116,10 @@ class Run:
         return self.meshes.get(stage.name, self.mesh)
 
     def check(self, recipe: Recipe) -> None:
-        """Checks what names stages, and what gin may have given instead of a mesh.
+        """Checks the names of stages in `meshes`, and that every mesh is a `MeshConfig`, which gin does not check.
 
         Raises:
-          ValueError: a stage is named that the recipe does not have, or a mesh is none.
+          ValueError: a stage is named that the recipe does not have, or a mesh is not a `MeshConfig`.
         """
         for mesh in (self.mesh, *self.meshes.values()):
             if not isinstance(mesh, MeshConfig):
@@ -135,10 +136,11 @@ class ResolvedStage:
     Attributes:
       index: place in the recipe.
       stage: as the recipe gives it.
-      lineage: the model: its configuration, grown, and how it came to be.
-      newborn: whether the stage begins with the lineage's last growth: its masks rise, its new entries have a rate of
-        their own. False where a model goes on that has trained since.
-      restored: whether its first state is the checkpoint's that the recipe starts with, rather than grown from it.
+      lineage: its model, grown, and the growths that led to it.
+      newborn: whether the stage begins with the lineage's last growth, so that its masks rise and its new entries have
+        a learning rate of their own. False if it continues a model that has trained since its growth.
+      restored: whether its first state is that of the checkpoint that the recipe starts with, rather than grown from
+        it.
     """
 
     index: int
@@ -179,7 +181,7 @@ class ResolvedStage:
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """How it is optimised."""
+        """The optimizer's configuration."""
         return self.stage.optimizer
 
     @property
@@ -189,7 +191,7 @@ class ResolvedStage:
 
     @property
     def directory(self) -> str:
-        """Name of its checkpoint directory."""
+        """Name of the stage's checkpoint directory."""
         return f"{self.index}_{self.name}"
 
     @property
@@ -205,10 +207,10 @@ def _check_at_least(config: Any, least: int, *names: str) -> None:
 
 
 def begin(recipe: Recipe) -> tuple[SourceCheckpoint | None, tuple[ResolvedStage, ...]]:
-    """The checkpoint that a recipe starts with, if any, and its stages.
+    """The checkpoint that a recipe starts with, if any, and the recipe's resolved stages.
 
     Raises:
-      ValueError: as `resolve`, or the checkpoint is within a ramp.
+      ValueError: as `resolve`, or a ramp of the checkpoint is not finished.
       CheckpointError: as `read_source`.
     """
     if not recipe.start:
@@ -226,7 +228,7 @@ def resolve(recipe: Recipe, source: SourceCheckpoint | None = None) -> tuple[Res
       source: the checkpoint that it starts with, if any.
 
     Raises:
-      ValueError: the sentence names the stage, the field, and what would be right.
+      ValueError: the message names the stage, the field, and what would be right.
     """
     if not recipe.stages:
         raise ValueError("Recipe.stages is empty; a recipe has at least one stage.")
@@ -239,7 +241,7 @@ def resolve(recipe: Recipe, source: SourceCheckpoint | None = None) -> tuple[Res
         try:
             _check_steps(stage)
             if source is not None and not resolved and stage.growth is None:
-                found = _going_on(stage, source)
+                found = _continued(stage, source)
             else:
                 start = None if source is None else source.lineage
                 before = resolved[-1].lineage if resolved else start
@@ -253,8 +255,8 @@ def resolve(recipe: Recipe, source: SourceCheckpoint | None = None) -> tuple[Res
     return tuple(resolved)
 
 
-def _going_on(stage: Stage, source: SourceCheckpoint) -> ResolvedStage:
-    """The first stage, where it goes on with a checkpoint's model, in the numerics of its own."""
+def _continued(stage: Stage, source: SourceCheckpoint) -> ResolvedStage:
+    """The first stage if it continues a checkpoint's model, with the stage's own numerics."""
     kept = {name: getattr(source.cfg, name) for name in ("norm_width", "head_width")}
     model = stage.model.replace(**kept)
     same = model.replace(**{name: getattr(source.cfg, name) for name in NUMERICS})
@@ -262,7 +264,7 @@ def _going_on(stage: Stage, source: SourceCheckpoint) -> ResolvedStage:
         raise ValueError(
             f"its model is not that of the checkpoint: {'; '.join(found)}. Take the same, or give the stage a Growth."
         )
-    # Of one that has just grown, masks and a rate of new entries are still to come.
+    # If the checkpoint has just grown, its masks and the rate of its new entries have yet to rise.
     newborn = source.step == 0 and source.meta.newborn and source.lineage.growth is not None
     lineage = dataclasses.replace(source.lineage, cfg=model)
     return ResolvedStage(0, stage, lineage, newborn=newborn, restored=True)
@@ -284,8 +286,8 @@ def _check_rising(found: ResolvedStage) -> None:
         raise ValueError(f"rewarm_steps={found.growth.rewarm_steps} is more than its {found.steps} steps.")
     if found.ramp_steps > found.steps:
         raise ValueError(
-            f"its masks ramp over {found.ramp_steps} steps, delays included, of its {found.steps}: they must be gone "
-            "at its end."
+            f"its masks ramp over {found.ramp_steps} steps, delays included, of its {found.steps}: the ramp must "
+            "end within the stage."
         )
 
 

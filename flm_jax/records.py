@@ -1,7 +1,7 @@
-"""Configurations as JSON, and what a work directory belongs to.
+"""Configurations as JSON, and the record of what a work directory belongs to.
 
-Every configuration class enters one registry by its name (`recorded`). A record carries these names, so that it can be
-read back; one written by an earlier version is read with the defaults of the fields that its classes have gained since.
+Every configuration class is registered under its name (`recorded`). A record carries these names, so that it can be
+read back; a record of an earlier version is read with the defaults of the fields that its classes have gained since.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CLASSES: dict[str, type] = {}
 
 
 def recorded(cls: type[T]) -> type[T]:
-    """Enters a configuration's dataclass into the registry.
+    """Registers a configuration's dataclass under its name.
 
     Raises:
-      ValueError: another class of this name is there.
+      ValueError: another class is registered under this name.
     """
     known = _CLASSES.setdefault(cls.__name__, cls)
     if known is not cls:
@@ -33,7 +33,7 @@ def recorded(cls: type[T]) -> type[T]:
 
 
 def classes() -> list[type]:
-    """Every configuration class that has been imported, by name."""
+    """Every configuration class that has been imported, in the order of their names."""
     return [_CLASSES[name] for name in sorted(_CLASSES)]
 
 
@@ -53,7 +53,7 @@ def as_dict(value: Any) -> Any:
 
 
 def from_dict(data: Any) -> Any:
-    """A configuration, from what `as_dict` made of it; fields that are not there have their defaults.
+    """The configuration that `as_dict` recorded; missing fields have their defaults.
 
     Raises:
       ValueError: the record names a class or a field that this version does not have.
@@ -78,7 +78,7 @@ def from_dict(data: Any) -> Any:
 
 
 def completed(record: Any) -> Any:
-    """A record with the fields that its classes have gained since: at their defaults, they change nothing."""
+    """A record with the fields that its classes have gained since, at their defaults, which change nothing."""
     if isinstance(record, list):
         return [completed(value) for value in record]
     if not isinstance(record, dict):
@@ -101,7 +101,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
-    """Where two such structures differ: ``stages.0.steps: 100 there, 200 here``."""
+    """Yields where two such structures differ: ``stages.0.steps: 100 there, 200 here``."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
             yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
@@ -113,10 +113,10 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
 
 
 def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
-    """Checks that a work directory, if it has been begun, was begun with `mine`.
+    """Checks that a work directory that is already in use was begun with `mine`.
 
     Raises:
-      ValueError: it was begun with something else, and the message names what differs; or it is no work directory.
+      ValueError: it was begun with something else, and the message names what differs; or it is not a work directory.
     """
     if (workdir / file).exists():
         found = list(differences(completed(json.loads((workdir / file).read_text())), json.loads(json.dumps(mine))))
@@ -131,7 +131,7 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
 
 
 def write_identity(workdir: Path, file: str, mine: Any) -> None:
-    """Records `mine`, once `check_identity` has passed, whole or not at all; the first process does."""
+    """Records `mine` atomically, in process 0, once `check_identity` has passed."""
     if not is_primary():
         return
     write_json(workdir / file, mine)
@@ -140,7 +140,7 @@ def write_identity(workdir: Path, file: str, mine: Any) -> None:
 def write_record(workdir: Path, file: str, text: str) -> None:
     """Keeps a text about this start of the run; one that differs from those of earlier starts gets a number.
 
-    The first process writes it.
+    Only process 0 writes it.
     """
     if not is_primary():
         return

@@ -26,23 +26,23 @@ from flm_jax.optimizer import OptimizerConfig
 from flm_jax.records import as_dict
 from flm_jax.state import TrainState, abstract_state, kept, shardings_of
 
-# The file of a checkpoint that says where its data stands; it is of the run alone.
+# The file of a checkpoint with the position in its data; it concerns only the run that wrote it.
 POSITION = "data"
-# Of a converted model: its configuration there, and its tokenizer.
+# Files of a converted model: its original configuration, and its tokenizer.
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """What a checkpoint's meta.json says, whoever wrote it: a run, a growth, or an import.
+    """What a checkpoint's meta.json records, whether a run, a growth or an import wrote it.
 
     Attributes:
       stage: the stage's name.
-      lineage: the model and how it came to be.
-      newborn: whether the stage began with the lineage's last growth, so that its masks and its new entries' rate count
-        from the stage's first step; False for a stage that went on with a model which had trained since.
-      provenance: what led to step 0, where this is one.
-      data: what was trained on, as the data describes itself.
+      lineage: the model and the growths that led to it.
+      newborn: whether the stage began with the lineage's last growth, so that masks and the rate of new entries count
+        from the stage's first step; False if the stage continued a model that had trained since its growth.
+      provenance: what led to step 0; only in step 0.
+      data: the training data's description of itself.
       history: measurements, growths and skipped steps of the run so far.
       converted: the config.json that an imported model came with.
     """
@@ -61,7 +61,7 @@ class CheckpointMeta:
         return self.lineage.ramp_steps if self.newborn else 0
 
     def record(self) -> dict[str, Any]:
-        """As JSON-able data."""
+        """The fields as JSON-able data."""
         cfg = as_dict(self.lineage.cfg)
         lineage = self.lineage.record() + ([] if self.newborn else [{"model": cfg, "growth": None}])
         given = {"data": self.data, "history": self.history, "converted": self.converted}
@@ -90,20 +90,20 @@ class CheckpointMeta:
 
 
 def signature_texts(cfg: ModelConfig) -> dict[str, str]:
-    """The signatures of a model's parameters by leaf path, as a checkpoint's manifest keeps them."""
+    """The signatures of a model's parameters by leaf path, as a checkpoint's manifest records them."""
     return {f"params/{path}": str(signature) for path, _, signature in leaves(cfg)}
 
 
 @dataclass(frozen=True, eq=False)
 class SourceCheckpoint:
-    """A checkpoint, and what its record says of it. Its arrays are read by `restore`, and checked then.
+    """A checkpoint and its record. Its arrays are read, and checked, by `restore`.
 
     Attributes:
       directory: of the step.
       step: within its stage.
-      digest: over all of its state.
+      digest: over its whole state.
       meta: its record.
-      trained: whether an optimizer's state is there too; a converted checkpoint has weights alone.
+      trained: whether it has optimizer state; a converted checkpoint has only weights.
     """
 
     directory: Path
@@ -114,7 +114,7 @@ class SourceCheckpoint:
 
     @property
     def lineage(self) -> Lineage:
-        """Its model, and how it came to be."""
+        """Its model and the growths that led to it."""
         return self.meta.lineage
 
     @property
@@ -124,7 +124,7 @@ class SourceCheckpoint:
 
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
-        """What came with the weights and goes with them, by file name: a tokenizer, say.
+        """Files that belong to the weights and are copied with them, by file name, such as a tokenizer.
 
         Raises:
           DamagedError: one is not as it was saved.
@@ -135,26 +135,27 @@ class SourceCheckpoint:
         return {name: (self.directory / BLOBS / name).read_bytes() for name in names}
 
     def files_with(self, vocabulary: Vocabulary) -> dict[str, bytes]:
-        """What goes on with the weights where training reads with a vocabulary.
+        """The files to copy with the weights if training uses `vocabulary`.
 
-        Another one makes the tokenizer that came with them, and the ids of its special tokens, another model's.
+        If that is not the checkpoint's own tokenizer, the tokenizer's files and the ids of its special tokens would
+        describe another model: they are left out.
         """
         same = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.model == self.files.get(TOKENIZER)
         return {name: content for name, content in self.files.items() if same or name == CONFIG}
 
     def restore(self, mesh: Mesh, optimizer: bool = True) -> TrainState:
-        """The state on a mesh, every bit of it checked; of weights alone, with the optimizer's state of a first step.
+        """The state on a mesh, with every bit checked; a weights-only checkpoint gets fresh optimizer state.
 
         Args:
-          mesh: where to.
-          optimizer: False: of weights alone, without an optimizer's state.
+          mesh: where to place the state.
+          optimizer: False: a weights-only checkpoint gets no optimizer state.
 
         Raises:
           DamagedError: it is not as it was saved.
         """
         abstract = abstract_state(self.lineage, mesh, weights=not self.trained)
-        with Checkpoints(self.directory.parent, read_only=True) as store:
-            found = store.restore(kept(abstract), self.step).state
+        with Checkpoints(self.directory.parent, read_only=True) as checkpoints:
+            found = checkpoints.restore(kept(abstract), self.step).state
         if self.trained:
             state: TrainState = found
             return state
@@ -165,24 +166,24 @@ class SourceCheckpoint:
         return TrainState(found["step"], found["params"], init(found["params"]))
 
     def restore_params(self, mesh: Mesh) -> Params:
-        """The parameters alone on a mesh, every bit of them checked.
+        """The parameters alone on a mesh, with every bit checked.
 
         Raises:
           DamagedError: the checkpoint is not as it was saved.
         """
         abstract = {"params": abstract_state(self.lineage, mesh, weights=True).params}
-        with Checkpoints(self.directory.parent, read_only=True) as store:
-            return store.restore(abstract, self.step, partial=True).state["params"]
+        with Checkpoints(self.directory.parent, read_only=True) as checkpoints:
+            return checkpoints.restore(abstract, self.step, partial=True).state["params"]
 
     def masks(self) -> Masks | None:
-        """The masks of its own growth, where they are still rising: the model is what they let through."""
+        """The masks of its own growth if they are still rising: the model must be run with them. None otherwise."""
         return self.lineage.masks(self.step) if self.step < self.meta.ramp_steps else None
 
     def check_settled(self, grows: bool) -> None:
-        """Checks that nothing of its own growth is still on its way that would be lost.
+        """Checks that no ramp of its own growth would be cut short.
 
         Args:
-          grows: whether it is to grow now, rather than go on from step 0 with all that is on its way.
+          grows: whether it grows next; otherwise it continues, and from step 0 all its ramps continue too.
 
         Raises:
           ValueError: its masks, or the rate of its new entries, are still rising.
@@ -198,11 +199,11 @@ class SourceCheckpoint:
 
 
 def model_of(checkpoint: str, changes: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The configuration of a checkpoint's model, so that no recipe needs to repeat it.
+    """The configuration of a checkpoint's model, so that a recipe need not repeat it.
 
     Args:
       checkpoint: a step, a stage's directory or a work directory.
-      changes: fields that are to differ.
+      changes: fields that differ from it.
 
     Raises:
       ValueError: there is no such field.
@@ -212,7 +213,7 @@ def model_of(checkpoint: str, changes: Mapping[str, Any] | None = None) -> Model
 
 
 def read_source(path: str | Path) -> SourceCheckpoint:
-    """Finds a checkpoint: a step's directory, or the newest step of a stage or of a work directory.
+    """Reads the record of a checkpoint: of a step's directory, or of the newest step of a stage or of a work directory.
 
     Raises:
       NoCheckpointError: there is none.

@@ -17,12 +17,12 @@ from flm_jax.sharding import abstract, param_shardings, replicated
 
 
 class TrainState(struct.PyTreeNode):
-    """All that training changes.
+    """Everything that training changes.
 
     Attributes:
       step: () int32, steps done in this stage.
       params: parameters.
-      opt_state: moments, and their count, which goes on from stage to stage; () where there are weights alone.
+      opt_state: moments, and their count, which continues from stage to stage; () if there are only weights.
     """
 
     step: Any
@@ -34,9 +34,9 @@ def abstract_state(lineage: Lineage, mesh: Mesh, weights: bool = False) -> Train
     """Shapes, dtypes and shardings of a model's state: `jax.ShapeDtypeStruct`s.
 
     Args:
-      lineage: the model; where its new layers go need not be settled.
-      mesh: where it lives.
-      weights: without an optimizer's state.
+      lineage: the model; its new layers need not be placed yet.
+      mesh: where the state lives.
+      weights: True: without optimizer state.
     """
     shapes, signatures = declared(lineage.cfg)
     step = jax.ShapeDtypeStruct((), jnp.int32)
@@ -45,7 +45,7 @@ def abstract_state(lineage: Lineage, mesh: Mesh, weights: bool = False) -> Train
         opt_shapes: Any = ()
         opt_shardings: Any = ()
     else:
-        # Rates and rescalings do not change a state's form.
+        # Rates and rescalings do not change the structure of a state.
         tx = rescaled_adamw(OptimizerConfig(), lineage.cfg, signatures)
         opt_shapes, opt_shardings = state_shardings(tx, signatures, shapes, mesh)
     found: TrainState = abstract(
@@ -60,5 +60,5 @@ def shardings_of(tree: Any) -> Any:
 
 
 def kept(state: TrainState) -> Any:
-    """What a checkpoint holds of a state: all of it, or, of weights alone, step and parameters."""
+    """What a checkpoint keeps of a state: all of it or, if it has only weights, step and parameters."""
     return state if jax.tree.leaves(state.opt_state) else {"step": state.step, "params": state.params}

@@ -1,15 +1,15 @@
-"""Checkpoints: everything about how they lie on disk.
+"""Checkpoints on disk: saving, restoring and verifying them, and the format of a step.
 
 A directory of checkpoints holds one directory per step:
 
     100/manifest.json      what must be in the others: leaves with checksums, files with sizes (`manifest`)
-    100/meta.json          what the caller says about the step: model, lineage, data, provenance
+    100/meta.json          what the caller records about the step: model, lineage, data, provenance
     100/blobs/             small files as bytes, such as a vocabulary
-    100/arrays/            the leaves, written by orbax as nested dictionaries named by leaf path (`leaves`)
+    100/arrays/            the leaves, written by orbax as nested dictionaries named by leaf path (`orbax_io`)
 
-`manager` saves and restores whole states through orbax; `blocks` reads and writes runs of rows of one leaf, past orbax;
-`directory` says which steps look whole and who may write; `commit` gives a step its name once it is on disk; `find`
-turns a path that a user gives into a step; `verify` checks every bit of a step without a model.
+`manager` saves and restores whole states through orbax; `blocks` reads and writes runs of rows of one leaf without
+orbax; `directory` tells which steps look complete and holds the writer's lock; `commit` gives a step its name once it
+is on disk; `find` resolves a path given by a user to a step; `verify` checks every bit of a step without a model.
 """
 
 from flm_jax.checkpoint.manager import Checkpoints, Restored

@@ -1,9 +1,9 @@
-"""Leaves on disk, a block at a time: a run of rows of one layer is read or written without the rest.
+"""Block I/O on the leaves of a checkpoint: reads and writes a run of rows of one layer without the rest.
 
-Checkpoints hold each leaf as a zarr array, uncompressed: a grid of chunks, each row-major, so the rows that a block
-wants of a chunk are one run of bytes. Orbax reads and writes chunks whole, and one chunk may hold all layers of a leaf;
-here the bytes are found, through tensorstore's account of where a value lies, and read by themselves. What is written
-is one file a chunk, beside metadata that orbax wrote for the same tree, so that it restores like any other checkpoint.
+Checkpoints hold each leaf as an uncompressed zarr array: a grid of chunks, each row-major, so the rows that a block
+needs from a chunk are one run of bytes. Orbax reads and writes whole chunks, and one chunk may hold all layers of a
+leaf. This module asks tensorstore where each value is stored and reads only the bytes it needs. It writes one file per
+chunk, beside metadata that orbax wrote for the same tree, so that the result restores like any other checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ZARR = ".zarray"
 
 @dataclass(frozen=True)
 class Run:
-    """Where a value lies: bytes of a file, or the bytes themselves."""
+    """Where a value is stored: a range of bytes of a file, or the bytes themselves."""
 
     file: Path
     offset: int
@@ -44,14 +44,14 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class StoredLeaf:
-    """A leaf of a checkpoint, read by runs of rows.
+    """A leaf of a checkpoint on disk, read by runs of rows.
 
     Attributes:
       path: its path in the state.
       shape: of the leaf.
       dtype: of the leaf.
       chunks: shape of a chunk.
-      runs: where each chunk lies, by its name, such as '0.3.0'.
+      runs: where each chunk is stored, by its name, such as '0.3.0'.
     """
 
     path: str
@@ -61,15 +61,15 @@ class StoredLeaf:
     runs: Mapping[str, Run]
 
     def read(self, lead: tuple[int, ...], start: int, out: np.ndarray) -> None:
-        """Reads rows into an array, every byte of them once and no other.
+        """Reads rows into an array; each of their bytes is read once, and no others.
 
         Args:
-          lead: the layer, of a stacked leaf; empty otherwise.
+          lead: the layer, if the leaf is stacked; empty otherwise.
           start: the first row.
           out: (rows, ...), contiguous.
 
         Raises:
-          DamagedError: they are not there in full.
+          DamagedError: the rows are not there in full.
         """
         dim, trailing = len(lead), self.chunks[len(lead) + 1 :]
         rows, stop = self.chunks[dim], start + len(out)
@@ -92,7 +92,7 @@ class StoredLeaf:
                 held[...] = piece[tuple(slice(0, n) for n in held.shape)]
 
     def value(self) -> np.ndarray:
-        """A leaf without dimensions."""
+        """The value of a leaf without dimensions."""
         out = np.empty((), self.dtype)
         self._fetch((0,), 0, out.reshape(1).view(np.uint8))
         return out
@@ -115,11 +115,11 @@ def open_leaves(arrays: Path, wanted: Mapping[str, Any]) -> dict[str, StoredLeaf
     """Finds leaves of a checkpoint on disk.
 
     Args:
-      arrays: where the arrays of a step are.
+      arrays: the directory of a step's arrays.
       wanted: by leaf path, anything with a shape and a dtype.
 
     Raises:
-      DamagedError: one is missing, or stored in another way than checkpoints are.
+      DamagedError: a leaf is missing, or not stored the way checkpoints store it.
     """
     try:
         values = dict(_ocdbt_values(arrays)) if (arrays / "manifest.ocdbt").exists() else dict(_files(arrays))
@@ -149,7 +149,7 @@ def _open(arrays: Path, path: str, leaf: Any, runs: dict[str, Run]) -> StoredLea
 
 
 def zarr_dtype(dtype: Any) -> str:
-    """A dtype as zarr names it."""
+    """The name of a dtype in zarr's metadata."""
     found = jnp.dtype(dtype)
     return found.name if found.kind == "V" else found.newbyteorder("<").str
 
@@ -167,7 +167,7 @@ def _files(arrays: Path) -> Iterator[tuple[str, Run]]:
 
 
 def _ocdbt_values(arrays: Path) -> Iterator[tuple[str, Run]]:
-    """Every key of an OCDBT database, and where its value lies."""
+    """Yields every key of an OCDBT database with the place where its value is stored."""
     base = ts.KvStore.open(f"file://{arrays}/").result()
 
     def walk(node: str, prefix: bytes) -> Iterator[tuple[str, Run]]:
@@ -189,15 +189,15 @@ def _ocdbt_values(arrays: Path) -> Iterator[tuple[str, Run]]:
 
 
 def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str, tuple[int, ...]]) -> None:
-    """Writes a checkpoint's arrays without their content, for `write_block` to fill in.
+    """Writes the arrays of a checkpoint without their content, which `write_block` and `write_chunk` fill in.
 
-    Orbax writes the tree with an array of one element for each leaf that has chunks here; then its description of that
-    array is given the real shape.
+    Orbax writes the tree with an array of one element for each leaf that has chunks here; then the metadata of that
+    array are given the real shape.
 
     Args:
-      arrays: a directory that does not exist.
-      leaves: by path: an array, which is written, or shape and dtype of one that is written in chunks.
-      chunks: shapes of chunks, by the paths of these.
+      arrays: a directory that does not exist yet.
+      leaves: by path: an array, which is written, or the shape and dtype of a leaf that is written in chunks later.
+      chunks: shape of a chunk, by the paths of the latter.
     """
     tree = {
         path: jnp.zeros((1,) * len(leaf.shape), leaf.dtype) if path in chunks else leaf for path, leaf in leaves.items()
@@ -209,7 +209,7 @@ def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str,
         ) as orbax,
     ):
         orbax.save(arrays, args=ocp.args.PyTreeSave(nest(tree)))
-    # It repeats what the arrays themselves say, and reading does without.
+    # Redundant: the arrays' own metadata say the same, and reading does not need it.
     shutil.rmtree(arrays / "array_metadatas", ignore_errors=True)
     whole = json.loads((arrays / "_METADATA").read_text())
     shapes = {tuple(key_of(path).split(".")): shape for path, shape in chunks.items()}
@@ -229,7 +229,7 @@ def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str,
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Within it, orbax does not warn that there is nothing to merge: plain files are what was asked for."""
+    """A context in which orbax does not warn that there is nothing to merge: plain files are intended here."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -242,7 +242,7 @@ def _quietly() -> Iterator[None]:
 def block_files(
     arrays: Path, path: str, shape: tuple[int, ...], chunks: tuple[int, ...], lead: tuple[int, ...], row: int
 ) -> Iterator[tuple[Path, tuple[slice, ...]]]:
-    """The files of a block that begins at `row`, and which part of its trailing dimensions each holds."""
+    """Yields the files of a block that begins at `row`, each with the part of the trailing dimensions that it holds."""
     dim = len(lead)
     grid = [range(-(-size // c)) for size, c in zip(shape[dim + 1 :], chunks[dim + 1 :], strict=True)]
     for at in itertools.product(*grid):
@@ -259,34 +259,34 @@ def write_block(
     row: int,
     rows: np.ndarray,
 ) -> None:
-    """Writes a block of a leaf, one file a chunk, and returns when it is on disk.
+    """Writes a block of a leaf, one file per chunk, and returns once it is on disk.
 
     Args:
-      arrays: where `write_skeleton` wrote.
-      path: the leaf's.
-      shape: the leaf's.
-      chunks: shape of its chunks; trailing dimensions are whole multiples.
-      lead: the layer, of a stacked leaf; empty otherwise.
-      row: where the block begins, a multiple of a chunk's rows.
-      rows: (rows, ...); as many as a chunk has, or fewer where the leaf ends.
+      arrays: the directory that `write_skeleton` wrote.
+      path: of the leaf.
+      shape: of the leaf.
+      chunks: shape of a chunk, which divides the trailing dimensions of the leaf.
+      lead: the layer, if the leaf is stacked; empty otherwise.
+      row: the first row of the block, a multiple of a chunk's rows.
+      rows: (rows, ...); as many as a chunk has, or fewer at the end of the leaf.
     """
-    size = math.prod(chunks) * rows.dtype.itemsize  # chunks at the edge are stored whole
+    size = math.prod(chunks) * rows.dtype.itemsize  # chunks at the edge are stored at full size
     for file, box in block_files(arrays, path, shape, chunks, lead, row):
         direct_io.write(file, rows[(slice(None), *box)], size)
 
 
 def write_chunk(arrays: Path, path: str, chunks: tuple[int, ...], index: tuple[int, ...], values: np.ndarray) -> None:
-    """Writes one chunk of a leaf, and returns when it is on disk.
+    """Writes one chunk of a leaf, and returns once it is on disk.
 
     Args:
-      arrays: where `write_skeleton` wrote.
-      path: the leaf's.
-      chunks: shape of its chunks.
-      index: of the chunk in their grid.
-      values: what it holds, without leading dimensions of one; smaller than a chunk where the leaf ends.
+      arrays: the directory that `write_skeleton` wrote.
+      path: of the leaf.
+      chunks: shape of a chunk.
+      index: of the chunk in the grid of chunks.
+      values: its content, without leading dimensions of size 1; smaller than a chunk at the end of the leaf.
     """
     shape = chunks[len(chunks) - values.ndim :]
-    if values.shape != shape:  # chunks at the edge are stored whole
+    if values.shape != shape:  # chunks at the edge are stored at full size
         whole = np.zeros(shape, values.dtype)
         whole[tuple(slice(0, size) for size in values.shape)] = values
         values = whole

@@ -1,8 +1,8 @@
-"""Files read and written past the page cache, where the file system allows it.
+"""Direct I/O: reads and writes files without the page cache, where the file system allows it.
 
-What streams through once gains nothing from the cache, and filling it costs more processor time than the disk takes:
-measured on a virtual machine, 1 to 2.7 s a GB written, against 0.03 s without. Where a file system refuses (tmpfs), the
-same calls go through the cache.
+Data that is streamed through once gains nothing from the cache, and filling the cache costs more processor time than
+the disk takes: measured on a virtual machine, 1 to 2.7 s per GB written, against 0.03 s without it. Where a file system
+refuses (tmpfs), the same calls go through the cache.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-_ALIGN = 4096  # of addresses, offsets and lengths; a multiple of every disk's block
-_own = threading.local()
+_ALIGN = 4096  # alignment of addresses, offsets and lengths; a multiple of every disk's block size
+_per_thread = threading.local()
 
 
 def read(path: Path, offset: int, out: np.ndarray) -> None:
-    """Fills a contiguous uint8 array with bytes of a file.
+    """Fills a contiguous uint8 array with the bytes of a file that begin at `offset`.
 
     Raises:
-      EOFError: the file ends before.
+      EOFError: the file ends too early.
       OSError: it cannot be read.
     """
     first = offset // _ALIGN * _ALIGN
@@ -36,7 +36,8 @@ def read(path: Path, offset: int, out: np.ndarray) -> None:
             if not got:
                 raise EOFError(f"{path} ends after {first + done} bytes")
             done += got
-            if done < offset + len(out) - first and done % _ALIGN:  # at the end, or a part that cannot be gone on from
+            if done < offset + len(out) - first and done % _ALIGN:
+                # Either the file ends here, or the read was short: direct I/O continues only at aligned offsets.
                 done = done // _ALIGN * _ALIGN
                 if os.fstat(file).st_size < offset + len(out):
                     raise EOFError(f"{path} ends after {os.fstat(file).st_size} bytes")
@@ -46,7 +47,7 @@ def read(path: Path, offset: int, out: np.ndarray) -> None:
 
 
 def write(path: Path, rows: np.ndarray, size: int) -> None:
-    """Writes an array of any strides in row-major order, zeros up to `size` bytes after it, and waits for the disk.
+    """Writes an array of any strides in row-major order, padded with zeros to `size` bytes, and waits for the disk.
 
     Raises:
       OSError: it cannot be written.
@@ -76,10 +77,10 @@ def _up(size: int) -> int:
 
 
 def _buffer(size: int) -> memoryview:
-    """Aligned memory of this thread's own, at least so large; kept for the next call."""
-    if len(getattr(_own, "data", b"")) < size:
-        _own.data = memoryview(mmap.mmap(-1, size))
-    return _own.data
+    """Aligned memory of at least `size` bytes that belongs to this thread; it is reused by the next call."""
+    if len(getattr(_per_thread, "data", b"")) < size:
+        _per_thread.data = memoryview(mmap.mmap(-1, size))
+    return _per_thread.data
 
 
 def _open(path: Path, flags: int) -> int:

@@ -1,4 +1,4 @@
-"""A directory of checkpoints: which steps look whole, and the lock of the one process that may write."""
+"""A directory of checkpoint steps: which steps look complete, and the lock of the one process that may write."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Steps:
     """The steps in one directory.
 
     Attributes:
-      directory: where.
-      writing: the name of the one that is being written; it is passed over.
+      directory: the directory.
+      writing: name of the subdirectory that is being written, which `scan` skips; None: nothing is being written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -36,14 +36,14 @@ class Steps:
         self._ignored: set[tuple[str, str]] = set()
 
     def clear(self) -> None:
-        """Removes what a killed run left."""
+        """Removes what a killed run left unfinished."""
         for entry in sorted(self.directory.iterdir()):
             if LEFTOVER.fullmatch(entry.name) and entry.is_dir():
                 _log.warning("%s: removed, a killed run left it unfinished", entry)
                 shutil.rmtree(entry)
 
     def scan(self) -> tuple[list[int], list[int]]:
-        """Returns the steps that look whole, and those that do not but hold something."""
+        """The steps that look complete, and those that do not but are not empty; logs each ignored entry once."""
         good, bad = [], []
         entries = self.directory.iterdir() if self.directory.is_dir() else ()
         for entry in sorted(entry for entry in entries if entry.is_dir()):
@@ -51,7 +51,9 @@ class Steps:
                 continue
             if not STEP.fullmatch(entry.name):
                 unfinished = LEFTOVER.fullmatch(entry.name)
-                self._ignore(entry, "a save or deletion did not finish" if unfinished else "it is not named for a step")
+                self._ignore(
+                    entry, "a save or deletion did not finish" if unfinished else "its name is not a step number"
+                )
             elif not any(entry.iterdir()):
                 self._ignore(entry, "it is empty")
             elif faults := _structure(entry):
@@ -68,7 +70,7 @@ class Steps:
             _log.log(logging.ERROR if damaged else logging.WARNING, "%s is ignored: %s", entry, reason)
 
     def delete(self, steps: Iterable[int]) -> None:
-        """Deletes steps, each under another name, so that a half-deleted one is none."""
+        """Deletes steps; each is renamed first, so that a half-deleted step does not pass for a step."""
         for step in steps:
             doomed = self.directory / f"{step}.deleted"
             (self.directory / str(step)).rename(doomed)
@@ -83,12 +85,12 @@ def _structure(step_dir: Path) -> list[str]:
 
 
 def take_lock(directory: Path) -> IO[str]:
-    """Takes the lock of a directory for this process, until it is closed.
+    """Takes the writer's lock of a directory for this process, until the returned file is closed.
 
     Raises:
-      CheckpointError: another process has it.
+      CheckpointError: another process holds it.
     """
-    # Not deleted afterwards: a lock file that comes and goes can be held twice.
+    # The lock file is never deleted: if it were deleted and made again, two processes could hold it at once.
     lock = (directory / LOCK).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Finds the step that a path means: a step itself, or the newest of a stage or a work directory."""
+"""Resolves a path to a checkpoint step: the step itself, or the newest step of a stage or of a work directory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flm_jax.checkpoint.manifest import MANIFEST, NoCheckpointError
 
 
 def step_directory(path: str | Path) -> Path:
-    """The directory of a checkpoint's step: of this one, or the newest of a stage or of a work directory.
+    """The directory of a step: the path itself, if it is one, or the newest step of a stage or of a work directory.
 
     Raises:
       NoCheckpointError: there is none.

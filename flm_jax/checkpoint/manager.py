@@ -1,13 +1,13 @@
-"""Saves, restores and prunes the checkpoints in one directory, through orbax.
+"""The checkpoint manager: saves, restores and prunes the steps in one directory, through orbax.
 
-A step is written as `100.partial` and renamed to `100` when every byte of it is on disk, so a step that has its name is
-complete; one that is deleted is first renamed to `100.deleted`. What orbax gets wrong and this module makes good: it
-checks no values, counts any directory with a number for a name as a step, restores into other shapes and dtypes when
-not told them, and goes on after a save has failed.
+A step is written as `100.partial` and renamed to `100` once every byte of it is on disk, so a step that has its name is
+complete; a step that is deleted is first renamed to `100.deleted`. This module also makes up for four gaps of orbax: it
+checks no values, takes any directory with a number for a name as a step, restores into other shapes and dtypes unless
+it is told the right ones, and continues after a save has failed.
 
-Several processes write one checkpoint together, on a file system that all of them see. The primary process writes all
-but the arrays, holds the lock, commits, deletes, and says what there is to restore. Each method that writes or restores
-must be called by all of them; what fails in one fails in all.
+Several processes write one checkpoint together, on a file system that all of them see. The primary process writes
+everything but the arrays, holds the lock, commits, deletes, and decides which step is restored. All processes must call
+each method that writes or restores; an error in one of them is raised in all.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from flm_jax.checkpoint.orbax_io import ARRAYS
 _log = logging.getLogger("flm_jax.checkpoint")
 
 _BLOB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-# Until a file system shows to one machine what another has just written.
+# How long a shared file system may take to show one machine what another has just written.
 _SHOWN_WITHIN_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back: `state` has the structure, shapes, dtypes and shardings that were asked for."""
+    """A restored checkpoint; `state` has the requested structure, shapes, dtypes and shardings."""
 
     step: int
     state: PyTree
@@ -64,7 +64,7 @@ class Restored:
 class Checkpoints:
     """The checkpoints in one directory; a context manager.
 
-    One writer at a time may have a directory open; any number of readers may (`read_only`).
+    Only one writer at a time may have a directory open; any number of readers may (`read_only`).
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Checkpoints:
         *,
         read_only: bool = False,
     ) -> None:
-        """Opens a directory, and for writing makes it, locks it and clears what a killed run left in it.
+        """Opens a directory; a writer makes it, locks it and removes what a killed run left unfinished.
 
         Args:
-          directory: where the steps are, on a POSIX file system.
+          directory: holds the steps, on a POSIX file system.
           keep: how many of the newest steps are kept.
-          keep_steps: steps that are kept besides.
+          keep_steps: steps that are kept in addition.
           read_only: takes no lock and changes nothing.
 
         Raises:
@@ -96,14 +96,14 @@ class Checkpoints:
         self._lock: IO[str] | None = None
         self._pending: concurrent.futures.Future[None] | None = None
         self._steps = Steps(self.directory)
-        self._refused: set[int] = set()  # steps whose damage only reading the values showed
+        self._refused: set[int] = set()  # steps that were found damaged when their values were read
         if not read_only:
             self._open()
-        # Weights hardly compress; leaving it out halves the time of a save.
+        # Weights hardly compress; without compression a save takes half the time.
         self._reader = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
-        # With its processes named, orbax waits for them on the coordination service and gives up after five minutes;
-        # otherwise it waits on the devices, for ever. Reading by its handler alone it does not wait at all: here
-        # `_together` does, and hears of what failed.
+        # Told which processes take part, orbax waits for them through the coordination service, five minutes at most;
+        # otherwise it waits on the devices, without limit. Its handler alone, used for reading, does not wait at all:
+        # `_together` does so here, and learns of failures.
         everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
         processes = ocp.options.MultiprocessingOptions(
             active_processes=everyone, barrier_sync_key_prefix=f"flm_jax_{self.directory.name}" if everyone else None
@@ -152,21 +152,21 @@ class Checkpoints:
         signatures: Mapping[str, str] | None = None,
         blobs: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Saves a state; returns when it is copied off the devices, so that the next step may donate it.
+        """Saves a state; returns once it is copied off the devices, so that the next step may donate it.
 
-        Waits for the save before it. What fails later is raised by `check`, `wait`, `close` or the next
+        Waits for the save before it. An error that occurs later is raised by `check`, `wait`, `close` or the next
         `save`, whichever comes first.
 
         Args:
-          step: must be above every step that can be restored.
+          step: must be greater than every step that can be restored.
           state: a pytree of arrays.
-          meta: anything that JSON can hold; tuples come back as lists.
+          meta: anything that JSON can hold; tuples are restored as lists.
           signatures: by leaf path, recorded in the manifest.
-          blobs: file contents by plain file name.
+          blobs: contents of small files, by plain file name.
 
         Raises:
-          CheckpointError: this save cannot be begun, or the one before it failed.
-          TypeError: `meta` is not JSON.
+          CheckpointError: this save cannot start, or the one before it failed.
+          TypeError: `meta` cannot be written as JSON.
         """
         if self._read_only:
             raise CheckpointError(f"{self.directory} was opened read_only")
@@ -196,10 +196,10 @@ class Checkpoints:
                 if self._primary:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir()
-            # The copies to the host are meant; a train loop may forbid those that are not.
+            # These copies to the host are intended; a train loop may forbid those that are not.
             with self._together("save"), jax.transfer_guard("allow"):
                 lanes = {path: checksum.of(leaf) for path, leaf in leaves.items()}
-                # Orbax refuses arrays without elements; their shape and dtype are all there is to keep.
+                # Orbax refuses arrays without elements; the manifest keeps their shape and dtype.
                 nested = orbax_io.nest({path: leaf for path, leaf in leaves.items() if leaf.size})
                 if nested:
                     self._orbax.save(partial / ARRAYS, args=ocp.args.PyTreeSave(nested))
@@ -213,7 +213,7 @@ class Checkpoints:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def check(self) -> None:
-        """Raises the error of a save that has failed in the background, once; does not wait.
+        """Raises the error of a save that failed in the background, once; does not wait.
 
         Raises:
           CheckpointError: the save failed, and its step does not exist.
@@ -222,7 +222,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what was saved is committed.
+        """Waits until the last save is committed.
 
         Raises:
           CheckpointError: the save failed, and its step does not exist.
@@ -232,7 +232,7 @@ class Checkpoints:
             pending.result()
 
     def close(self) -> None:
-        """Waits, and gives the lock back. May be called twice.
+        """Waits for the last save and releases the lock. May be called twice.
 
         Raises:
           CheckpointError: the last save failed.
@@ -247,36 +247,35 @@ class Checkpoints:
                 self._lock = None
 
     def steps(self) -> list[int]:
-        """The steps whose files are all there in full, oldest first; tells what else it finds, once each."""
+        """The steps whose files are all complete, oldest first; logs each other entry once."""
         return self._steps.scan()[0]
 
     def latest(self) -> int | None:
         """The newest of `steps`, or None.
 
-        None also where every checkpoint is damaged: a program that would then begin anew should call
-        `restore` and begin only upon NoCheckpointError.
+        It is None also if every checkpoint is damaged: a program that would then start from scratch should call
+        `restore` instead, and start only on NoCheckpointError.
         """
         return max(self.steps(), default=None)
 
     def restore(
         self, abstract: PyTree, step: int | None = None, *, partial: bool = False, unverified: bool = False
     ) -> Restored:
-        """Reads a checkpoint, on any mesh, and checks every bit of it.
+        """Restores a checkpoint onto any mesh, and checks every bit of it.
 
         Args:
-          abstract: the structure asked for, of `jax.ShapeDtypeStruct`; where one has no sharding, its array
-            goes to the default device.
-          step: which one; if None, the newest that is whole, and each damaged one before it is told loudly.
-          partial: the checkpoint may hold more leaves than are asked for; only these are read.
-          unverified: with an explicit step, reads a directory that has no manifest, and so no checksums.
+          abstract: the requested structure, of `jax.ShapeDtypeStruct`; an array without a sharding goes to the default
+            device.
+          step: which one; None: the newest undamaged one, and each newer, damaged step is logged as an error.
+          partial: the checkpoint may hold more leaves than are requested; only the requested ones are read.
+          unverified: with an explicit step, reads a directory that has no manifest, and therefore no checksums.
 
         Returns:
           The state, and the meta and blobs that were saved with it.
 
         Raises:
           NoCheckpointError: there is no such step; if step is None, there is nothing that could be one.
-          DamagedError: the step is damaged; if step is None, every one is. The message names the file or
-            leaf.
+          DamagedError: the step is damaged; if step is None, every step is. The message names the file or leaf.
           CheckpointError: leaves, shapes or dtypes do not fit: the message names each leaf and both shapes.
         """
         self.wait()
@@ -299,7 +298,7 @@ class Checkpoints:
         raise NoCheckpointError(f"{self.directory} holds no checkpoint")
 
     def discard_after(self, step: int) -> None:
-        """Deletes every step above this one: after a rewind they are no longer the run's past.
+        """Deletes every step after this one: after a rewind they no longer belong to the run.
 
         Raises:
           CheckpointError: the directory was opened read_only, or the last save failed.
@@ -321,7 +320,7 @@ class Checkpoints:
         lanes: Mapping[str, jax.Array],
         files: Mapping[str, bytes],
     ) -> None:
-        """Runs on the worker thread: waits for orbax, writes the rest, commits."""
+        """Runs on the worker thread: waits for orbax, writes the other files, and commits the step."""
         partial = self.directory / f"{step}.partial"
         try:
             with self._together("written"):
@@ -340,7 +339,7 @@ class Checkpoints:
             self._prune()
 
     def _abandon(self, partial: Path) -> None:
-        # What a full disk holds of an unfinished step would keep it full.
+        # On a full disk, the parts of an unfinished step would keep it full.
         if self._primary:
             shutil.rmtree(partial, ignore_errors=True)
         self._steps.writing = None
@@ -372,7 +371,7 @@ class Checkpoints:
             else:
                 raise DamagedError(f"{step_dir} has no {manifest.MANIFEST}; unverified=True reads it without any check")
             manifest.compare(saved.leaves, wanted, where=str(step_dir), partial=partial)
-            # One look at every file is enough; each process's own part of the values is checked below.
+            # Files need to be checked by one process only; each process checks its own part of the values below.
             if self._primary and (faults := manifest.file_faults(step_dir, saved, contents=True)):
                 raise DamagedError("; ".join(faults[:3]))
         with self._together("read"):

@@ -1,8 +1,8 @@
 """The manifest of a checkpoint step: its leaves with their checksums, its files, and the checks against them.
 
-Orbax keeps no checksum over the values of an array, so a flipped bit restores silently wrong. Here every leaf has one
-(see `checksum`); every file has its size and every small file its sha256; and all of this stands in one manifest per
-step, which carries the sha256 of itself.
+Orbax stores no checksum of an array's values, so a flipped bit would be restored without notice. Here every leaf has
+one (see `checksum`); every file has its size and every small file its sha256. All of this is recorded in one manifest
+per step, which also holds the sha256 of its own content.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # Larger files hold array data, which the leaf checksums cover; hashing them too would read everything twice.
 HASHED_BYTES = 1 << 20
-# The dtypes whose bits are whole bytes, so that what is read back can be compared with what was written.
+# The dtypes whose elements are whole bytes, so that the bits read can be compared with the bits written.
 _DTYPES = re.compile(r"bool|u?int(8|16|32|64)|bfloat16|float(16|32|64)|float8_\w+")
 _SHOWN = 10
 
@@ -43,12 +43,12 @@ class NoCheckpointError(CheckpointError):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array as the manifest describes it.
+    """One array, as the manifest describes it.
 
     Attributes:
       shape: the global shape.
       dtype: the name of the dtype, such as 'bfloat16'.
-      signature: the parameter's signature ('embed -> mlp'), or '' where it has none.
+      signature: the parameter's signature ('embed -> mlp'), or '' if it has none.
       checksum: 16 hexadecimal digits, see `checksum`.
     """
 
@@ -79,7 +79,7 @@ class Manifest:
 
     @property
     def state_digest(self) -> str:
-        """A sha256 (hex) of the leaves: equal for equal states, however their files are laid out."""
+        """A sha256 (hex) of the leaves: equal for equal states, whatever the layout of their files."""
         return hashlib.sha256(_canonical({p: dataclasses.asdict(leaf) for p, leaf in self.leaves.items()})).hexdigest()
 
 
@@ -89,14 +89,13 @@ def describe(shape: tuple[int, ...], dtype: Any) -> str:
 
 
 def leaf_paths(tree: PyTree) -> dict[str, Any]:
-    """Names every leaf of a tree by where it stands, such as 'params/blocks/attention/query'.
+    """The leaves of a tree by path, such as 'params/blocks/attention/query'.
 
     Args:
-      tree: any pytree: dictionaries, named tuples, dataclasses and sequences give keys, fields, attributes,
-        indices.
+      tree: any pytree: dictionaries, named tuples, dataclasses and sequences give keys, fields, attributes, indices.
 
     Returns:
-      The leaves by path, in the order in which `jax.tree.leaves` gives them.
+      The leaves by path, in the order of `jax.tree.leaves`.
 
     Raises:
       CheckpointError: a key is empty or holds '/', or two leaves would have the same path.
@@ -132,17 +131,16 @@ def check_dtype(path: str, dtype: Any) -> None:
 
 
 def compare(saved: Mapping[str, Leaf], wanted: Mapping[str, Any], *, where: str, partial: bool = False) -> None:
-    """Compares what a checkpoint holds with what is asked of it, before anything is read.
+    """Compares the leaves of a checkpoint with the requested ones, before anything is read.
 
     Args:
       saved: the manifest's leaves.
       wanted: by leaf path, anything with a shape and a dtype.
       where: names the checkpoint in the message.
-      partial: leaves of the checkpoint that are not wanted are no fault.
+      partial: whether the checkpoint may hold leaves that are not requested.
 
     Raises:
-      CheckpointError: a leaf is missing or extra, or has another shape or dtype; the message lists the
-        leaves.
+      CheckpointError: a leaf is missing or extra, or has another shape or dtype; the message lists the leaves.
     """
     faults = []
     for path, leaf in wanted.items():
@@ -161,13 +159,13 @@ def compare(saved: Mapping[str, Leaf], wanted: Mapping[str, Any], *, where: str,
 
 
 def describe_file(path: Path) -> File:
-    """Measures a file as the manifest records it."""
+    """The size and sha256 of a file, as the manifest records them."""
     size = path.stat().st_size
     return File(size, hashlib.sha256(path.read_bytes()).hexdigest() if size <= HASHED_BYTES else None)
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """Writes a manifest in its one canonical form, with the sha256 of its content."""
+    """The bytes of a manifest in its one canonical form, with the sha256 of its content."""
     content = {"format": FORMAT, **dataclasses.asdict(manifest)}
     return _canonical({"content": content, "sha256": hashlib.sha256(_canonical(content)).hexdigest()})
 
@@ -180,14 +178,13 @@ def read_manifest(step_dir: str | Path) -> Manifest:
     """Reads the manifest of a step and checks it against its own sha256.
 
     Raises:
-      DamagedError: it is missing or cannot be read, a bit of it has changed, or it is that of another step.
+      DamagedError: it is missing or cannot be read, a bit of it has changed, or it belongs to another step.
       CheckpointError: a newer version of this program wrote it.
     """
     path = Path(step_dir) / MANIFEST
     try:
         raw = path.read_bytes()
-        # A file that differs at all from the canonical form of what it says has been changed: there is no
-        # slack in it.
+        # There is only one canonical form: a file that differs from the canonical form of its own content was changed.
         document = json.loads(raw)
         content = document["content"]
         whole = raw == _canonical(document) and document["sha256"] == hashlib.sha256(_canonical(content)).hexdigest()
@@ -214,10 +211,10 @@ def file_faults(step_dir: Path, manifest: Manifest, *, contents: bool) -> list[s
     Args:
       step_dir: the step's directory.
       manifest: its manifest.
-      contents: compares sha256 too, where the manifest has one, and not only sizes.
+      contents: also compares sha256 where the manifest has one, not only sizes.
 
     Returns:
-      One sentence for each file that is missing or changed, naming it.
+      One sentence per file that is missing or changed, naming it.
     """
     faults = []
     for name, file in manifest.files.items():

@@ -27,7 +27,7 @@ ARRAYS = "arrays"
 
 
 def as_array(path: str, leaf: Any) -> jax.Array:
-    """Takes an array; NumPy's own are copied, as their owner may change them while they are written."""
+    """A leaf as a JAX array that can be saved; NumPy arrays are copied, as their owner may change them meanwhile."""
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise CheckpointError(f"{path}: only arrays can be saved, not {type(leaf).__name__}; jnp.asarray makes one")
     check_dtype(path, leaf.dtype)
@@ -40,7 +40,7 @@ def as_array(path: str, leaf: Any) -> jax.Array:
 
 
 def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    """What a leaf is restored into: shape, dtype and sharding, the default device's if it has none."""
+    """The shape, dtype and sharding that a leaf is restored into; without a sharding, that of the default device."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise CheckpointError(f"{path}: a jax.ShapeDtypeStruct is needed to restore into, not {type(leaf).__name__}")
     sharding = getattr(leaf, "sharding", None) or jax.device_put(np.zeros((), np.int32)).sharding
@@ -48,7 +48,7 @@ def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes nested dictionaries of leaf paths, which orbax keeps as they are, unlike named tuples."""
+    """Nested dictionaries made from leaf paths; orbax stores them unchanged, unlike named tuples."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = (part.replace("%", "%25").replace(".", "%2E") for part in path.split("/"))
@@ -65,7 +65,7 @@ def read(
     manifest: Manifest,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """Reads the wanted leaves; shapes, dtypes and shardings are always told to orbax, and compared after."""
+    """Reads the wanted leaves; shapes, dtypes and shardings are always told to orbax, and checked afterwards."""
     stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
     arrays = {
         path: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
@@ -86,7 +86,7 @@ def read(
                     partial_restore=len(stored) < sum(0 not in leaf.shape for leaf in manifest.leaves.values()),
                 ),
             )
-        except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the checkpoint
+        except (MemoryError, jax.errors.JaxRuntimeError):  # not a fault of the checkpoint
             raise
         except Exception as error:
             what = str(error).partition("\n")[0] or repr(error)
@@ -99,7 +99,7 @@ def read(
             arrays[path] = node
     for path, leaf in wanted.items():
         found = arrays[path]
-        # Where orbax's own metadata are damaged, it may give back the question in place of the answer.
+        # If orbax's own metadata are damaged, it may return the description that it was given in place of an array.
         if not isinstance(found, jax.Array) or (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
             what = type(found).__name__
             if hasattr(found, "shape") and hasattr(found, "dtype"):
@@ -109,7 +109,7 @@ def read(
 
 
 def wrong_leaves(manifest: Manifest, arrays: Mapping[str, jax.Array]) -> list[str]:
-    """The paths whose values are not those that were saved."""
+    """The paths of leaves whose values are not those that were saved."""
     known = {path: array for path, array in arrays.items() if manifest.leaves[path].checksum}
     with jax.transfer_guard("allow"):
         found = checksum.digests({path: checksum.of(array) for path, array in known.items()})
@@ -117,7 +117,7 @@ def wrong_leaves(manifest: Manifest, arrays: Mapping[str, jax.Array]) -> list[st
 
 
 def unverified_manifest(orbax: ocp.AsyncCheckpointer, step_dir: Path) -> Manifest:
-    """What orbax itself says of a directory that has no manifest: shapes and dtypes, and no checksums."""
+    """A manifest for a directory that has none, from orbax's own metadata: shapes and dtypes, but no checksums."""
     try:
         tree = orbax.metadata(step_dir / ARRAYS).item_metadata.tree
         leaves = {

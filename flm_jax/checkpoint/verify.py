@@ -18,10 +18,10 @@ class Report:
 
     Attributes:
       directory: the step's directory.
-      step: its step.
+      step: the step's number.
       leaves: how many arrays were read and compared.
       bytes: the size of all files.
-      problems: one sentence for each damaged file or leaf, naming it.
+      problems: one sentence per damaged file or leaf, naming it.
     """
 
     directory: str
@@ -41,11 +41,11 @@ class Report:
 
 
 def verify(directory: str | Path, step: int | None = None) -> Report:
-    """Checks every bit of one checkpoint without a model, one leaf in memory at a time.
+    """Checks every bit of one checkpoint without a model, with one leaf in memory at a time.
 
     Args:
       directory: a directory of steps.
-      step: which one; if None, the newest, be it damaged.
+      step: which one; None: the newest, even if it is damaged.
 
     Returns:
       What was found.

@@ -1,4 +1,4 @@
-"""Growing checkpoints outside a run, in memory or block by block, and verifying one against another."""
+"""Growing checkpoints outside a run, in memory or block by block, and verifying a grown one against its source."""
 
 from flm_jax.checkpoint_growth.grow import grow_checkpoint
 from flm_jax.checkpoint_growth.record import GrowthRecord

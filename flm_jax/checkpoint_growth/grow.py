@@ -1,4 +1,4 @@
-"""Grows a checkpoint into a new work directory, in memory or streamed, outside of a run."""
+"""Grows a checkpoint into a new work directory, outside a run: in memory, or streamed from disk to disk."""
 
 from __future__ import annotations
 
@@ -43,30 +43,31 @@ def grow_checkpoint(
 ) -> dict[str, Any]:
     """Grows a checkpoint, optimizer state included, into step 0 of a new work directory; the source is only read.
 
-    Streamed, it may be larger than memory: the result is the same, bit for bit, but neither model is run. Killed and
-    called again, a streamed growth goes on where it was.
+    A streamed growth may be larger than memory: the result is the same, bit for bit, but neither model is run. If it is
+    killed, the same call resumes it.
 
     Args:
       source: a step, a stage's directory or a work directory.
       workdir: new, or empty.
       target: the shape to grow to; or the fields in which it differs from the source's.
-      growth: how.
-      seed: for what is drawn.
+      growth: how to grow.
+      seed: for drawn entries.
       mesh: how devices are laid out.
-      data: held-out text for distances and the report; None: random tokens.
+      data: held-out text for distances and verification; None: random tokens.
       tolerance: largest relative difference of logits that a preserving method may show, in float32.
-      records: texts to keep, by file name.
-      streamed: block by block from disk to disk; nothing is run then, on a mesh or on data.
-      chunk_bytes: the largest block, streamed.
+      records: texts to keep in the work directory, by file name.
+      streamed: grow block by block from disk to disk; no model is run, so neither a mesh nor data is used.
+      chunk_bytes: the largest block of a streamed growth.
 
     Returns:
-      The record of the growth (see `GrowthRecord`), also in the work directory as growth.json. `Recipe.start` goes on
-      from there.
+      The record of the growth (see `GrowthRecord`), also written to the work directory as growth.json. `Recipe.start`
+      continues from that directory.
 
     Raises:
-      ValueError: the plan does not fit, it wants distances where nothing is run, or the work directory is in use.
+      ValueError: the growth does not fit the source, it is streamed and needs distances, or the work directory is in
+        use.
       DamagedError: the source is not as it was saved.
-      CheckpointError: it does not record what it is, or the growth does not keep its promise; nothing is written.
+      CheckpointError: the source does not record its model, or the growth breaks its promise; nothing is written.
     """
     if streamed and (mesh is not None or data is not None):
         raise ValueError("A streamed growth runs no model: it has no use for a mesh, nor for data. Leave them out.")
@@ -84,8 +85,8 @@ def grow_checkpoint(
         )
 
     def describe(lineage: Lineage, distances: tuple[float, ...], found: Mapping[str, Any]) -> GrowthRecord:
-        about = dict(source=str(origin.directory), source_digest=origin.digest, seed=seed, distances=distances)
-        return GrowthRecord.of(STAGE, lineage, found, **about)
+        fields = dict(source=str(origin.directory), source_digest=origin.digest, seed=seed, distances=distances)
+        return GrowthRecord.of(STAGE, lineage, found, **fields)
 
     if streamed:
         record = _grow_streamed(origin, lineage, directory, seed, chunk_bytes, describe, workdir)
@@ -99,8 +100,8 @@ def grow_checkpoint(
 
 
 def _begun(workdir: Path, directory: Path) -> bool:
-    """Whether all that a work directory holds is a streamed growth that did not finish."""
-    # The record and texts may lie beside it already: the journal is what goes last.
+    """Whether a work directory holds nothing but a streamed growth that did not finish."""
+    # The record and texts may be there already: the journal is deleted last.
     inside = [path.relative_to(workdir).parts for path in (*workdir.iterdir(), *workdir.glob("*/*")) if path.is_dir()]
     alone = sorted(inside) == [("checkpoints",), ("checkpoints", directory.name)]
     return alone and unfinished(directory)
@@ -158,7 +159,7 @@ def _grow_in_memory(
         if not found["holds"]:
             raise CheckpointError(f"The growth does not hold, and nothing was written: {failures_text(found)}")
         meta = CheckpointMeta(STAGE, lineage, provenance=record.record()).record()
-        with Checkpoints(directory) as store:
-            store.save(0, kept(grown), signatures=signature_texts(lineage.cfg), meta=meta, blobs=origin.files)
-            store.wait()
+        with Checkpoints(directory) as checkpoints:
+            checkpoints.save(0, kept(grown), signatures=signature_texts(lineage.cfg), meta=meta, blobs=origin.files)
+            checkpoints.wait()
     return record

@@ -1,6 +1,6 @@
-"""What a streamed growth has to do: the leaves that grow, and the blocks of them, each grown by itself.
+"""The work of a streamed growth: the leaves that grow, and their blocks, each of which is grown by itself.
 
-A block is a run of rows of one layer of one leaf, contiguous in the leaf; `flow` says how they are used.
+A block is a run of rows of one layer of one leaf, contiguous in the leaf; `streaming` reads, grows and writes them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from flm_jax.growth.lineage import Lineage
 from flm_jax.optimizer import map_parts
 from flm_jax.sharding import mesh_axes
 
-# Pieces that a block is stored in, so that devices which share out its columns read little besides their own.
+# A block is stored in at most PIECES pieces of at least PIECE_BYTES each, split along an axis that meshes split: each
+# device then reads little more than its own part.
 PIECES, PIECE_BYTES = 8, 4 << 20
 
 
@@ -34,11 +35,11 @@ class Job:
 
     Attributes:
       path: in the target's state.
-      source: the leaf that it grows from; None: it is zero.
-      leaf_map: how.
-      param: the parameter that it is, or is a moment of.
-      std: of what is drawn.
-      rows: in a block.
+      source: path of the leaf that it grows from; None: it is zero.
+      leaf_map: how it grows.
+      param: path of the parameter that it is, or is a moment of.
+      std: standard deviation of drawn entries.
+      rows: rows per block.
       chunks: shape of a stored chunk.
     """
 
@@ -52,28 +53,36 @@ class Job:
 
     @property
     def stacked(self) -> bool:
-        """Whether it has layers."""
+        """Whether the leaf has layers."""
         return self.leaf_map.signature.stacked
 
-    def units(self) -> Iterator[Unit]:
-        """Its blocks, by the old layer that they come from."""
+    def groups(self) -> Iterator[BlockGroup]:
+        """Yields its block groups, ordered by the old layer that they come from."""
         total = self.leaf_map.shape[self.leaf_map.row_dim]
         sources = self.leaf_map.sources(0)[0] if self.stacked else np.zeros(1, int)
         for old in sorted({int(i) for i in sources}):
             layers = tuple(int(i) for i in np.flatnonzero(sources == old))
             for start in range(0, total, self.rows):
-                yield Unit(self, old, layers, start, min(start + self.rows, total))
+                yield BlockGroup(self, old, layers, start, min(start + self.rows, total))
 
     @property
-    def block_bytes(self) -> int:
-        """Of one row, after."""
+    def row_bytes(self) -> int:
+        """Size of one row after growth."""
         row = self.leaf_map.shape[self.leaf_map.row_dim + 1 :]
         return math.prod(row) * jnp.dtype(self.leaf_map.dtype).itemsize
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
-    """A run of rows, in all the layers that come from one old layer."""
+class BlockGroup:
+    """A run of rows in all new layers that come from one old layer: blocks that are grown from the same bytes.
+
+    Attributes:
+      job: the leaf.
+      old: the old layer.
+      layers: the new layers.
+      start: the first row.
+      stop: the row after the last.
+    """
 
     job: Job
     old: int
@@ -83,21 +92,21 @@ class Unit:
 
     @property
     def name(self) -> tuple[str, int, int]:
-        """What the journal calls it."""
+        """Its name in the journal: path of the leaf, old layer, first row."""
         return self.job.path, self.old, self.start
 
     @property
     def nbytes(self) -> int:
-        """What is written."""
-        return len(self.layers) * (self.stop - self.start) * self.job.block_bytes
+        """How many bytes are written for it."""
+        return len(self.layers) * (self.stop - self.start) * self.job.row_bytes
 
 
 def jobs(lineage: Lineage, states: tuple[Any, Any], chunk_bytes: int) -> tuple[list[Job], dict[str, str | None]]:
-    """What there is to do: leaves that grow, and small ones that are kept as they are (or, None, are 0).
+    """The leaves that grow, and, by path, the source of each small leaf that is kept as it is (None: it is 0).
 
     Args:
       lineage: of the grown model.
-      states: the shapes before and after.
+      states: the abstract states before and after growth.
       chunk_bytes: the largest block.
     """
     labels = [_labels(state) for state in states]
@@ -127,16 +136,16 @@ def _parts(state: Any, labels: Any) -> list[tuple[int | None, Any]]:
     """The averages of an optimizer's state as trees of paths, each with its power; and its counts, with None.
 
     Raises:
-      ValueError: a leaf is declared nowhere, see `optimizer.map_parts`.
+      ValueError: a leaf is not declared, see `optimizer.map_parts`.
     """
     found: list[tuple[int | None, Any]] = []
-    map_parts(lambda _, part: part, state.opt_state)  # Refuses what nothing declares.
+    map_parts(lambda _, part: part, state.opt_state)  # Refuses undeclared leaves.
     map_parts(lambda power, part: found.append((power, part)), labels.opt_state)
     return found
 
 
 def _labels(state: Any) -> Any:
-    """A state whose leaves are their paths."""
+    """A tree like `state` that holds the path of each leaf in its place."""
     return jax.tree.unflatten(jax.tree.structure(state), list(leaf_paths(state)))
 
 
@@ -145,7 +154,7 @@ def _job(path: str, source: str, leaf_map: LeafMap, param: str, std: float, chun
     total, trailing = leaf_map.shape[dim], list(leaf_map.shape[dim + 1 :])
     largest = size * max(math.prod(trailing), math.prod(leaf_map.before[dim + 1 :]) * (1 + leaf_map.layers_above))
     parts = -(-total // max(chunk_bytes // largest, 1)) if leaf_map.splits else 1
-    # Blocks of one size need one program, where there is such a size nearby.
+    # Blocks of one size need one program: take a nearby number of parts that divides the rows, if there is one.
     parts = next((n for n in range(parts, min(2 * parts, total) + 1) if total % n == 0), parts)
     rows = -(-total // parts)
     for at, axis in enumerate(leaf_map.signature.axes[dim + 1 :]):
@@ -156,18 +165,21 @@ def _job(path: str, source: str, leaf_map: LeafMap, param: str, std: float, chun
     return Job(path, source or None, leaf_map, param, std, rows, (*(1,) * dim, rows, *trailing))
 
 
-class Form:
-    """A leaf map as the compiler sees it: those of one form share a program, whatever their entries are."""
+class BlockProgram:
+    """The static argument of `grow_block`: a leaf map, as far as the compiled program depends on it.
+
+    Instances are equal if their blocks can share a program, whatever the per-entry values are.
+    """
 
     def __init__(self, leaf_map: LeafMap, std: float) -> None:
         self.leaf_map, self.std = leaf_map, std
         grown = []
         for dim, span, rule in leaf_map.grown:
             taken = (dim == 0 and leaf_map.signature.stacked) or (dim == leaf_map.row_dim and leaf_map.splits)
-            where = None if taken else span.source.tobytes()
+            sources = None if taken else span.source.tobytes()
             noise = None if rule.noise is None else (rule.noise.tobytes(), span.copy_group.tobytes())
-            grown.append((dim, where, rule.fill, rule.from_above, noise))
-        self._is = (
+            grown.append((dim, sources, rule.fill, rule.from_above, noise))
+        self._key = (
             (leaf_map.signature.stacked, bool(leaf_map.signature.gains)),
             leaf_map.shape[leaf_map.row_dim + 1 :],
             leaf_map.before[leaf_map.row_dim + 1 :],
@@ -179,10 +191,10 @@ class Form:
         )
 
     def __hash__(self) -> int:
-        return hash(self._is)
+        return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Form) and self._is == other._is
+        return isinstance(other, BlockProgram) and self._key == other._key
 
     @property
     def taken(self) -> tuple[int, ...]:
@@ -193,23 +205,28 @@ class Form:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def grow_block(
-    form: Form, shape: tuple[int, ...], value: jax.Array, entries: EntryValues, key: jax.Array, offset: jax.Array
+    program: BlockProgram,
+    shape: tuple[int, ...],
+    value: jax.Array,
+    entries: EntryValues,
+    key: jax.Array,
+    offset: jax.Array,
 ) -> jax.Array:
     """Grows one block.
 
     Args:
-      form: of its leaf_map.
-      shape: after.
-      value: what its rows come from, in their order: (layers, rows, entries of a row), or (rows, entries of a row).
-      entries: of the block.
+      program: of its leaf map.
+      shape: after growth.
+      value: the sources of its rows, in order: (layers, rows, entries of a row), or (rows, entries of a row).
+      entries: its per-entry values.
       key: of the parameter.
-      offset: uint32[2], how many entries of the leaf stand before it.
+      offset: uint32[2], the high word first: how many entries of the leaf stand before it.
 
     Returns:
       (1, rows, entries of a row), or (rows, entries of a row).
     """
-    leaf_map = form.leaf_map
-    draw = functools.partial(fresh, leaf_map, key, shape, form.std, offset=offset)
+    leaf_map = program.leaf_map
+    draw = functools.partial(fresh, leaf_map, key, shape, program.std, offset=offset)
     value = value.reshape(*value.shape[:-1], *leaf_map.before[leaf_map.row_dim + 1 :])
-    block = leaf_map.grow(value, draw, key, entries, form.taken)
+    block = leaf_map.grow(value, draw, key, entries, program.taken)
     return block.reshape(*shape[: leaf_map.row_dim + 1], -1)

@@ -1,4 +1,4 @@
-"""The journal of a target that is written block by block: what of it is on disk already."""
+"""The journal of a streamed growth: which blocks of the target are on disk already."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ Name = tuple[str, int, int]
 
 
 class Journal:
-    """What of a target is on disk: a line for each unit, with the checksums of what was read and written for it.
+    """The block groups of a target that are on disk, one line each, with the checksums of what was read and written.
 
-    It belongs to one source, plan and seed; of another it keeps nothing. A line is written once its unit is on disk.
+    A journal belongs to one source, growth and seed; that of another growth is not resumed. A line is written once its
+    block group is on disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,9 +24,9 @@ class Journal:
         self._file: Any = None
 
     def resume(self, identity: str) -> bool:
-        """Reads it and goes on, if it is of this growth."""
+        """Reads the journal and continues it, if it belongs to this growth; returns whether it does."""
         try:
-            lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line break was cut off
+            lines = self.path.read_bytes().split(b"\n")[:-1]  # the last line may be incomplete
         except FileNotFoundError:
             return False
         good = 0
@@ -38,13 +39,13 @@ class Journal:
                     self.done[path, old, start] = (tuple(read), tuple(written))
                 good += len(line) + 1
         except ValueError:
-            pass  # from there on it is done again
+            pass  # a damaged line: blocks from there on are grown again
         os.truncate(self.path, good)
         self._file = self.path.open("a")
         return True
 
     def begin(self, identity: str) -> None:
-        """Begins anew."""
+        """Starts an empty journal."""
         self.done = {}
         self._file = self.path.open("w")
         self._file.write(json.dumps({"identity": identity}) + "\n")
@@ -52,7 +53,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def add(self, name: Name, read: Sum, written: Sum) -> None:
-        """A unit that is on disk."""
+        """Records a block group that is on disk."""
         self.done[name] = (read, written)
         self._file.write(json.dumps([*name, read, written]) + "\n")
         self._file.flush()

@@ -15,17 +15,17 @@ from flm_jax.records import as_dict, from_dict
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """What was grown, from what, how, and what was found when it was verified.
+    """What was grown, from what, how, and what its verification found.
 
     Attributes:
-      stage: the stage that begins with it.
-      growth: how, layers placed.
-      source: the checkpoint that grew.
-      source_digest: of its state.
-      seed: for what was drawn.
-      distances: of the layers before, where layers were placed by them.
-      before: the configuration before.
-      after: the configuration after.
+      stage: name of the stage that begins with the growth.
+      growth: how it grew, with layers placed.
+      source: path of the checkpoint that grew.
+      source_digest: digest of its state.
+      seed: for drawn entries.
+      distances: of the layers before growth, if layers were placed by them.
+      before: the configuration before growth.
+      after: the configuration after growth.
       verification: see `checkpoint_growth.verify.verify_growth`; of a streamed growth, what was compared.
     """
 
@@ -41,12 +41,12 @@ class GrowthRecord:
 
     @classmethod
     def of(cls, stage: str, lineage: Lineage, verification: Mapping[str, Any], **fields: Any) -> GrowthRecord:
-        """The record of a lineage's last growth; `fields` are those that the lineage does not say."""
+        """The record of a lineage's last growth; `fields` are those that do not follow from the lineage."""
         before, growth = lineage.before.cfg, lineage.last_growth
         return cls(stage, growth, before=before, after=lineage.cfg, verification=verification, **fields)
 
     def record(self) -> dict[str, Any]:
-        """As JSON-able data."""
+        """The record as JSON-able data."""
         return {
             "stage": self.stage,
             "plan": as_dict(self.growth),
@@ -63,7 +63,7 @@ class GrowthRecord:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> GrowthRecord:
-        """Reads what `record` returns; also what runs of version 0.1.0 wrote, which kept what they measured flat."""
+        """Reads what `record` returns; also the flat measurements that runs of version 0.1.0 recorded."""
         verification = record.get("verification")
         if verification is None:
             verification = {

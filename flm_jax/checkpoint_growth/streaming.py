@@ -1,20 +1,20 @@
-"""Growing a checkpoint that is larger than memory, block by block, from disk to disk.
+"""Grows a checkpoint that is larger than memory, block by block, from disk to disk.
 
 A block is a run of rows of one layer of one leaf. One pass goes over the leaves: it reads the rows that a block comes
 from, grows them (`growth.leaf_map`, the same function that grows whole arrays, so every bit is the same), and writes
-the block into the target. On the way it adds up the checksums of what it reads, which must be the source's, and of what
-it writes, which become the target's.
+the block into the target. On the way it adds up the checksums of what it reads, which must equal the source's, and of
+what it writes, which become the target's.
 
-    checkpoints/0_grown/0.growing/         the target until it is whole; then renamed to 0
-    checkpoints/0_grown/0.growing.jsonl    what of it is on disk, and its checksums: where a killed growth goes on
+    checkpoints/0_grown/0.growing/         the target until it is complete; then it is renamed to 0
+    checkpoints/0_grown/0.growing.jsonl    the journal: blocks on disk and their checksums; a killed growth resumes here
 
-What is read: every byte that is grown from, once, but for rows that have copies in other blocks, which are read for
-each of these, and layers that entries of the layer below are copied from (aki), which are read again for it. Moments
-that start anew are not read.
+Reading: every byte that something grows from is read once, with two exceptions. Rows that have copies in other blocks
+are read for each of these, and layers whose entries are copied into the layer below (aki) are read again for it.
+Moments that start at 0 are not read.
 
 Memory: about ten blocks, whatever the model: one that is read ahead, one that is grown and what its computation needs,
-and `DEPTH` that are written, each in a buffer besides. A block is no larger than `chunk_bytes`, or one row if that is
-larger; where noise cancels over rows, or a row is the mean of the others, it is a whole layer of the leaf.
+and `DEPTH` that are written, each with a buffer. A block is no larger than `chunk_bytes`, or one row if that is larger;
+where noise cancels over rows, or a row is the mean of the others, it is a whole layer of the leaf.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from flm_jax.checkpoint import blocks, checksum, manifest
 from flm_jax.checkpoint.commit import commit_step, small_files
 from flm_jax.checkpoint.directory import take_lock
 from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, Leaf, leaf_paths, read_manifest
-from flm_jax.checkpoint_growth.jobs import Form, Unit, grow_block, jobs
+from flm_jax.checkpoint_growth.jobs import BlockGroup, BlockProgram, grow_block, jobs
 from flm_jax.checkpoint_growth.journal import Journal, Sum
 from flm_jax.files import missing_room
 from flm_jax.growth.lineage import Lineage
@@ -58,13 +58,13 @@ ZERO = (0, 0)
 
 
 def unfinished(directory: Path) -> bool:
-    """Whether all that a directory holds is of a streamed growth that was not declared finished."""
+    """Whether a directory holds nothing but a streamed growth that was not declared finished."""
     found = {path.name for path in directory.iterdir()}
     return found <= {".lock", "0.growing", "0.growing.jsonl"} or "0.growing.jsonl" in found
 
 
 def finish(directory: Path) -> None:
-    """Declares a growth that is committed finished: nothing is left to go on with."""
+    """Declares a committed growth finished: deletes the journal, so that there is nothing to resume."""
     (directory / "0.growing.jsonl").unlink(missing_ok=True)
 
 
@@ -76,23 +76,24 @@ def grow_streamed(
     meta: Callable[[dict[str, Any]], Mapping[str, Any]],
     chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, Any]:
-    """Grows a checkpoint into step 0 of a directory, or goes on with that where it was killed.
+    """Grows a checkpoint into step 0 of a directory, or resumes such a growth where it was killed.
 
     Args:
-      origin: what grows; it is only read.
-      lineage: of what it becomes.
+      origin: the checkpoint that grows; it is only read.
+      lineage: of the grown model.
       directory: of the target's checkpoints.
-      seed: for what is drawn.
-      meta: from what was verified, which is also returned, to what the target records of itself.
+      seed: for drawn entries.
+      meta: from what was verified, which is also returned, to the target's meta.json.
       chunk_bytes: the largest block.
 
     Returns:
-      JSON-able: how many leaves and bytes of the source were read and had the right checksums, and of the target.
+      JSON-able: how many leaves and bytes of the source were read and had the right checksums, and how many of the
+      target were written.
 
     Raises:
       ValueError: `chunk_bytes` is not positive, or this is one of several processes.
-      DamagedError: the source is not as it was saved: what there was of the target is deleted.
-      CheckpointError: the target cannot be written; the same call goes on with it. Or another process writes it.
+      DamagedError: the source is not as it was saved; what was written of the target is deleted.
+      CheckpointError: the target cannot be written, and the same call resumes it; or another process is writing it.
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes={chunk_bytes} must be positive.")
@@ -119,9 +120,9 @@ class _Pass:
         self.read = {j.source for j in self.jobs if j.source} | {path for path in self.kept.values() if path}
         self.wanted = {path: leaf for path, leaf in wanted.items() if path in self.read}
         layout = [(job.path, job.rows, job.chunks) for job in self.jobs]
-        came = origin.meta.record()["lineage"]
-        whose = [origin.digest, came, as_dict(lineage.cfg), as_dict(lineage.growth), seed, layout]
-        self.identity = hashlib.sha256(json.dumps(whose, sort_keys=True).encode()).hexdigest()
+        ancestry = origin.meta.record()["lineage"]
+        identity = [origin.digest, ancestry, as_dict(lineage.cfg), as_dict(lineage.growth), seed, layout]
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def run(self, meta: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
         try:
@@ -148,7 +149,7 @@ class _Pass:
 
     @contextlib.contextmanager
     def _cleared_if_damaged(self) -> Generator[None, None, None]:
-        """Within it, under the lock: a source that is not as it was saved leaves nothing of the target."""
+        """A context, entered under the lock, that deletes the target if the source is not as it was saved."""
         try:
             yield
         except DamagedError:
@@ -169,7 +170,7 @@ class _Pass:
             raise DamagedError(f"{self.origin.directory}: the values of {path} have changed")
 
     def _open(self) -> None:
-        """Goes on with what is there, or begins anew."""
+        """Resumes what is there, or starts from scratch."""
         if self.journal.resume(self.identity) and (self.arrays / "_METADATA").is_file():
             return
         self.journal.close()
@@ -184,22 +185,22 @@ class _Pass:
         self.journal.begin(self.identity)
 
     def _check_room(self) -> None:
-        needed = sum(unit.nbytes for job in self.jobs for unit in job.units())
+        needed = sum(group.nbytes for job in self.jobs for group in job.groups())
         if missing := missing_room(self.directory, needed):
             raise CheckpointError(f"{missing}, or take a --workdir on another disk; nothing was written.")
 
     def _stream(self) -> dict[str, Sum]:
-        """Grows what is not on disk yet; returns the checksums of the target's leaves."""
+        """Grows the block groups that are not on disk yet; returns the checksums of the target's leaves."""
         reads: dict[str, Sum] = collections.defaultdict(lambda: ZERO)
         written: dict[str, Sum] = collections.defaultdict(lambda: ZERO)
-        units = {unit.name: unit for job in self.jobs for unit in job.units()}
-        left = collections.Counter(unit.job.path for unit in units.values())
-        done = {name: sums for name, sums in self.journal.done.items() if self._is_there(units.get(name))}
-        total, before = (sum(units[name].nbytes for name in names) for names in (units, done))
+        groups = {group.name: group for job in self.jobs for group in job.groups()}
+        left = collections.Counter(group.job.path for group in groups.values())
+        done = {name: sums for name, sums in self.journal.done.items() if self._is_there(groups.get(name))}
+        total, before = (sum(groups[name].nbytes for name in names) for names in (groups, done))
         shown = byte_bar(total, before, "growing")
 
-        def finish(unit: Unit, sums: tuple[Sum, Sum]) -> None:
-            job = unit.job
+        def finish(group: BlockGroup, sums: tuple[Sum, Sum]) -> None:
+            job = group.job
             written[job.path] = checksum.add(written[job.path], sums[1])
             left[job.path] -= 1
             if job.source is not None:
@@ -209,82 +210,85 @@ class _Pass:
 
         with shown:
             for name, sums in done.items():
-                finish(units[name], sums)
-            # Closed before anything of the target is deleted.
-            with contextlib.closing(self._grown([u for name, u in units.items() if name not in done])) as grown:
-                for unit, sums in grown:
-                    self.journal.add(unit.name, *sums)
-                    finish(unit, sums)
-                    shown.update(unit.nbytes)
+                finish(groups[name], sums)
+            # Closing it ends its threads; that must be done before anything of the target is deleted.
+            with contextlib.closing(
+                self._grown([group for name, group in groups.items() if name not in done])
+            ) as grown:
+                for group, sums in grown:
+                    self.journal.add(group.name, *sums)
+                    finish(group, sums)
+                    shown.update(group.nbytes)
         return dict(written)
 
-    def _is_there(self, unit: Unit | None) -> bool:
-        """Whether the files that the journal speaks of are really there: a machine may have lost power since."""
-        if unit is None:
+    def _is_there(self, group: BlockGroup | None) -> bool:
+        """Whether the files of a block group in the journal really exist: the machine may have lost power since."""
+        if group is None:
             return False
-        job = unit.job
+        job = group.job
         size = math.prod(job.chunks) * jnp.dtype(job.leaf_map.dtype).itemsize
         files = [
             file
-            for layer in unit.layers
+            for layer in group.layers
             for file, _ in blocks.block_files(
-                self.arrays, job.path, job.leaf_map.shape, job.chunks, (layer,) if job.stacked else (), unit.start
+                self.arrays, job.path, job.leaf_map.shape, job.chunks, (layer,) if job.stacked else (), group.start
             )
         ]
         return all(file.is_file() and file.stat().st_size == size for file in files)
 
-    def _grown(self, units: list[Unit]) -> Generator[tuple[Unit, tuple[Sum, Sum]], None, None]:
-        """Reads, grows and writes: all three at the same time, on different blocks; yields what is on disk."""
+    def _grown(self, groups: list[BlockGroup]) -> Generator[tuple[BlockGroup, tuple[Sum, Sum]], None, None]:
+        """Reads, grows and writes block groups, all three concurrently; yields those on disk, with their checksums."""
         room = threading.Semaphore(DEPTH)
-        pending: collections.deque[tuple[Unit, Any, list[Any]]] = collections.deque()
+        pending: collections.deque[tuple[BlockGroup, Any, list[Any]]] = collections.deque()
 
-        def settled() -> tuple[Unit, tuple[Sum, Sum]]:
-            unit, read, outs = pending.popleft()
+        def oldest_written() -> tuple[BlockGroup, tuple[Sum, Sum]]:
+            group, read, outs = pending.popleft()
             total = ZERO
             for out in outs:
                 total = checksum.add(total, out.result())
-            return unit, (ZERO if read is None else checksum.add(ZERO, np.asarray(read)), total)
+            return group, (ZERO if read is None else checksum.add(ZERO, np.asarray(read)), total)
 
         with (
             concurrent.futures.ThreadPoolExecutor(1, "read") as reader,
             concurrent.futures.ThreadPoolExecutor(DEPTH, "write") as writer,
         ):
-            ahead = collections.deque(reader.submit(self._load, unit) for unit in units[:1])
+            reading = collections.deque(reader.submit(self._load, group) for group in groups[:1])
             try:
-                for number, unit in enumerate(units):
-                    value = ahead.popleft().result()
-                    if number + 1 < len(units):
-                        ahead.append(reader.submit(self._load, units[number + 1]))
-                    read = self._checked(unit, value)
+                for number, group in enumerate(groups):
+                    value = reading.popleft().result()
+                    if number + 1 < len(groups):
+                        reading.append(reader.submit(self._load, groups[number + 1]))
+                    read = self._checked(group, value)
                     outs = []
-                    for layer in unit.layers:
+                    for layer in group.layers:
                         room.acquire()
-                        block = self._block(unit, layer, value)
-                        outs.append(writer.submit(self._write, unit, layer, block, room))
+                        block = self._block(group, layer, value)
+                        outs.append(writer.submit(self._write, group, layer, block, room))
                         del block
                     del value
-                    pending.append((unit, read, outs))
+                    pending.append((group, read, outs))
                     while len(pending) > DEPTH:
-                        yield settled()
+                        yield oldest_written()
                 while pending:
-                    yield settled()
+                    yield oldest_written()
             finally:
                 writer.shutdown(cancel_futures=True)
                 reader.shutdown(cancel_futures=True)
 
-    def _load(self, unit: Unit) -> Any:
-        """What a unit is grown from: (layers, rows, entries of a row), its rows' sources in their order.
+    def _load(self, group: BlockGroup) -> Any:
+        """What a block group is grown from: (layers, rows, entries of a row), the sources of its rows in order.
 
-        Besides its own layer, those above that it looks up; of an array without layers, (rows, entries of a row).
+        The layers are its old layer and those above it that the leaf map copies from. For an array without layers the
+        shape is (rows, entries of a row).
         """
-        job, leaf_map = unit.job, unit.job.leaf_map
+        job, leaf_map = group.job, group.job.leaf_map
         if job.source is None:
             return None
         leaf, dim = self.leaves[job.source], leaf_map.row_dim
         top = leaf.shape[0] - 1
-        layers = [(min(unit.old + above, top),) for above in range(1 + leaf_map.layers_above)] if job.stacked else [()]
+        layers = [(min(group.old + above, top),) for above in range(1 + leaf_map.layers_above)] if job.stacked else [()]
         if leaf_map.splits:
-            source, needed = (v[unit.start : unit.stop] for v in leaf_map.sources(dim))
+            source, needed = (v[group.start : group.stop] for v in leaf_map.sources(dim))
         else:
             source, needed = np.arange(leaf.shape[dim]), np.ones(leaf.shape[dim], bool)
         rows = np.unique(source[needed])
@@ -294,53 +298,53 @@ class _Pass:
             for a, b in itertools.pairwise(breaks):
                 leaf.read(lead, int(rows[a]), out[at, a:b])
         if len(rows) != len(source) or np.any(rows != source):
-            # Rows that need no source hold anything.
+            # Rows that need no source may hold any values.
             pick = np.searchsorted(rows, np.where(needed, source, rows[0] if len(rows) else 0))
             out = out[:, pick] if len(rows) else np.zeros((len(layers), len(source), *out.shape[2:]), leaf.dtype)
         flat = out.reshape(*out.shape[:2], -1)
         return jax.device_put(flat if job.stacked else flat[0])
 
-    def _checked(self, unit: Unit, value: Any) -> Any:
-        """Starts the checksum of what was read, each row counted in the first block that it comes to."""
+    def _checked(self, group: BlockGroup, value: Any) -> Any:
+        """Starts the checksum of what was read, with each row counted in the first block that it is read for."""
         if value is None:
             return None
-        leaf_map, counts = unit.job.leaf_map, None
+        leaf_map, counts = group.job.leaf_map, None
         source = np.arange(value.shape[leaf_map.row_dim])
         if leaf_map.splits:
             every, _ = leaf_map.sources(leaf_map.row_dim)
             first = np.zeros(len(every), bool)
             first[np.unique(every, return_index=True)[1]] = True
-            source, counts = every[unit.start : unit.stop], first[unit.start : unit.stop]
-        if unit.job.stacked and len(value) > 1:
+            source, counts = every[group.start : group.stop], first[group.start : group.stop]
+        if group.job.stacked and len(value) > 1:
             value = value[:1]
-        return self._lanes(unit, unit.old, source, value, counts)
+        return self._lanes(group, group.old, source, value, counts)
 
-    def _lanes(self, unit: Unit, layer: int, rows: np.ndarray, block: Any, counts: Any = None) -> Any:
-        """Starts the checksum of a block; blocks whose rows are as long share a program."""
-        lead = (np.array([layer], np.uint32),) if unit.job.stacked else ()
+    def _lanes(self, group: BlockGroup, layer: int, rows: np.ndarray, block: Any, counts: Any = None) -> Any:
+        """Starts the checksum of a block; blocks of the same number of rows and row length share a program."""
+        lead = (np.array([layer], np.uint32),) if group.job.stacked else ()
         counts = np.ones(len(rows), bool) if counts is None else counts
         return checksum.of_block(block, (*lead, rows.astype(np.uint32)), counts)
 
-    def _block(self, unit: Unit, layer: int, value: Any) -> Any:
-        job, leaf_map = unit.job, unit.job.leaf_map
-        shape = (*(1,) * leaf_map.row_dim, unit.stop - unit.start, *leaf_map.shape[leaf_map.row_dim + 1 :])
+    def _block(self, group: BlockGroup, layer: int, value: Any) -> Any:
+        job, leaf_map = group.job, group.job.leaf_map
+        shape = (*(1,) * leaf_map.row_dim, group.stop - group.start, *leaf_map.shape[leaf_map.row_dim + 1 :])
         if value is None:
             return jnp.zeros((*shape[: leaf_map.row_dim + 1], math.prod(shape[leaf_map.row_dim + 1 :])), leaf_map.dtype)
-        before = (layer * leaf_map.shape[leaf_map.row_dim] if job.stacked else 0) + unit.start
+        before = (layer * leaf_map.shape[leaf_map.row_dim] if job.stacked else 0) + group.start
         offset = before * math.prod(leaf_map.shape[leaf_map.row_dim + 1 :])
         words = np.array([offset >> 32, offset % 2**32], np.uint32)
-        entries = leaf_map.block(layer, slice(unit.start, unit.stop))
+        entries = leaf_map.block(layer, slice(group.start, group.stop))
         key = jax.random.fold_in(self.key, zlib.crc32(job.param.encode()))
-        return grow_block(Form(leaf_map, job.std), shape, value, entries, key, words)
+        return grow_block(BlockProgram(leaf_map, job.std), shape, value, entries, key, words)
 
-    def _write(self, unit: Unit, layer: int, block: Any, room: threading.Semaphore) -> Any:
-        """Writes a block, and returns its checksum."""
-        job = unit.job
+    def _write(self, group: BlockGroup, layer: int, block: Any, room: threading.Semaphore) -> Any:
+        """Writes a block and returns its checksum."""
+        job = group.job
         try:
             lead = (layer,) if job.stacked else ()
-            lanes = self._lanes(unit, layer, np.arange(unit.start, unit.stop), block)
+            lanes = self._lanes(group, layer, np.arange(group.start, group.stop), block)
             values = np.asarray(block).reshape(-1, *job.leaf_map.shape[job.leaf_map.row_dim + 1 :])
-            blocks.write_block(self.arrays, job.path, job.leaf_map.shape, job.chunks, lead, unit.start, values)
+            blocks.write_block(self.arrays, job.path, job.leaf_map.shape, job.chunks, lead, group.start, values)
             return np.asarray(lanes)
         finally:
             room.release()
@@ -364,5 +368,5 @@ class _Pass:
         size = {path: math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for path, leaf in self.wanted.items()}
         return {
             "source": {"leaves": len(size), "bytes": sum(size.values()), "checksums": "equal"},
-            "target": {"leaves": len(self.target), "bytes": sum(u.nbytes for job in self.jobs for u in job.units())},
+            "target": {"leaves": len(self.target), "bytes": sum(g.nbytes for job in self.jobs for g in job.groups())},
         }

@@ -1,4 +1,4 @@
-"""What a growth did and what its verification found, for a terminal."""
+"""What a growth did and what its verification found, as text for a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flm_jax.checkpoint_growth.verify import failures_text
 
 
 def verification_lines(found: Mapping[str, Any]) -> str:
-    """A verification, for a terminal."""
+    """A verification as text for a terminal."""
     if "streamed" in found:
         source, target = (found["streamed"][side] for side in ("source", "target"))
         return (
@@ -34,14 +34,16 @@ def verification_lines(found: Mapping[str, Any]) -> str:
         f"  dead slices after two steps: {'; '.join(found['dead']) or 'none'}",
     ]
     if apart is not None:
-        rows.append(f"  copies: {f'{apart:.1e} apart' if apart > 1e-6 else 'alike, until an optimizer parts them'}")
+        rows.append(
+            f"  copies: {f'{apart:.1e} apart' if apart > 1e-6 else 'identical until an optimizer separates them'}"
+        )
     verdict = "HOLDS" if found["preserving"] else "measured"
     rows.append(f"  {verdict}" if found["holds"] else f"  DOES NOT HOLD: {failures_text(found)}")
     return "\n".join(rows)
 
 
 def growth_lines(record: GrowthRecord) -> str:
-    """What a growth inside a run did, in a few lines for the terminal."""
+    """What a growth inside a run did, as a few lines for the terminal."""
     found = record.verification
     before, after = costs.param_count(record.before), costs.param_count(record.after)
     dead, loss = found["dead"], found["eval_loss"]

@@ -1,7 +1,7 @@
-"""The full verification of a growth, inside a run and outside: outputs, loss, continuations, what is new, state.
+"""The full verification of a growth, inside a run or outside: outputs, loss, continuations, new entries, state.
 
-It has two halves, so that the model before may be gone when the grown one is looked at: `observe_before`, and
-`verify_growth`, which compares.
+It has two halves, `observe_before` and `verify_growth`, so that the model before growth may be freed before the grown
+one is run.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from flm_jax.sharding import MeshConfig, few_rows, make_mesh, put_batch
 from flm_jax.source_checkpoint import read_source
 from flm_jax.state import TrainState, abstract_state
 
-# Of greedy continuations: what they follow, and how long they are.
+# Length of the prompts, and of their greedy continuations.
 PROMPT_TOKENS, GREEDY_TOKENS = 16, 64
 
 
 @dataclass(frozen=True)
 class VerificationText:
-    """What growths are measured on.
+    """The text that a growth is verified on.
 
     Attributes:
-      name: where it is from, for records.
+      name: its origin, for records.
       few: one batch of a few rows, on which whole logits are compared; on the host.
       batches: held-out batches, on which the loss is measured.
     """
@@ -50,11 +50,11 @@ class VerificationText:
 
 
 def heldout_text(data: Data, mesh: Mesh, windows: int = 32) -> VerificationText:
-    """Held-out text of data that is open.
+    """Verification text from the held-out split of open data.
 
     Args:
       data: the data.
-      mesh: which `few` rows must fit.
+      mesh: decides how many rows a batch has.
       windows: held-out windows that the loss is measured on.
     """
     # A few rows at a time: models are compared by the plain attention kernel, whose scores are whole in memory.
@@ -64,7 +64,7 @@ def heldout_text(data: Data, mesh: Mesh, windows: int = 32) -> VerificationText:
 
 
 def verification_text(data: DataConfig | None, vocab: int, mesh: Mesh) -> VerificationText:
-    """Held-out text of some data; without data, random tokens, which serve to compare models and nothing else.
+    """Verification text from held-out data; without data, random tokens, which are good enough to compare two models.
 
     Raises:
       ValueError: the data's vocabulary has more tokens than the model.
@@ -83,7 +83,7 @@ def verification_text(data: DataConfig | None, vocab: int, mesh: Mesh) -> Verifi
 
 
 class Before(NamedTuple):
-    """What the comparison needs of the model before."""
+    """What the comparison needs of the model before growth."""
 
     observed: Observed
     loss: float
@@ -95,9 +95,9 @@ def observe_before(lineage: Lineage, params: Params, text: VerificationText, mes
 
     Args:
       lineage: of the grown model.
-      params: of the model before.
+      params: of the model before growth.
       text: what it is run on.
-      mesh: where they live.
+      mesh: where the parameters live.
       chunks: parts of a window that the head runs on, one at a time.
     """
     cfg, batch = lineage.before.cfg, put_batch(text.few, mesh)
@@ -119,17 +119,17 @@ def verify_growth(
 
     Args:
       lineage: of the grown model.
-      before: what `observe_before` saw of the model before, on the same text.
+      before: from `observe_before`, on the same text.
       grown: the state at the growth.
-      text: what it is run on.
-      mesh: where it lives.
+      text: what the grown model is run on.
+      mesh: where the state lives.
       tolerance: largest relative difference of logits, in float32.
       chunks: parts of a window that the head runs on, one at a time.
 
     Returns:
-      JSON-able: method, preserving, holds, failures (in words), logits, hidden, eval_loss, greedy, fresh, dead,
-      copies_apart, optimizer, multipliers, tokens. Greedy continuations are reported and not judged: where the logits
-      hold, they can differ at a tie alone.
+      JSON-able: method, preserving, holds, failures (sentences), logits, hidden, eval_loss, greedy, fresh, dead,
+      copies_apart, optimizer, multipliers, tokens. Greedy continuations are reported but not judged: if the logits
+      agree, they can differ only at a tie.
     """
     old, new, growth = lineage.before.cfg, lineage.cfg, lineage.last_growth
     masks, batch = lineage.masks(0), put_batch(text.few, mesh)
@@ -178,14 +178,14 @@ def _loss(cfg: Any, params: Params, text: VerificationText, mesh: Mesh, chunks: 
 
 
 def _greedy(cfg: Any, params: Params, tokens_BT: jax.Array, masks: Masks | None) -> np.ndarray:
-    """The likeliest continuations of the first tokens of each row, in at least float32."""
+    """Greedy continuations of the first tokens of each row, in at least float32."""
     prompt_BT, key = tokens_BT[:, :PROMPT_TOKENS], jax.random.key(0)
     found: np.ndarray = fetch(generate(cfg.for_comparison, params, prompt_BT, GREEDY_TOKENS, key, 0.0, masks))
     return found
 
 
 def _optimizer_faults(lineage: Lineage, grown: TrainState, mesh: Mesh) -> list[str]:
-    """Leaves of the state whose shape or dtype is not that of a fresh one."""
+    """Leaves of the state whose shape or dtype is not that of a fresh state."""
     expected = abstract_state(lineage, mesh, weights=not jax.tree.leaves(grown.opt_state))
     pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree_util.tree_leaves_with_path(grown), strict=True)
     return [
@@ -204,10 +204,10 @@ def verify_checkpoints(
 ) -> dict[str, Any]:
     """Checks that a grown checkpoint is what its method promises, against the one that it grew from.
 
-    Both are read in full and their checksums compared; then both models are run.
+    Both are read in full and checked against their checksums; then both models are run.
 
     Args:
-      source: the checkpoint before: a step, a stage's directory or a work directory.
+      source: the checkpoint before growth: a step, a stage's directory or a work directory.
       target: the grown one, at step 0 of its stage.
       mesh: how devices are laid out.
       data: held-out text; None: random tokens.
@@ -243,5 +243,5 @@ def verify_checkpoints(
 
 
 def failures_text(found: Mapping[str, Any]) -> str:
-    """What does not hold, in a sentence."""
+    """The failures of a verification, as one sentence."""
     return "; ".join(found["failures"]) + "."

@@ -1,7 +1,7 @@
-"""Batches by number: which windows come when is a pure function of seed and position.
+"""Batches by position: which windows a batch holds is a pure function of seed and position.
 
-The position is the number of windows consumed so far, over all hosts: nothing else needs saving, the batch
-size may change between calls, and any number of hosts sees the batches that one host would have seen.
+The position is the number of windows consumed so far, over all hosts. Nothing else needs saving, the batch size may
+change between calls, and any number of hosts together see the batches that one host would have seen.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Batch(NamedTuple):
     Attributes:
       inputs_BT: int32 token ids.
       targets_BT: int32, the token after each input.
-      weights_BT: float32, 1 where the target counts, 0 in rows that only fill a batch.
-      segments_BT: int32, how many documents have ended before each input in its row; attention stays within
-        equal numbers.
+      weights_BT: float32, 1 where the target counts, 0 in rows that only fill up a batch.
+      segments_BT: int32, how many documents have ended before each input in its row; attention stays within equal
+        numbers.
     """
 
     inputs_BT: Any
@@ -34,10 +34,10 @@ class Batch(NamedTuple):
 
 
 class TokenBatches(Protocol):
-    """The contract between data and training: an endless stream that can say where it is."""
+    """The interface between data and training: an endless stream of batches that can save its position."""
 
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
-        """This host's rows of the next global batch of `batch_size` windows; or just these `rows` of it."""
+        """This host's rows of the next global batch of `batch_size` windows; or only the given `rows` of it."""
         ...
 
     def state(self) -> bytes:
@@ -45,11 +45,11 @@ class TokenBatches(Protocol):
         ...
 
     def mark(self) -> str:
-        """What has been read, in short: the same wherever the same global batches were."""
+        """A short summary of what has been read, equal for streams that have read the same global batches."""
         ...
 
     def restore(self, state: bytes) -> None:
-        """Continues where `state()` was taken; ValueError if that was other data, seed or context."""
+        """Continues where `state()` was taken; raises ValueError if that was with other data, seed or context."""
         ...
 
 
@@ -59,7 +59,7 @@ def make_batch(windows: np.ndarray, eos_id: int, rows: int | None = None) -> Bat
     Args:
       windows: int32 (n, context + 1).
       eos_id: the id that ends a document.
-      rows: fill up to so many rows with padding of weight 0.
+      rows: fill up to this number of rows with padding of weight 0.
     """
     real = len(windows)
     if rows is not None and rows > real:
@@ -68,7 +68,7 @@ def make_batch(windows: np.ndarray, eos_id: int, rows: int | None = None) -> Bat
     ends_BT = inputs_BT == eos_id
     weights_BT = np.ones(inputs_BT.shape, np.float32)
     weights_BT[real:] = 0
-    segments_BT = (np.cumsum(ends_BT, axis=1) - ends_BT).astype(np.int32)  # the end belongs to the document it ends
+    segments_BT = (np.cumsum(ends_BT, axis=1) - ends_BT).astype(np.int32)  # an end belongs to its document
     return Batch(np.ascontiguousarray(inputs_BT), np.ascontiguousarray(targets_BT), weights_BT, segments_BT)
 
 
@@ -76,7 +76,7 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
     """The rows of a global batch that one host reads.
 
     Raises:
-      ValueError: the batch does not divide, or there is no such host.
+      ValueError: the batch does not divide among the hosts, or there is no such host.
     """
     if not 0 <= host < hosts:
         raise ValueError(f"host {host} of {hosts}: hosts are numbered from 0 to {hosts - 1}")
@@ -87,13 +87,13 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
 
 
 def check_rows(batch_size: int, rows: np.ndarray) -> None:
-    """Refuses rows that a batch does not have, by ValueError."""
+    """Raises ValueError unless a batch of `batch_size` has all these rows."""
     if len(rows) and not 0 <= rows.min() <= rows.max() < batch_size:
         raise ValueError(f"rows {rows.min()} to {rows.max()} of a batch of {batch_size} windows")
 
 
 def pack_state(identity: dict[str, Any], **rest: Any) -> bytes:
-    """A state as JSON bytes: what it belongs to, and where it is."""
+    """A position as JSON bytes, with the identity of the data that it belongs to."""
     return json.dumps({"identity": identity, **rest}).encode()
 
 
@@ -101,7 +101,7 @@ def unpack_state(state: bytes, identity: dict[str, Any]) -> dict[str, Any]:
     """Reads a state back.
 
     Raises:
-      ValueError: not a state, or one of another identity, naming what differs.
+      ValueError: it is not a state, or has another identity; the message names what differs.
     """
     try:
         record = json.loads(state)
@@ -118,7 +118,7 @@ def unpack_state(state: bytes, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 class StoreBatches:
-    """Endless shuffled batches from a store: every epoch holds each window once, in its own order."""
+    """Endless shuffled batches from a store: every epoch holds each window once, in an order of its own."""
 
     def __init__(self, store: TokenStore, split: str, context: int, seed: int, host: int = 0, hosts: int = 1) -> None:
         """Starts at position 0.
@@ -126,8 +126,8 @@ class StoreBatches:
         Args:
           store: an open store.
           split: 'train' or 'heldout'.
-          context: tokens a row.
-          seed: of the order; another seed, another order.
+          context: tokens per row.
+          seed: of the order of windows.
           host: this process's number.
           hosts: how many share each global batch, in contiguous blocks of rows.
 
@@ -142,11 +142,11 @@ class StoreBatches:
 
     @property
     def epoch(self) -> int:
-        """Epochs completed."""
+        """Number of completed epochs."""
         return self.position // self._windows
 
     def order(self, positions: np.ndarray) -> np.ndarray:
-        """The window read at each position, int64: the pure function that all else rests on."""
+        """The window read at each position, int64: the pure function that determines everything else."""
         epochs, within = np.divmod(np.asarray(positions, np.int64), self._windows)
         chosen = np.empty(within.shape, np.int64)
         for epoch in np.unique(epochs):
@@ -155,14 +155,14 @@ class StoreBatches:
         return chosen
 
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
-        """This host's rows of the next global batch, (batch_size / hosts, context) each; nothing else is read.
+        """This host's rows of the next global batch, (batch_size / hosts, context) each; no other rows are read.
 
         Args:
           batch_size: windows of the global batch.
-          rows: int (n,), the rows of the global batch to read in place of the host's block.
+          rows: int (n,), rows of the global batch to read instead of the host's block.
 
         Raises:
-          ValueError: batch_size does not divide among the hosts, or has no such rows.
+          ValueError: batch_size does not divide among the hosts, or the batch has no such rows.
         """
         if rows is None:
             block = host_rows(batch_size, self._host, self._hosts)
@@ -183,18 +183,18 @@ class StoreBatches:
         }
 
     def state(self) -> bytes:
-        """The position, with what it belongs to; the same on every host, and good for any number of hosts."""
+        """The position and the identity of the data; the same on every host, and valid for any number of hosts."""
         return pack_state(self._identity(), position=self.position)
 
     def mark(self) -> str:
-        """The position: nothing else decides what has been read."""
+        """The position, which alone determines what has been read."""
         return str(self.position)
 
     def restore(self, state: bytes) -> None:
-        """Goes to a saved position.
+        """Moves to a saved position.
 
         Raises:
-          ValueError: the state of another store, split, context or seed, or no state at all.
+          ValueError: the state belongs to another store, split, context or seed, or is not a state.
         """
         position = unpack_state(state, self._identity()).get("position")
         if not isinstance(position, int) or position < 0:
@@ -203,7 +203,7 @@ class StoreBatches:
 
 
 def in_batches(windows: Iterable[np.ndarray], batch_size: int, eos_id: int) -> Iterator[Batch]:
-    """Windows (context + 1,) in order, the last batch filled up with rows of weight 0."""
+    """Yields batches of windows (context + 1,) in order, the last one filled up with rows of weight 0."""
     if batch_size < 1:
         raise ValueError(f"a batch of {batch_size} windows")
     gathered: list[np.ndarray] = []
@@ -223,10 +223,10 @@ def heldout_batches(
 
     Args:
       store: an open store.
-      context: tokens a row.
+      context: tokens per row.
       batch_size: rows of every batch; the last is filled up with rows of weight 0.
-      windows: how many; all of them where the split holds fewer.
-      split: which.
+      windows: how many; all of them if the split holds fewer.
+      split: name of the split.
 
     Raises:
       ValueError: the split has no window of this context, or windows or batch_size is below 1.

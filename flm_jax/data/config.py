@@ -1,4 +1,4 @@
-"""What to train on: corpus, vocabulary, context."""
+"""The configuration of training data: corpus, vocabulary, context."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class DataConfig:
 
     Attributes:
       corpus: where documents come from.
-      vocabulary: how they are tokenised; a SeqioTask brings its own instead.
-      context: tokens a row.
-      streamed: read by seqio during training instead of from a token store.
+      vocabulary: how they are tokenised; a SeqioTask has its own vocabulary instead.
+      context: tokens per row.
+      streamed: whether seqio reads documents during training, instead of a token store.
       seed: of the order.
       cache_dir: where stores and vocabularies are kept.
     """

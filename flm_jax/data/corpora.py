@@ -1,10 +1,10 @@
-"""Where documents come from: frozen dataclasses that gin can build.
+"""Corpora: where documents come from, as frozen dataclasses that gin can build.
 
-A text corpus promises three things: `documents(split)` yields text in one fixed order, `digest()` identifies
-names, contents and split, and `describe()` says what it is in JSON. The file kinds live in `text.py`; here
-are those that TFDS and seqio read, and the names of all.
+A text corpus has three methods: `documents(split)` yields texts in one fixed order, `digest()` identifies names,
+contents and split, and `describe()` returns a JSON-able description. Corpora of files are in `text.py`, those of TFDS
+in `tfds.py`; this module adds seqio tasks and collects the names of all.
 
-Importing this module costs nothing: TensorFlow is loaded only when a `Tfds` or `SeqioTask` is read.
+Importing this module is cheap: TensorFlow is loaded only when a `Tfds` or `SeqioTask` is read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Corpus(Protocol):
-    """What every corpus can say about itself without being read by TensorFlow."""
+    """What every corpus can report about itself without being read by TensorFlow."""
 
     def digest(self) -> str:
         """A sha256 (hex) that changes whenever the documents or their split do."""
@@ -47,7 +47,7 @@ class Corpus(Protocol):
 
 
 class TextCorpus(Corpus, Protocol):
-    """A corpus that brings text and no vocabulary of its own."""
+    """A corpus of texts, without a vocabulary of its own."""
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents of one split, in a fixed order."""
@@ -57,7 +57,7 @@ class TextCorpus(Corpus, Protocol):
 @recorded
 @dataclasses.dataclass(frozen=True)
 class SeqioTask:
-    """A seqio task or mixture that `module` registers when imported; it brings its own vocabulary."""
+    """A seqio task or mixture that `module` registers when imported; it has its own vocabulary."""
 
     name: str
     module: str | None = None
@@ -68,8 +68,7 @@ class SeqioTask:
     def digest(self) -> str:
         """The sha256 over the fields and the source of `module`.
 
-        What the task reads is its own affair and cannot be known without running it: change `module`, or
-        clear the cache, when its data changed behind its back.
+        What the task reads cannot be known without running it: if its data changes, change `module` or clear the cache.
         """
         try:
             spec = importlib.util.find_spec(self.module) if self.module else None
@@ -80,5 +79,5 @@ class SeqioTask:
         return hashlib.sha256(json.dumps(["SeqioTask", fields]).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Kind and fields."""
+        """The kind and fields of the corpus."""
         return describe_fields(self)

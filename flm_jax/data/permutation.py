@@ -1,8 +1,8 @@
-"""A pseudorandom permutation of [0, n) that is evaluated, not stored: constant time and memory for any n.
+"""A pseudorandom permutation of [0, n) that is computed, not stored: constant time and memory for any n.
 
-A balanced Feistel network permutes [0, 4^k), the smallest such range that holds n; a value that lands outside
-[0, n) is sent through again until it lands inside ("cycle walking", Black and Rogaway 2002), which keeps it a
-permutation and takes under four passes on average.
+A balanced Feistel network permutes [0, 4^k), the smallest such range that contains [0, n). A value that lands outside
+[0, n) is permuted again until it lands inside ("cycle walking", Black and Rogaway 2002): the result is still a
+permutation, and takes under four passes on average.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each index goes under the permutation of [0, n) keyed by seed and epoch.
+    """The image of each index under the permutation of [0, n) that is keyed by seed and epoch.
 
     Args:
       indices: integers in [0, n), any shape.
       n: size of the range, 1 <= n <= 2^62.
       seed: any integer; only its low 64 bits count.
-      epoch: likewise; another epoch, another permutation.
+      epoch: likewise; each epoch has another permutation.
 
     Returns:
-      int64, the shape of `indices`; over all of [0, n) every value comes once.
+      int64, the shape of `indices`; over all of [0, n) every value occurs once.
 
     Raises:
       ValueError: an index outside the range, or n out of bounds.

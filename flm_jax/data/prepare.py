@@ -1,4 +1,4 @@
-"""From corpus to token store: once, by seqio; from then on the store alone is read, without TensorFlow."""
+"""Prepares the token store of a corpus, once, with seqio; later runs read only the store, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 
 
 def store_path(corpus: Corpus, vocabulary_config: VocabularyConfig, cache_dir: str | Path) -> Path:
-    """Where the store of this corpus and vocabulary lies: its name changes whenever its content would."""
-    # A seqio task brings its own.
+    """The folder of the store of this corpus and vocabulary; its name changes whenever its content would."""
+    # A seqio task has its own vocabulary.
     vocabulary = [] if isinstance(corpus, SeqioTask) else identity(vocabulary_config)
     key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), vocabulary]).encode()).hexdigest()
     return Path(cache_dir).expanduser() / f"{type(corpus).__name__.lower()}-{key[:16]}"
@@ -32,24 +32,24 @@ def prepare(
     progress: bool = True,
     max_shard_tokens: int = 2**27,
 ) -> TokenStore:
-    """Opens the store of a corpus, having made it if it is not there.
+    """Opens the store of a corpus; makes it first if it does not exist.
 
-    Every document is read once, in a fixed order. Of a seqio mixture the store holds each task's documents
-    once: mixing rates act only when it is streamed.
+    Every document is read once, in a fixed order. For a seqio mixture the store holds each task's documents once:
+    mixing rates apply only when it is streamed.
 
     Args:
       corpus: any of `corpora`.
-      vocabulary_config: what to tokenise with; a SeqioTask brings its own vocabulary instead.
+      vocabulary_config: what to tokenise with; a SeqioTask has its own vocabulary instead.
       cache_dir: where stores and vocabularies are kept.
-      progress: show a bar on a terminal.
+      progress: show a progress bar on a terminal.
       max_shard_tokens: see StoreWriter.
 
     Returns:
       The store, checked against its sha256 sums.
 
     Raises:
-      ValueError, FileNotFoundError: the corpus cannot be read, the vocabulary cannot be trained, a split is
-        empty, or the store that is there is damaged; the message names the file.
+      ValueError, FileNotFoundError: the corpus cannot be read, the vocabulary cannot be trained, a split is empty, or
+        the existing store is damaged; the message names the file.
     """
     path = store_path(corpus, vocabulary_config, cache_dir)
     if (path / STORE_FILE).exists():
@@ -61,7 +61,7 @@ def prepare(
     from flm_jax.data import tasks
 
     began = time.monotonic()
-    load_tensorflow()  # if it is missing, to be told before a vocabulary is trained
+    load_tensorflow()  # if it is missing, the error comes before a vocabulary is trained
     source = tasks.resolve(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
     if source.is_mixture:
         _log.warning("the store holds each task of a mixture once; its rates act only with streamed=True")

@@ -1,6 +1,6 @@
-"""Documents as tf.data: files and JSON lines. TensorFlow loads inside these functions only.
+"""Reads documents of file corpora as tf.data. TensorFlow is imported only inside these functions.
 
-Only operations whose position tf.data can save are used: `streaming.py` rests on it to resume exactly.
+Only operations whose position tf.data can save are used: `streaming.py` depends on this to resume exactly.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from flm_jax.data.text import FileCorpus, Jsonl, name_hash
 
 
 class MissingExtraError(ImportError):
-    """A package that only an extra installs is not there; the message says which extra."""
+    """A package that only an optional extra installs is missing; the message names the extra."""
 
 
 def load_tensorflow() -> tuple[Any, Any]:
-    """Imports TensorFlow and seqio, with the accelerators left to JAX.
+    """Imports TensorFlow and seqio, and keeps TensorFlow off the accelerators, which JAX uses.
 
     Returns:
       The modules (tensorflow, seqio).
@@ -27,7 +27,7 @@ def load_tensorflow() -> tuple[Any, Any]:
     Raises:
       MissingExtraError: they are not installed.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its start-up notes say nothing about the data
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its start-up messages are not about the data
     try:
         import seqio
         import tensorflow as tf
@@ -37,23 +37,23 @@ def load_tensorflow() -> tuple[Any, Any]:
             "pip install 'flm_jax[data]'. Training from a prepared token store needs neither."
         ) from error
 
-    with contextlib.suppress(RuntimeError):  # TensorFlow was already in use: its owner has chosen
+    with contextlib.suppress(RuntimeError):  # already in use: its devices have been chosen
         tf.config.set_visible_devices([], "GPU")
     return tf, seqio
 
 
 def read_files(corpus: FileCorpus, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
-    """The dataset function of a corpus of files, as seqio wants it: {'targets': text}."""
+    """The seqio dataset function of a corpus of files, with examples {'targets': text}."""
     tf, _ = load_tensorflow()
     paths = [str(path) for path in corpus.files(split)]
     dataset = tf.data.Dataset.from_tensor_slices(tf.constant(paths, tf.string))
     if shuffle_files:
-        dataset = dataset.shuffle(max(len(paths), 1), seed=seed)  # names are small: all of them at once
+        dataset = dataset.shuffle(max(len(paths), 1), seed=seed)  # names are small: shuffle all of them at once
     return dataset.map(lambda path: {"targets": tf.io.read_file(path)}, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def read_lines(corpus: Jsonl, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
-    """The dataset function of JSON lines, as seqio wants it: {'targets': text}."""
+    """The seqio dataset function of JSON lines, with examples {'targets': text}."""
     tf, _ = load_tensorflow()
     border = corpus.border()
     files = corpus.files()
@@ -66,13 +66,13 @@ def read_lines(corpus: Jsonl, split: str, shuffle_files: bool, seed: int | None 
     def parse(name: bytes, path: bytes, number: int, line: bytes) -> tuple[bool, np.ndarray]:
         text = corpus.parse(line, f"{path.decode()}:{number + 1}")
         heldout = name_hash(f"{name.decode()}:{number + 1}") < border
-        encoded = np.array(text.encode(), object)  # NumPy's own bytes would lose final NULs
+        encoded = np.array(text.encode(), object)  # NumPy's own bytes type would drop final NULs
         return bool(text) and heldout == (split == "heldout"), encoded
 
     def lines(name: Any, path: Any) -> Any:
         numbered = tf.data.TextLineDataset(path).enumerate()
         return numbered.map(
-            # Declared free of state, or the position of the stream could not be saved.
+            # Declared stateless: otherwise the position of the stream could not be saved.
             lambda number, line: tf.numpy_function(
                 parse, [name, path, number, line], (tf.bool, tf.string), stateful=False
             )

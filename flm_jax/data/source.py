@@ -1,4 +1,4 @@
-"""The front door: one config, one call, and training has its data.
+"""Opens the data that a `DataConfig` describes, for training and for held-out evaluation.
 
 data = open_data(DataConfig(corpus=StandardLibrary(), context=512))
 batches = data.train()
@@ -27,12 +27,12 @@ class Data(Protocol):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What the ids mean."""
+        """The vocabulary of the token ids."""
         ...
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of held-out text a token: bits a byte = nats a token / ln 2 / this."""
+        """UTF-8 bytes of held-out text per token: bits per byte = nats per token / ln 2 / this."""
         ...
 
     @property
@@ -41,15 +41,15 @@ class Data(Protocol):
         ...
 
     def train(self, host: int = 0, hosts: int = 1) -> TokenBatches:
-        """A fresh stream of training batches, at its start."""
+        """A new stream of training batches, at its start."""
         ...
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
-        """The same held-out windows each time, at most `windows`, the last batch filled up with weight 0."""
+        """The same held-out windows each time, at most `windows`, the last batch filled up with rows of weight 0."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What it is, JSON-able, for a checkpoint's or report's record."""
+        """A JSON-able description, for the record of a checkpoint or a report."""
         ...
 
 
@@ -76,7 +76,7 @@ class StoreData:
         return self.store.digest
 
     def train(self, host: int = 0, hosts: int = 1) -> StoreBatches:
-        """See Data; hosts together read what one host would."""
+        """See Data; all hosts together read what one host would."""
         return StoreBatches(self.store, "train", self._context, self._seed, host, hosts)
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
@@ -89,7 +89,7 @@ class StoreData:
 
 
 class StreamData:
-    """Data read by seqio on the fly."""
+    """Data read by seqio during training."""
 
     def __init__(self, corpus: Corpus, vocabulary: Vocabulary, context: int, seed: int) -> None:
         """Loads TensorFlow and resolves the task; see DataConfig."""
@@ -108,11 +108,11 @@ class StreamData:
 
     @functools.cached_property
     def digest(self) -> str:
-        """See Data; of corpus and vocabulary, as the tokens are never all seen."""
+        """See Data; of corpus and vocabulary, because the tokens are never all read."""
         return sha256_json({"corpus": self._corpus.digest(), "vocabulary": self.vocabulary.digest})
 
     def train(self, host: int = 0, hosts: int = 1) -> TokenBatches:
-        """See Data; each host reads documents of its own."""
+        """See Data; each host reads its own documents."""
         from flm_jax.data import streaming
 
         return streaming.SeqioBatches(
@@ -139,17 +139,17 @@ class StreamData:
 
 
 def open_data(config: DataConfig, progress: bool = True) -> Data:
-    """Opens the data of a config, preparing it first where that is needed.
+    """Opens the data of a config; prepares it first if necessary.
 
-    Several processes must all call this: what is to be prepared, the first prepares. The others find it there, or
-    where they do not share the first one's disk, prepare their own.
+    All processes must call this. Process 0 prepares what is missing; then the others find it on a shared disk, or, if
+    they do not share that of process 0, prepare their own.
 
     Args:
       config: what to train on.
-      progress: show a bar on a terminal while preparing.
+      progress: show a progress bar on a terminal while preparing.
 
     Returns:
-      Data in a store, opened without TensorFlow where the store exists; or, streamed, data read by seqio.
+      Data in a store, opened without TensorFlow if the store exists; or, if streamed, data read by seqio.
 
     Raises:
       ValueError, FileNotFoundError: as `prepare` and `build_vocabulary` raise them.

@@ -1,12 +1,12 @@
 """The token store: tokens on disk, read by number, with a checksum over everything.
 
-    store.json         format, dtype, vocabulary and corpus digests, splits, shards, and the digest of it all
+    store.json         format, dtype, vocabulary and corpus digests, splits, shards, and a sha256 over all of these
     vocabulary.json    the vocabulary's spec, self-contained
     train-00000.bin    tokens, little-endian uint16 (uint32 above 65,536 ids): documents, each ended by eos
     train.idx          little-endian uint64: where each document starts, and the end of the last
 
-Window i of a split is the context + 1 tokens from i * context on: neighbours share one token, so every token
-but the first is predicted exactly once an epoch. Reading needs NumPy alone.
+Window i of a split is the context + 1 tokens from i * context on: neighbours share one token, so every token but the
+first is predicted exactly once per epoch. Reading needs only NumPy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VOCABULARY_FILE = "vocabulary.json"
 
 
 def data_digest(record: dict[str, Any]) -> str:
-    """What identifies a store's data: all but the corpus's description, which holds paths."""
+    """The sha256 that identifies a store's data: over everything but the corpus's description, which holds paths."""
     return sha256_json({key: record[key] for key in ("format", "dtype", "vocabulary", "corpus", "splits")})
 
 
@@ -49,7 +49,7 @@ def _check_file(path: Path, size: int, sha256: str, verify: bool) -> None:
 
 
 class TokenStore:
-    """A store opened for reading; `open` is the way in."""
+    """A store opened for reading, by `open`."""
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
         """Takes a record that `open` has checked."""
@@ -58,14 +58,14 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> TokenStore:
-        """Opens a store, having checked it.
+        """Opens a store after checking it.
 
         Args:
           path: the store's folder.
-          verify: read every file against its sha256 (1.7 GB/s); sizes are checked either way.
+          verify: also compare every file with its sha256 (1.7 GB/s); sizes are checked in any case.
 
         Raises:
-          FileNotFoundError: no store there, or a file of it is missing.
+          FileNotFoundError: there is no store, or a file of it is missing.
           ValueError: a file is truncated or altered, or the format is another one. Both name the file.
         """
         path = Path(path).expanduser()
@@ -75,7 +75,7 @@ class TokenStore:
         try:
             content = manifest.read_bytes()
             record = json.loads(content)
-            whole = render(record) == content  # not one byte less or more, where JSON would not mind
+            whole = render(record) == content  # no byte more or less, even where JSON ignores it
             seal = record.pop("seal")
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{manifest} is damaged: delete the store and prepare it again") from None
@@ -86,20 +86,20 @@ class TokenStore:
         size, sha256 = record["vocabulary_file"]
         _check_file(path / VOCABULARY_FILE, size, sha256, verify)
         width = np.dtype(record["dtype"]).itemsize
-        for split, about in record["splits"].items():
-            _check_file(path / f"{split}.idx", 8 * (about["documents"] + 1), about["index_sha256"], verify)
-            for shard in about["shards"]:
+        for split, info in record["splits"].items():
+            _check_file(path / f"{split}.idx", 8 * (info["documents"] + 1), info["index_sha256"], verify)
+            for shard in info["shards"]:
                 _check_file(path / shard["file"], shard["tokens"] * width, shard["sha256"], verify)
         return cls(path, record)
 
     @property
     def digest(self) -> str:
-        """A sha256 (hex) that two stores share only if they hold the same tokens, vocabulary and splits."""
+        """A sha256 (hex), equal for two stores only if they hold the same tokens, vocabulary and splits."""
         return data_digest(self._record)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary the tokens were made with."""
+        """The vocabulary that the tokens were made with."""
         return from_spec(json.loads((self.path / VOCABULARY_FILE).read_bytes()))
 
     @property
@@ -113,10 +113,10 @@ class TokenStore:
         return tuple(self._record["splits"])
 
     def describe(self) -> dict[str, Any]:
-        """What is in the store, JSON-able: counts a split, vocabulary, corpus, digest."""
+        """A JSON-able description of the content: counts per split, vocabulary, corpus, digest."""
         counts = {
-            split: {key: about[key] for key in ("tokens", "documents", "text_bytes")}
-            for split, about in self._record["splits"].items()
+            split: {key: info[key] for key in ("tokens", "documents", "text_bytes")}
+            for split, info in self._record["splits"].items()
         }
         return {
             "digest": self.digest,
@@ -125,43 +125,43 @@ class TokenStore:
             "corpus": {**self._record["description"], "digest": self._record["corpus"]},
         }
 
-    def _about(self, split: str) -> dict[str, Any]:
+    def _split_record(self, split: str) -> dict[str, Any]:
         if split not in self._record["splits"]:
             raise ValueError(f"{self.path} has no split {split!r}: it has {', '.join(self.splits)}")
         return self._record["splits"][split]
 
     def num_tokens(self, split: str) -> int:
         """Tokens of a split, document ends included."""
-        return int(self._about(split)["tokens"])
+        return int(self._split_record(split)["tokens"])
 
     def num_documents(self, split: str) -> int:
         """Documents of a split."""
-        return int(self._about(split)["documents"])
+        return int(self._split_record(split)["documents"])
 
     def text_bytes_per_token(self, split: str) -> float:
-        """UTF-8 bytes of text a token, document ends counted as tokens: bits a byte = bits a token / this.
+        """UTF-8 bytes of text per token, with document ends counted as tokens: bits per byte = bits per token / this.
 
         Raises:
           ValueError: the split is empty.
         """
         if not self.num_tokens(split):
             raise ValueError(f"the split {split!r} of {self.path} holds no token")
-        return float(self._about(split)["text_bytes"] / self.num_tokens(split))
+        return float(self._split_record(split)["text_bytes"] / self.num_tokens(split))
 
     @functools.cached_property
     def _shards(self) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
-        """For each split its memory-mapped shards and where each starts, with the end last."""
+        """By split, its memory-mapped shards, and where each of them starts, followed by the end of the last."""
         dtype = np.dtype(self._record["dtype"])
         mapped: dict[str, tuple[list[np.ndarray], np.ndarray]] = {}
         shards: list[np.ndarray]
-        for split, about in self._record["splits"].items():
-            shards = [np.memmap(self.path / shard["file"], dtype=dtype, mode="r") for shard in about["shards"]]
-            starts = np.cumsum([0] + [shard["tokens"] for shard in about["shards"]], dtype=np.int64)
+        for split, info in self._record["splits"].items():
+            shards = [np.memmap(self.path / shard["file"], dtype=dtype, mode="r") for shard in info["shards"]]
+            starts = np.cumsum([0] + [shard["tokens"] for shard in info["shards"]], dtype=np.int64)
             mapped[split] = (shards, starts)
         return mapped
 
     def tokens(self, split: str, positions: np.ndarray) -> np.ndarray:
-        """The tokens at the given positions, int32, of the positions' shape.
+        """The tokens at the given positions, int32, in the shape of `positions`.
 
         Raises:
           IndexError: a position outside [0, num_tokens).
@@ -194,10 +194,10 @@ class TokenStore:
         return self.tokens(split, np.arange(start, end))
 
     def num_windows(self, split: str, context: int) -> int:
-        """How many windows of context + 1 tokens the split holds, `context` apart.
+        """The number of windows of context + 1 tokens in the split, `context` apart.
 
         Raises:
-          ValueError: not one; or a context below 1.
+          ValueError: there is not a single one, or the context is below 1.
         """
         if context < 1:
             raise ValueError(f"context is {context}: a window predicts at least 1 token")

@@ -1,6 +1,6 @@
-"""Write a token store: into a hidden folder beside its place, renamed once everything is on the disk.
+"""Writes a token store: into a hidden folder beside its final place, renamed once everything is on disk.
 
-A run that is killed leaves no store, only the hidden folder, which nothing reads.
+A killed run leaves no store, only the hidden folder, which nothing reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flm_jax.files import draft_of, sha256_json, sync_write
 
 
 class _Split:
-    """One split being written: the shard that is open, and what is known of those that are full."""
+    """One split that is being written: the open shard, and the records of the full ones."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, limit: int) -> None:
         self.folder, self.name, self.dtype, self.limit = folder, name, dtype, limit
@@ -74,7 +74,7 @@ class _Split:
 
 
 class StoreWriter:
-    """Writes one store; as a context manager it finishes on success and leaves nothing behind on an error."""
+    """Writes one store; as a context manager it leaves nothing behind on an error."""
 
     def __init__(
         self,
@@ -88,13 +88,13 @@ class StoreWriter:
 
         Args:
           path: the folder that will hold it.
-          vocabulary: what the tokens mean; its spec is written beside them.
+          vocabulary: of the tokens; its spec is written beside them.
           corpus_digest: identifies the documents.
           description: JSON-able, for people.
-          max_shard_tokens: a shard is closed when it holds so many (2^27 tokens of 2 bytes are 256 MiB).
+          max_shard_tokens: a shard is closed when it holds this many (2^27 tokens of 2 bytes are 256 MiB).
 
         Raises:
-          ValueError: max_shard_tokens below 1.
+          ValueError: max_shard_tokens is below 1.
         """
         if max_shard_tokens < 1:
             raise ValueError(f"max_shard_tokens is {max_shard_tokens}: a shard holds at least 1 token")
@@ -110,7 +110,7 @@ class StoreWriter:
 
         Args:
           split: 'train' or 'heldout'.
-          tokens: its ids, integers (n,); the end of document is added where it is missing.
+          tokens: its ids, integers (n,); the end of document is added if it is missing.
           text_bytes: length of its text in UTF-8.
 
         Raises:
@@ -130,14 +130,14 @@ class StoreWriter:
         self._splits[split].append(tokens, text_bytes)
 
     def close(self) -> TokenStore:
-        """Puts the store in its place and opens it; where another process was first, theirs is opened.
+        """Moves the store to its place and opens it; if another process was first, opens the store of that process.
 
         Raises:
-          ValueError: one of the splits got no document.
+          ValueError: one of the splits has no document.
         """
         splits = {name: split.finish() for name, split in self._splits.items()}
-        for name, about in splits.items():
-            if not about["documents"]:
+        for name, info in splits.items():
+            if not info["documents"]:
                 self.abandon()
                 raise ValueError(f"the corpus has no document in its split {name!r}: {self._description}")
         spec = spec_bytes(self._vocabulary)
@@ -167,7 +167,7 @@ class StoreWriter:
         return TokenStore.open(self.path)
 
     def abandon(self) -> None:
-        """Removes what was written so far."""
+        """Removes what has been written so far."""
         for split in self._splits.values():
             split.abandon()
         shutil.rmtree(self._draft, ignore_errors=True)

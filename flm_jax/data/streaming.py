@@ -1,9 +1,8 @@
-"""Batches from seqio on the fly: for data too large, or too freshly mixed, to be put in a store first.
+"""Batches streamed by seqio during training, for data that is too large for a token store or mixed on the fly.
 
-Documents are concatenated and cut into windows of context + 1 tokens, `context` apart, exactly as the store
-does it. seqio's packing would pad every row and cut every document off at the row's length; this way no token
-is lost or wasted, the two ways of reading are interchangeable, and between two batches only the rest of one
-document has to be remembered.
+Documents are concatenated and cut into windows of context + 1 tokens, `context` apart, exactly as in the store. seqio's
+packing would pad every row and cut every document off at the row's length; this way no token is lost or wasted, the two
+ways of reading are interchangeable, and between two batches only the rest of one document has to be kept.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from flm_jax.data.vocabulary import Vocabulary
 
 
 class SeqioBatches:
-    """Endless batches of a seqio task or mixture, read while training, that resume exactly.
+    """Endless batches of a seqio task or mixture, read during training, that resume exactly.
 
-    Each host reads documents of its own, so a position belongs to its host, and the number of hosts is part
-    of the data.
+    Each host reads its own documents, so a position belongs to its host, and the number of hosts is part of the
+    identity of the data.
     """
 
     def __init__(
@@ -47,12 +46,12 @@ class SeqioBatches:
 
         Args:
           corpus: any of `corpora`.
-          vocabulary: what to tokenise with; None for a SeqioTask, which brings its own.
+          vocabulary: what to tokenise with; None for a SeqioTask, which has its own.
           split: 'train' or 'heldout'.
-          context: tokens a row.
+          context: tokens per row.
           seed: of the order of documents, and of a mixture's draws.
-          shuffle_buffer: documents among which seqio shuffles; they are part of every saved position. None
-            for the default of `tasks.register_task`; a task of others keeps its own.
+          shuffle_buffer: number of documents that seqio shuffles among; they are part of every saved position. None:
+            the default of `tasks.register_task`; a SeqioTask keeps its own.
           host: this process's number.
           hosts: how many share each global batch.
 
@@ -93,11 +92,12 @@ class SeqioBatches:
 
         Args:
           batch_size: windows of the global batch.
-          rows: int (n,), the rows of the global batch to keep; all of it is read, by this host alone.
+          rows: int (n,), the rows of the global batch to keep, which only a single host may choose; it still reads the
+            whole batch.
 
         Raises:
-          ValueError: batch_size does not divide among the hosts or has no such rows; there is no document to read; or
-            rows are asked of a host that reads documents of its own.
+          ValueError: batch_size does not divide among the hosts, or the batch has no such rows; there is no document to
+            read; or rows are asked of one of several hosts, which read documents of their own.
         """
         if rows is not None and self._hosts > 1:
             raise ValueError(f"host {self._host} of {self._hosts} reads documents of its own, and has no other rows")
@@ -123,10 +123,10 @@ class SeqioBatches:
         return make_batch(windows if rows is None else windows[rows], self._eos_id)
 
     def state(self) -> bytes:
-        """The position as JSON bytes: tf.data's own checkpoint and the rest of the document being cut.
+        """The position as JSON bytes: tf.data's own checkpoint, and the rest of the document that is being cut.
 
-        tf.data writes out what it has read ahead and its shuffle buffer, so this takes up to a few MB, and no
-        longer to restore late in the data than early.
+        tf.data saves what it has read ahead and its shuffle buffer, so a state takes up to a few MB; restoring it takes
+        no longer late in the data than early.
         """
         tf, _ = load_tensorflow()
         with tempfile.TemporaryDirectory() as folder:
@@ -136,14 +136,14 @@ class SeqioBatches:
         return pack_state(self._identity, position=self.position, rest=rest, seen=self._seen, iterator=files)
 
     def mark(self) -> str:
-        """The position, and a crc32 of the tokens so far: what tf.data gives is not for us to promise."""
+        """The position, and a crc32 of all tokens so far: the position alone does not determine what tf.data yields."""
         return f"{self.position}:{self._seen:08x}"
 
     def restore(self, state: bytes) -> None:
         """Continues at a saved position.
 
         Raises:
-          ValueError: the state of other data, seed, context or host, or no state at all.
+          ValueError: the state belongs to other data, another seed, context or host, or is not a state.
         """
         record = unpack_state(state, self._identity)
         tf, _ = load_tensorflow()
@@ -173,7 +173,7 @@ def _unpack(content: str) -> bytes:
 
 
 def ended(tokens: np.ndarray, eos_id: int) -> np.ndarray:
-    """A document's tokens, int32 (n,), with its end added where it is missing."""
+    """A document's tokens, int32 (n,), with its end added if it is missing."""
     tokens = np.asarray(tokens, np.int32).ravel()
     return tokens if tokens.size and tokens[-1] == eos_id else np.append(tokens, np.int32(eos_id))
 
@@ -184,7 +184,7 @@ def cut(tokens: np.ndarray, number: int, context: int) -> np.ndarray:
 
 
 def heldout_windows(source: Source, context: int, windows: int) -> Iterator[np.ndarray]:
-    """The first windows of the held-out documents in their fixed order, each (context + 1,)."""
+    """Yields the first windows of the held-out documents in their fixed order, each (context + 1,)."""
     rest = np.zeros(0, np.int32)
     left = windows
     for tokens, _ in source.documents("heldout"):
@@ -212,7 +212,7 @@ def heldout_stream(source: Source, context: int, batch_size: int, windows: int) 
 
 
 def heldout_bytes_per_token(source: Source, most_tokens: int = 1_000_000) -> float:
-    """UTF-8 bytes of text a token over the first held-out documents, document ends counted as tokens."""
+    """UTF-8 bytes of text per token over the first held-out documents, with document ends counted as tokens."""
     tokens_read = bytes_read = 0
     for tokens, text_bytes in source.documents("heldout"):
         tokens_read += len(ended(tokens, source.vocabulary.eos_id))

@@ -1,9 +1,9 @@
-"""The seqio side: corpora as seqio tasks, and tasks of others as corpora.
+"""Converts corpora to seqio tasks, and seqio tasks to corpora.
 
-TensorFlow loads inside these functions only.
+TensorFlow is imported only inside these functions.
 
-Documents are read by tf.data operations that can be checkpointed (lists of files, TextLineDataset, TFDS), so
-that a stream resumes exactly; `streaming.py` relies on it.
+Documents are read by tf.data operations that can be checkpointed (lists of files, TextLineDataset, TFDS), so that a
+stream resumes exactly; `streaming.py` depends on it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ class Source:
 
     Attributes:
       task: the seqio.Task or seqio.Mixture.
-      vocabulary: ours, with the ids of the task's own.
-      feature: which output feature holds the tokens.
-      splits: 'train' and 'heldout' to the task's names for them.
-      eos: whether a document without an end gets one.
+      vocabulary: a vocabulary of ours with the ids of the task's own.
+      feature: the output feature that holds the tokens.
+      splits: from 'train' and 'heldout' to the task's names for them.
     """
 
     task: Any
@@ -46,7 +45,7 @@ class Source:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether several tasks are mixed."""
+        """Whether it is a mixture of several tasks."""
         _, seqio = load_tensorflow()
         return isinstance(self.task, seqio.Mixture)
 
@@ -65,7 +64,7 @@ class Source:
         check_split(split)
         self._check_has(split)
         tf, _ = load_tensorflow()
-        # Cached in memory, a small dataset would be written whole into every saved position.
+        # If it were cached in memory, a small dataset would be written in full into every saved position.
         options = {"num_epochs": 1, "shuffle": False, **options, "try_in_mem_cache": False}
         dataset = self.task.get_dataset(sequence_length=None, split=self.splits[split], **options)
         deterministic = tf.data.Options()
@@ -73,10 +72,10 @@ class Source:
         return dataset.with_options(deterministic)
 
     def documents(self, split: str) -> Iterator[tuple[np.ndarray, int]]:
-        """Each document's tokens, int (n,), and the length of its text in bytes, in a fixed order.
+        """Yields each document's tokens, int (n,), and the length of its text in bytes, in a fixed order.
 
-        Of a mixture, its tasks one after the other: seqio would end the whole mixture with the first task
-        that runs out, and leave the rest of the others unread.
+        The tasks of a mixture are read one after the other: seqio would end the whole mixture with the first task that
+        runs out, and leave the rest of the others unread.
         """
         check_split(split)
         _, seqio = load_tensorflow()
@@ -102,13 +101,13 @@ def resolve(corpus: Corpus, vocabulary: Vocabulary | None = None, shuffle_buffer
     """The seqio source of a corpus.
 
     Args:
-      corpus: any of ours.
-      vocabulary: for every corpus but a SeqioTask, which brings its own.
+      corpus: any of `corpora`.
+      vocabulary: for every corpus but a SeqioTask, which has its own.
       shuffle_buffer: see register_task.
 
     Raises:
-      ValueError: an unknown task, module, feature, or a vocabulary that is neither SentencePiece nor bytes; a
-        text corpus without a vocabulary.
+      ValueError: an unknown task, module or feature, a vocabulary that is neither SentencePiece nor bytes, or a text
+        corpus without a vocabulary.
     """
     _, seqio = load_tensorflow()
     if not isinstance(corpus, SeqioTask):
@@ -138,10 +137,10 @@ def resolve(corpus: Corpus, vocabulary: Vocabulary | None = None, shuffle_buffer
 
 
 def from_seqio(vocabulary: Any, name: str) -> Vocabulary:
-    """Our vocabulary with the ids of a seqio one.
+    """A vocabulary of ours with the ids of a seqio vocabulary.
 
     Raises:
-      ValueError: a kind that has no counterpart here.
+      ValueError: its kind has no counterpart here.
     """
     _, seqio = load_tensorflow()
     if isinstance(vocabulary, seqio.ByteVocabulary):
@@ -157,14 +156,14 @@ def from_seqio(vocabulary: Any, name: str) -> Vocabulary:
 
 
 def to_seqio(vocabulary: Vocabulary) -> Any:
-    """The seqio vocabulary with the ids of ours."""
+    """A seqio vocabulary with the ids of one of ours."""
     tf, seqio = load_tensorflow()
     if isinstance(vocabulary, ByteVocabulary):
         return seqio.ByteVocabulary(extra_ids=vocabulary.size - 259)
     if isinstance(vocabulary, TokenizerVocabulary):
         return _tokenizer_class()(vocabulary)
     assert isinstance(vocabulary, SentencePieceVocabulary)
-    # seqio wants a file; one in TensorFlow's memory cannot be left behind, moved or altered.
+    # seqio needs a file; one in TensorFlow's memory cannot be left behind, moved or altered.
     path = f"ram://flm_jax/{vocabulary.digest}.model"
     with tf.io.gfile.GFile(path, "wb") as file:
         file.write(vocabulary.model)
@@ -173,12 +172,12 @@ def to_seqio(vocabulary: Vocabulary) -> Any:
 
 @functools.cache
 def _tokenizer_class() -> Any:
-    """A seqio vocabulary that tokenises in Python, by a tokenizer of ours; seqio is loaded here, and not before."""
+    """A class of seqio vocabularies that tokenise in Python, by a `TokenizerVocabulary`; made when first needed."""
     tf, seqio = load_tensorflow()
     base: Any = seqio.Vocabulary
 
     class TokenizerOfOurs(base):
-        """Our tokenizer for seqio."""
+        """A `TokenizerVocabulary` as a seqio vocabulary."""
 
         def __init__(self, tokenizer: TokenizerVocabulary) -> None:
             super().__init__()
@@ -190,7 +189,7 @@ def _tokenizer_class() -> Any:
 
         @property
         def bos_id(self) -> None:
-            return None  # as with the other vocabularies, a document is what lies between two ends
+            return None  # as in the other vocabularies, only ends separate documents
 
         @property
         def unk_id(self) -> None:
@@ -207,7 +206,7 @@ def _tokenizer_class() -> Any:
             return self.tokenizer.decode(ids)
 
         def _encode_tf(self, s: Any) -> Any:
-            # Declared free of state, or the position of a stream could not be saved.
+            # Declared stateless: otherwise the position of a stream could not be saved.
             encode = lambda text: np.asarray(self.tokenizer.encode(text.decode()), np.int32)  # noqa: E731
             return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32, stateful=False), [None])
 
@@ -226,13 +225,13 @@ def register_task(corpus: Corpus, vocabulary: Vocabulary, shuffle_buffer_size: i
 
     Args:
       corpus: a text corpus.
-      vocabulary: what tokenises it.
-      shuffle_buffer_size: documents among which seqio shuffles when asked to. By default 1 for one-file
-        documents, whose files are shuffled all at once, and 1,024 otherwise.
+      vocabulary: what to tokenise with.
+      shuffle_buffer_size: number of documents that seqio shuffles among, if it shuffles. By default 1 for corpora of
+        one document per file, whose files are shuffled all at once, and 1,024 otherwise.
 
     Returns:
-      The task's name, the same for the same documents and vocabulary; it also carries `text_bytes`, each
-      document's length.
+      The task's name, equal for equal documents and vocabularies; its examples also have `text_bytes`, each document's
+      length.
     """
     tf, seqio = load_tensorflow()
     if shuffle_buffer_size is None:
@@ -251,7 +250,7 @@ def register_task(corpus: Corpus, vocabulary: Vocabulary, shuffle_buffer_size: i
 
     if isinstance(corpus, Tfds):
         info = check_tfds(corpus).info
-        full_name, _, version = info.full_name.rpartition("/")  # seqio insists on a version
+        full_name, _, version = info.full_name.rpartition("/")  # seqio requires a version
         splits = {"train": corpus.train_split, "heldout": corpus.heldout_split}
         source = seqio.TfdsDataSource(tfds_name=f"{full_name}:{version}", tfds_data_dir=corpus.data_dir, splits=splits)
     else:

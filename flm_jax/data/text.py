@@ -1,7 +1,7 @@
-"""Text in files: the standard library, a folder, JSON lines; and the rule that holds documents out.
+"""Corpora of text files: the standard library, a folder, JSON lines; and the rule that holds documents out.
 
-The held-out side is chosen by a hash of each document's name, so it stays the same when other documents are
-added or the folder moves.
+Documents are held out by a hash of their names, so the held-out split stays the same when other documents are added or
+the folder moves.
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ def check_split(split: str) -> None:
 
 
 def describe_fields(corpus: Any) -> dict[str, Any]:
-    """Kind and fields of a corpus, JSON-able."""
+    """The kind and fields of a corpus, JSON-able."""
     return {"kind": type(corpus).__name__, **dataclasses.asdict(corpus)}
 
 
 def name_hash(name: str) -> int:
-    """A 64-bit hash of a document's name, the same in every process (Python's own is not)."""
+    """A 64-bit hash of a document's name, the same in every process (Python's own hash is not)."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
 def heldout_border(names: Iterable[str], percent: float) -> int:
-    """The border below which a document's `name_hash` puts it on the held-out side.
+    """The border below which the `name_hash` of a document puts it into the held-out split.
 
     Args:
       names: every document's name.
-      percent: share of the documents wanted on the held-out side, 0 < percent < 100.
+      percent: share of the documents to hold out, 0 < percent < 100.
 
     Returns:
-      A border in [0, 2^64], moved just enough that neither side is empty when there are two documents or
-      more.
+      A border in [0, 2^64], moved just enough that no split is empty if there are two documents or more.
 
     Raises:
       ValueError: percent is out of range.
@@ -61,19 +60,19 @@ def heldout_border(names: Iterable[str], percent: float) -> int:
 
 
 class FileCorpus(abc.ABC):
-    """One document a file; such corpora differ in which files, and in what an unreadable one means."""
+    """A corpus of one document per file; subclasses say which files, and what to do with unreadable ones."""
 
     heldout_percent: float
 
     @abc.abstractmethod
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
-        """Every document's (name, path, UTF-8 bytes), sorted by name; empty files are left out."""
+        """Yields (name, path, UTF-8 bytes) of each document, sorted by name; empty files are left out."""
 
     def files(self, split: str) -> list[Path]:
         """The files of one split, sorted by name.
 
         Raises:
-          ValueError: an unknown split, or a corpus without a single document.
+          ValueError: an unknown split, or a corpus without any document.
         """
         check_split(split)
         found = [(name, path) for name, path, _ in self.contents()]
@@ -83,34 +82,34 @@ class FileCorpus(abc.ABC):
         return [path for name, path in found if (name_hash(name) < border) == (split == "heldout")]
 
     def documents(self, split: str) -> Iterator[str]:
-        """The text of each file of one split, byte for byte: line ends are kept as they are."""
+        """Yields the text of each file of one split, byte for byte: line ends are kept as they are."""
         for path in self.files(split):
             yield path.read_bytes().decode("utf-8")
 
     def digest(self) -> str:
-        """The sha256 over kind, held-out share, names and contents; the folder's own place does not count."""
+        """The sha256 over kind, held-out share, names and contents; the location of the folder does not count."""
         whole = hashlib.sha256(f"{type(self).__name__} {self.heldout_percent!r}".encode())
         for name, _, text in self.contents():
             whole.update(json.dumps([name, len(text)]).encode() + hashlib.sha256(text).digest())
         return whole.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Kind and fields."""
+        """The kind and fields of the corpus."""
         return describe_fields(self)
 
 
 @recorded
 @dataclasses.dataclass(frozen=True)
 class StandardLibrary(FileCorpus):
-    """The Python sources of the interpreter's standard library: 31 MB of text on every machine, offline.
+    """The Python sources of the interpreter's standard library: 31 MB of text that every machine has, offline.
 
-    Files that are not UTF-8 (the library keeps a few as tests of its own) are left out.
+    Files that are not UTF-8 (the library has a few, for its own tests) are left out.
     """
 
     heldout_percent: float = 5.0
 
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
-        """Every readable, non-empty *.py file outside site-packages."""
+        """Yields every readable, non-empty *.py file outside site-packages."""
         root = Path(sysconfig.get_path("stdlib"))
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
             inside = path.relative_to(root)
@@ -125,7 +124,7 @@ class StandardLibrary(FileCorpus):
                 yield inside.as_posix(), path, text
 
     def describe(self) -> dict[str, Any]:
-        """Kind, fields and the interpreter's version."""
+        """The kind and fields of the corpus, and the interpreter's version."""
         return {**describe_fields(self), "python": sys.version.split()[0]}
 
 
@@ -139,11 +138,11 @@ class TextFolder(FileCorpus):
     heldout_percent: float = 5.0
 
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
-        """Every non-empty matching file.
+        """Yields every non-empty matching file.
 
         Raises:
-          FileNotFoundError: no such folder, or no matching file in it.
-          ValueError: a file that is not UTF-8.
+          FileNotFoundError: there is no such folder, or no matching file in it.
+          ValueError: a file is not UTF-8.
         """
         root = Path(self.path).expanduser()
         if not root.is_dir():
@@ -176,7 +175,7 @@ class Jsonl:
         """(name, path) of each file, sorted by name.
 
         Raises:
-          FileNotFoundError: no such file or folder, or a folder without *.jsonl files.
+          FileNotFoundError: there is no such file or folder, or the folder has no *.jsonl files.
         """
         root = Path(self.path).expanduser()
         if root.is_file():
@@ -196,7 +195,7 @@ class Jsonl:
           where: file:line, for the error.
 
         Raises:
-          ValueError: not JSON, not an object, no such field, or a field that is not text.
+          ValueError: the line is not JSON or not an object, has no such field, or the field is not text.
         """
         if not line.strip():
             return ""
@@ -212,12 +211,12 @@ class Jsonl:
             raise ValueError(f"{where}: the field {self.field!r} is {type(text).__name__}, and should be text")
         try:
             text.encode()
-        except UnicodeEncodeError:  # "\ud800" is JSON, and no text
+        except UnicodeEncodeError:  # "\ud800" is valid JSON, but not text
             raise ValueError(f"{where}: the field {self.field!r} holds half of a surrogate pair") from None
         return text
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """Every non-empty document with its name, file:line."""
+        """Yields each non-empty document with its name, file:line."""
         for name, path in self.files():
             with path.open("rb") as file:
                 for number, line in enumerate(file, 1):
@@ -228,7 +227,7 @@ class Jsonl:
         """The held-out border of this corpus.
 
         Raises:
-          ValueError: there is not a single document.
+          ValueError: there is no document.
         """
         names = [name for name, _ in self.lines()]
         if not names:
@@ -236,7 +235,7 @@ class Jsonl:
         return heldout_border(names, self.heldout_percent)
 
     def documents(self, split: str) -> Iterator[str]:
-        """The documents of one split, in the order of files and lines."""
+        """Yields the documents of one split, in the order of files and lines."""
         check_split(split)
         border = self.border()
         for name, text in self.lines():
@@ -251,5 +250,5 @@ class Jsonl:
         return whole.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Kind and fields."""
+        """The kind and fields of the corpus."""
         return describe_fields(self)

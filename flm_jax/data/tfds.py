@@ -1,4 +1,4 @@
-"""A TensorFlow Datasets builder as a corpus. TensorFlow loads when it is read, not before."""
+"""A TensorFlow Datasets builder as a corpus. TensorFlow is imported only when the corpus is read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Tfds:
     def digest(self) -> str:
         """The sha256 over the builder's name, version and splits (shards, bytes) and this object's fields.
 
-        Where exactly one prepared version lies on disk its record is read directly; otherwise TFDS is asked.
+        If exactly one prepared version is on disk, its record is read directly; otherwise TFDS is asked.
         """
         recorded = self._recorded()
         info = json.loads(recorded[0].read_text()) if len(recorded) == 1 else tfds_info(self)
@@ -47,12 +47,12 @@ class Tfds:
         return hashlib.sha256(json.dumps(["Tfds", fields, kept], sort_keys=True).encode()).hexdigest()
 
     def documents(self, split: str) -> Iterator[str]:
-        """The documents of one split, read by TFDS in its fixed order."""
+        """Yields the documents of one split, read by TFDS in its fixed order."""
         check_split(split)
         return tfds_documents(self, split)
 
     def describe(self) -> dict[str, Any]:
-        """Kind and fields."""
+        """The kind and fields of the corpus."""
         return describe_fields(self)
 
 
@@ -68,10 +68,10 @@ def _builder(corpus: Tfds) -> Any:
 
 
 def check_tfds(corpus: Tfds) -> Any:
-    """The TFDS builder, after a look at its splits and fields.
+    """The TFDS builder, after checking its splits and fields.
 
     Raises:
-      ValueError: an unknown dataset, split or field, naming those there are.
+      ValueError: an unknown dataset, split or field; the message names those that exist.
     """
     builder = _builder(corpus)
     for field, split in (("train_split", corpus.train_split), ("heldout_split", corpus.heldout_split)):
@@ -90,7 +90,7 @@ def check_tfds(corpus: Tfds) -> Any:
 
 
 def tfds_info(corpus: Tfds) -> dict[str, Any]:
-    """The record of a prepared TFDS dataset (downloaded and prepared if need be)."""
+    """The record of a prepared TFDS dataset, which is downloaded and prepared if necessary."""
     builder = _builder(corpus)
     builder.download_and_prepare()
     record: dict[str, Any] = json.loads(builder.info.as_json)
@@ -98,7 +98,7 @@ def tfds_info(corpus: Tfds) -> dict[str, Any]:
 
 
 def tfds_documents(corpus: Tfds, split: str) -> Iterator[str]:
-    """The texts of one split of a TFDS dataset, in a fixed order."""
+    """Yields the texts of one split of a TFDS dataset, in a fixed order."""
     builder = check_tfds(corpus)
     builder.download_and_prepare()
     name = corpus.train_split if split == "train" else corpus.heldout_split

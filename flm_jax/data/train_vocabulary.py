@@ -1,7 +1,7 @@
-"""The vocabulary of a corpus: bytes, a tokenizer that exists, or SentencePiece BPE trained once and kept in a cache.
+"""The vocabulary of a corpus: bytes, an existing tokenizer, or SentencePiece BPE that is trained once and cached.
 
-Everything here is deterministic: the sample of chunks is chosen by hash, not by chance; the trainer runs on
-one thread (the model file records the number of threads, and one suffices: 8 MB take two seconds).
+Everything here is deterministic: the sample of chunks is chosen by hash, not at random; the trainer runs on one thread
+(the model file records the number of threads, and one is enough: 8 MB take two seconds).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from flm_jax.files import atomic_write, sha256_file
 from flm_jax.records import recorded
 
 CHUNK = 2048  # characters given to the trainer at once: several lines, so that it sees newlines
-FORMAT = 1  # part of the cache key: raise it when training changes
+FORMAT = 1  # part of the cache key: increase it when training changes
 
 
 @recorded
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """One id a byte: nothing to train."""
+    """One id per byte: nothing to train."""
 
 
 @recorded
@@ -47,7 +47,7 @@ class SentencePiece:
     """A BPE vocabulary trained on the training split.
 
     Attributes:
-      size: number of ids, the 3 special ones and the 256 bytes included.
+      size: number of ids, including the 3 special ones and the 256 bytes.
       sample_bytes: how many bytes of text the trainer sees at most; 8 MB take about 2 s on one core.
     """
 
@@ -58,12 +58,12 @@ class SentencePiece:
 @recorded
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A Hugging Face tokenizer, as it is: nothing to train.
+    """An existing Hugging Face tokenizer: nothing to train.
 
     Attributes:
-      path: a directory with tokenizer.json and what belongs to it; or a checkpoint that holds them: a step, a stage's
-        directory or a work directory.
-      eos_id: the id that ends a document; None: as the files say.
+      path: a directory with tokenizer.json and its configuration files; or a checkpoint that holds them: a step, a
+        stage's directory or a work directory.
+      eos_id: the id that ends a document; None: as those files say.
     """
 
     path: str = dataclasses.field(metadata={"identity": False})
@@ -91,22 +91,22 @@ VocabularyConfig = Bytes | SentencePiece | Pretrained
 
 
 def identity(config: VocabularyConfig) -> list[Any]:
-    """What decides the vocabulary of a corpus, JSON-able: of a tokenizer its content, wherever it lies."""
+    """JSON-able: what determines the vocabulary of a corpus. Of a tokenizer this is its content, not its path."""
     decides = config.load().digest if isinstance(config, Pretrained) else dataclasses.asdict(config)
     return [FORMAT, type(config).__name__, decides]
 
 
 def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | Path) -> Vocabulary:
-    """The vocabulary of a corpus: trained, from the cache, read, or the one that a seqio task brings.
+    """The vocabulary of a corpus: trained, from the cache, read from files, or that of a seqio task.
 
     Args:
-      config: what to build; ignored for a SeqioTask, which brings its own.
-      corpus: where the training split's text comes from.
-      cache_dir: where a trained model is kept, as `vocabulary-KEY.model` with its sha256 in
-        `vocabulary-KEY.json`.
+      config: what to build; ignored for a SeqioTask, which has its own vocabulary.
+      corpus: its training split is the text to train on.
+      cache_dir: where a trained model is kept, as `vocabulary-KEY.model` with its sha256 in `vocabulary-KEY.json`.
 
     Raises:
-      ValueError: too small a size or too little text; or a cached model that was altered, by name.
+      ValueError: the size is too small or there is too little text; or a cached model was altered, and the message
+        names it.
     """
     if isinstance(corpus, SeqioTask):
         from flm_jax.data import tasks
@@ -137,7 +137,7 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
 
 
 def chunks(documents: Iterable[str], limit: int = CHUNK) -> Iterator[str]:
-    """Cuts documents into pieces of at most `limit` characters, at line ends where there are any."""
+    """Cuts documents into pieces of at most `limit` characters, at line ends if possible."""
     for document in documents:
         start = 0
         while start < len(document):
@@ -149,9 +149,9 @@ def chunks(documents: Iterable[str], limit: int = CHUNK) -> Iterator[str]:
 
 
 def sample(pieces: Iterable[str], sample_bytes: int) -> list[str]:
-    """Pieces chosen by the hash of their number, whole, up to `sample_bytes` of UTF-8, in their order.
+    """Whole pieces chosen by the hash of their number, up to `sample_bytes` of UTF-8 in all, in their order.
 
-    One pass, and never more than the sample in memory: the heap lets go of the largest hash when it is full.
+    It takes one pass, with no more than the sample in memory: when the heap is full, it drops the largest hash.
     """
     heap: list[tuple[int, int, str, int]] = []
     total = 0
@@ -168,9 +168,9 @@ def sample(pieces: Iterable[str], sample_bytes: int) -> list[str]:
 def train(config: SentencePiece, documents: Iterable[str]) -> bytes:
     """Trains SentencePiece BPE; the same documents and config give the same bytes.
 
-    Text is taken as it is: no normalisation, no added or removed spaces, runs of spaces (indentation) may
-    become one piece, digits stay apart. Newlines merge with the punctuation before them; a tab, which no
-    piece may hold, is its byte.
+    Text is taken as it is: there is no normalisation, no spaces are added or removed, runs of spaces (indentation) may
+    become one piece, and digits stay separate. Newlines merge with the punctuation before them; a tab, which no piece
+    may contain, is encoded as its byte.
 
     Args:
       config: size and sample.
@@ -180,7 +180,7 @@ def train(config: SentencePiece, documents: Iterable[str]) -> bytes:
       The model file.
 
     Raises:
-      ValueError: no text, or a size that the text cannot fill or that has no room for the bytes.
+      ValueError: there is no text, or the size is too large for the text or too small for the bytes.
     """
     import sentencepiece
 
@@ -205,7 +205,7 @@ def train(config: SentencePiece, documents: Iterable[str]) -> bytes:
             unk_id=UNK_ID,
             bos_id=-1,
             max_sentence_length=8 * CHUNK,  # bytes: a chunk of 4-byte characters is not skipped
-            input_sentence_size=0,  # all of it: the sample is ours
+            input_sentence_size=0,  # all of it: the sample was chosen above
             shuffle_input_sentence=False,
             num_threads=1,
             minloglevel=2,

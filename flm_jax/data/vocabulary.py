@@ -1,8 +1,8 @@
 """Vocabularies: text to token ids and back, without TensorFlow.
 
-Bytes and SentencePiece are identical to seqio's, and ids 0, 1 and 2 are padding, end of document and unknown in both;
-a Hugging Face tokenizer has special ids of its own. `spec()` holds everything needed to build the same vocabulary again
-(a SentencePiece model or a tokenizer.json included), so a store or a checkpoint that records it stands on its own.
+Bytes and SentencePiece have the same ids as in seqio; 0, 1 and 2 are padding, end of document and unknown in both. A
+Hugging Face tokenizer has its own special ids. `spec()` holds everything needed to build the same vocabulary again (a
+SentencePiece model or a tokenizer.json included), so a store or a checkpoint that records it is self-contained.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Special:
-    """The ids that a model is asked and stopped with.
+    """The special ids around a text: what its first token is predicted from, and what ends it.
 
     Attributes:
-      prefix_id: what the first token of a text is predicted from: the beginning of a document, or, where a vocabulary
-        has none, the end of the one before.
+      prefix_id: what the first token of a text is predicted from: the beginning of a document or, if a vocabulary has
+        none, the end of the document before.
       stop_ids: each of them ends a continuation; the first is the end of a document.
-      begin: what the tokenizer itself puts before a text that a model shall read.
+      begin: what the tokenizer itself puts before a text for a model.
       end: what it puts after.
-      prefix: how `prefix_id` is written, '' if it cannot be.
-      eos: how the end of a document is written, '' if it cannot be.
+      prefix: `prefix_id` as text, '' if it has none.
+      eos: the end of a document as text, '' if it has none.
     """
 
     prefix_id: int = EOS_ID
@@ -44,7 +44,7 @@ class Special:
 
 
 class Vocabulary(Protocol):
-    """What the project asks of a vocabulary."""
+    """The interface of a vocabulary."""
 
     @property
     def kind(self) -> str:
@@ -63,7 +63,7 @@ class Vocabulary(Protocol):
 
     @property
     def special(self) -> Special:
-        """What a model is asked and stopped with."""
+        """The special ids around a text."""
         ...
 
     @property
@@ -78,7 +78,7 @@ class Vocabulary(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids.
 
-        Padding and end-of-document ids leave nothing behind; ids outside the vocabulary become U+FFFD.
+        Padding and end-of-document ids are dropped; ids outside the vocabulary become U+FFFD.
         """
         ...
 
@@ -87,18 +87,19 @@ class Vocabulary(Protocol):
         ...
 
 
-# Stands for an id that the vocabulary lacks: an embedding may be padded, and a young model samples such ids.
+# Stands for an id that is not in the vocabulary: an embedding may be padded, and a model in early training samples such
+# ids.
 REPLACEMENT = "\ufffd"
 
 
 def _runs(ids: Iterable[int], size: int) -> Iterator[tuple[bool, list[int]]]:
-    """Runs of ids that lie in the vocabulary, and of ids that do not."""
+    """Yields runs of ids that are in the vocabulary (True) and of ids that are not (False)."""
     for known, run in itertools.groupby(map(int, ids), lambda i: 0 <= i < size):
         yield known, list(run)
 
 
 class ByteVocabulary:
-    """UTF-8 bytes shifted by the three special ids (ByT5, arXiv 2105.13626), as seqio.ByteVocabulary."""
+    """UTF-8 bytes shifted by the three special ids (ByT5, arXiv 2105.13626), the same as seqio.ByteVocabulary."""
 
     kind = "bytes"
     eos_id = EOS_ID
@@ -114,11 +115,11 @@ class ByteVocabulary:
         self.digest = hashlib.sha256(f"bytes {self.size}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """One id a byte of the UTF-8 text."""
+        """One id per byte of the UTF-8 text."""
         return [byte + 3 for byte in text.encode("utf-8")]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8 are dropped, as a sample of a model may hold some."""
+        """The text; bytes that are not UTF-8 are dropped, as a model's sample may hold some."""
         return "".join(
             bytes(i - 3 for i in run if 3 <= i < 259).decode("utf-8", "ignore") if known else REPLACEMENT * len(run)
             for known, run in _runs(ids, self.size)
@@ -132,8 +133,8 @@ class ByteVocabulary:
 class SentencePieceVocabulary:
     """A SentencePiece model.
 
-    A model trained here gives every text back exactly, with one exception that lies in SentencePiece itself:
-    U+2581, the character it writes for a space, comes back as a space.
+    A model trained here reproduces every text exactly, with one exception that lies in SentencePiece itself: U+2581,
+    the character that it writes for a space, is decoded as a space.
     """
 
     kind = "sentencepiece"
@@ -146,8 +147,8 @@ class SentencePieceVocabulary:
           model: its bytes.
 
         Raises:
-          FileNotFoundError: no such file.
-          ValueError: not a SentencePiece model, or one without an end-of-document id.
+          FileNotFoundError: there is no such file.
+          ValueError: it is not a SentencePiece model, or has no end-of-document id.
         """
         where = str(model_path) if model_path is not None else "the model given"
         if model is None:
@@ -183,14 +184,14 @@ class SentencePieceVocabulary:
         return [int(i) for i in self._processor.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return "".join(
             str(self._processor.decode(run)) if known else REPLACEMENT * len(run)
             for known, run in _runs(ids, self.size)
         )
 
     def spec(self) -> dict[str, Any]:
-        """See Vocabulary.spec; `model` is the model file, compressed, in base 64."""
+        """See Vocabulary.spec; `model` is the model file, compressed, in base64."""
         packed = base64.b64encode(zlib.compress(self.model, 9)).decode()
         return {
             "kind": self.kind,
@@ -202,29 +203,29 @@ class SentencePieceVocabulary:
 
 
 TOKENIZER = "tokenizer.json"
-# What may say how a tokenizer's special tokens are used, beside it.
+# Files beside a tokenizer that may say how its special tokens are used.
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
 
 class TokenizerVocabulary:
     """A Hugging Face tokenizer.json.
 
-    As there, a special token that is written out in a text is that token. The library writes texts back as the file's
-    decoder has it: exactly with byte-level BPE, and up to spaces at the beginning with some others.
+    As in Hugging Face's library, a special token that is written out in a text is that token. Decoding follows the
+    file's own decoder: it is exact with byte-level BPE, and up to spaces at the beginning with some others.
     """
 
     kind = "tokenizer"
 
     def __init__(self, model: bytes, special: Special, where: str = "the tokenizer") -> None:
-        """Loads a tokenizer; `from_directory` is the way in from files.
+        """Loads a tokenizer; `from_directory` loads one from files.
 
         Args:
           model: the bytes of tokenizer.json.
-          special: its special ids; the first that stops ends a document.
+          special: its special ids; the first of `stop_ids` ends a document.
           where: for errors.
 
         Raises:
-          ValueError: no tokenizer, or one without those ids; or the library that reads it is not installed.
+          ValueError: it is not a tokenizer, or has no such ids; or the library that reads it is not installed.
         """
         self.model, self.special, self.eos_id = model, special, special.stop_ids[0]
         self._processor = _load(model, where)
@@ -234,7 +235,7 @@ class TokenizerVocabulary:
                 raise ValueError(
                     f"{where} has no token {number} to begin or end a document with: its ids are below {self.size}"
                 )
-        # The end of a document is among a store's tokens; no other special id is.
+        # A store's tokens include the end of a document, but no other special id.
         self.digest = hashlib.sha256(
             f"tokenizer {self.eos_id} {hashlib.sha256(model).hexdigest()}".encode()
         ).hexdigest()
@@ -244,7 +245,7 @@ class TokenizerVocabulary:
         """The tokenizer in a directory, such as a Hugging Face model's or the blobs of a checkpoint step.
 
         Args:
-          path: holds tokenizer.json, and what says how its special tokens are used: tokenizer_config.json,
+          path: holds tokenizer.json, and the files that say how its special tokens are used: tokenizer_config.json,
             special_tokens_map.json, generation_config.json or config.json.
           eos_id: the id that ends a document; None: as those files say, in this order.
 
@@ -256,15 +257,15 @@ class TokenizerVocabulary:
         file = root / TOKENIZER
         if not file.is_file():
             raise FileNotFoundError(f"there is no {TOKENIZER} in {root}; give the directory that a tokenizer lies in")
-        said: dict[str, dict[str, Any]] = {}
+        configs: dict[str, dict[str, Any]] = {}
         for name in CONFIGS:
             if (root / name).is_file():
                 try:
-                    said[name] = dict(json.loads((root / name).read_bytes()))
+                    configs[name] = dict(json.loads((root / name).read_bytes()))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{root / name} is damaged: {error}") from None
         model = file.read_bytes()
-        return cls(model, _special(_load(model, str(file)), said, eos_id, str(file)), str(file))
+        return cls(model, _special(_load(model, str(file)), configs, eos_id, str(file)), str(file))
 
     def _is_known(self, number: int) -> bool:
         return 0 <= number < self.size and self._processor.id_to_token(number) is not None
@@ -274,14 +275,14 @@ class TokenizerVocabulary:
         return [int(i) for i in self._processor.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; special tokens leave nothing behind."""
+        """The text of token ids; special tokens are dropped."""
         return "".join(
             str(self._processor.decode(list(run), skip_special_tokens=True)) if known else REPLACEMENT * len(list(run))
             for known, run in itertools.groupby(map(int, ids), self._is_known)
         )
 
     def spec(self) -> dict[str, Any]:
-        """See Vocabulary.spec; `model` is tokenizer.json, compressed, in base 64."""
+        """See Vocabulary.spec; `model` is tokenizer.json, compressed, in base64."""
         packed = base64.b64encode(zlib.compress(self.model, 9)).decode()
         return {
             "kind": self.kind,
@@ -302,18 +303,18 @@ def _load(model: bytes, where: str) -> Any:
         processor = tokenizers.Tokenizer.from_str(model.decode())
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{where} is not a tokenizer that the package tokenizers can read: {error}") from None
-    # A file may ask for either, and no text is cut or filled here.
+    # A file may ask for either, but no text is truncated or padded here.
     processor.no_truncation()
     processor.no_padding()
     return processor
 
 
-def _special(processor: Any, said: Mapping[str, Mapping[str, Any]], eos_id: int | None, where: str) -> Special:
-    """How the special tokens of a tokenizer are used, by the content of its configuration files."""
+def _special(processor: Any, configs: Mapping[str, Mapping[str, Any]], eos_id: int | None, where: str) -> Special:
+    """The special ids of a tokenizer, from the content of its configuration files."""
 
     def token(role: str) -> int | None:
         for name in CONFIGS[:2]:
-            found = said.get(name, {}).get(f"{role}_token")
+            found = configs.get(name, {}).get(f"{role}_token")
             text = found.get("content") if isinstance(found, Mapping) else found
             if text is not None:
                 number = processor.token_to_id(text)
@@ -323,7 +324,7 @@ def _special(processor: Any, said: Mapping[str, Mapping[str, Any]], eos_id: int 
         return None
 
     listed: Any = next(
-        (found for name in CONFIGS[2:] if (found := said.get(name, {}).get("eos_token_id")) is not None), []
+        (found for name in CONFIGS[2:] if (found := configs.get(name, {}).get("eos_token_id")) is not None), []
     )
     stops = [int(i) for i in (listed if isinstance(listed, list) else [listed])]
     bos = token("bos")
@@ -333,10 +334,10 @@ def _special(processor: Any, said: Mapping[str, Mapping[str, Any]], eos_id: int 
             f"nothing says which token of {where} ends a document: there is no eos_token in {' or '.join(CONFIGS[:2])} "
             f"and no eos_token_id in {' or '.join(CONFIGS[2:])} beside it; add one of them, or give eos_id"
         )
-    config = said.get(CONFIGS[0], {})
+    config = configs.get(CONFIGS[0], {})
     begin: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
-    if "add_bos_token" in config or "add_eos_token" in config:  # goes before what the file itself would add
+    if "add_bos_token" in config or "add_eos_token" in config:  # overrides what the file itself would add
         begin = (bos,) if config.get("add_bos_token") and bos is not None else ()
         end = (eos,) if config.get("add_eos_token") else ()
     else:

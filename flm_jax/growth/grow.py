@@ -205,7 +205,7 @@ def check_shapes(tree: Params, cfg: ModelConfig) -> None:
     """Checks that a tree has the structure and shapes of a model's parameters.
 
     Raises:
-      ValueError: it has not; the message names the first path that differs, and both shapes.
+      ValueError: it does not; the message names the first path that differs, and both shapes.
     """
     shapes, _ = declared(cfg)
     expected = {jax.tree_util.keystr(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(shapes)}

@@ -1,9 +1,9 @@
 """How one parameter grows: for each new entry, its source index, its scale, and whether it is fresh.
 
 The same function grows a whole array, on a device or on a mesh under jit, and a streamed block of it: a run of rows of
-one layer. Both must have the same bits however they are compiled, so no rounding is left to the compiler: taken entries
-are multiplied once per dimension, in at least float32, by vectors that are not compile-time constants; and a product is
-rounded before it enters a sum.
+one layer. Both must have the same bits however they are compiled, so no rounding is left to the compiler: all factors
+that are equal for every entry are merged into one, taken entries are multiplied once per dimension, in at least
+float32, by the vectors that remain, and a product is rounded before it enters a sum.
 """
 
 from __future__ import annotations
@@ -185,9 +185,9 @@ class LeafMap:
             size = np.bincount(group, weights=rule.noise**2)[group]
             vectors = (rule.noise, rule.noise / size)
             c, weight = (along(v, fresh.ndim - 1, fresh.ndim).astype(fresh.dtype) for v in vectors)
-            met = jnp.zeros((*moved.shape[:-1], int(group.max()) + 1), moved.dtype)
-            met = met.at[..., group].add(_rounded(moved * c, key))
-            noise = moved - _rounded(jnp.take(met, group, axis=-1) * weight, key)
+            sums = jnp.zeros((*moved.shape[:-1], int(group.max()) + 1), moved.dtype)
+            sums = sums.at[..., group].add(_rounded(moved * c, key))
+            noise = moved - _rounded(jnp.take(sums, group, axis=-1) * weight, key)
             total = total + _rounded(NOISE * jnp.moveaxis(noise, -1, dim), key)
         return total
 

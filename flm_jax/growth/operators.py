@@ -163,8 +163,8 @@ def uneven(span: Span) -> AxisMap:
 def noise(span: Span) -> AxisMap:
     """Like `copy`, with noise in the readers that cancels over the copies: exact, and no two copies stay identical."""
     whole = _copies(span)
-    met = np.sqrt(span.shares()) if KINDS[span.axis] is Kind.RESIDUAL else np.ones(span.new)
-    return replace(whole, rules={**whole.rules, Role.READER: replace(whole.rules[Role.READER], noise=met)})
+    sizes = np.sqrt(span.shares()) if KINDS[span.axis] is Kind.RESIDUAL else np.ones(span.new)
+    return replace(whole, rules={**whole.rules, Role.READER: replace(whole.rules[Role.READER], noise=sizes)})
 
 
 @register(
