@@ -118,7 +118,7 @@ class Run:
         """Checks what names stages, and what gin may have given instead of a mesh.
 
         Raises:
-            ValueError: a stage is named that the recipe does not have, or a mesh is none.
+          ValueError: a stage is named that the recipe does not have, or a mesh is none.
         """
         for mesh in (self.mesh, *self.meshes.values()):
             if not isinstance(mesh, MeshConfig):
@@ -208,8 +208,8 @@ def begin(recipe: Recipe) -> tuple[SourceCheckpoint | None, tuple[ResolvedStage,
     """The checkpoint that a recipe starts with, if any, and its stages.
 
     Raises:
-        ValueError: as `resolve`, or the checkpoint is within a ramp.
-        CheckpointError: as `read_source`.
+      ValueError: as `resolve`, or the checkpoint is within a ramp.
+      CheckpointError: as `read_source`.
     """
     if not recipe.start:
         return None, resolve(recipe)
@@ -222,11 +222,11 @@ def resolve(recipe: Recipe, source: SourceCheckpoint | None = None) -> tuple[Res
     """Checks a recipe and gives every stage the model that its growth leads to.
 
     Args:
-        recipe: what to compute.
-        source: the checkpoint that it starts with, if any.
+      recipe: what to compute.
+      source: the checkpoint that it starts with, if any.
 
     Raises:
-        ValueError: the sentence names the stage, the field, and what would be right.
+      ValueError: the sentence names the stage, the field, and what would be right.
     """
     if not recipe.stages:
         raise ValueError("Recipe.stages is empty; a recipe has at least one stage.")

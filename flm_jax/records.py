@@ -24,7 +24,7 @@ def recorded(cls: type[T]) -> type[T]:
     """Enters a configuration's dataclass into the registry.
 
     Raises:
-        ValueError: another class of this name is there.
+      ValueError: another class of this name is there.
     """
     known = _CLASSES.setdefault(cls.__name__, cls)
     if known is not cls:
@@ -56,7 +56,7 @@ def from_dict(data: Any) -> Any:
     """A configuration, from what `as_dict` made of it; fields that are not there have their defaults.
 
     Raises:
-        ValueError: the record names a class or a field that this version does not have.
+      ValueError: the record names a class or a field that this version does not have.
     """
     if isinstance(data, list):
         return [from_dict(value) for value in data]
@@ -116,7 +116,7 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
     """Checks that a work directory, if it has been begun, was begun with `mine`.
 
     Raises:
-        ValueError: it was begun with something else, and the message names what differs; or it is no work directory.
+      ValueError: it was begun with something else, and the message names what differs; or it is no work directory.
     """
     if (workdir / file).exists():
         found = list(differences(completed(json.loads((workdir / file).read_text())), json.loads(json.dumps(mine))))

@@ -127,7 +127,7 @@ class SourceCheckpoint:
         """What came with the weights and goes with them, by file name: a tokenizer, say.
 
         Raises:
-            DamagedError: one is not as it was saved.
+          DamagedError: one is not as it was saved.
         """
         names = sorted(path.name for path in (self.directory / BLOBS).glob("*") if path.name != POSITION)
         if faults := file_faults(self.directory, read_manifest(self.directory), contents=True) if names else []:
@@ -146,11 +146,11 @@ class SourceCheckpoint:
         """The state on a mesh, every bit of it checked; of weights alone, with the optimizer's state of a first step.
 
         Args:
-            mesh: where to.
-            optimizer: False: of weights alone, without an optimizer's state.
+          mesh: where to.
+          optimizer: False: of weights alone, without an optimizer's state.
 
         Raises:
-            DamagedError: it is not as it was saved.
+          DamagedError: it is not as it was saved.
         """
         abstract = abstract_state(self.lineage, mesh, weights=not self.trained)
         with Checkpoints(self.directory.parent, read_only=True) as store:
@@ -168,7 +168,7 @@ class SourceCheckpoint:
         """The parameters alone on a mesh, every bit of them checked.
 
         Raises:
-            DamagedError: the checkpoint is not as it was saved.
+          DamagedError: the checkpoint is not as it was saved.
         """
         abstract = {"params": abstract_state(self.lineage, mesh, weights=True).params}
         with Checkpoints(self.directory.parent, read_only=True) as store:
@@ -182,10 +182,10 @@ class SourceCheckpoint:
         """Checks that nothing of its own growth is still on its way that would be lost.
 
         Args:
-            grows: whether it is to grow now, rather than go on from step 0 with all that is on its way.
+          grows: whether it is to grow now, rather than go on from step 0 with all that is on its way.
 
         Raises:
-            ValueError: its masks, or the rate of its new entries, are still rising.
+          ValueError: its masks, or the rate of its new entries, are still rising.
         """
         growth = self.lineage.growth if self.meta.newborn else None
         rising = {} if growth is None else {"masks": self.meta.ramp_steps, "new entries' rate": growth.rewarm_steps}
@@ -201,12 +201,12 @@ def model_of(checkpoint: str, changes: Mapping[str, Any] | None = None) -> Model
     """The configuration of a checkpoint's model, so that no recipe needs to repeat it.
 
     Args:
-        checkpoint: a step, a stage's directory or a work directory.
-        changes: fields that are to differ.
+      checkpoint: a step, a stage's directory or a work directory.
+      changes: fields that are to differ.
 
     Raises:
-        ValueError: there is no such field.
-        CheckpointError: as `read_source`.
+      ValueError: there is no such field.
+      CheckpointError: as `read_source`.
     """
     return read_source(checkpoint).cfg.changed(changes or {})
 
@@ -215,8 +215,8 @@ def read_source(path: str | Path) -> SourceCheckpoint:
     """Finds a checkpoint: a step's directory, or the newest step of a stage or of a work directory.
 
     Raises:
-        NoCheckpointError: there is none.
-        CheckpointError: it was not written by a run or a growth of this project.
+      NoCheckpointError: there is none.
+      CheckpointError: it was not written by a run or a growth of this project.
     """
     directory = step_directory(path)
     manifest = read_manifest(directory)

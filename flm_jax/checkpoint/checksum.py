@@ -104,10 +104,10 @@ def of(x: jax.Array) -> jax.Array:
     a save and a restore.
 
     Args:
-        x: an array of any shape, of a dtype whose bits are whole bytes.
+      x: an array of any shape, of a dtype whose bits are whole bytes.
 
     Returns:
-        uint32[2], not waited for; `digests` makes text of it.
+      uint32[2], not waited for; `digests` makes text of it.
     """
     sharding = x.sharding
     replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
@@ -123,14 +123,14 @@ def of_block(
     """Starts the checksum of a block of an array: those of blocks that make it up add up to that of the whole.
 
     Args:
-        x: the block.
-        places: for its first axes, uint32 vectors: the index in the whole array of every entry along the axis; it is
-            whole along the others.
-        counts: bool, along the last of these axes: entries that are left out, as another block has them; None: none.
-        whole: shape of the whole array, where the block is not whole along an axis after its second.
+      x: the block.
+      places: for its first axes, uint32 vectors: the index in the whole array of every entry along the axis; it is
+        whole along the others.
+      counts: bool, along the last of these axes: entries that are left out, as another block has them; None: none.
+      whole: shape of the whole array, where the block is not whole along an axis after its second.
 
     Returns:
-        uint32[2], not waited for; see `add`.
+      uint32[2], not waited for; see `add`.
     """
     return _jitted_part(x, places, counts, whole=whole)
 

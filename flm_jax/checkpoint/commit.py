@@ -21,7 +21,7 @@ def small_files(meta: Any, blobs: Mapping[str, bytes]) -> dict[str, bytes]:
     """What a step holds besides arrays and manifest, by path within it.
 
     Raises:
-        TypeError: `meta` is not JSON-able.
+      TypeError: `meta` is not JSON-able.
     """
     files = {META: (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()}
     return files | {f"{BLOBS}/{name}": bytes(content) for name, content in blobs.items()}

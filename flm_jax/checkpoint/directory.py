@@ -26,8 +26,8 @@ class Steps:
     """The steps in one directory.
 
     Attributes:
-        directory: where.
-        writing: the name of the one that is being written; it is passed over.
+      directory: where.
+      writing: the name of the one that is being written; it is passed over.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -86,7 +86,7 @@ def take_lock(directory: Path) -> IO[str]:
     """Takes the lock of a directory for this process, until it is closed.
 
     Raises:
-        CheckpointError: another process has it.
+      CheckpointError: another process has it.
     """
     # Not deleted afterwards: a lock file that comes and goes can be held twice.
     lock = (directory / LOCK).open("a+")

@@ -11,7 +11,7 @@ def step_directory(path: str | Path) -> Path:
     """The directory of a checkpoint's step: of this one, or the newest of a stage or of a work directory.
 
     Raises:
-        NoCheckpointError: there is none.
+      NoCheckpointError: there is none.
     """
     path = Path(path).expanduser().absolute()
     if not path.is_dir():

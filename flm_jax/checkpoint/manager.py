@@ -78,14 +78,14 @@ class Checkpoints:
         """Opens a directory, and for writing makes it, locks it and clears what a killed run left in it.
 
         Args:
-            directory: where the steps are, on a POSIX file system.
-            keep: how many of the newest steps are kept.
-            keep_steps: steps that are kept besides.
-            read_only: takes no lock and changes nothing.
+          directory: where the steps are, on a POSIX file system.
+          keep: how many of the newest steps are kept.
+          keep_steps: steps that are kept besides.
+          read_only: takes no lock and changes nothing.
 
         Raises:
-            CheckpointError: another writer has the directory open, or not all processes see it.
-            ValueError: `keep` is not positive.
+          CheckpointError: another writer has the directory open, or not all processes see it.
+          ValueError: `keep` is not positive.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}: the newest checkpoint is never deleted")
@@ -158,15 +158,15 @@ class Checkpoints:
         `save`, whichever comes first.
 
         Args:
-            step: must be above every step that can be restored.
-            state: a pytree of arrays.
-            meta: anything that JSON can hold; tuples come back as lists.
-            signatures: by leaf path, recorded in the manifest.
-            blobs: file contents by plain file name.
+          step: must be above every step that can be restored.
+          state: a pytree of arrays.
+          meta: anything that JSON can hold; tuples come back as lists.
+          signatures: by leaf path, recorded in the manifest.
+          blobs: file contents by plain file name.
 
         Raises:
-            CheckpointError: this save cannot be begun, or the one before it failed.
-            TypeError: `meta` is not JSON.
+          CheckpointError: this save cannot be begun, or the one before it failed.
+          TypeError: `meta` is not JSON.
         """
         if self._read_only:
             raise CheckpointError(f"{self.directory} was opened read_only")
@@ -216,7 +216,7 @@ class Checkpoints:
         """Raises the error of a save that has failed in the background, once; does not wait.
 
         Raises:
-            CheckpointError: the save failed, and its step does not exist.
+          CheckpointError: the save failed, and its step does not exist.
         """
         if self._pending is not None and self._pending.done():
             self.wait()
@@ -225,7 +225,7 @@ class Checkpoints:
         """Waits until what was saved is committed.
 
         Raises:
-            CheckpointError: the save failed, and its step does not exist.
+          CheckpointError: the save failed, and its step does not exist.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -235,7 +235,7 @@ class Checkpoints:
         """Waits, and gives the lock back. May be called twice.
 
         Raises:
-            CheckpointError: the last save failed.
+          CheckpointError: the last save failed.
         """
         try:
             self.wait()
@@ -264,20 +264,20 @@ class Checkpoints:
         """Reads a checkpoint, on any mesh, and checks every bit of it.
 
         Args:
-            abstract: the structure asked for, of `jax.ShapeDtypeStruct`; where one has no sharding, its array
-                goes to the default device.
-            step: which one; if None, the newest that is whole, and each damaged one before it is told loudly.
-            partial: the checkpoint may hold more leaves than are asked for; only these are read.
-            unverified: with an explicit step, reads a directory that has no manifest, and so no checksums.
+          abstract: the structure asked for, of `jax.ShapeDtypeStruct`; where one has no sharding, its array
+            goes to the default device.
+          step: which one; if None, the newest that is whole, and each damaged one before it is told loudly.
+          partial: the checkpoint may hold more leaves than are asked for; only these are read.
+          unverified: with an explicit step, reads a directory that has no manifest, and so no checksums.
 
         Returns:
-            The state, and the meta and blobs that were saved with it.
+          The state, and the meta and blobs that were saved with it.
 
         Raises:
-            NoCheckpointError: there is no such step; if step is None, there is nothing that could be one.
-            DamagedError: the step is damaged; if step is None, every one is. The message names the file or
-                leaf.
-            CheckpointError: leaves, shapes or dtypes do not fit: the message names each leaf and both shapes.
+          NoCheckpointError: there is no such step; if step is None, there is nothing that could be one.
+          DamagedError: the step is damaged; if step is None, every one is. The message names the file or
+            leaf.
+          CheckpointError: leaves, shapes or dtypes do not fit: the message names each leaf and both shapes.
         """
         self.wait()
         wanted = {path: orbax_io.target(path, leaf) for path, leaf in leaf_paths(abstract).items()}
@@ -302,7 +302,7 @@ class Checkpoints:
         """Deletes every step above this one: after a rewind they are no longer the run's past.
 
         Raises:
-            CheckpointError: the directory was opened read_only, or the last save failed.
+          CheckpointError: the directory was opened read_only, or the last save failed.
         """
         if self._read_only:
             raise CheckpointError(f"{self.directory} was opened read_only")

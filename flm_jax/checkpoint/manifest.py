@@ -46,10 +46,10 @@ class Leaf:
     """One array as the manifest describes it.
 
     Attributes:
-        shape: the global shape.
-        dtype: the name of the dtype, such as 'bfloat16'.
-        signature: the parameter's signature ('embed -> mlp'), or '' where it has none.
-        checksum: 16 hexadecimal digits, see `checksum`.
+      shape: the global shape.
+      dtype: the name of the dtype, such as 'bfloat16'.
+      signature: the parameter's signature ('embed -> mlp'), or '' where it has none.
+      checksum: 16 hexadecimal digits, see `checksum`.
     """
 
     shape: tuple[int, ...]
@@ -92,14 +92,14 @@ def leaf_paths(tree: PyTree) -> dict[str, Any]:
     """Names every leaf of a tree by where it stands, such as 'params/blocks/attention/query'.
 
     Args:
-        tree: any pytree: dictionaries, named tuples, dataclasses and sequences give keys, fields, attributes,
-            indices.
+      tree: any pytree: dictionaries, named tuples, dataclasses and sequences give keys, fields, attributes,
+        indices.
 
     Returns:
-        The leaves by path, in the order in which `jax.tree.leaves` gives them.
+      The leaves by path, in the order in which `jax.tree.leaves` gives them.
 
     Raises:
-        CheckpointError: a key is empty or holds '/', or two leaves would have the same path.
+      CheckpointError: a key is empty or holds '/', or two leaves would have the same path.
     """
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -124,7 +124,7 @@ def check_dtype(path: str, dtype: Any) -> None:
     """Refuses a dtype that cannot be saved.
 
     Raises:
-        CheckpointError: the dtype is not a boolean, integer or real floating-point one of whole bytes.
+      CheckpointError: the dtype is not a boolean, integer or real floating-point one of whole bytes.
     """
     if not _DTYPES.fullmatch(getattr(dtype, "name", str(dtype))):
         hint = "; save jax.random.key_data of it" if jnp.issubdtype(dtype, jax.dtypes.prng_key) else ""
@@ -135,14 +135,14 @@ def compare(saved: Mapping[str, Leaf], wanted: Mapping[str, Any], *, where: str,
     """Compares what a checkpoint holds with what is asked of it, before anything is read.
 
     Args:
-        saved: the manifest's leaves.
-        wanted: by leaf path, anything with a shape and a dtype.
-        where: names the checkpoint in the message.
-        partial: leaves of the checkpoint that are not wanted are no fault.
+      saved: the manifest's leaves.
+      wanted: by leaf path, anything with a shape and a dtype.
+      where: names the checkpoint in the message.
+      partial: leaves of the checkpoint that are not wanted are no fault.
 
     Raises:
-        CheckpointError: a leaf is missing or extra, or has another shape or dtype; the message lists the
-            leaves.
+      CheckpointError: a leaf is missing or extra, or has another shape or dtype; the message lists the
+        leaves.
     """
     faults = []
     for path, leaf in wanted.items():
@@ -180,8 +180,8 @@ def read_manifest(step_dir: str | Path) -> Manifest:
     """Reads the manifest of a step and checks it against its own sha256.
 
     Raises:
-        DamagedError: it is missing or cannot be read, a bit of it has changed, or it is that of another step.
-        CheckpointError: a newer version of this program wrote it.
+      DamagedError: it is missing or cannot be read, a bit of it has changed, or it is that of another step.
+      CheckpointError: a newer version of this program wrote it.
     """
     path = Path(step_dir) / MANIFEST
     try:
@@ -212,12 +212,12 @@ def file_faults(step_dir: Path, manifest: Manifest, *, contents: bool) -> list[s
     """Compares the files of a step with its manifest.
 
     Args:
-        step_dir: the step's directory.
-        manifest: its manifest.
-        contents: compares sha256 too, where the manifest has one, and not only sizes.
+      step_dir: the step's directory.
+      manifest: its manifest.
+      contents: compares sha256 too, where the manifest has one, and not only sizes.
 
     Returns:
-        One sentence for each file that is missing or changed, naming it.
+      One sentence for each file that is missing or changed, naming it.
     """
     faults = []
     for name, file in manifest.files.items():

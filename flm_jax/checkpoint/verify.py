@@ -17,11 +17,11 @@ class Report:
     """What `verify` found.
 
     Attributes:
-        directory: the step's directory.
-        step: its step.
-        leaves: how many arrays were read and compared.
-        bytes: the size of all files.
-        problems: one sentence for each damaged file or leaf, naming it.
+      directory: the step's directory.
+      step: its step.
+      leaves: how many arrays were read and compared.
+      bytes: the size of all files.
+      problems: one sentence for each damaged file or leaf, naming it.
     """
 
     directory: str
@@ -44,14 +44,14 @@ def verify(directory: str | Path, step: int | None = None) -> Report:
     """Checks every bit of one checkpoint without a model, one leaf in memory at a time.
 
     Args:
-        directory: a directory of steps.
-        step: which one; if None, the newest, be it damaged.
+      directory: a directory of steps.
+      step: which one; if None, the newest, be it damaged.
 
     Returns:
-        What was found.
+      What was found.
 
     Raises:
-        NoCheckpointError: there is no such step.
+      NoCheckpointError: there is no such step.
     """
     with Checkpoints(directory, read_only=True) as checkpoints:
         if step is None:

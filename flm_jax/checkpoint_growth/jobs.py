@@ -19,7 +19,7 @@ from flm_jax import costs
 from flm_jax.checkpoint.manifest import leaf_paths
 from flm_jax.growth.exact_adamw import rescaling
 from flm_jax.growth.grow import fresh, moment_maps, param_maps
-from flm_jax.growth.leaf_map import Entries, LeafMap
+from flm_jax.growth.leaf_map import EntryValues, LeafMap
 from flm_jax.growth.lineage import Lineage
 from flm_jax.optimizer import map_parts
 from flm_jax.sharding import mesh_axes
@@ -127,7 +127,7 @@ def _parts(state: Any, labels: Any) -> list[tuple[int | None, Any]]:
     """The averages of an optimizer's state as trees of paths, each with its power; and its counts, with None.
 
     Raises:
-        ValueError: a leaf is declared nowhere, see `optimizer.map_parts`.
+      ValueError: a leaf is declared nowhere, see `optimizer.map_parts`.
     """
     found: list[tuple[int | None, Any]] = []
     map_parts(lambda _, part: part, state.opt_state)  # Refuses what nothing declares.
@@ -193,7 +193,7 @@ class Form:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def grow_block(
-    form: Form, shape: tuple[int, ...], value: jax.Array, entries: Entries, key: jax.Array, offset: jax.Array
+    form: Form, shape: tuple[int, ...], value: jax.Array, entries: EntryValues, key: jax.Array, offset: jax.Array
 ) -> jax.Array:
     """Grows one block.
 

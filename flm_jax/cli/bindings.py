@@ -48,7 +48,7 @@ def meanings_of(configurable: Callable[..., Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     name = ""
     for line in section[1].splitlines() if section else ():
-        begun = re.match(r"\s{2,4}(\w+): (.*)", line)
+        begun = re.match(r"  (\w+): (.*)", line)  # what a field means may have lines of this form, further in
         if begun:
             name, found[begun[1]] = begun[1], begun[2]
         elif name and line.strip():

@@ -1,10 +1,10 @@
-"""Function-preserving growth, as pure functions.
+"""Function-preserving growth of parameters and optimizer state, as pure functions.
 
 >>> from flm_jax.growth import Growth, compare, grow, grown_config
->>> plan = Growth(method="zero")
->>> new = grown_config(old, target, plan)                     # target: any larger ModelConfig
->>> new_params = grow(params, old, new, plan, jax.random.key(0))
->>> compare(old, params, new, new_params, plan, tokens_BT).max_rel_logit_diff
+>>> growth = Growth(method="zero")
+>>> new = grown_config(old, target, growth)                   # target: any larger ModelConfig
+>>> new_params = grow(params, old, new, growth, jax.random.key(0))
+>>> compare(old, params, new, new_params, growth, tokens_BT).max_rel_logit_diff
 """
 
 from flm_jax.growth.grow import grow, grow_moments, grow_optimizer

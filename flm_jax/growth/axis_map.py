@@ -1,8 +1,8 @@
-"""How one axis grows: where its new entries come from, and what they hold in parameters that read or write it.
+"""How one axis grows: the source of each new entry, and what fresh entries hold in each role.
 
-A span says where: the source of every new entry, and which of them are fresh. An operator (see `operators`) turns a
-span into an axis map, which says what: the weight of entries that are taken, and the content of fresh ones. Nothing
-here knows of parameters; a signature picks the rule (`AxisMap.rules`), and `grow` applies one map after another.
+A `Span` gives the source index of every new entry and marks the fresh ones. An operator (see `operators`) turns a span
+into an `AxisMap`, which adds the weight of taken entries and the content of fresh ones. This module knows nothing about
+parameters: a parameter's signature selects the rule (`AxisMap.rules`), and `grow` applies one axis map after another.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Fill = Literal["draw", "zero", "copy", "mean"]
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Where the entries of a grown axis come from.
+    """The source of each entry of a grown axis.
 
     Attributes:
-      axis: its name.
-      old: its size before.
-      source: (new,) int, the old entry that each new one is taken (or would be copied) from.
+      axis: name of the axis.
+      old: its size before growth.
+      source: (new,) int, the index of the old entry that each new entry is (or would be) copied from.
       fresh: (new,) bool, the entries that did not exist before.
       group: (new,) int, equal for entries that are copies of each other; None: `source`.
-      parts: the outer and the inner span of an axis laid out as (outer, inner).
+      parts: the outer and the inner span of an axis that is laid out as (outer, inner).
     """
 
     axis: str
@@ -45,19 +45,20 @@ class Span:
 
     @property
     def copy_group(self) -> np.ndarray:
-        """(new,) int, equal for entries that are copies of each other: `group`, resolved."""
+        """(new,) int, equal for entries that are copies of each other: `group`, or `source` where that is None."""
         return self.source if self.group is None else self.group
 
     @property
     def copies(self) -> np.ndarray:
-        """(new,) int, how many copies of each other an entry and its like are."""
+        """(new,) int, the size of each entry's group of copies."""
         return np.bincount(self.copy_group)[self.copy_group]
 
     def shares(self, unevenness: float = 0.0) -> np.ndarray:
         """(new,) positive weights that sum to 1 over the copies of an entry.
 
-        Copies count for 1, 1 + unevenness, 1 + 2 unevenness and so on: 0 is even. The shares of an axis in two parts
-        are the products of theirs, so that a copied key head weighs as much as all the queries that read it.
+        The weights of its copies are proportional to 1, 1 + unevenness, 1 + 2 unevenness and so on; 0 makes them equal.
+        The shares of an axis in two parts are the products of the shares of its parts, so that a copied key head weighs
+        as much as all the queries that read it.
         """
         if self.parts is not None:
             outer, inner = self.parts
@@ -71,15 +72,15 @@ class Span:
 
 
 def along(vector: np.ndarray, dim: int, ndim: int) -> np.ndarray:
-    """A vector, shaped to broadcast along one dimension of an array with `ndim` of them."""
+    """Reshapes a vector so that it broadcasts along one dimension of an array with `ndim` dimensions."""
     return vector.reshape((1,) * dim + (-1,) + (1,) * (ndim - dim - 1))
 
 
 def append(axis: str, old: int, new: int) -> Span:
-    """New entries after the old ones; each stands beside an old one, in turn.
+    """The span in which new entries follow the old ones; their sources are the old entries in turn.
 
     Raises:
-        ValueError: the axis would shrink.
+      ValueError: the axis would shrink.
     """
     if new < old:
         raise ValueError(f"Axis {axis!r} would shrink from {old} to {new}; growth keeps or enlarges every axis.")
@@ -88,9 +89,10 @@ def append(axis: str, old: int, new: int) -> Span:
 
 
 def nested(axis: str, outer: Span, inner: Span) -> Span:
-    """The span of an axis laid out as (outer, inner): query heads, as key heads times queries a key head.
+    """The span of an axis laid out as (outer, inner), such as query heads as (key heads, queries per key head).
 
-    So a query head stays with the key head that it had: groups widen in place, and new groups come with new key heads.
+    A query head therefore stays with its key head: existing groups widen in place, and new groups belong to new key
+    heads.
     """
     source = outer.source[:, None] * inner.old + inner.source[None]
     fresh = outer.fresh[:, None] | inner.fresh[None]
@@ -98,10 +100,10 @@ def nested(axis: str, outer: Span, inner: Span) -> Span:
 
 
 def divided(span: Span, into: int) -> Span:
-    """`span`, of an axis whose entries were first divided: each old entry becomes `into` entries like it, in place.
+    """`span`, as seen from the undivided axis: each of its old entries is first repeated `into` times, in place.
 
-    Parts of one entry serve different readers (key heads that share out their queries), so they are no copies of each
-    other and need no weights.
+    The parts of one entry serve different readers (key heads that divide their queries among themselves), so they are
+    not copies of each other and need no weights.
     """
     if into == 1:
         return span
@@ -109,7 +111,10 @@ def divided(span: Span, into: int) -> Span:
 
 
 def resampled(span: Span) -> Span:
-    """`span` with the sources of its fresh entries drawn at random, the same for everyone (Net2Net's mapping)."""
+    """`span` with the sources of its fresh entries drawn at random (Net2Net's mapping).
+
+    The draw depends on the sizes alone, so that every parameter uses the same sources.
+    """
     if span.parts is not None:
         return nested(span.axis, *(resampled(part) for part in span.parts))
     old = span.copy_group[~span.fresh]
@@ -121,15 +126,16 @@ def resampled(span: Span) -> Span:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What a grown axis does to a parameter in one role.
+    """What a grown axis does to a parameter that has one given role on it.
 
     Attributes:
-      fill: content of fresh entries: drawn as at initialisation, zero, a copy of their source, or the old ones' mean.
-      scale: weight of what is taken, W' = scale * W[source]: a number or (new,).
-      dual: what that does to its gradient, g' = dual * g[source], by which Adam's moments are carried.
-      noise: (new,) sizes, relative to each other, of the activations that copies meet: noise is added that they
-        cancel. None: no noise.
-      from_above: fresh entries are copied from the layer above, where there is one.
+      fill: content of fresh entries: drawn as at initialisation, zero, a copy of their source, or the mean of the old
+        entries.
+      scale: weight of taken entries, W' = scale * W[source]: a number or (new,).
+      dual: the effect on the gradient, g' = dual * g[source]; Adam's moments are carried over by it.
+      noise: (new,) relative sizes of the activations that the copies multiply: noise that cancels over the copies is
+        added. None: no noise.
+      from_above: whether fresh entries are copied from the layer above, where there is one.
     """
 
     fill: Fill
@@ -141,15 +147,15 @@ class Rule:
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """One axis, grown: its span, and the rule of each role.
+    """How one axis grows: its span, and a rule for each role.
 
     Attributes:
-      span: where entries come from.
+      span: the source of each entry.
       rules: by the role of a parameter on this axis.
       masked: whether the fresh entries start behind a mask.
-      squares: on the residual axis, the factor by which the stream's sum of squares grows at the growth, and with it
-        the width that norms divide by; None: it is not known, and a mask hides what is new until that width is the
-        target's own.
+      squares: on the residual axis, the factor by which the growth increases the stream's sum of squares; the width
+        that norms divide by increases by the same factor. None: it is unknown, and a mask hides fresh entries until
+        norms divide by the target's own width.
     """
 
     span: Span
@@ -159,5 +165,5 @@ class AxisMap:
 
     @property
     def active(self) -> bool:
-        """Whether fresh entries take part from the first step, as copies of old ones do."""
+        """Whether fresh entries contribute to the output at step 0, as unmasked copies do."""
         return not self.masked and all(rule.fill == "copy" for rule in self.rules.values())

@@ -1,4 +1,4 @@
-"""Where new layers go, and which old layer each is a copy of."""
+"""Placement of new layers: where each one goes, and which old layer it is a copy of."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ def place(old: int, new: int, where: str | Sequence[int]) -> Span:
     """The span of the layers axis.
 
     Args:
-      old: layers before.
-      new: layers after.
-      where: interleave (copies right after their source, spread evenly over the depth), top (copies of the top
-        layers, above them), middle (the same, of the middle layers), stack (the whole network once more, as far as it
-        goes: 2405.15319), or one number a layer: how many copies follow it. "distance" becomes such numbers by
-        `by_distance`, once distances are measured.
+      old: layers before growth.
+      new: layers after growth.
+      where: interleave (copies directly after their source, spread evenly over the depth), top (copies of the top
+        layers, above them), middle (the same with the middle layers), stack (the whole network repeated, up to the new
+        depth: 2405.15319), or one number per layer: how many copies follow it. For "distance", `by_distance` turns
+        measured distances into such numbers.
 
     Raises:
-      ValueError: unknown place, distances that are not measured, copies that do not add up, or fewer layers.
+      ValueError: an unknown place, distances that are not measured yet, copies that do not add up, or fewer layers than
+        before.
     """
     if new < old:
         raise ValueError(f"Axis 'layers' would shrink from {old} to {new}; growth keeps or enlarges every axis.")
@@ -44,16 +45,17 @@ def place(old: int, new: int, where: str | Sequence[int]) -> Span:
         start = old - length if where == "top" else (old - length) // 2
         return _after_run(old, start, length, extra)
     if where == "interleave":
-        # Layer i of the old network is followed by its share of the new ones: evenly spaced, the rest nearer the top.
+        # Layer i is followed by its share of the new layers: evenly spaced, with the remainder nearer the top.
         return _after_each((np.arange(1, old + 1) * extra) // old - (np.arange(old) * extra) // old)
-    raise ValueError(f"Growth.depth={where!r}: new layers go to one of {', '.join(PLACES)}, or give copies a layer.")
+    raise ValueError(f"Growth.depth={where!r}: new layers go to one of {', '.join(PLACES)}, or give copies per layer.")
 
 
 def by_distance(distances: Sequence[float], new: int) -> tuple[int, ...]:
-    """How many copies follow each layer, when copies go where a layer changes its input least.
+    """How many copies follow each layer, when copies go after the layers that change their input least.
 
-    Tele-FLM names "distance-based layer selection" (2407.02783) and no formula; this is ours. Every layer gets its
-    whole share, and what is left over goes to the layers with the smallest distance, one each.
+    Tele-FLM names "distance-based layer selection" (2407.02783) but gives no formula; this rule is our own. Every layer
+    gets an equal whole number of copies, and the remaining copies go to the layers with the smallest distance, one
+    each.
     """
     old = len(distances)
     share, rest = divmod(new - old, old)
@@ -63,13 +65,13 @@ def by_distance(distances: Sequence[float], new: int) -> tuple[int, ...]:
 
 
 def _after_each(copies: np.ndarray) -> Span:
-    """Copies right after their source."""
+    """The span in which each layer is followed directly by its copies."""
     source = np.repeat(np.arange(len(copies)), 1 + copies)
     return Span("layers", len(copies), source, np.concatenate([[False], source[1:] == source[:-1]]))
 
 
 def _after_run(old: int, start: int, length: int, extra: int) -> Span:
-    """A run of layers, and above it copies of the run in its order; more copies than layers start over."""
+    """The span in which a run of layers is followed by copies of its layers, in order and if need be repeatedly."""
     end = start + length
     copied = start + np.arange(extra) % max(length, 1)
     source = np.concatenate([np.arange(end), copied, np.arange(end, old)])

@@ -1,4 +1,4 @@
-"""Diagnostics of a growth: slices that would never learn, copies that would stay identical, what new entries hold."""
+"""Diagnostics of a growth: slices that would never learn, copies that would stay identical, content of new entries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flm_jax.signature import KINDS, Kind, Role, Signature
 def grown_dimensions(
     tree: Params, lineage: Lineage
 ) -> Iterator[tuple[str, str, int, Signature, Span, Rule, jax.Array]]:
-    """Every dimension that grew: parameter path, axis, dimension, signature, span, rule, and the array."""
+    """Yields each dimension of `tree` that grew: path, axis, dimension, signature, span, rule, and the whole array."""
     maps, (_, signatures) = lineage.maps, declared(lineage.cfg)
     paths = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), sig)
@@ -33,7 +33,7 @@ def grown_dimensions(
 
 
 def fresh_entries(params: Params, lineage: Lineage) -> dict[str, dict[str, str]]:
-    """By parameter path and grown axis: how many of its slices are new, and what they hold."""
+    """By parameter path and grown axis: how many of its slices are new, and what they hold, as in '16 of 80, zero'."""
     found: dict[str, dict[str, str]] = {}
     for path, axis, _, _, span, rule, _ in grown_dimensions(params, lineage):
         found.setdefault(path, {})[axis] = f"{int(span.fresh.sum())} of {span.new}, {rule.fill}"
@@ -41,20 +41,19 @@ def fresh_entries(params: Params, lineage: Lineage) -> dict[str, dict[str, str]]
 
 
 def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: float = 0.1, steps: int = 2) -> list[str]:
-    """New slices that have had no gradient after some steps of plain gradient descent: they would never learn.
+    """New slices that received no gradient during some steps of plain gradient descent: they would never learn.
 
     Args:
-      params: the grown model's, at the growth.
+      params: of the grown model, at the growth.
       lineage: of the grown model.
       tokens_BT: int32 token ids; each is also the target of the one before it.
-      rate: of the descent, over the gradient's norm.
-      steps: of it, before the last gradient.
+      rate: step size along the normalised gradient.
+      steps: number of descent steps; one more gradient is taken after them.
 
     Returns:
-      A line for each dimension with dead slices, naming the parameter and the axis; none is right. Rows of the
-      embedding that stand for new tokens are not asked: no text holds them yet.
+      One line per dimension that has dead slices, naming the parameter and the axis; an empty list is the expected
+      result. Embedding rows of new tokens are not checked: no text contains these tokens yet.
     """
-
     # One token less than a window: kernels that want blocks of positions cannot take it.
     cfg = lineage.cfg.for_comparison
 
@@ -70,7 +69,7 @@ def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: fl
         return moved, jax.tree.map(lambda s, g: s + jnp.abs(g), seen, grads)
 
     seen = jax.tree.map(jnp.zeros_like, params)
-    # From the beginning of the ramp to its end: what is masked to the last has its gradients then.
+    # Run from the start of the ramp to its end: entries whose mask rises last have gradients only there.
     for step in range(steps + 1):
         masks = lineage.masks(step * lineage.ramp_steps // steps)
         params, seen = descend(params, seen, tokens_BT, masks)
@@ -86,14 +85,15 @@ def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: fl
 
 
 def copies_apart(params: Params, lineage: Lineage) -> float | None:
-    """How far copies of one entry differ, each seen at its source's size, over the parameter's largest entry.
+    """The largest difference between copies, each divided by its scale, relative to the parameter's largest entry.
 
-    0: copies are identical; with identical optimizer state they stay identical. None: nothing was copied.
+    0: copies are identical; with identical optimizer state they stay identical (the symmetry is not broken). None:
+    nothing was copied.
     """
     found: list[float] = []
     maps = lineage.maps
     for _, axis, dim, sig, span, rule, value in grown_dimensions(params, lineage):
-        # On other axes only what was there before: what is drawn there has no source.
+        # On the other axes only old entries are compared: drawn ones have no source.
         for other, name in enumerate(sig.axes):
             if name in maps and other != dim:
                 value = jnp.take(value, np.flatnonzero(~maps[name].span.fresh), axis=other)

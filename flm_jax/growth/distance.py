@@ -1,4 +1,4 @@
-"""How much every layer changes its input, measured: where copies of layers disturb least."""
+"""Measures how much each layer changes its input, and places new layers by these distances."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ def layer_distances(
     segments_BT: jax.Array | None = None,
     metric: str = "angular",
 ) -> tuple[float, ...]:
-    """The distance between each layer's input x and output y, over all positions of a calibration batch.
+    """The distance between each layer's input x and output y, averaged over all positions of a calibration batch.
 
     Args:
       cfg: the model; it is run in at least float32.
       params: its parameters.
       tokens_BT: int32 token ids.
       segments_BT: int32, equal within a document.
-      metric: angular, arccos(cos(x, y)) / pi; cosine, 1 - cos(x, y); or relative_l2, |y - x| / |x|; each the mean over
-        positions.
+      metric: angular, arccos(cos(x, y)) / pi; cosine, 1 - cos(x, y); or relative_l2, |y - x| / |x|.
 
     Returns:
-      One number a layer. 0: it changes nothing.
+      One number per layer; 0 means that the layer changes nothing.
 
     Raises:
       ValueError: unknown metric.
@@ -60,11 +59,11 @@ def layer_distances(
 def settle(
     lineage: Lineage, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
 ) -> tuple[Lineage, tuple[float, ...]]:
-    """A lineage that says where all its new layers go, and the distances that were measured for it, if it needs any.
+    """The lineage with all new layers placed, and the distances that were measured for it (empty if it needed none).
 
     Args:
-      lineage: of the model that is to be grown.
-      params: parameters of the model before.
+      lineage: of the model to grow into.
+      params: of the model before growth.
       tokens_BT: int32 token ids, the calibration batch.
       segments_BT: int32, equal within a document.
     """

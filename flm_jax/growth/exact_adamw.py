@@ -1,8 +1,9 @@
-"""AdamW across a growth: going on exactly, and new entries with a rate of their own.
+"""AdamW across a growth: exact continuation by a rescaling, and a separate learning rate for new entries.
 
-A growth that weighs its copies, W' = b W[source], scales their gradients, g' = a g[source]. AdamW then goes on exactly
-if it sees parameters and gradients as they were: parameters W' / b, gradients g' / a, and steps times b. That is the
-rescaling. In other words: eps times a, rate times b, weight decay over b, and moments that need no change.
+A growth that weights its copies, W' = b W[source], scales their gradients, g' = a g[source]. AdamW continues exactly if
+it sees parameters and gradients as they were before: parameters W' / b and gradients g' / a, with its updates
+multiplied by b. This is the rescaling. It amounts to eps times a, learning rate times b, weight decay divided by b, and
+moments that need no change.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ from flm_jax.model import declared
 from flm_jax.optimizer import OptimizerConfig, adamw, width_mults
 from flm_jax.signature import KINDS, Signature
 
-Factors = tuple[np.ndarray, ...]  # One vector a dimension, shaped to broadcast; an entry's factor is their product.
+Factors = tuple[
+    np.ndarray, ...
+]  # One vector per dimension, shaped to broadcast; the factor of an entry is the product of its vectors' values.
 
 
 @dataclass(frozen=True, eq=False)
 class LeafRescaling:
-    """By what one parameter's weights, gradients and share of the gradient's norm are scaled.
+    """How AdamW sees one parameter: factors on its weights, on its gradients, and on its part of the gradient norm.
 
     Attributes:
-      weight: b, of W' = b W[source].
-      gradient: a, of g' = a g[source].
-      share: counted over the copies of an entry they add up to 1, so that copies count once in a norm.
-      width_mult: muP's width multiplier, which stays that of the model that the rescaling began with.
+      weight: b in W' = b W[source].
+      gradient: a in g' = a g[source].
+      share: part of each entry in the gradient norm; the shares of all copies of an entry add up to 1, so that it
+        counts once.
+      width_mult: muP's width multiplier; it stays that of the model before the first rescaled growth.
     """
 
     weight: Factors
@@ -45,11 +49,11 @@ class LeafRescaling:
     width_mult: float
 
 
-Rescaling = Any  # A tree of `LeafRescaling`, like the parameters.
+Rescaling = Any  # A tree of `LeafRescaling`, with the structure of the parameters.
 
 
 def times(x: jax.Array, factors: Factors, power: int = 1) -> jax.Array:
-    """`x` times factors to some power, in the dtype of `x`."""
+    """`x` times the product of `factors`, each to the given power, in the dtype of `x`."""
     for factor in factors:
         if not np.all(factor == 1):
             x = x * np.power(factor, float(power)).astype(x.dtype)
@@ -57,10 +61,10 @@ def times(x: jax.Array, factors: Factors, power: int = 1) -> jax.Array:
 
 
 def rescaling(lineage: Lineage) -> Rescaling | None:
-    """How AdamW sees a model after the growths that led to it; None where it sees everything as it is.
+    """The rescaling in which AdamW sees a model after its growths; None: it sees everything unchanged.
 
     Raises:
-        ValueError: an axis grew in a way that does not scale gradients by known factors.
+      ValueError: an axis grew in a way that does not scale gradients by known factors.
     """
     if lineage.growth is None or lineage.growth.optimizer != "exact":
         return None
@@ -77,7 +81,7 @@ def rescaling(lineage: Lineage) -> Rescaling | None:
                 continue
             span, rule = maps[axis].span, maps[axis].rules[sig.role(axis)]
             copied = rule.fill == "copy" and not rule.from_above
-            # What is drawn, silent, or a layer of its own is seen as it is.
+            # Entries that are drawn, zero, or in a new layer are not rescaled.
             known = ~span.fresh | (copied & (np.broadcast_to(rule.dual, span.new) != 0))
             count = np.where(known, np.bincount(span.source, weights=known)[span.source], 1)
             for factors, by in ((weight, rule.scale), (gradient, rule.dual), (share, 1 / np.maximum(count, 1))):
@@ -95,10 +99,10 @@ def rescaling(lineage: Lineage) -> Rescaling | None:
 
 
 def check_continues(lineage: Lineage) -> None:
-    """Checks that AdamW can go on exactly through a model's last growth, where that is asked for.
+    """Checks that AdamW can continue exactly through a model's last growth, if that growth asks for it.
 
     Raises:
-        ValueError: an axis grew in a way that does not scale gradients by known factors.
+      ValueError: an axis grew in a way that does not scale gradients by known factors.
     """
     if lineage.growth is None or lineage.growth.optimizer != "exact":
         return
@@ -129,7 +133,7 @@ def _unscaled(sig: Signature, cfg: ModelConfig) -> LeafRescaling:
 
 
 def rescaled_moments(moments: Any, scaling: Rescaling | None, power: int) -> Any:
-    """Averages of gradients to some power, as AdamW sees them."""
+    """Moving averages of gradients to some power, as AdamW sees them in a rescaling."""
     if scaling is None:
         return moments
     return jax.tree.map(lambda m, leaf: times(m, leaf.gradient, -power), moments, scaling)
@@ -138,13 +142,13 @@ def rescaled_moments(moments: Any, scaling: Rescaling | None, power: int) -> Any
 def rescaled_adamw(
     cfg: OptimizerConfig, model: ModelConfig, signatures: Any, scaling: Rescaling | None = None
 ) -> optax.GradientTransformation:
-    """AdamW in a rescaling, behind clipping by the global norm, in which copies count once.
+    """AdamW in a rescaling, after clipping by the global gradient norm, in which copies count once.
 
     Args:
-      cfg: how.
-      model: whose widths muP goes by, where nothing is rescaled.
-      signatures: of its parameters.
-      scaling: how it sees parameters and gradients; None: as they are.
+      cfg: the optimizer's configuration.
+      model: its widths give muP's multipliers, unless there is a rescaling.
+      signatures: of the model's parameters, as a tree.
+      scaling: how AdamW sees parameters and gradients; None: unchanged.
     """
     mults = width_mults(model, signatures)
     if scaling is not None:
@@ -172,7 +176,7 @@ def rescaled_adamw(
 
 
 def new_entries(lineage: Lineage) -> Any:
-    """A tree like the parameters: by dimension, which entries are fresh, (size,) bool shaped to broadcast."""
+    """The fresh entries: a tree like the parameters, per grown dimension a (size,) bool vector shaped to broadcast."""
     maps = lineage.maps
     _, signatures = declared(lineage.cfg)
 
@@ -184,7 +188,7 @@ def new_entries(lineage: Lineage) -> Any:
 
 
 def scale_new(steps: Any, flags: Any, factor: jax.Array) -> Any:
-    """Steps of the optimizer, those of new entries times a factor."""
+    """Updates of the optimizer, with those of new entries multiplied by a factor."""
 
     def one(step: jax.Array, fresh: Factors) -> jax.Array:
         if not fresh:
@@ -196,14 +200,15 @@ def scale_new(steps: Any, flags: Any, factor: jax.Array) -> Any:
 
 
 def rate_of_new(growth: Growth, step: jax.Array, count: jax.Array, b1: float, b2: float) -> jax.Array:
-    """By what the steps of new entries are multiplied: their re-warming, and the correction for their age.
+    """The factor on updates of new entries: the re-warming of their rate, times a correction for their age.
 
-    Adam divides by 1 - b^count, with one count for all. Averages that began at 0 with this stage want their own age
-    there; without it their first step would be (1 - b1) / sqrt(1 - b2) times the rate: 0.45 of it at b2 = 0.95, 3.2
-    at 0.999. (eps is left as it is.) The rate of new entries rises from 0 to `rewarm_to` (2602.02472).
+    Adam divides its averages by 1 - b^count, with one count for all entries. Averages that started at 0 with this stage
+    need their own age there; without the correction their first update would be (1 - b1) / sqrt(1 - b2) times the rate:
+    0.45 of it at b2 = 0.95, 3.2 times at 0.999. (eps is left as it is.) The rate of new entries rises from 0 to
+    `rewarm_to` (2602.02472).
 
     Args:
-      growth: the plan, asymmetric.
+      growth: an asymmetric growth.
       step: () int, steps of this stage before this one.
       count: () int, Adam's count before this step.
       b1: decay of Adam's first moment.

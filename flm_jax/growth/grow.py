@@ -1,6 +1,6 @@
-"""Growing: old shapes to new shapes, for parameters and moving averages, as pure functions of signatures.
+"""Grows parameters and moving averages from old shapes to new ones, as pure functions of their signatures.
 
-One function serves arrays on one device, arrays on a mesh (under jit, with the target's shardings) and a notebook:
+The same functions serve arrays on one device, arrays on a mesh (under jit, with the target's shardings) and a notebook:
 
     big = grown_config(small, target, Growth(method="zero"))
     params = grow(params, small, big, Growth(method="zero"), jax.random.key(0))
@@ -29,26 +29,26 @@ from flm_jax.signature import Signature, draw
 
 
 def grow(params: Params, old: ModelConfig, new: ModelConfig, growth: Growth, key: jax.Array) -> Params:
-    """Parameters of `new` that compute what those of `old` did, where the method preserves.
+    """Parameters of `new`, which compute what those of `old` did if the method preserves the function.
 
     Args:
       params: parameters of `old`.
-      old: the configuration before.
-      new: the configuration after: what `grown_config` returned.
-      growth: how.
-      key: for what is drawn; the same inputs give the same bytes.
+      old: the configuration before growth.
+      new: the configuration after growth, as returned by `grown_config`.
+      growth: how to grow.
+      key: for drawn entries; the same inputs give the same bytes.
 
     Returns:
-      A tree like a fresh initialisation of `new`, in shapes and dtypes.
+      A tree with the shapes and dtypes of a fresh initialisation of `new`.
 
     Raises:
-      ValueError: the parameters are not those of `old` (the path and both shapes are named), or see `axis_maps`.
+      ValueError: the parameters are not those of `old` (the message names the path and both shapes), or as `axis_maps`.
     """
     return grow_params(lineage_of(old, new, growth), params, key)
 
 
 def grow_params(lineage: Lineage, params: Params, key: jax.Array) -> Params:
-    """The parameters of a grown model, from those of the model before it: see `grow`."""
+    """The parameters of a grown model, from those of the model before it; see `grow`."""
 
     def one(path: str, value: jax.Array, leaf: LeafMap) -> jax.Array:
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -64,12 +64,12 @@ def grow_params(lineage: Lineage, params: Params, key: jax.Array) -> Params:
 
 
 def fresh(leaf: LeafMap, key: jax.Array, shape: tuple[int, ...], std: float, **offset: Any) -> jax.Array:
-    """What is drawn for a parameter, or for a block of it that begins at some `offset`."""
+    """Fresh values for a parameter, or for a block of it that begins at some `offset`."""
     return draw(leaf.signature, key, shape, std=std, dtype=leaf.wide, **offset)
 
 
 def param_maps(lineage: Lineage) -> Params:
-    """How every parameter grows: a tree of `LeafMap`."""
+    """How each parameter grows: a tree of `LeafMap`."""
     old, new = lineage.before.cfg, lineage.cfg
 
     def one(signature: Signature, like: jax.ShapeDtypeStruct) -> LeafMap:
@@ -91,8 +91,8 @@ def moment_maps(
     Args:
       lineage: of the grown model.
       power: of the gradients.
-      before: the rescaling that the old averages are in; None: they are as gradients are.
-      after: the rescaling that the new ones are to be in.
+      before: the rescaling that the old averages are stored in; None: none.
+      after: the rescaling that the new averages are stored in; None: none.
     """
     old, new = lineage.before.cfg, lineage.cfg
     forget = lineage.last_growth.optimizer == "asymmetric"
@@ -129,23 +129,23 @@ def grow_moments(
     before: Rescaling | None = None,
     after: Rescaling | None = None,
 ) -> Params:
-    """A moving average of gradients to some power (Adam's first moment: 1, second: 2), by the dual of the same maps.
+    """A grown moving average of gradients to some power (Adam's first moment: 1, second: 2), by the dual of the maps.
 
-    Copies take over the average of their source, which is what theirs would be. Where the method cannot say what it
-    would be, and everywhere new with ``growth.optimizer == "asymmetric"``, it starts at 0. An average of parameters
-    grows as parameters do, by `grow`.
+    Copies take over the average of their source, scaled to what their own average would be. Where the method cannot
+    tell what that would be, and for all new entries with ``growth.optimizer == "asymmetric"``, the average starts at 0.
+    An average of parameters grows as parameters do, by `grow`.
 
     Args:
       moments: of the old model.
-      old: the configuration before.
-      new: the configuration after.
-      growth: how.
+      old: the configuration before growth.
+      new: the configuration after growth.
+      growth: how to grow.
       power: of the gradients.
-      before: the rescaling that the old moments are in (see `exact_adamw`).
-      after: the rescaling that the new ones are to be in.
+      before: the rescaling that the old moments are stored in (see `exact_adamw`).
+      after: the rescaling that the new moments are stored in.
 
     Raises:
-        ValueError: as `grow`.
+      ValueError: as `grow`.
     """
     return _grow_average(lineage_of(old, new, growth), moments, power, before, after)
 
@@ -158,26 +158,26 @@ def grow_optimizer(
     before: Rescaling | None = None,
     after: Rescaling | None = None,
 ) -> Any:
-    """The optimizer's state for the grown model: its averages by `grow_moments`, its counts as they were.
+    """The optimizer state of the grown model: averages grown by `grow_moments`, counts unchanged.
 
-    With ``growth.optimizer == "fresh"`` averages and counts are those of a first step.
+    With ``growth.optimizer == "fresh"`` averages and counts are 0, as before a first step.
 
     Args:
       state: of the old model's optimizer.
-      old: the configuration before.
-      new: the configuration after.
-      growth: how.
-      before: the rescaling that the old moments are in (see `exact_adamw`).
-      after: the rescaling that the new ones are to be in.
+      old: the configuration before growth.
+      new: the configuration after growth.
+      growth: how to grow.
+      before: the rescaling that the old moments are stored in (see `exact_adamw`).
+      after: the rescaling that the new moments are stored in.
 
     Raises:
-        ValueError: a leaf of the state is declared nowhere (see `optimizer.AVERAGES`); or as `grow`.
+      ValueError: a leaf of the state is not declared in `optimizer.AVERAGES`; or as `grow`.
     """
     return _grow_state(lineage_of(old, new, growth), state, before, after)
 
 
 def grow_opt_state(lineage: Lineage, state: Any) -> Any:
-    """The optimizer's state of a grown model, from that of the model before it, each in its own rescaling."""
+    """The optimizer state of a grown model, from that of the model before it, each in its own rescaling."""
     return _grow_state(lineage, state, rescaling(lineage.before), rescaling(lineage))
 
 
@@ -202,10 +202,10 @@ def _grow_average(
 
 
 def check_shapes(tree: Params, cfg: ModelConfig) -> None:
-    """Checks that these are parameters, or averages, of a model.
+    """Checks that a tree has the structure and shapes of a model's parameters.
 
     Raises:
-        ValueError: names the first path that is not, and both shapes.
+      ValueError: it has not; the message names the first path that differs, and both shapes.
     """
     shapes, _ = declared(cfg)
     expected = {jax.tree_util.keystr(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(shapes)}
@@ -219,7 +219,7 @@ def check_shapes(tree: Params, cfg: ModelConfig) -> None:
 
 
 def _grown_axes(signature: Signature, maps: Mapping[str, AxisMap]) -> list[GrownDim]:
-    """The dimensions of an array that grow, the last one first."""
+    """The dimensions of an array that grow, last dimension first."""
     return [
         (dim, maps[axis].span, maps[axis].rules[signature.role(axis)])
         for dim, axis in reversed(list(enumerate(signature.axes)))

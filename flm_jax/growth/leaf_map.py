@@ -1,9 +1,9 @@
-"""How one array grows, entry by entry: where it is taken from, by what it is multiplied, what is new.
+"""How one parameter grows: for each new entry, its source index, its scale, and whether it is fresh.
 
-One function serves a whole array, on a device or on a mesh under jit, and a block of it that is streamed: a run of rows
-of one layer. So that both have the same bits however they are compiled, nothing is left to the compiler's rounding:
-taken entries are multiplied once a dimension, in at least float32, by vectors that are no constant; and where a product
-enters a sum, it is rounded first.
+The same function grows a whole array, on a device or on a mesh under jit, and a streamed block of it: a run of rows of
+one layer. Both must have the same bits however they are compiled, so no rounding is left to the compiler: taken entries
+are multiplied once per dimension, in at least float32, by vectors that are not compile-time constants; and a product is
+rounded before it enters a sum.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import numpy as np
 from flm_jax.growth.axis_map import Rule, Span, along
 from flm_jax.signature import Signature
 
-# Noise in copies, in standard deviations of an initialisation.
+# Standard deviation of the noise in copies, relative to that of an initialisation.
 NOISE = 0.1
-# More runs of entries than this are looked up by index.
+# Sources in more contiguous runs than this are gathered by index.
 MAX_RUNS = 8
 
-Vector = Any  # (size,), of NumPy or traced
+Vector = Any  # (size,), a NumPy array or a traced one
 GrownDim = tuple[int, Span, Rule]
 
 
-class Entries(NamedTuple):
-    """What a way says entry by entry; of a block, what concerns its rows and its layer.
+class EntryValues(NamedTuple):
+    """The per-entry values of a leaf map; for a block, restricted to its rows and its layer.
 
     Attributes:
       fresh: by grown dimension, (new,) bool, the entries that did not exist before.
-      weights: by dimension, (new,), what is taken is multiplied by these; None: by nothing.
-      scale: what every taken entry is multiplied by; None: by nothing.
+      weights: by dimension, (new,) factors on taken entries; None: no factor.
+      scale: one factor on all taken entries; None: no factor.
     """
 
     fresh: tuple[Vector, ...]
@@ -48,19 +48,19 @@ class LeafMap:
     """How one array grows. Made by `make_leaf_map`.
 
     Attributes:
-      signature: the parameter's, also of its moments.
+      signature: the parameter's signature; a moment has that of its parameter.
       shape: after growth.
       dtype: after growth.
-      grown: the dimensions that grow, each with its span and its rule, the last one first: layers, which others may
-        look up, come last.
-      entries: of the whole array.
+      grown: the dimensions that grow, each with its span and its rule, last dimension first; layers are grown last
+        because the other dimensions may copy from the layer above.
+      entries: the per-entry values of the whole array.
     """
 
     signature: Signature
     shape: tuple[int, ...]
     dtype: Any
     grown: tuple[GrownDim, ...]
-    entries: Entries
+    entries: EntryValues
 
     @property
     def before(self) -> tuple[int, ...]:
@@ -70,12 +70,12 @@ class LeafMap:
 
     @property
     def wide(self) -> Any:
-        """The dtype that is computed in."""
+        """The dtype that growth computes in: at least float32."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
     @property
     def draws(self) -> bool:
-        """Whether anything is drawn."""
+        """Whether anything is drawn at random."""
         return any(rule.fill == "draw" or rule.noise is not None for _, _, rule in self.grown)
 
     @property
@@ -85,20 +85,22 @@ class LeafMap:
 
     @property
     def splits(self) -> bool:
-        """Whether a run of rows can be grown without the others: noise that copies cancel and means need them all."""
+        """Whether a run of rows can be grown without the other rows."""
+        # Noise that cancels over copies, and a mean over rows, need all rows.
         return not any(
             dim == self.row_dim and (rule.noise is not None or rule.fill == "mean") for dim, _, rule in self.grown
         )
 
     @property
     def layers_above(self) -> int:
-        """How many layers above its own a layer is grown from: one for every dimension that copies from above."""
+        """How many layers above its own a layer is grown from: one per dimension that copies from above."""
         return sum(rule.from_above and self.signature.stacked for _, _, rule in self.grown)
 
     def sources(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of every new entry along a dimension: (new,) int, where it is from, and (new,) bool, whether it is needed.
+        """The source of each new entry along a dimension, (new,) int, and whether that source is needed, (new,) bool.
 
-        Entries that are drawn or zero need no source; one entry that comes from each old one always counts as needed.
+        Drawn and zero entries need no source. The first new entry of each source always counts as needed, so that all
+        of the old array is read.
         """
         index = np.arange(self.shape[dim])
         for grown, span, rule in self.grown:
@@ -108,11 +110,11 @@ class LeafMap:
                 return span.source, needed
         return index, np.ones(len(index), bool)
 
-    def block(self, layer: int, rows: slice) -> Entries:
-        """The entries of a run of rows of one layer; of an array that is not stacked, of a run of rows."""
+    def block(self, layer: int, rows: slice) -> EntryValues:
+        """The per-entry values of a run of rows of one layer; of a run of rows, if the array is not stacked."""
         restricted = {self.row_dim: rows} | ({0: slice(layer, layer + 1)} if self.signature.stacked else {})
         whole = slice(None)
-        return Entries(
+        return EntryValues(
             tuple(
                 fresh[restricted.get(dim, whole)]
                 for (dim, _, _), fresh in zip(self.grown, self.entries.fresh, strict=True)
@@ -129,23 +131,23 @@ class LeafMap:
         value: jax.Array,
         draw: Callable[[], jax.Array] | None = None,
         key: jax.Array | None = None,
-        entries: Entries | None = None,
+        entries: EntryValues | None = None,
         taken: Collection[int] = (),
     ) -> jax.Array:
         """The grown array, or a block of it.
 
         Args:
-          value: the array before; of a block, what its rows and its layer come from, and, if the way looks above,
-            `layers_above` layers more.
-          draw: gives what is drawn, in the shape of the result; asked only if something is.
-          key: the key that it draws by.
-          entries: of the block; None: the whole array's.
-          taken: dimensions along which `value` holds the source of every new entry already, in their order.
+          value: the old array; for a block, the sources of its rows in its layer and, if the leaf map copies from
+            above, in `layers_above` more layers.
+          draw: returns drawn values in the shape of the result; called only if the leaf map draws.
+          key: the key of the draw.
+          entries: the per-entry values of the block; None: those of the whole array.
+          taken: dimensions along which `value` already holds the source of every new entry, in order.
         """
         entries, ndim = entries or self.entries, len(self.shape)
         flags = [along(is_new, dim, ndim) for is_new, (dim, _, _) in zip(entries.fresh, self.grown, strict=True)]
         for is_new, (dim, span, rule) in zip(flags, self.grown, strict=True):
-            source = (lambda x: x) if dim in taken else functools.partial(_entries, span=span, dim=dim)
+            source = (lambda x: x) if dim in taken else functools.partial(_take_sources, span=span, dim=dim)
             after = source(value) if dim or not self.signature.stacked or dim not in taken else value[:1]
             if rule.from_above and self.signature.stacked:
                 after = jnp.where(is_new, source(jnp.concatenate([value[1:], value[-1:]])), after)
@@ -165,7 +167,7 @@ class LeafMap:
         if any(rule.noise is not None for _, _, rule in self.grown):
             assert key is not None
             value = _rounded(value, key) + self._cancelling(_rounded(fresh, key), key)
-        # One vector an axis: what is new in any of them is combined on the device, never as an array on the host.
+        # One vector per axis: their union is formed on the device, never as a full array on the host.
         for fill, content in (("draw", fresh), ("zero", jnp.zeros((), self.wide))):
             for is_new, (_, _, rule) in zip(flags, self.grown, strict=True):
                 if rule.fill == fill:
@@ -173,7 +175,7 @@ class LeafMap:
         return value.astype(self.dtype)
 
     def _cancelling(self, fresh: jax.Array, key: jax.Array) -> jax.Array:
-        """Noise that the copies of each entry cancel, given the sizes c of what they meet: sum(c noise) = 0."""
+        """Noise that cancels over the copies of each entry: sum(c noise) = 0, with c from `Rule.noise`."""
         total = jnp.zeros((), fresh.dtype)
         for dim, span, rule in self.grown:
             if rule.noise is None:
@@ -197,17 +199,18 @@ def make_leaf_map(
     scale: float,
     weights: Sequence[np.ndarray],
 ) -> LeafMap:
-    """How an array grows.
+    """The leaf map of one array.
 
     Args:
-      signature: the parameter's.
+      signature: the parameter's signature.
       like: shape and dtype after growth.
-      grown: its dimensions that grow, the last one first.
-      scale: what every taken entry is multiplied by.
-      weights: by dimension, (new,) or (1,), what taken entries are multiplied by besides.
+      grown: the dimensions that grow, last dimension first.
+      scale: factor on every taken entry.
+      weights: by dimension, (new,) or (1,), further factors on taken entries.
     """
     found: list[np.ndarray | None] = [np.asarray(w, np.float64) for w in weights]
-    # A compiler merges constants: two vectors of equal entries would be one, but not where they are a block's.
+    # In a whole array the compiler would merge two constant vectors of equal entries into one factor; in a block, where
+    # they are arguments, it would not. They are merged here, so that both round alike.
     for dim, w in enumerate(found):
         if w is not None and np.all(w == w[0]):
             scale, found[dim] = scale * float(w[0]), None
@@ -216,32 +219,30 @@ def make_leaf_map(
             scale, found[dim] = 1.0, w * scale
             break
     fresh = tuple(span.fresh for _, span, _ in grown)
-    entries = Entries(fresh, tuple(found), None if scale == 1 else scale)
+    entries = EntryValues(fresh, tuple(found), None if scale == 1 else scale)
     return LeafMap(signature, like.shape, like.dtype, tuple(grown), entries)
 
 
 def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:
-    """`x` as it is, but rounded to its dtype before it enters a sum: compilers fuse the two where it suits them.
-
-    Zero is added to its bits, in a form that no compiler sees through: a number times its successor is even.
-    """
+    """`x`, rounded to its dtype before it enters a sum: compilers may otherwise fuse the product into the sum."""
+    # Adds 0 to the bits in a form that no compiler simplifies: a number times its successor is even.
     word = jax.random.key_data(key).ravel()[0]
     unsigned = jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32
     zero = ((word * (word + np.uint32(1))) & np.uint32(1)).astype(unsigned)
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, unsigned) + zero, x.dtype)
 
 
-def _entries(value: jax.Array, span: Span, dim: int) -> jax.Array:
+def _take_sources(value: jax.Array, span: Span, dim: int) -> jax.Array:
     """The source of every new entry along one dimension.
 
-    Runs of entries are sliced and joined, which the partitioner does by exchanging what moves, where it would gather
-    the whole array for indices along a dimension that is split over devices.
+    Runs of entries are sliced and concatenated: the partitioner then exchanges only the entries that move. For indices
+    along a dimension that is split over devices it would gather the whole array.
     """
     if span.parts is not None and span.group is None:
         outer, inner = span.parts
         shape = value.shape
         split = value.reshape(*shape[:dim], outer.old, inner.old, *shape[dim + 1 :])
-        taken = _entries(_entries(split, outer, dim), inner, dim + 1)
+        taken = _take_sources(_take_sources(split, outer, dim), inner, dim + 1)
         return taken.reshape(*shape[:dim], span.new, *shape[dim + 1 :])
     source = span.source
     starts = np.flatnonzero(np.diff(source, prepend=source[0] - 2) != 1)

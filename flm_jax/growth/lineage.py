@@ -1,10 +1,10 @@
-"""A model's configuration and how it came to be: the growths that led to it, and what each of them implies.
+"""A model's configuration and its ancestry: the growths that led to it, and everything that follows from each.
 
     small = Lineage(cfg)                            # initialised, or imported
     large = small.grown(target, Growth("zero"))     # its configuration keeps what the method needs
     params = grow_params(large, params, key)        # flm_jax.growth.grow
 
-Everything that follows from a growth is a property here, computed once: axis maps, masks, norm widths, promises.
+Whatever follows from a growth is a property here, computed once: axis maps, masks, norm widths, promises.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from flm_jax.records import as_dict, from_dict
 
 @dataclass(frozen=True, eq=False)
 class Lineage:
-    """A model and how it came to be.
+    """A model and the growths that led to it.
 
     Attributes:
-      cfg: its configuration.
+      cfg: the model's configuration.
       growth: how it grew from `parent`; None: it was initialised or imported.
-      parent: the model that it grew from, there exactly when `growth` is.
+      parent: the model that it grew from; None if and only if `growth` is.
     """
 
     cfg: ModelConfig
@@ -45,11 +45,11 @@ class Lineage:
             raise ValueError("A lineage has a growth and a parent, or neither.")
 
     def grown(self, target: ModelConfig, growth: Growth) -> Lineage:
-        """The model that this one grows into.
+        """The lineage of the model that this one grows into.
 
         Args:
           target: the shape to grow to.
-          growth: how.
+          growth: how to grow.
 
         Raises:
           ValueError: see `plan.grown_config`.
@@ -58,58 +58,58 @@ class Lineage:
 
     @property
     def last_growth(self) -> Growth:
-        """The growth that led here.
+        """The growth that led to this model.
 
         Raises:
           ValueError: there was none.
         """
-        return self._born[1]
+        return self._parent_and_growth[1]
 
     @property
     def before(self) -> Lineage:
-        """The model that this one grew from.
+        """The lineage of the model that this one grew from.
 
         Raises:
           ValueError: there is none.
         """
-        return self._born[0]
+        return self._parent_and_growth[0]
 
     @property
-    def _born(self) -> tuple[Lineage, Growth]:
+    def _parent_and_growth(self) -> tuple[Lineage, Growth]:
         if self.parent is None or self.growth is None:
             raise ValueError("This model grew from nothing: it was initialised or imported.")
         return self.parent, self.growth
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is known where all new layers go; before, its shapes may be asked, and not its values."""
+        """Whether the places of all new layers are known; until then only the grown model's shapes are."""
         return self.growth is None or self.growth.depth != "distance"
 
     def settled(self, distances: Sequence[float]) -> Lineage:
-        """This lineage with new layers placed by the measured distances of the parent's layers, where asked for."""
+        """This lineage, with new layers placed by the measured distances of the parent's layers if it asks for that."""
         if self.is_settled:
             return self
         return dataclasses.replace(self, growth=self.last_growth.settled(distances, self.cfg.layers))
 
     @functools.cached_property
     def maps(self) -> dict[str, AxisMap]:
-        """The map of every axis that grew, by its name.
+        """The map of each axis that grew, by axis name.
 
         Raises:
-          ValueError: the growth places layers by distance, and none were measured yet.
+          ValueError: the growth places layers by distance, and no distances were measured yet.
         """
-        parent, growth = self._born
+        parent, growth = self._parent_and_growth
         return axis_maps(parent.cfg, self.cfg, growth)
 
     @functools.cached_property
     def outline(self) -> dict[str, AxisMap]:
-        """As `maps`, good for everything but where layers go: known before distances are measured."""
-        parent, growth = self._born
+        """Like `maps`, but known before distances are measured; the places of new layers are then provisional."""
+        parent, growth = self._parent_and_growth
         return outline_maps(parent.cfg, self.cfg, growth)
 
     @functools.cached_property
     def preserving(self) -> bool:
-        """Whether the methods of all axes that grew promise that the outputs stay equal."""
+        """Whether the operators of all axes that grew promise to preserve the function."""
         growth = self.last_growth
         return all(operators.REGISTRY[growth.method_of(axis)].preserving for axis in self.outline)
 
@@ -120,12 +120,12 @@ class Lineage:
 
     @functools.cached_property
     def norm_widths(self) -> tuple[float, float] | None:
-        """What norms divide by at the growth and after the ramp; None where that does not change.
+        """What norms divide by at the growth and after the ramp; None if it does not change.
 
         Raises:
-          ValueError: it would have to change, and neither a mask nor the plan lets it.
+          ValueError: it would have to change, but neither a mask nor `Growth.norm` allows that.
         """
-        parent, growth = self._born
+        parent, growth = self._parent_and_growth
         embed = self.outline.get("embed")
         squares = 1.0 if embed is None else embed.squares
         widths = parent.cfg.effective_norm_width * (1.0 if squares is None else squares), self.cfg.effective_norm_width
@@ -140,7 +140,7 @@ class Lineage:
 
     @functools.cached_property
     def ramp_steps(self) -> int:
-        """Steps after the growth that run with masks; then the ordinary program takes over.
+        """Steps after the growth that run with masks; all later steps run without them.
 
         Raises:
           ValueError: a ramp is missing, or has nothing to act on.
@@ -167,23 +167,23 @@ class Lineage:
         return max((growth.ramp_of(axis).end for axis in ramped), default=0)
 
     def masks(self, step: int | jax.Array) -> Masks | None:
-        """The masks `step` steps after the growth; None where it has none. After the ramp they are 1."""
+        """The masks `step` steps after the growth, all 1 after the ramp; None if the growth has no masks."""
         if self.growth is None or (not self.mask_flags and self.norm_widths is None):
             return None
         values = {axis: self.growth.ramp_of(axis).at(step) for axis in (*self.mask_flags, "embed")}
         return masks.at(self.mask_flags, values, self.norm_widths)
 
     def record(self) -> list[dict[str, Any]]:
-        """The models that led here, oldest first, each with the growth that it came by; JSON-able."""
+        """The models that led to this one, oldest first, each with the growth that produced it; JSON-able."""
         earlier = [] if self.parent is None else self.parent.record()
         return [*earlier, {"model": as_dict(self.cfg), "growth": as_dict(self.growth)}]
 
     @classmethod
     def from_record(cls, record: Sequence[Mapping[str, Any]]) -> Lineage:
-        """The lineage of a record.
+        """The lineage that a record describes.
 
-        An entry without a growth, after the first, is a stage that went on with the model before it, in other numerics
-        at most: it is the same model.
+        An entry without a growth, other than the first, is a stage that continued the model of the entry before, at
+        most with other numerics: it is the same model.
 
         Raises:
           ValueError: the record is empty, or names what this version does not know.
@@ -201,7 +201,7 @@ class Lineage:
 
 
 def lineage_of(old: ModelConfig, new: ModelConfig, growth: Growth) -> Lineage:
-    """The lineage of one growth, from configurations: `new` is what `grown_config` returned."""
+    """The lineage of one growth, from the configurations before and after; `new` is what `grown_config` returned."""
     return Lineage(new, growth, Lineage(old))
 
 

@@ -1,4 +1,4 @@
-"""The mask ramp: which entries are new, and how far they have come."""
+"""Growth masks and their ramps: the mask value of new entries at each step after a growth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from flm_jax.model import Masks
 from flm_jax.records import recorded
 
-# What is masked, by the axis that grew. New key heads serve only new query heads, whose outputs are masked already.
+# The field of `Masks` by the axis that grew. Key heads have none: new ones serve only new query heads, whose outputs
+# are masked already.
 FIELDS = {
     "embed": "embed_D",
     "heads": "heads_N",
@@ -29,8 +30,8 @@ class Ramp:
     """How masks rise from 0 to 1.
 
     Attributes:
-      steps: of the rise.
-      delay: steps at 0 before it. At 0 nothing new has a gradient: a delay is for axes that rise after others.
+      steps: length of the rise.
+      delay: steps at 0 before it. At 0 no new entry has a gradient: a delay is for axes that rise after others.
       shape: linear (MSG, 2305.02869) or cosine (slow at both ends).
     """
 
@@ -46,11 +47,11 @@ class Ramp:
 
     @property
     def end(self) -> int:
-        """The step from which on the mask is 1."""
+        """The first step at which the mask is 1."""
         return self.delay + self.steps
 
     def at(self, step: jax.Array | int) -> jax.Array:
-        """The mask of new entries after `step` steps, in [0, 1]."""
+        """The mask value of new entries after `step` steps, in [0, 1]."""
         part = jnp.clip((jnp.asarray(step, jnp.float32) - self.delay) / max(self.steps, 1), 0.0, 1.0)
         return part if self.shape == "linear" else 0.5 - 0.5 * jnp.cos(jnp.pi * part)
 
@@ -60,12 +61,12 @@ def at(
     values: Mapping[str, jax.Array | float],
     norm_widths: tuple[float, float] | None = None,
 ) -> Masks:
-    """The masks when new entries have come so far.
+    """The masks for given mask values of new entries.
 
     Args:
-      fresh: by axis, (size,) bool, which of its entries are new and masked.
-      values: by axis, () in [0, 1]: where its new entries stand; for norm widths, that of `embed`.
-      norm_widths: what norms divide by when that is 0 and when it is 1; None: it does not change.
+      fresh: by axis, (size,) bool, the entries that are new and masked.
+      values: by axis, () in [0, 1], the mask value of its new entries; norm widths follow that of `embed`.
+      norm_widths: what norms divide by at mask value 0 and at 1; None: it does not change.
     """
     fields = {
         FIELDS[axis]: 1.0 - jnp.asarray(flags, jnp.float32) * (1.0 - values[axis]) for axis, flags in fresh.items()

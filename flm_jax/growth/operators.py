@@ -1,7 +1,7 @@
-"""The growth operators: what fresh entries hold. One function and one registry entry each.
+"""The growth operators: what fresh entries hold. Each is one function and one registry entry.
 
-Registering an operator enrols it in the property tests, which hold it to what its entry says, and in the table of
-measured errors.
+A registered operator is automatically part of the property tests, which check what its entry claims, and of the table
+of measured errors.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Operator:
     """A registry entry.
 
     Attributes:
-      name: what a growth plan calls it.
+      name: its name in `Growth.method` and `Growth.methods`.
       map: from a span to an axis map.
       preserving: whether the grown model computes what the old one did.
-      continues: whether, with `optimizer="exact"`, AdamW then takes the very steps that it would have taken.
+      continues: whether AdamW with `optimizer="exact"` then takes the same steps as without the growth.
       kinds: the kinds of axes that it grows.
       source: where it is described.
     """
@@ -48,7 +48,7 @@ STACK = frozenset({Kind.STACK})
 def register(
     name: str, *, preserving: bool, source: str, kinds: frozenset[Kind], continues: bool = False
 ) -> Callable[[Map], Map]:
-    """Enters an operator into the registry."""
+    """Adds the decorated function to the registry as an operator."""
 
     def enter(function: Map) -> Map:
         REGISTRY[name] = Operator(name, function, preserving, continues, kinds, source)
@@ -58,10 +58,10 @@ def register(
 
 
 def lookup(name: str, axis: str | None = None) -> Operator:
-    """The operator of this name, which must grow `axis` if one is given.
+    """The operator with this name, which must grow `axis` if one is given.
 
     Raises:
-        ValueError: there is none, or it does not grow this axis.
+      ValueError: there is no such operator, or it does not grow this axis.
     """
     if name not in REGISTRY:
         raise ValueError(f"Unknown growth operator {name!r}; the registry has {', '.join(sorted(REGISTRY))}.")
@@ -81,11 +81,12 @@ def lookup(name: str, axis: str | None = None) -> Operator:
     source="zero padding (cf. Net2Net 1511.05641, 2310.07999), exact under RMSNorm by the kept norm width",
 )
 def zero(span: Span) -> AxisMap:
-    """New capacity starts silent; one side is zero, the other drawn, so that every entry learns from the first steps.
+    """New entries have no effect: one side is zero, the other drawn, so that every entry learns from the first steps.
 
-    On the residual axis the writers are zero, so the stream's new entries are 0 and the sum of squares is unchanged:
+    On the residual axis the writers are zero: the stream's new entries are 0 and its sum of squares is unchanged, so
     norms keep dividing by the width from before. On inner axes the readers are zero. A new layer is a copy of its
-    source whose writers into the residual stream are zero: the identity. A new token is drawn, its logit 0.
+    source whose writers into the residual stream are zero, which makes it the identity. A new token is drawn, and its
+    logit is 0.
     """
     kind = KINDS[span.axis]
     if kind is Kind.STACK:
@@ -97,19 +98,19 @@ def zero(span: Span) -> AxisMap:
 
 @register("mask", preserving=True, kinds=INSIDE, source="MSG, 2305.02869: the growth of FLM-101B and Tele-FLM")
 def mask(span: Span) -> AxisMap:
-    """New capacity is ordinary, behind a mask that ramps from 0 to 1; exact at 0, whatever the new weights are."""
+    """New entries are initialised as usual, behind a mask that ramps from 0 to 1; exact at 0 for any new weights."""
     if KINDS[span.axis] is Kind.STACK:
         return replace(_layers(span), masked=True)
     return AxisMap(span, dict.fromkeys(Role, Rule("draw")), masked=True)
 
 
 def _copies(span: Span, unevenness: float = 0.0) -> AxisMap:
-    """Weighted duplication: every new entry repeats its source, and the copies of one source speak for it together.
+    """Weighted duplication: each new entry copies its source, and all copies of one source together have its effect.
 
-    With shares p that sum to 1 over the copies of an entry. On inner axes readers are weighted by p. On the residual
-    axis, D wide where it was d, the stream holds c = sqrt(p D/d) times the old entries: their mean square is what it
-    was, whatever the ratio, so RMSNorm and its eps are. Writers are weighted by c, readers by p / c. Gradients follow
-    by the chain rule, through the norm too, in just the same proportions.
+    Let p be shares that sum to 1 over the copies of an entry. On inner axes readers are weighted by p. On the residual
+    axis, which grows from width d to D, the stream holds c = sqrt(p D/d) times the old entries: its mean square is
+    unchanged at any ratio, and so are RMSNorm and the effect of its eps. Writers are weighted by c, readers by p / c.
+    Gradients follow by the chain rule, through the norm too, in the same proportions.
     """
     p = span.shares(unevenness)
     if KINDS[span.axis] is Kind.RESIDUAL:
@@ -137,7 +138,7 @@ def _copies(span: Span, unevenness: float = 0.0) -> AxisMap:
     source="weighted duplication at any ratio; generalises Net2Net and HyperCloning to RMSNorm",
 )
 def copy(span: Span) -> AxisMap:
-    """New entries repeat old ones, in turn, with even shares: no silent capacity, but copies that move together."""
+    """New entries copy old ones, in turn, with equal shares: all of them take effect, but copies get equal updates."""
     return _copies(span)
 
 
@@ -149,7 +150,7 @@ def copy(span: Span) -> AxisMap:
     source="LEMON, 2310.07999: copies with uneven shares; here 1 : 2 : 3 ...",
 )
 def uneven(span: Span) -> AxisMap:
-    """As `copy`, with uneven shares: copies have different gradients, so an ordinary optimizer parts them."""
+    """Like `copy`, with uneven shares: copies have different gradients, so an ordinary optimizer separates them."""
     return _copies(span, unevenness=1.0)
 
 
@@ -160,7 +161,7 @@ def uneven(span: Span) -> AxisMap:
     source="HyperCloning, 2409.12903, its noise variant: random weights in the null space of the copies",
 )
 def noise(span: Span) -> AxisMap:
-    """As `copy`, with noise in the readers that the copies cancel: exact, and no two copies stay alike."""
+    """Like `copy`, with noise in the readers that cancels over the copies: exact, and no two copies stay identical."""
     whole = _copies(span)
     met = np.sqrt(span.shares()) if KINDS[span.axis] is Kind.RESIDUAL else np.ones(span.new)
     return replace(whole, rules={**whole.rules, Role.READER: replace(whole.rules[Role.READER], noise=met)})
@@ -174,10 +175,10 @@ def noise(span: Span) -> AxisMap:
     source="HyperCloning, 2409.12903: whole multiples, tiled, even",
 )
 def hypercloning(span: Span) -> AxisMap:
-    """As `copy`, for whole multiples only, as published.
+    """Like `copy`, for integer multiples only, as published.
 
     Raises:
-        ValueError: the new size is no multiple of the old one.
+      ValueError: the new size is not a multiple of the old one.
     """
     if len(set(span.copies)) > 1:
         raise ValueError(
@@ -195,7 +196,7 @@ def hypercloning(span: Span) -> AxisMap:
     source="Net2Net, 1511.05641; bert2BERT's FPI, 2110.07143: random sources; weighted so that RMSNorm is exact",
 )
 def net2net(span: Span) -> AxisMap:
-    """As `copy`, of entries chosen at random, the same for every parameter."""
+    """Like `copy`, with sources chosen at random, the same for every parameter."""
     return _copies(resampled(span))
 
 
@@ -204,26 +205,26 @@ REGISTRY["fpi"] = replace(REGISTRY["net2net"], name="fpi")
 
 @register("aki", preserving=False, kinds=WIDTH, source="AKI: bert2BERT, 2110.07143")
 def aki(span: Span) -> AxisMap:
-    """As `net2net`, but fresh entries are copied from the layer above. It does not preserve the function."""
+    """Like `net2net`, but fresh entries are copied from the layer above. It does not preserve the function."""
     whole = _copies(resampled(span))
     return replace(whole, rules={role: replace(rule, from_above=True) for role, rule in whole.rules.items()})
 
 
 @register("fresh", preserving=False, kinds=EVERYWHERE, source="random initialisation of whatever is new: a baseline")
 def fresh(span: Span) -> AxisMap:
-    """New entries as at initialisation, and nothing that hides them. It does not preserve the function."""
+    """New entries are initialised as usual, and nothing hides them. It does not preserve the function."""
     return AxisMap(span, dict.fromkeys(Role, Rule("draw")), squares=span.new / span.old)
 
 
 @register("mean", preserving=True, kinds=frozenset({Kind.OUTSIDE}), source="the usual start of added tokens")
 def mean(span: Span) -> AxisMap:
-    """A new token is the mean of the old ones, its logit the mean of theirs; the old tokens' logits stay."""
+    """A new token's embedding is the mean of the old ones, and so is its logit; logits of old tokens are unchanged."""
     return AxisMap(span, dict.fromkeys(Role, Rule("mean")))
 
 
 @register("stack", preserving=False, kinds=STACK, source="G_stack, 2405.15319: plain copies of whole layers")
 def stack(span: Span) -> AxisMap:
-    """A new layer is a copy of its source, and speaks. It does not preserve the function."""
+    """A new layer is a copy of its source and takes effect at once. It does not preserve the function."""
     return _layers(span)
 
 
@@ -234,12 +235,13 @@ def stack(span: Span) -> AxisMap:
     source="LLaMA-Pro's silent blocks, 2401.02415, with fresh content (cf. 2511.04981)",
 )
 def identity(span: Span) -> AxisMap:
-    """A new layer is drawn, but for its writers into the residual stream, which are zero."""
+    """A new layer is drawn, except for its writers into the residual stream, which are zero."""
     return _layers(span, reader="draw", writer="zero")
 
 
 def _layers(span: Span, reader: str = "copy", writer: str = "copy") -> AxisMap:
-    """New layers; their gradients are not those of their sources, so no moments are carried to them."""
+    """New layers with the given content, which take over no moments."""
+    # The gradients of a new layer are not those of its source.
     carried = np.where(span.fresh, 0.0, 1.0)
     fills = {Role.READER: reader, Role.WRITER: writer, Role.GAIN: reader}
     return AxisMap(span, {role: Rule(fill, dual=carried) for role, fill in fills.items()})  # type: ignore[arg-type]

@@ -1,4 +1,7 @@
-"""A growth plan: which operator on which axis, and what it makes of the configuration. No parameter is touched."""
+"""The configuration of a growth: the operator of each axis, the axis maps, and the configuration of the grown model.
+
+Nothing here touches parameters.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ FREE_FIELDS = frozenset(MULTIPLIERS + NUMERICS)
 @recorded
 @dataclass(frozen=True)
 class Growth:
-    """How to grow.
+    """How to grow a model.
 
     Attributes:
       method: operator for every axis that `methods` does not name; None: each axis that grows must be named.
@@ -35,16 +38,18 @@ class Growth:
       depth: where new layers go: interleave, top, middle, stack, distance, or how many copies follow each old layer.
       distance: what "distance" measures between a layer's input and output: angular, cosine or relative_l2.
       ramp_steps: steps over which masks rise from 0 to 1 (methods that mask).
-      ramp_delay: steps before they begin to.
+      ramp_delay: steps before masks start to rise.
       ramp_shape: linear or cosine.
       ramps: the ramp of single axes, where it differs.
-      norm: keep (norms go on dividing by the width from before, where the method keeps it) or ramp (that width rises
-        to the new one, as masks do, so that the model ends as one with ordinary norms).
-      optimizer: carry (moments follow their entries, by the dual of the map; what is drawn starts at 0), exact (the
-        same, and AdamW goes on as if nothing had grown, see `frame`), asymmetric (old entries keep their moments, all
-        new ones, copies too, start at 0 and have their own rate: SPARKLING, 2602.02472), or fresh (all start at 0).
-      rewarm_steps: steps over which the rate of new entries rises from 0 (asymmetric).
-      rewarm_to: multiple of the rate at which new entries then stay (asymmetric; 1.3 in SPARKLING).
+      norm: keep (norms keep dividing by the width from before, where the method allows it) or ramp (that width rises to
+        the new one, as masks do, so that the model ends with ordinary norms).
+      optimizer: carry (moments follow their entries, by the dual of the axis maps; those of drawn entries start at 0),
+        exact (the same, and AdamW continues as if nothing had grown, see `exact_adamw`), asymmetric (old entries keep
+        their moments; those of all new entries, copies included, start at 0, and new entries have their own learning
+        rate: SPARKLING, 2602.02472), or fresh (all moments start at 0).
+      rewarm_steps: steps over which the learning rate of new entries rises from 0 (asymmetric).
+      rewarm_to: the multiple of the ordinary learning rate at which new entries then stay (asymmetric; 1.3 in
+        SPARKLING).
     """
 
     method: str | None = "zero"
@@ -88,10 +93,10 @@ class Growth:
         self.ramp_of("")  # Checks the ramp that axes have by default.
 
     def method_of(self, axis: str) -> str:
-        """The operator that grows `axis`.
+        """The name of the operator that grows `axis`.
 
         Raises:
-            ValueError: it has none.
+          ValueError: it has none.
         """
         name = self.methods.get(axis, self.method)
         if name is None:
@@ -109,18 +114,18 @@ class Growth:
         return ", ".join([*([self.method] if self.method else []), *others])
 
     def settled(self, distances: Sequence[float], layers: int) -> Growth:
-        """This plan, with copies placed by measured distances if it asks for that."""
+        """This growth, with copies of layers placed by measured distances if it asks for that."""
         if self.depth != "distance":
             return self
         return dataclasses.replace(self, depth=depth.by_distance(distances, layers))
 
 
 def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, AxisMap]:
-    """The map of every axis whose size changes, by its name.
+    """The map of each axis whose size changes, by axis name.
 
     Raises:
-        ValueError: something changes that growth does not cover, an axis shrinks, an axis has no method, or heads
-          cannot be regrouped.
+      ValueError: a field changes that growth does not cover, an axis shrinks, an axis has no method, or heads cannot be
+        regrouped.
     """
     for f in dataclasses.fields(ModelConfig):
         before, after = getattr(old, f.name), getattr(new, f.name)
@@ -155,20 +160,20 @@ def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, A
 
 
 def outline_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, AxisMap]:
-    """As `axis_maps`, also where layers go by distances that are not measured yet: only their places are not meant.
+    """Like `axis_maps`, but also before distances are measured: the places of new layers are then provisional.
 
     Raises:
-        ValueError: as `axis_maps`.
+      ValueError: as `axis_maps`.
     """
     anywhere = dataclasses.replace(growth, depth="interleave") if growth.depth == "distance" else growth
     return axis_maps(old, new, anywhere)
 
 
 def _heads(old: ModelConfig, new: ModelConfig) -> tuple[Span, Span]:
-    """The spans of key heads and of query heads, which stay with the key heads that they read.
+    """The spans of key heads and of query heads; each query head stays with the key head that it reads.
 
-    With fewer queries a key head than before, key heads are first divided among their queries, which changes nothing;
-    then key heads, and queries a key head, are added.
+    With fewer queries per key head than before, key heads are first divided among their queries, which changes nothing;
+    then key heads, and queries per key head, are added.
     """
     before, after = old.heads // old.k_heads, new.heads // new.k_heads
     append("heads", old.heads, new.heads)
@@ -179,28 +184,28 @@ def _heads(old: ModelConfig, new: ModelConfig) -> tuple[Span, Span]:
         if before % after:
             raise ValueError(
                 f"Growing heads {old.heads} -> {new.heads} with kv_heads {old.k_heads} -> {new.k_heads} would leave "
-                f"{after} queries a key head where there were {before}: some would lose the key head they read. Keep "
-                f"{before} or more a key head, such as heads={before * new.k_heads}; or divide the key heads among "
-                f"their queries, which needs a number a key head that divides {before}."
+                f"{after} queries per key head where there were {before}: some would lose the key head they read. Keep "
+                f"{before} or more per key head, such as heads={before * new.k_heads}; or divide the key heads among "
+                f"their queries, which needs a number per key head that divides {before}."
             )
         before = after
     kv_heads = append("kv_heads", old.k_heads * parts, new.k_heads)
-    heads = nested("heads", kv_heads, append("queries a key head", before, after))
+    heads = nested("heads", kv_heads, append("queries per key head", before, after))
     return divided(kv_heads, parts), heads
 
 
 def _rotary_pairs(old: int, new: int) -> Span:
-    """The span of a head's entries, of which i and i + H/2 are one rotary pair: new pairs follow the old ones."""
+    """The span of a head's entries, where i and i + H/2 are one rotary pair: new pairs follow the old ones."""
     halves = append("halves", 2, 2)
     append("head_dim", old, new)
     return nested("head_dim", halves, append("pairs", old // 2, new // 2))
 
 
 def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> ModelConfig:
-    """The configuration that the grown model really has: `target`, with the widths that the method keeps.
+    """The configuration of the grown model: `target`, with the norm and head widths that the method keeps.
 
     Raises:
-        ValueError: tied embeddings whose effective multipliers would change, since no parameter could absorb that.
+      ValueError: tied embeddings whose effective multipliers would change, since no parameter could absorb that.
     """
     maps = outline_maps(old, target, growth)
     embed = maps.get("embed")
@@ -224,10 +229,10 @@ def grown_config(old: ModelConfig, target: ModelConfig, growth: Growth) -> Model
 
 
 def changed(old: ModelConfig, changes: Mapping[str, Any], growth: Growth) -> ModelConfig:
-    """A target that differs from a model in some fields only; logits keep their multiplier, unless it is changed too.
+    """A target that differs from `old` in the given fields; logits keep their multiplier, unless it is changed too.
 
     Raises:
-        ValueError: there is no such field, or as `axis_maps`.
+      ValueError: there is no such field, or as `axis_maps`.
     """
     target = old.changed({"norm_width": None, **changes})
     if "output_mult" in changes or "base_width" in changes:
@@ -237,11 +242,11 @@ def changed(old: ModelConfig, changes: Mapping[str, Any], growth: Growth) -> Mod
 
 
 def _kept_logits_mult(old: ModelConfig, target: ModelConfig, maps: Mapping[str, AxisMap]) -> float:
-    """What logits must be multiplied by, so that the head stays as it is.
+    """The multiplier of logits with which the head stays as it is.
 
-    A tied embedding is a writer that is also read as the head, without a reader's weights: where copies make the
-    stream's sum of squares grow, logits do as much.
+    A tied embedding is a writer that also serves as the head, without a reader's weights: where copies increase the
+    stream's sum of squares, logits increase by the same factor.
     """
     embed = maps.get("embed")
-    louder = embed.squares if target.tied and embed is not None and embed.active else None
-    return old.logits_mult / (louder or 1.0)
+    increase = embed.squares if target.tied and embed is not None and embed.active else None
+    return old.logits_mult / (increase or 1.0)

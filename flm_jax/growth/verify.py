@@ -1,4 +1,4 @@
-"""What is equal after a growth, how closely, and where the first difference is."""
+"""Compares a grown model with the model before: how far logits and layers differ, and where they first differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flm_jax.signature import Role
 
 
 class GrowthError(RuntimeError):
-    """A growth did not keep what its method promises."""
+    """A growth did not preserve the function, although its method promises to."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Verification:
     """The measured difference between a model and what it grew into, at the growth, in float32.
 
     Attributes:
-      preserving: whether the method promises that nothing changes.
-      max_abs_logit_diff: largest difference of a logit of the old vocabulary.
-      max_rel_logit_diff: that, over the largest logit before.
-      layer_diffs: for every layer after, the largest difference of its output on old entries and their copies, over
-        the largest output before; compared with the old layer that it stands for.
+      preserving: whether the method promises to preserve the function.
+      max_abs_logit_diff: largest absolute difference of a logit of the old vocabulary.
+      max_rel_logit_diff: that, divided by the largest absolute logit before.
+      layer_diffs: by layer of the grown model, how far its output differs on old entries and their copies from that of
+        the old layer it corresponds to: the largest difference, divided by the largest output of the old layer.
     """
 
     preserving: bool
@@ -39,29 +39,29 @@ class Verification:
     layer_diffs: tuple[float, ...]
 
     def first_difference(self, tolerance: float) -> str:
-        """The first place where the two models part, in words."""
+        """Names the first layer in which the two models differ."""
         for layer, diff in enumerate(self.layer_diffs):
             if not diff <= tolerance:
                 return f"layer {layer} of the grown model is the first that differs (relative {diff:.2e})"
         return "all layers agree; the difference arises in the final norm, the head or the logit multiplier"
 
     def fault(self, tolerance: float) -> str | None:
-        """What is wrong, in words, where the method promises preservation and the logits differ by more."""
+        """A sentence on what is wrong if the method promises preservation and the logits differ by more; else None."""
         if not self.preserving or self.max_rel_logit_diff <= tolerance:
             return None
         return (
             f"logits differ by {self.max_rel_logit_diff:.2e} relative, more than the tolerance of {tolerance:.0e}; "
-            f"{self.first_difference(tolerance)} (parameters in fewer bits than float32 are rounded anew wherever a "
+            f"{self.first_difference(tolerance)} (parameters in fewer bits than float32 are rounded again wherever a "
             "growth scales them: they need a wider tolerance)"
         )
 
     def check(self, tolerance: float) -> None:
-        """Raises `GrowthError` with the fault, if there is one."""
+        """Raises `GrowthError` if there is a fault."""
         if fault := self.fault(tolerance):
             raise GrowthError(f"The grown model is not what its method promises: {fault}.")
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The fields as JSON-able data."""
         return {**asdict(self), "layer_diffs": list(self.layer_diffs)}
 
 
@@ -76,7 +76,7 @@ def forward(
 
 
 class Observed(NamedTuple):
-    """What a model makes of some tokens: logits (B, T, V) and the output of every layer (L, B, T, D)."""
+    """Outputs of a model on some tokens: logits (B, T, V) and the output of every layer (L, B, T, D)."""
 
     logits_BTV: jax.Array
     hidden_LBTD: jax.Array
@@ -89,7 +89,7 @@ def observe(
     segments_BT: jax.Array | None = None,
     masks: Masks | None = None,
 ) -> Observed:
-    """Runs a model in float32 (float64 if that is the parameters' dtype), by the plain kernel."""
+    """Logits and layer outputs of a model, in float32 (float64 if the parameters are) and by the plain kernel."""
     # Accelerators round float32 products to fewer bits unless told not to.
     with jax.default_matmul_precision("highest"):
         return Observed(*_forward(cfg.for_comparison, params, tokens_BT, segments_BT, masks))
@@ -107,14 +107,14 @@ def compare(
     tokens_BT: jax.Array,
     segments_BT: jax.Array | None = None,
 ) -> Verification:
-    """Measures a growth on some tokens.
+    """Measures on some tokens what a growth changed.
 
     Args:
-      old: the configuration before.
+      old: the configuration before growth.
       old_params: its parameters.
-      new: the configuration after, from `grown_config`.
+      new: the configuration after growth, from `grown_config`.
       new_params: its parameters.
-      growth: the plan that led from one to the other.
+      growth: how the one grew into the other.
       tokens_BT: int32 token ids.
       segments_BT: int32, equal within a document.
     """
@@ -125,20 +125,20 @@ def compare(
 
 
 def judge(lineage: Lineage, before: Observed, after: Observed) -> Verification:
-    """What `compare` measures, from what was observed of each model: the first may be gone by now.
+    """The verification of a growth from the outputs of both models; their parameters are no longer needed.
 
     Args:
       lineage: of the grown model.
-      before: what the model before made of some tokens.
-      after: what the grown one makes of them, behind its masks.
+      before: outputs of the model before growth on some tokens.
+      after: outputs of the grown model on the same tokens, with its masks.
     """
     old, new, maps = lineage.before.cfg, lineage.cfg, lineage.maps
 
     # A fresh layer adds nothing yet: its output is that of the last old layer below it.
-    stands_for = np.arange(new.layers)
+    old_layer = np.arange(new.layers)
     if "layers" in maps:
         span = maps["layers"].span
-        stands_for = span.source[np.maximum.accumulate(np.where(span.fresh, 0, np.arange(new.layers)))]
+        old_layer = span.source[np.maximum.accumulate(np.where(span.fresh, 0, np.arange(new.layers)))]
     # Old entries, and copies, which hold a known multiple of their source.
     kept, source, scale = np.arange(new.embed), np.arange(new.embed), np.ones(new.embed)
     if "embed" in maps:
@@ -149,7 +149,7 @@ def judge(lineage: Lineage, before: Observed, after: Observed) -> Verification:
     @jax.jit
     def differences(a: jax.Array, b: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
         absolute = jnp.max(jnp.abs(a - b[..., : old.vocab]))
-        expected = x[stands_for][..., source] * jnp.asarray(scale, x.dtype)[None, None, None]
+        expected = x[old_layer][..., source] * jnp.asarray(scale, x.dtype)[None, None, None]
         found = y[..., kept]
         per_layer = jnp.max(jnp.abs(expected - found), axis=(1, 2, 3)) / jnp.max(jnp.abs(expected), axis=(1, 2, 3))
         return absolute, absolute / jnp.max(jnp.abs(a)), per_layer
