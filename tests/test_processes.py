@@ -106,7 +106,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_with_a_save(two, folder):
     assert [r["result"]["report"] for r in results] == [None, None]
     saved = sorted(int(path.name) for path in (folder / "stopped" / "checkpoints" / "1_second").glob("[0-9]*"))
     assert saved == [0, 3, 4], "heard at the next step, which is saved though no save is due"
-    assert "SIGTERM: saving after this step" in two[1] and "SIGTERM" not in two[0]
+    assert "SIGTERM: stopping after this step" in two[1] and "SIGTERM" not in two[0]
 
 
 def test_each_process_reads_its_own_rows_and_the_first_writes_all_else(two, folder):
