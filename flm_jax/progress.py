@@ -128,7 +128,7 @@ class Interrupts:
         self.requested = signal.Signals(number).name
         signal.signal(number, self._before[number])
         print(
-            f"\n{self.requested}: saving after this step; send it again to stop at once.",
+            f"\n{self.requested}: stopping after this step, once its state is saved; send it again to stop at once.",
             file=sys.stderr,
             flush=True,
         )
