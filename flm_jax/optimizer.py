@@ -63,17 +63,15 @@ class OptimizerConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"OptimizerConfig.schedule={self.schedule!r}: use one of {', '.join(SCHEDULES)}.")
         if self.decay_steps and self.schedule != "wsd":
-            raise ValueError(
-                f"OptimizerConfig.decay_steps={self.decay_steps} is for schedule wsd, not {self.schedule}."
-            )
+            raise ValueError(f"OptimizerConfig.decay_steps={self.decay_steps} belongs to wsd, not {self.schedule}.")
         if (self.decay_span or self.decay_passed) and self.schedule not in ("cosine", "linear"):
             raise ValueError(
-                f"OptimizerConfig.decay_span and decay_passed are for schedules cosine and linear, not {self.schedule}."
+                f"OptimizerConfig.decay_span and decay_passed belong to cosine and linear, not {self.schedule}."
             )
         if self.decay_passed and self.decay_passed >= self.decay_span:
             raise ValueError(
-                f"OptimizerConfig.decay_passed={self.decay_passed} must be less than decay_span={self.decay_span}: no "
-                "steps of the decay would be left."
+                f"OptimizerConfig.decay_passed={self.decay_passed} is not within decay_span={self.decay_span}: no step "
+                "of the decay would be left."
             )
         if self.final_rate and (self.schedule == "constant" or (self.schedule == "wsd" and not self.decay_steps)):
             raise ValueError(f"OptimizerConfig.final_rate={self.final_rate} has no effect: nothing decays.")

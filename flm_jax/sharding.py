@@ -70,7 +70,7 @@ class MeshConfig:
         given = [getattr(self, axis) for axis in MESH_AXES]
         rest = math.prod(size for size in given if size != -1)
         if given.count(-1) > 1 or any(size == 0 or size < -1 for size in given):
-            raise ValueError(f"{self}: sizes must be positive; at most one may be -1 (all the devices that are left).")
+            raise ValueError(f"{self}: sizes are positive, and at most one is -1 (all the devices that are left).")
         if -1 in given and devices % rest == 0:
             given[given.index(-1)] = devices // rest
         if math.prod(given) != devices:
@@ -93,7 +93,7 @@ class MeshConfig:
         below = [n for n in fitting if n <= sizes[largest]][-1:]
         above = [n for n in fitting if n > sizes[largest]][:1]
         near = " and ".join(str(n) for n in below + above)
-        return f"The nearest size that works for {largest}, now {sizes[largest]}, is {near}."
+        return f"The nearest that works for {largest}, now {sizes[largest]}, is {near}."
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -377,8 +377,8 @@ def _check_vocabulary(stages: tuple[ResolvedStage, ...], data: Data) -> None:
     for s in stages:
         if data.vocabulary.size > s.cfg.vocab:
             raise ValueError(
-                f"Stage {s.name!r}: the vocabulary has {data.vocabulary.size} tokens, but the model's embedding only "
-                f"{s.cfg.vocab} rows; set ModelConfig.vocab to {data.vocabulary.size} or more."
+                f"Stage {s.name!r}: the vocabulary has {data.vocabulary.size} tokens, the model's embedding only "
+                f"{s.cfg.vocab}; set its vocab to {data.vocabulary.size} or more."
             )
 
 

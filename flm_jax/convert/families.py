@@ -208,7 +208,9 @@ def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     given = [config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name) is not None]
     for found in given:
         if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
-            raise ValueError(f"{where}: rotary frequencies are {found!r:.80}; they must be one object of numbers.")
+            raise ValueError(
+                f"{where}: rotary frequencies are given as {found!r:.80}; they must be one object of numbers."
+            )
         if found.get("partial_rotary_factor", 1.0) != 1:
             raise ValueError(f"{where}: partial_rotary_factor is {found['partial_rotary_factor']!r}; it must be 1.")
     if len(given) == 2 and given[0] != given[1]:
@@ -267,10 +269,10 @@ def choose(cfg: ModelConfig, asked: str | None, before: Mapping[str, Any]) -> Fa
     reasons = []
     for name in [asked] if asked else [*came, *plain]:
         if name not in FAMILIES:
-            raise ValueError(f"The architecture {name!r} is unknown; use one of {', '.join(FAMILIES)}.")
+            raise ValueError(f"The architecture {name!r} is not known; use one of {', '.join(FAMILIES)}.")
         if not (against := FAMILIES[name].against(cfg)):
             return FAMILIES[name]
-        reasons.append(f"{name} cannot express a model with {', '.join(against)}")
+        reasons.append(f"{name} cannot hold a model with {', '.join(against)}")
     raise ValueError("; ".join(reasons) + ".")
 
 

@@ -170,8 +170,8 @@ def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> dict
         unknown.remove("lm_head.weight")
     if unknown:
         raise ValueError(
-            f"{source} has {len(unknown)} tensors that do not belong to the model of its {families.CONFIG}: "
-            f"{few(unknown)}. They would be lost, so nothing is imported."
+            f"{source} has {len(unknown)} tensors that its {families.CONFIG} has no place for: {few(unknown)}. They "
+            "would be lost, so nothing is imported."
         )
     for name, (part, _) in expected.items():
         tensor = stored[name]
@@ -181,9 +181,7 @@ def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> dict
                 f"have {list(part.theirs)} ({part.signature})."
             )
         if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
-            raise ValueError(
-                f"{tensor.file}: {name} is {tensor.dtype.name}; weights must be floating-point, of 16 bits or more."
-            )
+            raise ValueError(f"{tensor.file}: {name} is {tensor.dtype.name}; only weights of 16 bits or more are read.")
     return {(part.path, lead): stored[name] for name, (part, lead) in expected.items()}
 
 

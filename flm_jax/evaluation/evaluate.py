@@ -184,7 +184,7 @@ def read_texts(path: str | Path) -> Iterator[str]:
     if root.suffix == ".jsonl":
         return (text for _, text in Jsonl(str(root)).lines())
     if not root.is_file():
-        raise FileNotFoundError(f"There is no text file or folder {root}.")
+        raise FileNotFoundError(f"there is no text file or folder {root}")
     try:
         return iter([root.read_bytes().decode()])
     except UnicodeDecodeError as error:

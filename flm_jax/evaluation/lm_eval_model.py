@@ -253,7 +253,7 @@ def run_tasks(
     if unknown := unknown_to(manager):
         close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3, cutoff=0.5)
         raise ValueError(
-            f"lm-eval knows no task {unknown[0]!r}; the closest names are: {', '.join(map(repr, close)) or 'none'}"
+            f"lm-eval knows no task {unknown[0]!r}; close to it: {', '.join(map(repr, close)) or 'none'}"
             + (f", {include_path} included." if include_path else "; for tasks of your own, give --include_path.")
         )
     found: dict[str, Any] = simple_evaluate(

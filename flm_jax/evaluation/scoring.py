@@ -161,7 +161,7 @@ def check_vocabulary(vocabulary: Vocabulary, vocab: int) -> None:
     """
     if vocabulary.size > vocab:
         raise ValueError(
-            f"The tokenizer has {vocabulary.size} ids, but the model only {vocab}: it is not this model's tokenizer."
+            f"The tokenizer has {vocabulary.size} ids, and the model only {vocab}: it is not this model's tokenizer."
         )
 
 
@@ -242,5 +242,5 @@ def bits_per_byte_of_text(
             waiting = []
     nats -= sum(score.log_prob for score in scorer.score(waiting))
     if not tokens:
-        raise ValueError("There is no text to compute bits per byte of: every document is empty.")
+        raise ValueError("there is no text to compute bits per byte of: every document is empty.")
     return TextScore(documents, tokens, text_bytes, nats)
