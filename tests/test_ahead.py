@@ -50,7 +50,7 @@ def test_topologies_by_their_makers_names(name, devices, bounds, hosts, slices):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5p-2000", "counts TensorCores, two a chip, and the nearest sizes are v5p-1920 and v5p-2048"),
+        ("v5p-2000", "counts TensorCores, two per chip, and the nearest sizes are v5p-1920 and v5p-2048"),
         ("h100-12", "the nearest sizes are h100-8 and h100-16"),
         ("v9-8", "the chips are v4, v5e, v5p, v6e, h100, h200"),
         ("pod", "such as v5p-2048, or 2xv5e-256 for two slices"),

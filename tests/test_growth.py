@@ -593,7 +593,7 @@ def test_query_heads_stay_with_their_key_heads():
         (
             dict(heads=6, kv_heads=2),
             dict(heads=8, kv_heads=4),
-            "2 queries a key head where there were 3.*heads=12.*number a key head that divides 3",
+            "2 queries per key head where there were 3.*heads=12.*number per key head that divides 3",
         ),
         ({}, dict(vocab=50), "Axis 'vocab' would shrink from 61 to 50"),
         ({}, dict(head_dim=6, heads=4), "Axis 'head_dim' would shrink from 8 to 6"),

@@ -188,9 +188,9 @@ def test_sampling_has_a_seed_and_a_temperature(pair):
 def test_what_a_task_may_not_ask_is_said(pair):
     _, ours = pair
     for asked, message in (
-        ({"num_beams": 4}, "generate with num_beams: known are"),
+        ({"num_beams": 4}, "generate with num_beams; supported are"),
         ({"do_sample": True, "temperature": 1.0, "top_p": 0.9}, "generate with top_p"),
-        ({"max_gen_toks": CONTEXT}, "asks for 40 generated tokens, and the model reads 40"),
+        ({"max_gen_toks": CONTEXT}, "asks for 40 generated tokens, but the model's context is 40"),
     ):
         with pytest.raises(ValueError, match=message):
             ours.generate_until(requests(("It", asked)))
@@ -344,7 +344,9 @@ def test_a_task_of_ones_own_runs_from_a_checkpoint_without_a_network(converted, 
     assert len(found["generated"]["tokens"]) == 5
     said = capsys.readouterr().out
     assert (
-        f"{found['text']['bits_per_byte']:.4f} bits a byte" in said and "little_choices" in said and "It grows" in said
+        f"{found['text']['bits_per_byte']:.4f} bits per byte" in said
+        and "little_choices" in said
+        and "It grows" in said
     )
 
 
@@ -364,7 +366,7 @@ def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch
     assert "The tokenizer has 310 ids, and the model only 304" in refused(text, tokenizer=str(large))
     (tmp_path / "latin.txt").write_bytes(b"\xff")
     assert "is not UTF-8 text" in refused(EvalRequest(text=str(tmp_path / "latin.txt")))
-    assert "is no folder" in refused(EvalRequest(("x",), str(tmp_path / "nowhere")))
+    assert "is not a folder" in refused(EvalRequest(("x",), str(tmp_path / "nowhere")))
 
     # lm-eval's own tasks take ten seconds to read.
     from lm_eval import tasks as theirs
@@ -386,7 +388,7 @@ def test_a_run_is_evaluated_with_the_vocabulary_it_was_trained_with(data, tmp_pa
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json, and its work directory does not record"):
         evaluate_checkpoint(run, text)
     tokenizer = str(write_tokenizer(tmp_path / "tokenizer", size=260))
-    with pytest.raises(ValueError, match="nothing says how many tokens .* give --max_length"):
+    with pytest.raises(ValueError, match="context length .* is not known: .* set --max_length"):
         evaluate_checkpoint(run, text, tokenizer)
     (run / "config.gin").write_text(
         "DataConfig.corpus = @TextFolder()\nDataConfig.vocabulary = @Bytes()\nDataConfig.context = 16\n"
@@ -398,7 +400,7 @@ def test_a_run_is_evaluated_with_the_vocabulary_it_was_trained_with(data, tmp_pa
     assert found["text"]["tokens"] == found["text"]["bytes"] == len(TEXT.encode())
     lines = evaluate_checkpoint(run, EvalRequest(text=str(tmp_path / "texts.jsonl")), data=data, mesh=EIGHT)
     assert lines["text"]["nats"] == pytest.approx(found["text"]["nats"], rel=1e-5)
-    assert "16 tokens at once" in capsys.readouterr().out
+    assert "sequences of 16 tokens" in capsys.readouterr().out
 
 
 def test_a_checkpoints_tokenizer_is_a_vocabulary_to_train_with(converted):
@@ -427,7 +429,7 @@ def test_a_model_that_could_read_very_much_does_so_where_it_is_asked_to():
     # A run may have trained it to read more than it did when it came.
     assert find_length(origin(max_position_embeddings=64), DataConfig(context=128)) == 128
     assert find_length(origin(), DataConfig(context=128)) == 128
-    with pytest.raises(ValueError, match="nothing says how many tokens the model of runs/some/0 reads at once"):
+    with pytest.raises(ValueError, match="The context length of the model of runs/some/0 is not known"):
         find_length(origin(), None)
 
 

@@ -136,7 +136,7 @@ def test_decay_laid_out_over_more_than_one_stage_goes_on_where_it_was():
     )
     warmed = schedule(OptimizerConfig(**rest, warmup_steps=4, warmup_from=0.5), 40)
     np.testing.assert_allclose([warmed(0), warmed(2), warmed(4)], [one(60) / 2, one(62) * 0.75, one(64)])
-    with pytest.raises(ValueError, match="decay_span=100, of which 60 steps lie before this stage, ends before its 41"):
+    with pytest.raises(ValueError, match="decay_span=100 minus decay_passed=60 is less than the stage's 41"):
         schedule(OptimizerConfig(**rest), 41)
     with pytest.raises(ValueError, match="belong to cosine and linear, not wsd"):
         OptimizerConfig(decay_span=100)
@@ -168,7 +168,7 @@ def test_a_mesh_that_does_not_divide_an_axis_is_refused_with_sizes_that_work():
     [
         (dict(tensor=3), "does not fit 8 devices.*nearest that works for tensor, now 3, is 2 and 4"),
         (dict(data=1, fsdp=64, tensor=4), "nearest that works for fsdp, now 64, is 2"),
-        (dict(fsdp=64, tensor=16), "Without fsdp, the others ask for 16 devices, which do not divide 8"),
+        (dict(fsdp=64, tensor=16), "The axes other than fsdp need 16 devices, which does not divide 8"),
         (dict(data=-1, fsdp=-1), "at most one is -1"),
         (dict(data=0), "positive"),
     ],

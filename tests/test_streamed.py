@@ -31,7 +31,7 @@ from flm_jax.checkpoint import (
     verify,
 )
 from flm_jax.checkpoint_growth import grow_checkpoint
-from flm_jax.checkpoint_growth.jobs import Form, grow_block
+from flm_jax.checkpoint_growth.jobs import BlockProgram, grow_block
 from flm_jax.growth import Growth, Lineage
 from flm_jax.growth.grow import fresh, moment_maps, param_maps
 from flm_jax.sharding import MeshConfig, make_mesh
@@ -177,7 +177,7 @@ def test_any_block_of_any_leaf_is_that_of_the_whole(data):
     offset = (layer * way.shape[dim] * stacked + start) * int(np.prod(way.shape[dim + 1 :]))
     flat = taken.reshape(*taken.shape[: dim + 1], -1)
     entries = way.block(layer, slice(start, start + rows))
-    block = grow_block(Form(way, std), shape, flat, entries, KEY, np.array([0, offset], np.uint32))
+    block = grow_block(BlockProgram(way, std), shape, flat, entries, KEY, np.array([0, offset], np.uint32))
     expected = whole[layer : layer + 1, start : start + rows] if stacked else whole[start : start + rows]
     np.testing.assert_array_equal(np.asarray(block).reshape(shape), np.asarray(expected))
 

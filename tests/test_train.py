@@ -430,7 +430,7 @@ def test_killed_and_run_again_on_the_command_line_equals_never_killed(gin_file, 
             assert not (tmp_path / "cut/checkpoints/0_a/40").exists()
     again = subprocess.run(command(gin_file, tmp_path / "cut"), env=env, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    assert "Going on with stage 'b' at step" in again.stdout
+    assert "Continuing stage 'b' at step" in again.stdout
     reports = [(tmp_path / name / "report.json").read_text() for name in ("whole", "cut")]
     assert reports[0] == reports[1]
     leaves = [read_manifest(tmp_path / name / "checkpoints/1_b/40").leaves for name in ("whole", "cut")]

@@ -220,7 +220,7 @@ def test_a_dry_run_describes_a_recipe_that_starts_with_a_checkpoint(trained, dat
     grown = Stage("grown", TARGET, 2, 8, FAST, Growth("copy", methods={"layers": "zero"}, depth="distance"))
     for stages in ((on, grown), (grown,)):
         text = "\n".join(dry_run(recipe_of(data, *stages, start=str(trained)), RUN))
-        assert ("nothing at its start, which is a checkpoint" in text) == (len(stages) == 2)
+        assert ("no initialisation, the stage starts from a checkpoint" in text) == (len(stages) == 2)
         assert "lowered: growth, train step" in text
 
 
