@@ -31,6 +31,8 @@ from flm_jax.state import abstract_state
 from tests import small
 from tests.hub import BEGIN, END, TEXT, llama, write_tokenizer
 
+pytestmark = pytest.mark.integration
+
 CONTEXT = 40
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)
 WORDS = TEXT.split()
