@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-search test-slow test-smollm2 test-tpu lint format clean
+.PHONY: demo check test test-search test-slow test-smollm2 test-tpu lint format clean
 
 # pyproject.toml declares ranges, requirements.txt the versions that are tested.
 .venv/installed: requirements.txt pyproject.toml
@@ -16,12 +16,16 @@ WORKDIR ?= runs/demo
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=$(WORKDIR)
 
+# What to run while working: linters, types, and the tests without whole runs, subprocesses, TensorFlow or torch.
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not integration"
+
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The property tests, on examples that are drawn anew each time.
 test-search: .venv/installed
-	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_growth.py tests/test_growth_training.py
+	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_growth_exact.py tests/test_growth_masks.py tests/test_exact_adamw.py
 
 # What takes minutes a test: the published page of growth errors, the plan of the full-size recipe.
 test-slow: .venv/installed

@@ -209,9 +209,7 @@ def _error(method: str, case: Case, after: Mapping[str, int], precision: str) ->
         params, tokens, before = _source(old)
         # Growth depends on the parameters' dtype only, so float32 and bfloat16 share one compiled growth.
         stored = (cfg.replace(compute_dtype=PRECISIONS[precision]) for cfg in (old, new))
-        # Two names of the same operator share one compiled growth.
-        first = next(name for name, operator in REGISTRY.items() if operator.map is REGISTRY[method].map)
-        grown = _grown(*stored, first, params)
+        grown = _grown(*stored, method, params)
         found = _apply(new, grown, tokens, masks_at(old, new, growth, 0))
         found = np.asarray(found, np.float64)[..., : old.vocab]
     return float(np.abs(before - found).max() / np.abs(before).max())

@@ -43,6 +43,16 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def cheap_draws():
+    """Draws that compile at once, for tests that compile hundreds of growths and ask nothing of what is drawn."""
+    from tests import growing, small
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growing.GROW, "draw", small.waves)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A small corpus, prepared on first use."""

@@ -27,6 +27,8 @@ from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.state import abstract_state
 from flm_jax.step import StageProgram, make_grower, quietly_donated
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

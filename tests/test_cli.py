@@ -41,6 +41,7 @@ def test_bindings_of_a_name_that_gin_does_not_know_are_refused(capsys):
     assert "Ramp.delay: int = 0\n      steps at 0 before it." in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_the_minimal_recipe_is_short_and_trains_and_grows_on_texts_of_ones_own(tmp_path, capsys):
     recipe = ROOT / "gin_configs/recipes/minimal.gin"
     assert len(recipe.read_text().splitlines()) < 20
@@ -55,6 +56,7 @@ def test_the_minimal_recipe_is_short_and_trains_and_grows_on_texts_of_ones_own(t
     assert (tmp_path / "run/report.md").is_file()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_answers_without_jax(name):
     code = f"import sys; sys.argv = ['x', '--help']; from flm_jax.cli.{name} import main\n"

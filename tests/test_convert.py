@@ -32,6 +32,8 @@ from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.source_checkpoint import CheckpointMeta, model_of, read_source
 from tests import hub, small
 
+pytestmark = pytest.mark.integration
+
 VOCAB = 97
 SHAPE = dict(
     vocab_size=VOCAB,

@@ -19,6 +19,8 @@ from flm_jax.data.source import StoreData, StreamData, open_data
 from flm_jax.data.streaming import SeqioBatches
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
 
+pytestmark = pytest.mark.integration
+
 TEXTS = [f"document {i}:\n\tdef f{i}(x):\n        return 'é' * {i}\n" * (1 + i % 5) for i in range(40)]
 BPE = SentencePiece(size=300)
 CONTEXT = 16

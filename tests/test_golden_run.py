@@ -7,6 +7,8 @@ import pytest
 
 from tests import golden_run
 
+pytestmark = pytest.mark.integration
+
 EXPECTED = json.loads(golden_run.EXPECTED.read_text())
 # Sums are rounded in the order of the processor's vectors, and another XLA fuses others: there training is held to its
 # losses, and not to every bit. Growing gives the same bits everywhere.

@@ -31,6 +31,8 @@ from flm_jax.state import abstract_state
 from tests import small
 from tests.hub import BEGIN, END, TEXT, llama, write_tokenizer
 
+pytestmark = pytest.mark.integration
+
 CONTEXT = 40
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)
 WORDS = TEXT.split()
@@ -466,7 +468,7 @@ def test_evaluating_text_needs_neither_tensorflow_nor_lm_eval(converted, tmp_pat
 import sys
 for name in ("tensorflow", "seqio", "lm_eval", "torch", "transformers"):
     sys.modules[name] = None  # importing it now fails
-from flm_jax.evaluation import LONGEST_BY_DEFAULT, What, evaluate_checkpoint, find_length
+from flm_jax.evaluation.evaluate import LONGEST_BY_DEFAULT, EvalRequest, evaluate_checkpoint, find_length
 evaluate_checkpoint({str(converted)!r}, EvalRequest(text={str(tmp_path / "a.txt")!r}))
 try:
     evaluate_checkpoint({str(converted)!r}, EvalRequest(tasks=("x",)))

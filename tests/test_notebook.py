@@ -14,6 +14,8 @@ from nbclient import NotebookClient
 
 from flm_jax.growth import REGISTRY
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "growth_verification.ipynb"
 NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?"

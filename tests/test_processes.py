@@ -22,6 +22,8 @@ from flm_jax.sharding import MeshConfig, make_mesh
 from tests import worker
 from tests.small import write_corpus
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300
 

@@ -40,6 +40,8 @@ from flm_jax.state import abstract_state
 from flm_jax.step import make_grower
 from tests import small
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parent.parent
 OLD = small.config(heads=4, kv_heads=2, embed=16, mlp=24, head_dim=4)
 NEW = OLD.replace(embed=22, heads=9, kv_heads=3, head_dim=6, layers=5, mlp=31, vocab=70)

@@ -19,6 +19,8 @@ from flm_jax.data.vocabulary import REPLACEMENT, TokenizerVocabulary, from_spec
 from tests import small
 from tests.hub import END, TEXT, write_tokenizer
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

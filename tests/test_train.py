@@ -27,6 +27,8 @@ from flm_jax.step import StageProgram
 from tests import small
 from tests.small import shape, write_corpus
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parent.parent
 RAMP = 4
 

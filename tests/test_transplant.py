@@ -22,6 +22,8 @@ from flm_jax.source_checkpoint import read_source
 from tests.small import shape
 from tests.test_train import StopAfter
 
+pytestmark = pytest.mark.integration
+
 RUN = Run(mesh=MeshConfig(fsdp=2, tensor=2), checkpoint_every=2, log_every=1, sample_tokens=4)
 FAST = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 TARGET = shape(embed=32, mlp=56, layers=3)

@@ -20,7 +20,7 @@ import optax
 from flm_jax.config import ModelConfig
 from flm_jax.growth.axis_map import along
 from flm_jax.growth.lineage import Lineage
-from flm_jax.growth.operators import REGISTRY, WIDTH
+from flm_jax.growth.operators import REGISTRY, WIDTH, lookup
 from flm_jax.growth.plan import Growth
 from flm_jax.model import declared
 from flm_jax.optimizer import OptimizerConfig, adamw, width_mults
@@ -108,7 +108,7 @@ def check_continues(lineage: Lineage) -> None:
         return
     for axis, grown in lineage.outline.items():
         method = lineage.last_growth.method_of(axis)
-        if grown.active and not REGISTRY[method].continues:
+        if grown.active and not lookup(method).continues:
             kind = KINDS[axis]
             known = ", ".join(
                 sorted(

@@ -111,7 +111,7 @@ class Lineage:
     def preserving(self) -> bool:
         """Whether the operators of all axes that grew promise to preserve the function."""
         growth = self.last_growth
-        return all(operators.REGISTRY[growth.method_of(axis)].preserving for axis in self.outline)
+        return all(operators.lookup(growth.method_of(axis)).preserving for axis in self.outline)
 
     @functools.cached_property
     def mask_flags(self) -> dict[str, np.ndarray]:

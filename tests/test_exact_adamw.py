@@ -1,4 +1,4 @@
-"""What training does after a growth: AdamW goes on exactly, copies part or do not, new entries have their own rate."""
+"""AdamW after a growth: exact continuation, copies that diverge or stay identical, and the rate of new entries."""
 
 import itertools
 
@@ -78,13 +78,13 @@ def run_on(old, target, plan, steps=25):
 
 @pytest.mark.parametrize("target", [TWICE, QUARTER], ids=["twice", "1.25 times"])
 @pytest.mark.parametrize("method", ["copy", "uneven", "net2net"])
-def test_adamw_goes_on_exactly_for_25_steps(target, method, x64):
+def test_adamw_continues_exactly_for_25_steps(target, method, x64):
     far, worse = run_on(OLD, target, Growth(method, optimizer="exact"))
     assert far < 1e-12
     assert worse < 1e-12
 
 
-def test_adamw_goes_on_exactly_with_biases_and_norms_of_queries_and_keys(x64):
+def test_adamw_continues_exactly_with_biases_and_query_and_key_norms(x64):
     fields = dict(qkv_bias=True, qk_norm=True, kv_heads=2)
     target = QUARTER.replace(**{**fields, "heads": 6, "kv_heads": 3})
     far, worse = run_on(OLD.replace(**fields), target, Growth("uneven", optimizer="exact"))
@@ -99,19 +99,19 @@ def test_adamw_goes_on_exactly_with_biases_and_norms_of_queries_and_keys(x64):
         (dict(kv_heads=2), Growth("copy", optimizer="exact"), "kv_heads are divided .* 1 to 2.*optimizer='carry'"),
     ],
 )
-def test_where_adamw_cannot_go_on_exactly_it_is_said(new, growth, message):
+def test_a_growth_that_adamw_cannot_continue_exactly_is_refused(new, growth, message):
     old = small.config(kv_heads=1)
     with pytest.raises(ValueError, match=message):
         rescaling(lineage_of(old, old.replace(**new), growth))
 
 
-def test_with_moments_alone_adamw_does_not_go_on_exactly(x64):
+def test_carried_moments_alone_do_not_continue_exactly(x64):
     """The same growth, rates and eps left as they are: the test above would see it."""
     far, _ = run_on(OLD, TWICE, Growth("copy", optimizer="carry"))
     assert far > 1e-3
 
 
-def test_a_second_exact_growth_goes_on_from_the_first_ones_frame(x64):
+def test_a_second_exact_growth_continues_in_the_rescaling_of_the_first(x64):
     plan = Growth("copy", optimizer="exact")
     params, state, step = after_warm_up(OLD)
     cfgs = [OLD, grown_config(OLD, QUARTER, plan)]
@@ -131,7 +131,7 @@ def test_a_second_exact_growth_goes_on_from_the_first_ones_frame(x64):
     assert abs(float(small_loss - big_loss)) < 1e-12
 
 
-def test_leaving_a_frame_gives_the_moments_that_the_gradients_would_have_had(x64):
+def test_carry_after_exact_gives_the_moments_of_the_gradients_themselves(x64):
     """Exact, then carry: the averages are those of the grown model's own gradients again."""
     exact, carry = Growth("copy", optimizer="exact"), Growth("copy", methods={"layers": "zero"})
     params, state, _ = after_warm_up(OLD)
@@ -177,7 +177,7 @@ def asymmetry(cfg, params, old, plan):
     ],
     ids=lambda value: f"{value.name} {value.optimizer}" if isinstance(value, Growth) else "",
 )
-def test_copies_part_with_a_breaker_and_never_without(plan, parts, x64):
+def test_copies_diverge_when_a_method_breaks_symmetry_and_stay_identical_otherwise(plan, parts, x64):
     params, state, _ = after_warm_up(OLD)
     new = grown_config(OLD, TWICE, plan)
     view = rescaling(lineage_of(OLD, new, plan))
@@ -198,7 +198,7 @@ def test_copies_part_with_a_breaker_and_never_without(plan, parts, x64):
     assert apart > 1e-3 if parts else apart < 1e-12
 
 
-def test_new_entries_rewarm_and_their_first_step_is_that_of_a_young_adam():
+def test_the_rate_of_new_entries_corrects_for_their_age_and_warms_up():
     plan = Growth("copy", optimizer="asymmetric", rewarm_steps=4, rewarm_to=1.3)
     b1, b2, late = 0.9, 0.999, 10_000
     m = v = 0.0
@@ -212,7 +212,7 @@ def test_new_entries_rewarm_and_their_first_step_is_that_of_a_young_adam():
         assert adam * factor == pytest.approx(1.3 * min((step + 1) / 4, 1), rel=1e-4)
 
 
-def test_only_new_entries_are_paced():
+def test_only_new_entries_are_scaled():
     old, new = small.config(), small.config(embed=30, layers=3)
     plan = Growth("zero", optimizer="asymmetric")
     _, signatures = model.declared(new)
