@@ -16,12 +16,13 @@ WORKDIR ?= runs/demo
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=$(WORKDIR)
 
-# What to run while working: linters, types, and the tests without whole runs, subprocesses, TensorFlow or torch.
+# What to run while working: linters, types, and the tests without whole runs, subprocesses, TensorFlow or torch, property
+# tests on few examples.
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not integration"
+	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not integration"
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The property tests, on examples that are drawn anew each time.
 test-search: .venv/installed

@@ -33,6 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 PATIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 settings.register_profile("house", PATIENT, derandomize=True)
 settings.register_profile("search", PATIENT)
+settings.register_profile("quick", PATIENT, derandomize=True, max_examples=4)  # make check
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))
 
 

@@ -1,10 +1,12 @@
 """Small models for tests, and hypothesis strategies over their shapes."""
 
+import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from flm_jax import model
@@ -14,6 +16,11 @@ from flm_jax.signature import KINDS
 VOCAB = 61
 # Within a dozen positions some pairs of a head are fast, some slow, some between.
 SCALING = RopeScaling(factor=4.0, low_freq_factor=0.05, high_freq_factor=0.4, original_context=8)
+
+
+def examples(count: int) -> settings:
+    """Settings of a property test that is held to so many examples; to two of them in `make check`."""
+    return settings(max_examples=min(count, 2) if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else count)
 
 
 def config(**changes) -> ModelConfig:

@@ -19,6 +19,7 @@ def test_links_and_named_files_exist(page):
     assert not missing, f"{page.name} names what is not there: {missing}"
 
 
+@pytest.mark.integration
 def test_the_python_of_the_readme_runs_and_is_exact(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flm_jax import model
@@ -40,12 +40,13 @@ from tests.growing import (
     relative,
     tied_mult,
 )
+from tests.small import examples
 
 pytestmark = pytest.mark.usefixtures("cheap_draws")
 
 
 @pytest.mark.parametrize("method", PRESERVING)
-@settings(max_examples=4)
+@examples(4)
 @given(data=st.data())
 def test_exact_in_float64_on_any_axes_at_any_ratio(method, data):
     wide = dict(compute_dtype="float64", param_dtype="float64")
@@ -57,7 +58,7 @@ def test_exact_in_float64_on_any_axes_at_any_ratio(method, data):
         assert relative(logits(old, params), after[..., : old.vocab]) < 1e-12
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(pair=small.growths(), growth=mixtures())
 def test_exact_in_float32_with_any_mixture_of_methods(pair, growth):
     old, params, new, grown = grow_pair(pair, growth)
@@ -68,7 +69,7 @@ def test_exact_in_float32_with_any_mixture_of_methods(pair, growth):
     assert len(found.layer_diffs) == new.layers
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(data=st.data(), growth=mixtures(without=()))
 def test_exact_in_float64_with_any_mixture_of_methods_noise_included(data, growth):
     with jax.enable_x64(True):
@@ -79,7 +80,7 @@ def test_exact_in_float64_with_any_mixture_of_methods_noise_included(data, growt
         assert max(found.layer_diffs) < 1e-12
 
 
-@settings(max_examples=5)
+@examples(5)
 @given(pair=small.growths(compute_dtype="bfloat16"))
 def test_zero_is_bit_equal_in_bfloat16(pair):
     # The multiplier is kept: folding its change into the head would round the head anew.
@@ -89,7 +90,7 @@ def test_zero_is_bit_equal_in_bfloat16(pair):
     np.testing.assert_array_equal(logits(old, params), logits(new, grown)[..., : old.vocab])
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(
     first=small.growths(), growth=mixtures(), extra=st.integers(1, 20), method=st.sampled_from(["copy", "mask", "zero"])
 )
