@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from flm_jax.growth import operators
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -19,8 +21,18 @@ def test_links_and_named_files_exist(page):
     assert not missing, f"{page.name} names what is not there: {missing}"
 
 
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_the_readme_and_the_page_about_growth_have_python():
+    assert [page.name for page in PAGES if blocks(page)] == ["README.md", "growth.md"]
+
+
 @pytest.mark.integration
-def test_the_python_of_the_readme_runs_and_is_exact(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
-    assert float(capsys.readouterr().out) < 1e-5
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda p: p.name)
+def test_the_python_of_the_docs_runs_and_is_exact(page, capsys, monkeypatch):
+    monkeypatch.setattr(operators, "REGISTRY", dict(operators.REGISTRY))  # a page may register an operator
+    for code in blocks(page):
+        exec(compile(code, page.name, "exec"), {})
+        assert float(capsys.readouterr().out) < 1e-5
