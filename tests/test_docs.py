@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 def test_links_and_named_files_exist(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    files = re.findall(r"(?:flm_jax|gin_configs|experiments|benchmarks)/[\w/]+\.(?:py|gin)", text)
+    files = re.findall(r"(?:flm_jax|gin_configs|experiments|benchmarks|tests)/[\w/]+\.(?:py|gin)", text)
     missing = [link for link in links if not (page.parent / link).exists()]
     missing += [file for file in files if not (ROOT / file).exists()]
     assert not missing, f"{page.name} names what is not there: {missing}"

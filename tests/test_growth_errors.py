@@ -7,7 +7,7 @@ import pytest
 from benchmarks.growth_errors import PAGE, measure, parse
 from flm_jax.growth import REGISTRY
 
-pytestmark = pytest.mark.slow  # two minutes; the properties themselves are tested in test_growth.py
+pytestmark = pytest.mark.slow  # two minutes; the properties themselves are tested in test_growth_exact.py
 COMMITTED = {row.key: row for row in parse(PAGE.read_text())}
 # One rounding: below it, figures depend on the order in which a compiler adds.
 ROUNDING = {"float64": 2.3e-16, "float32": 1.2e-7}
