@@ -2,24 +2,24 @@
 
 Checkpoints hold each leaf as an uncompressed zarr array: a grid of chunks, each row-major, so the rows that a block
 needs from a chunk are one run of bytes. Orbax reads and writes whole chunks, and one chunk may hold all layers of a
-leaf. This module asks tensorstore where each value is stored and reads only the bytes it needs. It writes one file per
-chunk, beside metadata that orbax wrote for the same tree, so that the result restores like any other checkpoint.
+leaf. This module asks tensorstore for the bytes that it needs and no others. It writes one file per chunk, beside
+metadata that orbax wrote for the same tree, so that the result restores like any other checkpoint.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -29,17 +29,14 @@ from flm_jax.checkpoint import direct_io
 from flm_jax.checkpoint.manifest import DamagedError
 from flm_jax.checkpoint.orbax_io import nest
 
-_ZARR = ".zarray"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a value is stored: a range of bytes of a file, or the bytes themselves."""
-
-    file: Path
-    offset: int
-    length: int
-    inline: bytes | None = None
+# Read past the page cache, where the file system allows it. Small pieces, so that the allocator reuses their memory,
+# and a few at the same time, so that the disk does not wait for the copy of the one before.
+_READING = {
+    "file_io_mode": {"mode": "direct"},
+    "file_io_concurrency": {"limit": 4},
+    "cache_pool": {"total_bytes_limit": 16 << 20},  # nodes of the database; values are not cached
+}
+_PIECE_BYTES, _AHEAD = 1 << 20, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +48,14 @@ class StoredLeaf:
       shape: of the leaf.
       dtype: of the leaf.
       chunks: shape of a chunk.
-      runs: where each chunk is stored, by its name, such as '0.3.0'.
+      store: what holds the chunks, by leaf and place in the grid, such as 'params.blocks.mlp.up/0.3.0'.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     chunks: tuple[int, ...]
-    runs: Mapping[str, Run]
+    store: ts.KvStore
 
     def read(self, lead: tuple[int, ...], start: int, out: np.ndarray) -> None:
         """Reads rows into an array; each of their bytes is read once, and no others.
@@ -99,16 +96,21 @@ class StoredLeaf:
 
     def _fetch(self, index: tuple[int, ...], begin: int, out: np.ndarray) -> None:
         name = ".".join(map(str, index))
-        run = self.runs.get(name)
-        if run is None or begin + len(out) > run.length:
-            raise DamagedError(f"{self.path}: its chunk {name} is not there in full")
-        if run.inline is not None:
-            out[:] = np.frombuffer(run.inline, np.uint8)[begin : begin + len(out)]
-            return
-        try:
-            direct_io.read(run.file, run.offset + begin, out)
-        except (OSError, EOFError) as error:
-            raise DamagedError(f"{self.path}: {run.file} cannot be read: {error}") from error
+        key = f"{key_of(self.path)}/{name}"
+        ends = [(at, min(at + _PIECE_BYTES, len(out))) for at in range(0, len(out), _PIECE_BYTES)]
+        reads = (self.store.read(key, byte_range=slice(begin + a, begin + b)) for a, b in ends)
+        ahead = collections.deque(itertools.islice(reads, _AHEAD))
+        for a, b in ends:
+            try:
+                found = ahead.popleft().result()
+            except (ValueError, OSError) as error:
+                what = str(error).partition(" [")[0]
+                raise DamagedError(f"{self.path}: its chunk {name} cannot be read: {what}") from error
+            # If a data file is missing, tensorstore returns an empty value and no error.
+            if found.state != "value" or len(found.value) != b - a:
+                raise DamagedError(f"{self.path}: its chunk {name} is not there in full")
+            out[a:b] = np.frombuffer(found.value, np.uint8)
+            ahead.extend(itertools.islice(reads, 1))
 
 
 def open_leaves(arrays: Path, wanted: Mapping[str, Any]) -> dict[str, StoredLeaf]:
@@ -121,31 +123,25 @@ def open_leaves(arrays: Path, wanted: Mapping[str, Any]) -> dict[str, StoredLeaf
     Raises:
       DamagedError: a leaf is missing, or not stored the way checkpoints store it.
     """
+    files = {"driver": "file", "path": f"{arrays}/"}
+    spec = {"driver": "ocdbt", "base": files} if (arrays / "manifest.ocdbt").exists() else files
     try:
-        values = dict(_ocdbt_values(arrays)) if (arrays / "manifest.ocdbt").exists() else dict(_files(arrays))
-    except (ValueError, KeyError, OSError) as error:
+        store = ts.KvStore.open(spec, context=ts.Context(_READING)).result()
+    except (ValueError, OSError) as error:
         raise DamagedError(f"{arrays} cannot be read: {str(error).partition(chr(10))[0]}") from error
-    chunks: dict[str, dict[str, Run]] = {}
-    for key, run in values.items():
-        name, _, last = key.rpartition("/")
-        chunks.setdefault(name, {})[last] = run
-    return {path: _open(arrays, path, leaf, chunks.get(key_of(path), {})) for path, leaf in wanted.items()}
+    return {path: _open(arrays, store, path, leaf) for path, leaf in wanted.items()}
 
 
-def _open(arrays: Path, path: str, leaf: Any, runs: dict[str, Run]) -> StoredLeaf:
+def _open(arrays: Path, store: ts.KvStore, path: str, leaf: Any) -> StoredLeaf:
     try:
-        described = runs.pop(_ZARR)
-        text = described.file.read_bytes() if described.inline is None else described.inline
-        if described.inline is None:
-            text = text[described.offset : described.offset + described.length]
-        zarr = json.loads(text)
+        zarr = json.loads(store[f"{key_of(path)}/.zarray"])
         plain = zarr["compressor"] is None and zarr["filters"] is None and zarr["order"] == "C"
         shape, chunks = tuple(zarr["shape"]), tuple(zarr["chunks"])
     except (OSError, ValueError, KeyError) as error:
         raise DamagedError(f"{arrays}: {path} cannot be read: its description is missing or damaged") from error
     if shape != tuple(leaf.shape) or not plain or zarr["dtype"] != zarr_dtype(leaf.dtype):
         raise DamagedError(f"{arrays}: {path} is not stored as an uncompressed array of the shape and dtype it has")
-    return StoredLeaf(path, shape, np.dtype(leaf.dtype), chunks, runs)
+    return StoredLeaf(path, shape, np.dtype(leaf.dtype), chunks, store)
 
 
 def zarr_dtype(dtype: Any) -> str:
@@ -159,40 +155,11 @@ def key_of(path: str) -> str:
     return ".".join(part.replace("%", "%25").replace(".", "%2E") for part in path.split("/"))
 
 
-def _files(arrays: Path) -> Iterator[tuple[str, Run]]:
-    for folder in arrays.iterdir():
-        if (folder / _ZARR).is_file():
-            for file in folder.iterdir():
-                yield f"{folder.name}/{file.name}", Run(file, 0, file.stat().st_size)
-
-
-def _ocdbt_values(arrays: Path) -> Iterator[tuple[str, Run]]:
-    """Yields every key of an OCDBT database with the place where its value is stored."""
-    base = ts.KvStore.open(f"file://{arrays}/").result()
-
-    def walk(node: str, prefix: bytes) -> Iterator[tuple[str, Run]]:
-        for entry in ts.ocdbt.dump(base, node).result()["entries"]:
-            key = prefix + bytes(entry["key"])
-            if "location" in entry:
-                yield from walk(entry["location"], prefix + bytes(entry["subtree_common_prefix"]))
-            elif "inline_value" in entry:
-                value = bytes(entry["inline_value"])
-                yield key.decode(), Run(arrays, 0, len(value), value)
-            else:
-                # "value:" and, each escaped: the base path, the path relative to it, the offset, the length.
-                _, folder, file, offset, length = entry["indirect_value"].split(":")
-                yield key.decode(), Run(arrays / (unquote(folder) + unquote(file)), int(offset), int(length))
-
-    root = ts.ocdbt.dump(base).result()["versions"][-1]["root"]
-    if "location" in root:
-        yield from walk(root["location"], b"")
-
-
 def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str, tuple[int, ...]]) -> None:
     """Writes the arrays of a checkpoint without their content, which `write_block` and `write_chunk` fill in.
 
-    Orbax writes the tree with an array of one element for each leaf that has chunks here; then the metadata of that
-    array are given the real shape.
+    Orbax writes the tree with an array of one element for each leaf that has chunks here; then tensorstore puts an
+    empty array of the real shape in its place.
 
     Args:
       arrays: a directory that does not exist yet.
@@ -202,29 +169,19 @@ def write_skeleton(arrays: Path, leaves: Mapping[str, Any], chunks: Mapping[str,
     tree = {
         path: jnp.zeros((1,) * len(leaf.shape), leaf.dtype) if path in chunks else leaf for path, leaf in leaves.items()
     }
-    with (
-        _quietly(),
-        contextlib.closing(
-            ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
-        ) as orbax,
-    ):
+    # Without a store of array metadata, orbax records no shapes, which would be those of the single elements.
+    handlers = ocp.type_handlers.create_type_handler_registry((jax.Array, ocp.type_handlers.ArrayHandler()))
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=handlers)
+    with _quietly(), contextlib.closing(ocp.Checkpointer(handler)) as orbax:
         orbax.save(arrays, args=ocp.args.PyTreeSave(nest(tree)))
-    # Redundant: the arrays' own metadata say the same, and reading does not need it.
-    shutil.rmtree(arrays / "array_metadatas", ignore_errors=True)
-    whole = json.loads((arrays / "_METADATA").read_text())
-    shapes = {tuple(key_of(path).split(".")): shape for path, shape in chunks.items()}
-    for entry in whole["tree_metadata"].values():
-        key = tuple(part["key"] for part in entry["key_metadata"])
-        if key in shapes:
-            entry["value_metadata"]["write_shape"] = list(shapes[key])
-    (arrays / "_METADATA").write_text(json.dumps(whole))
     for path, shape in chunks.items():
-        folder = arrays / key_of(path)
-        zarr = json.loads((folder / _ZARR).read_text())
-        for file in folder.iterdir():
-            file.unlink()
-        described = {**zarr, "shape": list(leaves[path].shape), "chunks": list(shape)}
-        (folder / _ZARR).write_text(json.dumps(described, sort_keys=True, separators=(",", ":")))
+        leaf = leaves[path]
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{arrays / key_of(path)}/"},
+            "metadata": {"shape": leaf.shape, "chunks": shape, "dtype": zarr_dtype(leaf.dtype), "compressor": None},
+        }
+        ts.open(spec, create=True, delete_existing=True).result()
 
 
 @contextlib.contextmanager

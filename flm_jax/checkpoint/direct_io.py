@@ -1,8 +1,8 @@
-"""Direct I/O: reads and writes files without the page cache, where the file system allows it.
+"""Direct I/O: writes files without the page cache, where the file system allows it.
 
 Data that is streamed through once gains nothing from the cache, and filling the cache costs more processor time than
 the disk takes: measured on a virtual machine, 1 to 2.7 s per GB written, against 0.03 s without it. Where a file system
-refuses (tmpfs), the same calls go through the cache.
+refuses (tmpfs), the same calls go through the cache. (Reading past the cache is tensorstore's, see `blocks`.)
 """
 
 from __future__ import annotations
@@ -17,33 +17,6 @@ import numpy as np
 
 _ALIGN = 4096  # alignment of addresses, offsets and lengths; a multiple of every disk's block size
 _per_thread = threading.local()
-
-
-def read(path: Path, offset: int, out: np.ndarray) -> None:
-    """Fills a contiguous uint8 array with the bytes of a file that begin at `offset`.
-
-    Raises:
-      EOFError: the file ends too early.
-      OSError: it cannot be read.
-    """
-    first = offset // _ALIGN * _ALIGN
-    size = _up(offset + len(out)) - first
-    data = _buffer(size)
-    file, done = _open(path, os.O_RDONLY), 0
-    try:
-        while done < offset + len(out) - first:
-            got = os.preadv(file, [data[done:size]], first + done)
-            if not got:
-                raise EOFError(f"{path} ends after {first + done} bytes")
-            done += got
-            if done < offset + len(out) - first and done % _ALIGN:
-                # Either the file ends here, or the read was short: direct I/O continues only at aligned offsets.
-                done = done // _ALIGN * _ALIGN
-                if os.fstat(file).st_size < offset + len(out):
-                    raise EOFError(f"{path} ends after {os.fstat(file).st_size} bytes")
-    finally:
-        os.close(file)
-    out[:] = np.frombuffer(data, np.uint8, len(out), offset - first)
 
 
 def write(path: Path, rows: np.ndarray, size: int) -> None:
