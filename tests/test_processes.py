@@ -25,7 +25,7 @@ from tests.small import write_corpus
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 300
+PATIENCE = 900
 
 
 def start(folder: Path, processes: int, devices: int, *acts: dict) -> list[str]:
