@@ -119,7 +119,7 @@ def test_each_process_reads_its_own_rows_and_the_first_writes_all_else(two, fold
     def own(path: str) -> bool:
         return "/arrays" in path
 
-    assert any(path.endswith("recipe.json.tmp") for path in first["written"])
+    assert any("/.recipe.json." in path and path.endswith(".tmp") for path in first["written"])
     assert [path for path in second["written"] if not own(path)] == []
     lines = [line for line in two[1].splitlines() if "Gloo" not in line and "Rank" not in line and line.strip()]
     assert "Growth to 'second'" in two[0] and not any("Growth" in line or "step/s" in line for line in lines)

@@ -221,12 +221,12 @@ def verify_checkpoints(
       CheckpointError: the target did not grow from the source.
     """
     before, after = read_source(source), read_source(target)
-    if after.step == 0 and after.lineage.growth is None:
-        raise CheckpointError(f"{after.directory} did not grow from anything: it is an initialisation.")
     if after.step != 0:
         raise CheckpointError(f"{after.directory} has trained since it grew: give step 0 of its stage.")
     if not after.meta.newborn:
         raise CheckpointError(f"{after.directory} goes on with a checkpoint of its own shape: nothing grew.")
+    if after.lineage.growth is None:
+        raise CheckpointError(f"{after.directory} did not grow from anything: it is an initialisation.")
     claimed = (after.meta.provenance or {}).get("source_digest")
     if claimed != before.digest:
         raise CheckpointError(
