@@ -9,6 +9,7 @@ Shapes: B batch, T time, D embed, N heads, K kv_heads, H head_dim, F mlp, L laye
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -342,6 +343,13 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
 
 def declared(cfg: ModelConfig) -> tuple[Params, Params]:
     """The trees of shapes (`jax.ShapeDtypeStruct`) and signatures of all parameters; no array is allocated."""
+    return _declared(cfg, jax.config.read("jax_enable_x64"))
+
+
+@functools.lru_cache(maxsize=128)
+def _declared(cfg: ModelConfig, x64: bool) -> tuple[Params, Params]:
+    """`declared`, remembered: tracing the model takes a tenth of a second. Dtypes depend on whether there is float64."""
+    del x64
     boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
     is_box = lambda x: isinstance(x, Declared)  # noqa: E731
     return meta.unbox(boxed), jax.tree.map(lambda box: box.signature, boxed, is_leaf=is_box)
