@@ -348,7 +348,7 @@ def declared(cfg: ModelConfig) -> tuple[Params, Params]:
 
 @functools.lru_cache(maxsize=128)
 def _declared(cfg: ModelConfig, x64: bool) -> tuple[Params, Params]:
-    """`declared`, remembered: tracing the model takes a tenth of a second. Dtypes depend on whether there is float64."""
+    """`declared`, remembered: tracing a model takes a tenth of a second. Without x64, float64 becomes float32."""
     del x64
     boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
     is_box = lambda x: isinstance(x, Declared)  # noqa: E731

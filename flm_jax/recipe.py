@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flm_jax.checkpoint.find import stage_directory
 from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
 from flm_jax.growth.exact_adamw import check_continues
@@ -192,7 +193,7 @@ class ResolvedStage:
     @property
     def directory(self) -> str:
         """Name of the stage's checkpoint directory."""
-        return f"{self.index}_{self.name}"
+        return stage_directory(self.index, self.name)
 
     @property
     def ramp_steps(self) -> int:

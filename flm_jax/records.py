@@ -16,6 +16,8 @@ from flm_jax.distributed import is_primary
 from flm_jax.files import atomic_write, write_json
 
 RECIPE, DATA = "recipe.json", "data.json"
+# What the process that writes to a directory holds.
+LOCK = ".lock"
 T = TypeVar("T")
 _CLASSES: dict[str, type] = {}
 
@@ -126,7 +128,7 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
                 f"{workdir} was begun with {what}: {'; '.join(found[:3])}{more}. Nothing was changed; use another "
                 "--workdir for this one."
             )
-    elif workdir.exists() and not (workdir / RECIPE).exists() and any(workdir.iterdir()):
+    elif workdir.exists() and not (workdir / RECIPE).exists() and any(p.name != LOCK for p in workdir.iterdir()):
         raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")
 
 

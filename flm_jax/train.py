@@ -42,6 +42,8 @@ from flm_jax.checkpoint import (
     Restored,
     read_manifest,
 )
+from flm_jax.checkpoint.directory import take_lock
+from flm_jax.checkpoint.find import STAGES
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.checkpoint_growth.text import growth_lines
 from flm_jax.checkpoint_growth.verify import failures_text, heldout_text, observe_before, verify_growth
@@ -95,28 +97,32 @@ def train(
     with distributed.together("recipe"):
         origin, stages = begin(recipe)
         check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
+        if origin is not None:
+            distributed.print0(f"The run starts with {origin.directory}.")
         run.check(recipe)
         programs = _programs(recipe, run, stages)
         for program in programs:
             program.check_trains(recipe.data.context)
     settings = sha256_json([as_dict(recipe), as_dict(run)])
     distributed.assert_equal("The recipe or its Run", settings, "Start every process with the same command.")
-    data = open_data(recipe.data)
-    _check_vocabulary(stages, data)
-    # The path of the data may change between starts, its contents may not.
-    identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
-    identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
-    identity |= {} if origin is None else {"start": origin.digest}
-    with distributed.together("data"):
-        check_identity(workdir, DATA, identity, "other data or another start")
     with contextlib.ExitStack() as stack:
+        with distributed.together("lock"):
+            if distributed.is_primary():
+                # Held while data is prepared, or two runs could both find the work directory new.
+                stack.enter_context(take_lock(workdir))
+                check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
+        data = open_data(recipe.data)
+        _check_vocabulary(stages, data)
+        # The path of the data may change between starts, its contents may not.
+        identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
+        identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
+        identity |= {} if origin is None else {"start": origin.digest}
+        with distributed.together("data"):
+            check_identity(workdir, DATA, identity, "other data or another start")
         stores = [
-            stack.enter_context(
-                Checkpoints(workdir / "checkpoints" / s.directory, keep=run.keep, keep_steps=(0, s.steps))
-            )
+            stack.enter_context(Checkpoints(workdir / STAGES / s.directory, keep=run.keep, keep_steps=(0, s.steps)))
             for s in stages
         ]
-        # The checkpoint directories are locked now, so no other run writes to this work directory.
         write_identity(workdir, RECIPE, as_dict(recipe))
         write_identity(workdir, DATA, identity)
         tables = "\n\n".join(f"{s.name}\n{costs.param_table(s.cfg)}" for s in stages)

@@ -14,8 +14,8 @@ from typing import IO
 
 from flm_jax.checkpoint import manifest
 from flm_jax.checkpoint.manifest import CheckpointError, read_manifest
+from flm_jax.records import LOCK
 
-LOCK = ".lock"
 STEP = re.compile(r"0|[1-9][0-9]*")
 LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(partial|deleted)")
 
@@ -77,6 +77,22 @@ class Steps:
             shutil.rmtree(doomed)
 
 
+def _check_path(directory: Path) -> None:
+    """Checks that orbax and tensorstore can read back what they write into a directory.
+
+    Raises:
+      CheckpointError: its path has characters with which they cannot.
+    """
+    # Orbax merges what processes have written by a pattern made from the path; a pattern such as `a[1]` does not match
+    # itself. tensorstore takes paths as UTF-8.
+    shown = str(directory).encode("utf8", "backslashreplace").decode()
+    if shown != str(directory) or re.search(r"\[.*\]|\\", shown):
+        raise CheckpointError(
+            f"{shown}: checkpoints cannot be read back from a path with [...] or \\ in it, or one that is not UTF-8; "
+            "use another directory."
+        )
+
+
 def _structure(step_dir: Path) -> list[str]:
     try:
         return manifest.file_faults(step_dir, read_manifest(step_dir), contents=False)
@@ -88,8 +104,10 @@ def take_lock(directory: Path) -> IO[str]:
     """Takes the writer's lock of a directory for this process, until the returned file is closed.
 
     Raises:
-      CheckpointError: another process holds it.
+      CheckpointError: another process holds it, or checkpoints cannot be read back from there.
     """
+    _check_path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     # The lock file is never deleted: if it were deleted and made again, two processes could hold it at once.
     lock = (directory / LOCK).open("a+")
     try:

@@ -1,32 +1,73 @@
-"""Resolves a path to a checkpoint step: the step itself, or the newest step of a stage or of a work directory."""
+"""Which checkpoint a path means: the step itself, or the newest step of a stage or of a work directory."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
-from flm_jax.checkpoint.manifest import MANIFEST, NoCheckpointError
+from flm_jax.checkpoint.directory import Steps
+from flm_jax.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, NoCheckpointError
+from flm_jax.records import RECIPE
+
+STAGES = "checkpoints"
+_STAGE = re.compile(r"(0|[1-9][0-9]*)_.+")
+
+
+def stage_directory(index: int, name: str) -> str:
+    """Name of the directory with the checkpoints of a stage."""
+    return f"{index}_{name}"
 
 
 def step_directory(path: str | Path) -> Path:
     """The directory of a step: the path itself, if it is one, or the newest step of a stage or of a work directory.
 
+    As in a run that is resumed, entries that are no complete step are passed over, and named in the log. The stages
+    of a work directory are those of its recipe, whatever else lies beside them.
+
     Raises:
       NoCheckpointError: there is none.
+      DamagedError: there are steps, and none is complete.
+      CheckpointError: it cannot be told which stage is meant.
     """
     path = Path(path).expanduser().absolute()
     if not path.is_dir():
         raise NoCheckpointError(f"{path} is no directory; give a step, a stage's directory or a work directory.")
-
-    def steps(folder: Path) -> list[Path]:
-        return sorted((p for p in folder.glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
-
     if (path / MANIFEST).is_file():
         return path
-    stages = sorted((path / "checkpoints").glob("[0-9]*_*"), key=lambda p: int(p.name.split("_")[0])) or [path]
-    for folder in reversed(stages):
-        if found := steps(folder):
-            return found[-1]
+    if (path / "arrays").is_dir():
+        raise DamagedError(f"{path} looks like a step, but its {MANIFEST} is missing; take another step.")
+    damaged: list[Path] = []
+    for folder in reversed(_stages(path) if (path / STAGES).is_dir() else [path]):
+        good, bad = Steps(folder).scan()
+        if good:
+            return folder / str(good[-1])
+        damaged += [folder / str(step) for step in bad]
+    if damaged:
+        raise DamagedError(f"{path}: no step is complete: {', '.join(map(str, damaged))}; see the log.")
     raise NoCheckpointError(
-        f"{path} holds no checkpoint: give a step, such as .../checkpoints/0_first/800, a stage's directory, or a work "
+        f"{path} holds no checkpoint: give a step, such as .../{STAGES}/0_first/800, a stage's directory, or a work "
         "directory."
     )
+
+
+def _stages(workdir: Path) -> list[Path]:
+    """The directories of a work directory's stages, in order."""
+    record, inside = workdir / RECIPE, workdir / STAGES
+    if record.is_file():
+        try:
+            names = [
+                stage_directory(i, stage["name"]) for i, stage in enumerate(json.loads(record.read_text())["stages"])
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{record} is damaged ({error}): give a step or a stage's directory.") from error
+        return [inside / name for name in names if (inside / name).is_dir()]
+    # A growth or an import writes one stage and no recipe.
+    found = sorted(entry for entry in inside.iterdir() if entry.is_dir() and _STAGE.fullmatch(entry.name))
+    holding = [entry for entry in found if any(Steps(entry).scan())]
+    if len(holding) > 1:
+        raise CheckpointError(
+            f"{workdir} has no {RECIPE} that says which of its stages is the last: give one of "
+            f"{', '.join(map(str, holding))}."
+        )
+    return holding or found

@@ -31,8 +31,9 @@ import orbax.checkpoint as ocp
 
 from flm_jax import distributed
 from flm_jax.checkpoint import checksum, manifest, orbax_io
+from flm_jax.checkpoint.blocks import open_leaves
 from flm_jax.checkpoint.commit import BLOBS, META, commit_step, small_files
-from flm_jax.checkpoint.directory import LOCK, Steps, take_lock
+from flm_jax.checkpoint.directory import Steps, take_lock
 from flm_jax.checkpoint.manifest import (
     CheckpointError,
     DamagedError,
@@ -43,6 +44,7 @@ from flm_jax.checkpoint.manifest import (
     read_manifest,
 )
 from flm_jax.checkpoint.orbax_io import ARRAYS
+from flm_jax.records import LOCK
 
 _log = logging.getLogger("flm_jax.checkpoint")
 
@@ -117,7 +119,6 @@ class Checkpoints:
     def _open(self) -> None:
         with self._together("open"):
             if self._primary:
-                self.directory.mkdir(parents=True, exist_ok=True)
                 self._lock = take_lock(self.directory)
                 self._steps.clear()
         lock = self.directory / LOCK
@@ -329,6 +330,8 @@ class Checkpoints:
                 if self._primary:
                     sums = checksum.digests(lanes)
                     leaves = {path: dataclasses.replace(leaf, checksum=sums[path]) for path, leaf in leaves.items()}
+                    # A step is not committed unless its arrays are found where a reader looks for them.
+                    open_leaves(partial / ARRAYS, {path: leaf for path, leaf in leaves.items() if 0 not in leaf.shape})
                     commit_step(partial, step, leaves, files)
                     self._refused.discard(step)
         except BaseException as error:

@@ -10,6 +10,7 @@ import jax
 
 from flm_jax import costs
 from flm_jax.checkpoint import CheckpointError, Checkpoints
+from flm_jax.checkpoint.find import STAGES, stage_directory
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES, finish, grow_streamed, unfinished
 from flm_jax.checkpoint_growth.verify import failures_text, observe_before, verification_text, verify_growth
@@ -72,7 +73,7 @@ def grow_checkpoint(
     if streamed and (mesh is not None or data is not None):
         raise ValueError("A streamed growth runs no model: it has no use for a mesh, nor for data. Leave them out.")
     workdir = Path(workdir).expanduser()
-    directory = workdir / "checkpoints" / f"0_{STAGE}"
+    directory = workdir / STAGES / stage_directory(0, STAGE)
     if workdir.exists() and any(workdir.iterdir()) and not (streamed and _begun(workdir, directory)):
         raise ValueError(f"{workdir} is not empty; grow into a new directory.")
     origin = read_source(source)
@@ -103,7 +104,7 @@ def _begun(workdir: Path, directory: Path) -> bool:
     """Whether a work directory holds nothing but a streamed growth that did not finish."""
     # The record and texts may be there already: the journal is deleted last.
     inside = [path.relative_to(workdir).parts for path in (*workdir.iterdir(), *workdir.glob("*/*")) if path.is_dir()]
-    alone = sorted(inside) == [("checkpoints",), ("checkpoints", directory.name)]
+    alone = sorted(inside) == [(STAGES,), (STAGES, directory.name)]
     return alone and unfinished(directory)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import gin
 
 from flm_jax import checkpoint_growth, costs, distributed, evaluation
+from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.cli import configure
 from flm_jax.cli.configure import PACKAGE, check_used, parse, recorded_data, required
@@ -42,6 +43,18 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
             distributed.print0(f"Stopped; everything is saved in {workdir}. Run the same command to continue.")
 
 
+def chosen(checkpoint: str) -> str:
+    """The step that a path stands for, which is printed if it is not the path itself.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be told which.
+    """
+    step = step_directory(checkpoint)
+    if step != Path(checkpoint).expanduser().absolute():
+        distributed.print0(f"{checkpoint}: its newest step is {step}")
+    return str(step)
+
+
 def check_writable(json_file: str | None) -> None:
     """Refuses a --json that cannot be written, before anything is computed.
 
@@ -72,7 +85,7 @@ def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: 
         if not settings["streamed"]:
             settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
-        record = checkpoint_growth.grow_checkpoint(source, workdir, **settings, records=records)
+        record = checkpoint_growth.grow_checkpoint(chosen(source), workdir, **settings, records=records)
         distributed.print0(verification_lines(record["verification"]))
         distributed.print0(f"Written to {workdir}. To train on from it, set Recipe.start = {workdir!r}.")
 
@@ -88,7 +101,7 @@ def run_verify(
         check_used(by_hand)
         settings["data"] = settings["data"] or data
         check_writable(json_file)
-        found = checkpoint_growth.verify_checkpoints(source, target, **settings)
+        found = checkpoint_growth.verify_checkpoints(chosen(source), chosen(target), **settings)
     distributed.print0(verification_lines(found))
     if json_file and distributed.is_primary():
         write_json(Path(json_file), found)
@@ -114,7 +127,7 @@ def run_import(source: str, workdir: str, dtype: str | None) -> None:
 def run_export(workdir: str, target: str, architecture: str | None, dtype: str | None, shard_bytes: int) -> None:
     """Exports a checkpoint as a Hugging Face model, and prints what was written."""
     with started():
-        found = exporting.export_model(workdir, target, architecture, dtype, shard_bytes)
+        found = exporting.export_model(chosen(workdir), target, architecture, dtype, shard_bytes)
     folded = (
         f"multipliers and kept widths are folded into {found['folded']} kinds of parameters"
         if found["folded"]
@@ -151,7 +164,7 @@ def run_evaluate(
         check_used(by_hand)
         try:
             found = evaluation.evaluate_checkpoint(
-                checkpoint, asked, tokenizer, data, mesh, batch_size, max_length, distributed.print0
+                chosen(checkpoint), asked, tokenizer, data, mesh, batch_size, max_length, distributed.print0
             )
         except ImportError as error:
             fail(error)

@@ -17,6 +17,7 @@ from flm_jax import costs
 from flm_jax.checkpoint import blocks, checksum
 from flm_jax.checkpoint.commit import commit_step, small_files
 from flm_jax.checkpoint.directory import take_lock
+from flm_jax.checkpoint.find import STAGES, stage_directory
 from flm_jax.checkpoint.manifest import CheckpointError, Leaf
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
@@ -108,7 +109,7 @@ def import_model(
     found = _match(cfg, stored, source)
     files = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
     _check_tokenizer(cfg, source)
-    directory = workdir / "checkpoints" / f"0_{STAGE}"
+    directory = workdir / STAGES / stage_directory(0, STAGE)
     _check_new(workdir, directory)
     directory.mkdir(parents=True, exist_ok=True)
     with take_lock(directory):
