@@ -65,3 +65,20 @@ def data(tmp_path_factory):
     base = tmp_path_factory.mktemp("data")
     small.write_corpus(base / "corpus")
     return DataConfig(TextFolder(str(base / "corpus")), Bytes(), context=16, cache_dir=str(base / "cache"))
+
+
+@pytest.fixture(scope="session")
+def two_steps(tmp_path_factory):
+    """Checkpoints of steps 1 and 2, to read; `damaged` is a copy."""
+    from tests import checkpoints
+
+    directory = tmp_path_factory.mktemp("two") / "checkpoints"
+    checkpoints.save(directory, 1, 2)
+    return directory
+
+
+@pytest.fixture
+def damaged(two_steps, tmp_path):
+    """A copy of those checkpoints, to damage."""
+    shutil.copytree(two_steps, tmp_path / "copy")
+    return tmp_path / "copy"

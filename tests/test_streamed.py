@@ -183,18 +183,6 @@ def test_any_block_of_any_leaf_is_that_of_the_whole(data):
     np.testing.assert_array_equal(np.asarray(block).reshape(shape), np.asarray(expected))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_checksums_of_blocks_add_up(dtype):
-    x = jnp.asarray(np.random.default_rng(0).integers(-99, 99, (3, 11, 10)), dtype)
-    total = (0, 0)
-    for layer in range(3):
-        for start in range(0, 11, 4):
-            rows = np.arange(start, min(start + 4, 11), dtype=np.uint32)
-            block = x[layer : layer + 1, start : start + 4]
-            total = checksum.add(total, checksum.of_block(block, (np.uint32([layer]), rows)))
-    assert checksum.digest(total) == checksum.digests({"x": checksum.of(x)})["x"]
-
-
 GO = """
 import sys
 from flm_jax.growth import Growth
