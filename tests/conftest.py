@@ -18,6 +18,8 @@ if "FLM_JAX_TESTS" not in os.environ:
 # for ever now and then. This is the variable that it reads.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Before anything of Hugging Face is imported: no test needs a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests compile thousands of tiny programs and run each once: less optimisation halves the time. The growths of a real
 # run, optimised, are checked by the run itself. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the optimised programs.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -68,6 +70,14 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def recipe(data):
+    """Three stages, grown by a mask and by zeros."""
+    from tests import runs
+
+    return runs.three_stages(data)
+
+
+@pytest.fixture(scope="session")
 def two_steps(tmp_path_factory):
     """Checkpoints of steps 1 and 2, to read; `damaged` is a copy."""
     from tests import checkpoints
@@ -82,3 +92,24 @@ def damaged(two_steps, tmp_path):
     """A copy of those checkpoints, to damage."""
     shutil.copytree(two_steps, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory):
+    """By name: the model, its directory, and the checkpoint that it becomes; each made once."""
+    from flm_jax.convert.importing import import_model
+    from tests import hub
+
+    made = {}
+
+    def one(name):
+        if name not in made:
+            family, fields = hub.MODELS[name]
+            base = tmp_path_factory.mktemp(family)
+            reference = hub.theirs(family, fields)
+            reference.save_pretrained(base / "in")
+            import_model(base / "in", base / "checkpoint", chunk_bytes=3000)
+            made[name] = reference, base
+        return made[name]
+
+    return one

@@ -32,8 +32,6 @@ DTYPES = [
     "float64",
     "int64",
 ]
-
-
 # Few shapes, as each is compiled: without dimensions, empty, and of one to three dimensions.
 SHAPES = [(), (0, 3), (1,), (7,), (3, 5), (2, 3, 4)]
 

@@ -16,22 +16,17 @@ from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.planning.text import dry_run
-from flm_jax.recipe import Recipe, Run, Stage
+from flm_jax.recipe import Stage
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.source_checkpoint import read_source
+from tests.runs import RUN, StopAfter, recipe_of
 from tests.small import shape
-from tests.test_train import StopAfter
 
 pytestmark = pytest.mark.integration
 
-RUN = Run(mesh=MeshConfig(fsdp=2, tensor=2), checkpoint_every=2, log_every=1, sample_tokens=4)
 FAST = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 TARGET = shape(embed=32, mlp=56, layers=3)
 COPY = Growth("copy", methods={"layers": "zero"}, depth="distance", optimizer="exact")
-
-
-def recipe_of(data, *stages, **fields):
-    return Recipe(stages=stages, data=data, eval_windows=8, eval_every=4, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -250,24 +245,3 @@ def test_on_the_command_line_status_says_whether_it_holds(trained, copied, tmp_p
     assert error.startswith("error: ")
     assert "'copy' does not grow axis 'head_dim'" in error
     assert not (tmp_path / "new").exists()
-
-
-CONFIGS = sorted(Path(__file__).parent.parent.glob("gin_configs/growth/*.gin"))
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
-def test_every_growth_configuration_parses_and_fits(file):
-    import gin
-
-    from flm_jax.cli import configure
-    from flm_jax.config import small_52b
-    from flm_jax.growth import Lineage
-
-    gin.clear_config()
-    by_hand = configure.parse([str(file)], [])
-    settings = configure.grow()
-    configure.check_used(by_hand)
-    gin.clear_config()
-    grown = Lineage(small_52b()).grown(settings["target"], settings["growth"])
-    assert grown.outline
-    assert grown.ramp_steps in (0, 120)

@@ -9,6 +9,8 @@ import pytest
 
 from flm_jax import records
 from flm_jax.cli import bindings, configure, runs
+from flm_jax.config import small_52b
+from flm_jax.growth import Lineage
 
 ROOT = Path(__file__).resolve().parent.parent
 SURFACE = ROOT / "tests/golden/bindings.txt"
@@ -64,6 +66,22 @@ def test_help_answers_without_jax(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "AssertionError" not in done.stderr, done.stderr
     assert f"experiments/{name}.py" in done.stdout
+
+
+CONFIGS = sorted(ROOT.glob("gin_configs/growth/*.gin"))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
+def test_every_growth_configuration_parses_and_fits(file):
+    gin.clear_config()
+    by_hand = configure.parse([str(file)], [])
+    settings = configure.grow()
+    configure.check_used(by_hand)
+    gin.clear_config()
+    grown = Lineage(small_52b()).grown(settings["target"], settings["growth"])
+    assert grown.outline
+    assert grown.ramp_steps in (0, 120)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,7 @@ from tests import small
 pytestmark = pytest.mark.integration
 
 OLD = small.config(heads=4, kv_heads=2, embed=16, mlp=24, head_dim=4)
-
-
 SILENT = {"head_dim": "zero", "layers": "zero"}
-
-
 KEY = jax.random.key(3)
 
 

@@ -1,6 +1,7 @@
 """Configurations as records: read back, completed with fields gained since, refused where unknown."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -97,3 +98,25 @@ def test_the_identity_of_a_work_directory_is_whole_or_not_there(tmp_path, monkey
 
 def test_a_tokenizers_record_does_not_say_where_it_lies():
     assert records.as_dict(Pretrained("here")) == records.as_dict(Pretrained("there"))
+
+
+@pytest.mark.integration
+def test_the_cache_may_move(recipe):
+    moved = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache_dir="elsewhere"))
+    assert records.as_dict(moved) == records.as_dict(recipe)
+
+
+@pytest.mark.integration
+def test_a_record_from_before_a_field_was_there_is_the_same_recipe(tmp_path):
+    """A configuration that gains a field is, at its default, what it was: runs begun before go on."""
+    stage = Stage("first", small.shape(), 4, 8, growth=None)
+    mine = records.as_dict(Recipe(stages=(stage,)))
+    old = json.loads(json.dumps(mine))
+    for name in ("qkv_bias", "qk_norm", "sliding_window", "rope_scaling"):
+        del old["stages"][0]["model"][name]
+    del old["eval_every"]
+    (tmp_path / "recipe.json").write_text(json.dumps(old))
+    records.check_identity(tmp_path, "recipe.json", mine, "another recipe")
+    changed = records.as_dict(Recipe(stages=(dataclasses.replace(stage, model=small.shape(qkv_bias=True)),)))
+    with pytest.raises(ValueError, match="model.qkv_bias: False there, True here"):
+        records.check_identity(tmp_path, "recipe.json", changed, "another recipe")

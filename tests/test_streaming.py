@@ -37,20 +37,10 @@ from tests import small
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 OLD = small.config(heads=4, kv_heads=2, embed=16, mlp=24, head_dim=4)
-
-
 NEW = OLD.replace(embed=22, heads=9, kv_heads=3, head_dim=6, layers=5, mlp=31, vocab=70)
-
-
 SHARDED = small.shape(embed=16, mlp=24)
-
-
 SILENT = {"head_dim": "zero", "layers": "zero"}
-
-
 CHUNK = 900
 
 

@@ -1,0 +1,48 @@
+"""Recipes of whole runs on a corpus of eight documents, and a stop at a chosen step."""
+
+from typing import Any
+
+from flm_jax.data.config import DataConfig
+from flm_jax.growth import Growth
+from flm_jax.optimizer import OptimizerConfig
+from flm_jax.recipe import Recipe, Run, Stage
+from flm_jax.sharding import MeshConfig
+from tests.small import shape
+
+RUN = Run(mesh=MeshConfig(fsdp=2, tensor=2), checkpoint_every=2, log_every=1, sample_tokens=8)
+RAMP = 4
+
+
+class StopAfter:
+    """In place of `Interrupts`: asks for a stop after some checks of the loop."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def requested(self):
+        self.left -= 1
+        return "a test" if self.left < 0 else None
+
+
+def recipe_of(data: DataConfig, *stages: Stage, **fields: Any) -> Recipe:
+    """A recipe whose held-out loss is measured often, on few windows."""
+    return Recipe(**{**dict(stages=stages, data=data, eval_windows=8, eval_every=4), **fields})
+
+
+def three_stages(data: DataConfig) -> Recipe:
+    """A small model, grown by a mask that rises over RAMP steps, then by zeros."""
+    fast = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    return recipe_of(
+        data,
+        Stage("first", shape(), 6, 8, fast),
+        Stage("second", shape(embed=32, layers=3), 8, 8, fast, Growth("mask", ramp_steps=RAMP), accumulate=2),
+        Stage("third", shape(embed=40, layers=4, mlp=64), 4, 16, fast, Growth("zero")),
+        eval_windows=16,
+    )

@@ -1,0 +1,51 @@
+"""Recipes that cannot be: each is refused with the stage, the field and what would be right."""
+
+import dataclasses
+
+import pytest
+
+from flm_jax.growth import Growth
+from flm_jax.recipe import Run, resolve
+from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.step import StageProgram
+from tests.small import shape
+
+pytestmark = pytest.mark.integration
+
+
+def test_an_unmasked_growth_of_nothing_and_other_impossible_recipes(recipe):
+    first, second, _ = recipe.stages
+    grow = dataclasses.replace
+    cases = [
+        ((), "Recipe.stages is empty"),
+        ((second,), "Stage 'second': the first stage is initialised"),
+        ((first, grow(second, growth=None)), "Stage 'second': it follows 'first' and must say how it grows"),
+        (
+            (first, grow(second, growth=Growth("mask"))),
+            r"ramp_steps=0 on embed: give the ramp at least one step",
+        ),
+        (
+            (first, grow(second, growth=Growth("mask", ramp_steps=6, ramp_delay=3))),
+            "its masks ramp over 9 steps, delays included, of its 8",
+        ),
+        (
+            (first, grow(second, growth=Growth("zero", ramp_steps=3))),
+            "ramp_steps=3, but growing by zero masks nothing",
+        ),
+        (
+            (first, grow(second, model=shape(embed=22))),
+            "Stage 'second': Axis 'embed' would shrink from 24 to 22",
+        ),
+        ((first, grow(second, name="first")), "Stage names must differ: first, first"),
+        ((grow(first, accumulate=3),), "accumulate=3 must divide batch_size=8"),
+    ]
+    with pytest.raises(ValueError, match=r"Run.checkpoint_every=0 must be at least 1"):
+        Run(checkpoint_every=0)
+    with pytest.raises(ValueError, match=r"loss_chunks=3 must divide DataConfig.context=16"):
+        resolve(dataclasses.replace(recipe, loss_chunks=3))
+    odd = dataclasses.replace(recipe, stages=(grow(first, batch_size=12),))
+    with pytest.raises(ValueError, match=r"Stage 'first': batch_size=12 must be a multiple of .* = 8"):
+        StageProgram(resolve(odd)[0], make_mesh(MeshConfig(fsdp=8)), 1).check_trains(16)
+    for stages, message in cases:
+        with pytest.raises(ValueError, match=message):
+            resolve(dataclasses.replace(recipe, stages=stages))
