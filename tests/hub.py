@@ -1,17 +1,61 @@
-"""A Hugging Face tokenizer and a Llama of a few thousand parameters, made here as the files of a model."""
+"""A tokenizer and models of a few thousand parameters, made by `transformers`, and what they are when imported."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from flm_jax.checkpoint import Checkpoints
 from flm_jax.convert.importing import import_model
 from flm_jax.data.vocabulary import TokenizerVocabulary
+from flm_jax.growth import Lineage
 from flm_jax.sharding import make_mesh
-from flm_jax.source_checkpoint import read_source
+from flm_jax.source_checkpoint import CheckpointMeta, read_source
+from tests import small
 
 TEXT = "It grows, and goes on: the small model is in the large one.\nNothing that it knew is lost; 12 345 ways, été.\n"
 BEGIN, END = "<s>", "</s>"
+VOCAB = 97
+SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+    max_position_embeddings=64,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=1000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+MODELS = {
+    "Llama": ("Llama", {}),
+    "Llama, every key head its own": ("Llama", dict(num_key_value_heads=4)),
+    "Llama, tied": ("Llama", dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
+    "Llama, wide heads": ("Llama", dict(head_dim=16)),
+    "Llama 3.1": ("Llama", dict(rope_parameters=LLAMA3, head_dim=16)),
+    "Mistral": ("Mistral", dict(sliding_window=None)),
+    "Mistral, sliding window": ("Mistral", dict(sliding_window=7, tie_word_embeddings=True)),
+    "Qwen2": ("Qwen2", {}),
+    "Qwen2, tied": ("Qwen2", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "Qwen2, sliding window": ("Qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    "Qwen3": ("Qwen3", dict(head_dim=16)),
+    "Qwen3, tied, scaled": ("Qwen3", dict(head_dim=12, tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "Qwen3, sliding window": (
+        "Qwen3",
+        dict(head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=0),
+    ),
+}
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 40))
 
 
 def write_tokenizer(folder: Path, begin: bool = False, size: int = 300) -> Path:
@@ -64,10 +108,68 @@ def llama(folder: Path, vocab: int = 304):
         eos_token_id=end,
         pad_token_id=end,
     )
-    theirs = LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(folder)
+    reference = LlamaForCausalLM(config).eval()
+    reference.save_pretrained(folder)
     workdir = folder.parent / f"{folder.name}_converted"
     import_model(folder, workdir)
-    origin, mesh = read_source(workdir), make_mesh(None, devices=jax.devices()[:1])
+    return reference, workdir, *read(workdir)
+
+
+def theirs(family, fields, dtype="float32"):
+    """A model of `transformers` with random weights, norms and biases among them."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **fields})
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        for name, value in made.named_parameters():
+            if value.ndim == 1:
+                value.copy_(torch.rand_like(value) + (0.5 if "norm" in name else -0.5))
+    return made
+
+
+def logits_of(made, tokens):
+    import torch
+
+    with torch.no_grad():
+        return made(torch.tensor(tokens)).logits.to(torch.float32).numpy()
+
+
+def loaded(folder):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def read(workdir):
+    """The configuration and the parameters of a checkpoint, on one device."""
+    origin = read_source(workdir)
+    mesh = make_mesh(None, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return theirs, workdir, origin.cfg, origin.restore_params(mesh)
+        return origin.cfg, origin.restore(mesh).params
+
+
+def our_logits(workdir, tokens):
+    cfg, params = read(workdir)
+    return np.asarray(small.apply(cfg.for_comparison, params, jnp.asarray(tokens, jnp.int32)))
+
+
+def keep(tmp_path, cfg, params, before=None, growth=None):
+    """A checkpoint of weights, as a run or a growth leaves it."""
+    lineage = Lineage(cfg) if before is None else Lineage(cfg, growth, Lineage(before))
+    meta = CheckpointMeta("mine", lineage, data={"context": 128}).record()
+    with Checkpoints(tmp_path / "mine" / "checkpoints" / "0_mine") as store:
+        store.save(0, {"step": jnp.int32(0), "params": params}, meta=meta)
+        store.wait()
+    return tmp_path / "mine"
+
+
+def edit(base, tmp_path, **changes):
+    """A copy of a saved model whose config.json says something else."""
+    shutil.copytree(base / "in", tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+    return tmp_path / "in"
