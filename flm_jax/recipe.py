@@ -93,8 +93,9 @@ class Run:
       compiler_options: XLA's options for train steps on TPUs; elsewhere they are left out.
       checkpoint_every: steps between checkpoints; each stage also saves at its start and end.
       keep: checkpoints of a stage that are kept, besides its first and last.
-      log_every: steps between entries in the event files.
+      log_every: steps between entries in metrics.jsonl and the event files.
       max_bad_steps: non-finite steps in a row, each skipped, before the run stops.
+      max_loss: times the loss of a uniform guess over the vocabulary; a step with a greater loss stops the run.
       prompt: beginning of the text that is sampled at the end of the run.
       sample_tokens: length of that sample.
     """
@@ -106,6 +107,7 @@ class Run:
     keep: int = 2
     log_every: int = 10
     max_bad_steps: int = 3
+    max_loss: float = 3.0
     prompt: str = "def "
     sample_tokens: int = 120
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flm_jax import costs
 from flm_jax.checkpoint_growth.record import GrowthRecord
@@ -84,41 +85,56 @@ def _growth(growth: GrowthRecord) -> dict[str, Any]:
     }
 
 
-def curve(result: Mapping[str, Any]) -> list[tuple[str, list[float], list[float]]]:
-    """For each stage: its name, the FLOPs of the run at each measurement, and the held-out loss there."""
-    lines, base = [], 0
-    for row in result["stages"]:
-        points = [(base + e["flops"], e["loss"]) for e in result["evals"] if e["stage"] == row["name"]]
-        lines.append((row["name"], [float(x) for x, _ in points], [float(y) for _, y in points]))
-        base = row["total_flops"]
-    return lines
+class Curve(NamedTuple):
+    """The held-out losses of a stage.
+
+    Attributes:
+      label: the stage and its size.
+      flops: training FLOPs of the run at each measurement, all stages.
+      losses: nats per token.
+      grown: the method of the growth that the stage began with, if it did.
+    """
+
+    label: str
+    flops: list[float]
+    losses: list[float]
+    grown: str | None
 
 
-def plot(result: Mapping[str, Any], file: Path) -> None:
+def curves(stages: Sequence[ResolvedStage], history: Mapping[str, Any], context: int) -> list[Curve]:
+    """The curve of each stage that has been measured so far."""
+    grown = {record["stage"]: GrowthRecord.from_record(record).growth.name for record in history["growths"]}
+    found, before = [], 0.0
+    for s in stages:
+        points = [(before + e["flops"], float(e["loss"])) for e in history["evals"] if e["stage"] == s.name]
+        label = f"{s.name}: {costs.count(costs.param_count(s.cfg))} parameters"
+        found += [Curve(label, [x for x, _ in points], [y for _, y in points], grown.get(s.name))] if points else []
+        before += s.steps * s.batch_size * context * costs.train_flops_per_token(s.cfg, context)
+    return found
+
+
+def plot(lines: Sequence[Curve], file: Path) -> None:
     """Writes a plot of held-out loss against training FLOPs over all stages, with growths marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
-    lines = curve(result)
-    for (name, xs, ys), row in zip(lines, result["stages"], strict=True):
-        axes.plot(xs, ys, marker="o", markersize=3, label=f"{name}: {costs.count(row['params'])} parameters")
-    points = {name: (xs, ys) for name, xs, ys in lines}
-    for growth in result["growths"]:
-        xs, ys = points[growth["stage"]]
-        axes.axvline(xs[0], color="grey", linewidth=0.8, linestyle="--")
-        axes.annotate(
-            f"grown by {growth['method']}",
-            (xs[0], ys[0]),
-            xytext=(6, 28),
-            textcoords="offset points",
-            fontsize=9,
-            color="dimgrey",
-        )
+    for line in lines:
+        axes.plot(line.flops, line.losses, marker="o", markersize=3, label=line.label)
+        if line.grown is not None:
+            axes.axvline(line.flops[0], color="grey", linewidth=0.8, linestyle="--")
+            axes.annotate(
+                f"grown by {line.grown}",
+                (line.flops[0], line.losses[0]),
+                xytext=(6, 28),
+                textcoords="offset points",
+                fontsize=9,
+                color="dimgrey",
+            )
     axes.set_xlabel("training FLOPs, all stages")
     axes.set_ylabel("held-out loss (nats per token)")
     # The first point is the loss of a random model; an axis that includes it would flatten the other points.
-    losses = sorted(y for _, _, ys in lines for y in ys)
+    losses = sorted(loss for line in lines for loss in line.losses if math.isfinite(loss))
     if len(losses) > 4:
         axes.set_ylim(losses[0] - 0.15, losses[-2] + 0.3)
     axes.legend(frameon=False)
@@ -162,10 +178,9 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def write(workdir: Path, result: Mapping[str, Any]) -> None:
-    """Writes report.json, report.md and loss.png into the work directory, and prints their paths."""
+    """Writes report.json and report.md into the work directory, and prints the paths of all that a run leaves."""
     atomic_write(workdir / "report.json", json.dumps(result, indent=1, sort_keys=True) + "\n")
     atomic_write(workdir / "report.md", markdown(result))
-    plot(result, workdir / "loss.png")
     print("\nSample of the last model:\n" + "\n".join("  | " + line for line in result["sample"].splitlines()))
     last = result["stages"][-1]
     print(f"\nHeld-out loss {last['eval_loss']:.4f} ({last['eval_bits_per_byte']:.3f} bits per byte).")
@@ -173,6 +188,7 @@ def write(workdir: Path, result: Mapping[str, Any]) -> None:
         ("report.md", "the report"),
         ("report.json", "the report for programs"),
         ("loss.png", "held-out loss against FLOPs"),
+        ("metrics.jsonl", "every measurement"),
         ("events", "TensorBoard: tensorboard --logdir"),
         ("checkpoints", "one directory per stage"),
     ):

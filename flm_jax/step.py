@@ -30,7 +30,7 @@ class Metrics(struct.PyTreeNode):
     """Measurements of one step, each () float32.
 
     `mask` is the smallest value of any growth mask (1 without masks); `bad` is 1 if the step was skipped because its
-    loss or gradient was not finite.
+    loss, gradient or update was not finite.
     """
 
     loss: jax.Array
@@ -159,7 +159,7 @@ class StageProgram:
     def stepper(self, masked: bool) -> Any:
         """The jitted train step (state, batch) -> (next state, metrics); the given state is donated.
 
-        If the loss or the gradient is not finite, only the step count changes.
+        If the loss, the gradient or the update is not finite, only the step count changes.
         """
         cfg, parts = self.stage.cfg, self.stage.accumulate
 
@@ -170,7 +170,8 @@ class StageProgram:
             rate = jnp.asarray(self.rate(state.step), jnp.float32)
             updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, self._paced(updates, state))
             grad_norm = optax.tree.norm(grads)
-            good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            update_norm = optax.tree.norm(updates)
+            good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(good, new, old),
                 (optax.apply_updates(state.params, updates), opt_state),
@@ -179,7 +180,7 @@ class StageProgram:
             metrics = Metrics(
                 loss=loss,
                 grad_norm=grad_norm,
-                update_norm=optax.tree.norm(updates),
+                update_norm=update_norm,
                 param_norm=optax.tree.norm(state.params),
                 learning_rate=rate,
                 mask=_lowest(masks),

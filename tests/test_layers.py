@@ -23,6 +23,7 @@ recipe
 step
 checkpoint_growth
 report
+stage_run
 train
 convert evaluation planning
 cli
