@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from flm_jax.generate import generate
+from flm_jax.generate import generate, stream
 from flm_jax.sharding import MeshConfig, make_mesh
 from tests import small
 
@@ -43,3 +43,22 @@ def test_one_row_is_continued_on_a_mesh_as_without_one():
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, sequence=2, tensor=2))):
         found = generate(cfg, params, prompt, 4, jax.random.key(0), temperature=0)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "temperature"), [(None, 0.0), (MeshConfig(fsdp=2, tensor=2), 0.8)], ids=["greedy", "sampled, on a mesh"]
+)
+def test_a_stream_yields_what_generate_returns(mesh, temperature):
+    cfg, prompt, key = small.shape(), small.tokens((1, 7)), jax.random.key(3)
+    params = small.params(cfg)
+    with jax.set_mesh(make_mesh(mesh)) if mesh else jax.default_device(jax.devices()[0]):
+        whole = np.asarray(generate(cfg, params, prompt, 10, key, temperature))[0]
+        pieces = list(stream(cfg, params, prompt, 10, key, temperature, piece=4))
+    assert [len(piece) for piece in pieces] == [1, 4, 4, 1]
+    assert [token for piece in pieces for token in piece] == list(whole)
+
+
+def test_a_stream_can_be_left_early():
+    cfg = small.config()
+    tokens = stream(cfg, small.params(cfg), small.tokens((1, 3)), 1000, jax.random.key(0), 0.0, piece=2)
+    assert [len(next(tokens)) for _ in range(3)] == [1, 2, 2]
