@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from flm_jax import train as training
 from flm_jax.data.source import open_data
 from flm_jax.recipe import resolve
-from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.sharding import MeshConfig, make_mesh, put_batch
 from flm_jax.step import StageProgram
 from tests.small import shape
 
@@ -29,7 +28,7 @@ def test_one_device_and_eight_give_the_same_loss(mesh, recipe):
         with jax.set_mesh(where):
             state, step = program.initialiser()(jax.random.key(0)), program.stepper(False)
             for _ in range(3):
-                state, metrics = step(state, training.put_batch(batches.next(8), where))
+                state, metrics = step(state, put_batch(batches.next(8), where))
                 losses.append(float(metrics.loss))
     np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-5)
 
@@ -45,7 +44,7 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(recipe):
         program = StageProgram(resolve(dataclasses.replace(recipe, stages=(stage,)))[0], mesh, 1)
         with jax.set_mesh(mesh):
             state = program.initialiser()(jax.random.key(0))
-            state, metrics = program.stepper(False)(state, training.put_batch(batch, mesh))
+            state, metrics = program.stepper(False)(state, put_batch(batch, mesh))
         found.append((metrics.loss, metrics.grad_norm, state.params))
     for other in found[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[0], other)

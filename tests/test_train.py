@@ -9,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from flm_jax import stage_run
 from flm_jax import train as training
 from flm_jax.checkpoint import Checkpoints
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.source import open_data
 from flm_jax.growth import GrowthError
 from flm_jax.recipe import Recipe, Run, resolve
+from flm_jax.records import check_identity
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram
 from tests import small
@@ -99,8 +101,38 @@ def test_event_files_are_read_by_tensorboard(reference):
     }
     assert {f"train/{n}" for n in names} <= set(events.Tags()["scalars"])
     assert [e.value for e in events.Scalars("train/mask")][: RAMP + 1] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    held_out = [e["loss"] for e in report["evals"] if e["stage"] == "second" and e["step"]]
-    assert [e.value for e in events.Scalars("heldout/loss")] == pytest.approx(held_out)
+    held_out = [e for e in report["evals"] if e["stage"] == "second"]
+    assert [e.value for e in events.Scalars("heldout/loss")] == pytest.approx([e["loss"] for e in held_out])
+    # Steps and tokens go on where the stage before ended.
+    first = report["stages"][0]
+    assert [e.step for e in events.Scalars("heldout/loss")] == [first["steps"] + e["step"] for e in held_out]
+    assert events.Scalars("train/tokens")[-1].value == report["stages"][1]["total_tokens"]
+    (growth,) = report["growths"][:1]
+    assert events.Scalars("growth/loss_before")[0].value == pytest.approx(growth["eval_loss_before"])
+
+
+def measurements(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without times."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time" and not k.endswith("_second")} for line in lines]
+
+
+def test_every_measurement_is_a_line_of_metrics_jsonl(reference):
+    workdir, report, _ = reference
+    lines = measurements(workdir)
+    by_kind = {
+        kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "heldout", "growth", "save")
+    }
+    steps = [row["steps"] for row in report["stages"]]
+    assert [line["step"] for line in by_kind["train"]] == list(range(1, sum(steps) + 1))
+    assert [line["loss"] for line in by_kind["heldout"]] == [e["loss"] for e in report["evals"]]
+    assert [(line["stage"], line["step"]) for line in by_kind["growth"]] == [
+        ("second", steps[0]),
+        ("third", steps[0] + steps[1]),
+    ]
+    assert by_kind["save"][-1]["step"] == sum(steps)
+    last = report["stages"][-1]
+    assert (lines[-1]["tokens"], lines[-1]["flops"]) == (last["total_tokens"], last["total_flops"])
 
 
 def test_stopped_everywhere_and_resumed_equals_never_stopped(reference, recipe, tmp_path, monkeypatch):
@@ -120,6 +152,10 @@ def test_stopped_everywhere_and_resumed_equals_never_stopped(reference, recipe, 
     assert any(step % RUN.checkpoint_every for _, step in steps), "a stop saves where it stopped, not where it is due"
     assert result == report
     assert digest(recipe, RUN, tmp_path / "run") == expected
+    found, whole = (
+        [line for line in measurements(w) if line["kind"] != "save"] for w in (tmp_path / "run", reference[0])
+    )
+    assert found == whole
 
 
 def test_a_damaged_last_checkpoint_is_refused_and_the_one_before_leads_to_the_same_end(
@@ -156,7 +192,7 @@ def test_a_growth_that_breaks_its_promise_stops_the_run(reference, recipe, tmp_p
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_then_stop_the_run(recipe, tmp_path, monkeypatch):
-    honest = training.put_batch
+    honest = stage_run.put_batch
 
     def poisoned(bad):
         calls = iter(range(10_000))
@@ -168,17 +204,27 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_then_stop_the_run(rec
         return put
 
     one = dataclasses.replace(recipe, stages=recipe.stages[:1])
-    monkeypatch.setattr(training, "put_batch", poisoned({2}))
+    monkeypatch.setattr(stage_run, "put_batch", poisoned({2}))
     report = training.train(one, RUN, tmp_path / "one")
     assert report["skipped_steps"] == [{"stage": "first", "step": 3}]
     assert np.isfinite(report["stages"][0]["eval_loss"])
-    monkeypatch.setattr(training, "put_batch", poisoned({2, 3, 4, 5}))
-    with pytest.raises(training.NonFiniteError, match=r"Stage 'first': 3 steps in a row, up to step 5.*None of them"):
+    monkeypatch.setattr(stage_run, "put_batch", poisoned({2, 3, 4, 5}))
+    with pytest.raises(stage_run.NonFiniteError, match=r"Stage 'first': 3 steps in a row, up to step 5.*None of them"):
         training.train(one, RUN, tmp_path / "three")
+    skipped = [line for line in measurements(tmp_path / "three") if line["kind"] == "skip"]
+    assert [(line["step"], line["loss"]) for line in skipped] == [(3, None), (4, None), (5, None)]
+    monkeypatch.setattr(stage_run, "put_batch", honest)
+    with pytest.raises(
+        stage_run.NonFiniteError,
+        match=r"Stage 'first', step 1: the loss is 5\.\d+ nats per token, more than 0.9 times that of a uniform guess "
+        r"\(5.576; its batch: windows 0 to 7 of the run\): training has diverged",
+    ):
+        training.train(one, dataclasses.replace(RUN, max_loss=0.9), tmp_path / "far")
 
 
 def snapshot(folder: Path):
-    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
 
 
 def test_another_recipe_other_data_or_a_foreign_folder_are_refused_and_nothing_is_touched(
@@ -211,4 +257,6 @@ def test_another_recipe_other_data_or_a_foreign_folder_are_refused_and_nothing_i
     ):
         tiny = dataclasses.replace(one.stages[0], model=small.config(vocab=100))
         training.train(dataclasses.replace(one, stages=(tiny,)), RUN, tmp_path / "tiny")
-    assert not (tmp_path / "tiny").exists(), "a start that was refused must not claim the directory"
+    # A start that was refused does not claim the directory.
+    assert [p.name for p in (tmp_path / "tiny").iterdir()] == [".lock"]
+    check_identity(tmp_path / "tiny", "recipe.json", {}, "another recipe")

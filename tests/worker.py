@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from flm_jax import checkpoint, distributed
+from flm_jax import checkpoint, distributed, stage_run
 from flm_jax import train as training
 from flm_jax.checkpoint import directory
 from flm_jax.data.config import DataConfig
@@ -53,7 +53,7 @@ def train(folder: Path, work: str, cache: str = "cache", terminate: list[int] | 
 
     In names '#' stands for the process. Returns the report, and how many rows were read of the batches.
     """
-    honest, me, read = training.put_batch, jax.process_index(), []
+    honest, me, read = stage_run.put_batch, jax.process_index(), []
 
     def put(batch, mesh, *size):
         if size:
@@ -62,11 +62,11 @@ def train(folder: Path, work: str, cache: str = "cache", terminate: list[int] | 
                 os.kill(os.getpid(), signal.SIGTERM)
         return honest(batch, mesh, *size)
 
-    training.put_batch = put
+    stage_run.put_batch = put
     try:
         found = training.train(recipe(folder, cache.replace("#", str(me))), RUN, folder / work.replace("#", str(me)))
     finally:
-        training.put_batch = honest
+        stage_run.put_batch = honest
     return {"report": found, "rows": own_rows(make_mesh(MESH), 8).tolist(), "read": sorted(set(read))}
 
 

@@ -1,0 +1,80 @@
+"""The files of measurements: what is in them, and that they stop nothing."""
+
+import errno
+import json
+
+from flm_jax.progress import MetricsLog, Totals
+
+
+def log(workdir, start=0):
+    metrics = MetricsLog(workdir, "1_two", "two", Totals(100, 3200, 6400), tokens_per_step=8, flops_per_token=2)
+    metrics.open(start)
+    return metrics
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_steps_tokens_and_flops_count_over_all_stages(tmp_path):
+    metrics = log(tmp_path)
+    metrics.write("train", 3, {"loss": float("nan"), "note": "kept", "rate": 1})
+    metrics.close()
+    (line,) = lines(tmp_path)
+    assert line.pop("time") > 1.7e9
+    assert line == {
+        "kind": "train",
+        "stage": "two",
+        "stage_step": 3,
+        "step": 103,
+        "tokens": 3224,
+        "flops": 6448,
+        "loss": None,
+        "note": "kept",
+        "rate": 1,
+    }
+
+
+def test_what_comes_again_after_a_restart_is_there_once(tmp_path):
+    metrics = log(tmp_path)
+    for step in (1, 2, 3, 4):
+        metrics.write("train", step, {"loss": step})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')  # killed while it wrote
+    metrics = log(tmp_path, start=2)
+    metrics.write("train", 3, {"loss": 30.0})
+    metrics.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(101, 1), (102, 2), (103, 30.0)]
+
+
+def test_a_file_that_cannot_be_written_is_given_up_aloud_and_the_other_goes_on(tmp_path, caplog):
+    (tmp_path / "events").write_text("in the way")
+    metrics = log(tmp_path)
+    metrics.write("train", 1, {"loss": 1.0})
+    assert f"{tmp_path}/events/1_two cannot be written" in caplog.text
+    assert len(lines(tmp_path)) == 1
+
+    class Full:
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            raise AssertionError("it is given up")
+
+    metrics._sinks[tmp_path / "metrics.jsonl"].close()
+    metrics._sinks[tmp_path / "metrics.jsonl"] = Full()
+    caplog.clear()
+    for step in (2, 3):
+        metrics.write("train", step, {"loss": 1.0})
+    metrics.close()
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}/metrics.jsonl cannot be written (No space left on device): training goes on without it."
+    ]
+
+
+def test_lines_that_are_no_measurements_end_what_is_kept(tmp_path):
+    for damage in ("", "[]", "3", '{"step": "x"}', "\x00" * 9):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n' + damage + '\n{"step": 8}\n')
+        log(tmp_path, start=3).close()
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 7}\n', repr(damage)
