@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 
 from flm_jax.records import recorded
+from flm_jax.records.fields import Limit, NonNegative, Positive, Size, at_least, one_of
 from flm_jax.signature import Signature
 
 REMAT_POLICIES = ("none", "dots", "inner", "mlp", "full")
 ATTENTION = ("plain", "cudnn", "splash", "auto")
+Dtype = Annotated[str, one_of(("float32", "bfloat16", "float16", "float64"))]
 
 
-@recorded
 @dataclass(frozen=True)
+@recorded
 class RopeScaling:
     """Llama 3.1's scaling of the rotary frequencies, for contexts longer than those it was trained on (2407.21783).
 
@@ -34,20 +36,18 @@ class RopeScaling:
       original_context: number of positions that the model was trained on before the scaling.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
+    factor: Annotated[float, at_least(1)]
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_context: Size
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor or self.original_context < 1:
-            raise ValueError(
-                f"{self}: factor must be at least 1, 0 < low_freq_factor < high_freq_factor, original_context positive."
-            )
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"{self}: low_freq_factor must be less than high_freq_factor.")
 
 
-@recorded
 @dataclass(frozen=True)
+@recorded
 class ModelConfig:
     """A decoder of the Tele-FLM form: Llama's forward pass with an input and an output multiplier.
 
@@ -88,38 +88,36 @@ class ModelConfig:
       scan_unroll: layers per step of the scan over layers; the value of `layers` unrolls the scan completely.
     """
 
-    embed: int
-    layers: int
-    heads: int
-    mlp: int
-    vocab: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
+    embed: Size
+    layers: Size
+    heads: Size
+    mlp: Size
+    vocab: Size
+    kv_heads: Size | None = None
+    head_dim: Annotated[int, Limit("even and at least 2, for rotary pairs", lambda n: n >= 2 and n % 2 == 0)] | None = (
+        None
+    )
     tied: bool = False
-    norm_eps: float = 1e-5
-    norm_width: float | None = None
-    head_width: float | None = None
-    rope_theta: float = 10_000.0
+    norm_eps: NonNegative = 1e-5
+    norm_width: Positive | None = None
+    head_width: Positive | None = None
+    rope_theta: Positive = 10_000.0
     qkv_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None
+    sliding_window: Size | None = None
     rope_scaling: RopeScaling | None = None
-    input_mult: float = 1.0
-    output_mult: float = 1.0
-    base_width: int = 256
-    init_std: float = 0.024
-    init_std_vector: float = 4e-3
-    compute_dtype: str = "bfloat16"
-    param_dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "plain"
-    scan_unroll: int = 1
+    input_mult: Positive = 1.0
+    output_mult: Positive = 1.0
+    base_width: Size = 256
+    init_std: NonNegative = 0.024
+    init_std_vector: NonNegative = 4e-3
+    compute_dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    remat: Annotated[str, one_of(REMAT_POLICIES)] = "none"
+    attention: Annotated[str, one_of(ATTENTION)] = "plain"
+    scan_unroll: Size = 1
 
     def __post_init__(self) -> None:
-        for name in ("embed", "layers", "heads", "mlp", "vocab"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"ModelConfig.{name} must be a positive integer, got {value!r}.")
         if self.head_dim is None:
             if self.embed % self.heads:
                 raise ValueError(
@@ -130,22 +128,13 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.embed // self.heads)
         if self.kv_heads is None:
             object.__setattr__(self, "kv_heads", self.heads)
-        if self.k_heads < 1 or self.heads % self.k_heads:
+        if self.heads % self.k_heads:
             raise ValueError(
                 f"ModelConfig: kv_heads={self.kv_heads} must divide heads={self.heads}: every key head "
                 "has the same number of query heads."
             )
-        if self.h_dim < 2 or self.h_dim % 2:
-            raise ValueError(f"ModelConfig: head_dim={self.head_dim} must be even, for rotary pairs.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(
-                f"ModelConfig.sliding_window={self.sliding_window} must be positive, or None for no window."
-            )
-        for name, allowed in (("remat", REMAT_POLICIES), ("attention", ATTENTION)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"ModelConfig.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}."
-                )
+        if self.h_dim % 2:  # embed / heads; a given one has been checked
+            raise ValueError(f"ModelConfig: embed / heads = {self.h_dim} must be even, for rotary pairs.")
 
     @property
     def k_heads(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import optax
@@ -16,13 +16,15 @@ from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
 from flm_jax.records import recorded
+from flm_jax.records.fields import Count, Fraction, Limit, NonNegative, Positive, one_of
 from flm_jax.sharding import param_shardings, replicated
 
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
+Decay = Annotated[float, Limit("at least 0 and less than 1", lambda rate: 0 <= rate < 1)]
 
 
-@recorded
 @dataclass(frozen=True)
+@recorded
 class OptimizerConfig:
     """AdamW's settings and the learning-rate schedule of one stage.
 
@@ -44,24 +46,22 @@ class OptimizerConfig:
       clip: largest global norm of the gradient; 0: no clipping.
     """
 
-    learning_rate: float = 1e-3
-    matrix_rate: float = 1.0
-    schedule: str = "wsd"
-    warmup_steps: int = 0
-    warmup_from: float = 0.0
-    decay_steps: int = 0
-    final_rate: float = 0.0
-    decay_span: int = 0
-    decay_passed: int = 0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    learning_rate: Positive = 1e-3
+    matrix_rate: Positive = 1.0
+    schedule: Annotated[str, one_of(SCHEDULES)] = "wsd"
+    warmup_steps: Count = 0
+    warmup_from: Fraction = 0.0
+    decay_steps: Count = 0
+    final_rate: Fraction = 0.0
+    decay_span: Count = 0
+    decay_passed: Count = 0
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.0
+    clip: NonNegative = 1.0
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"OptimizerConfig.schedule={self.schedule!r}: use one of {', '.join(SCHEDULES)}.")
         if self.decay_steps and self.schedule != "wsd":
             raise ValueError(f"OptimizerConfig.decay_steps={self.decay_steps} belongs to wsd, not {self.schedule}.")
         if (self.decay_span or self.decay_passed) and self.schedule not in ("cosine", "linear"):

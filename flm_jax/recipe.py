@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from flm_jax.checkpoint.find import stage_directory
 from flm_jax.config import ModelConfig
@@ -18,13 +17,14 @@ from flm_jax.growth.exact_adamw import check_continues
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import NUMERICS, Growth
 from flm_jax.optimizer import OptimizerConfig, schedule
-from flm_jax.records import as_dict, differences, recorded
+from flm_jax.records import as_dict, differences, meant, recorded
+from flm_jax.records.fields import Name, NonNegative, Positive, Seed, Size
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
 
-@recorded
 @dataclass(frozen=True)
+@recorded
 class Stage:
     """One model, trained for some steps.
 
@@ -39,17 +39,17 @@ class Stage:
       accumulate: parts that a batch is split into, one after the other.
     """
 
-    name: str
+    name: Name
     model: ModelConfig
-    steps: int
-    batch_size: int
+    steps: Size
+    batch_size: Size
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     growth: Growth | None = None
-    accumulate: int = 1
+    accumulate: Size = 1
 
 
-@recorded
 @dataclass(frozen=True)
+@recorded
 class Recipe:
     """A run from the first stage to the last: everything that determines its numbers.
 
@@ -68,22 +68,17 @@ class Recipe:
 
     stages: tuple[Stage, ...]
     data: DataConfig = field(default_factory=DataConfig)
-    seed: int = 0
-    loss_chunks: int = 1
-    tolerance: float = 1e-5
-    eval_windows: int = 256
-    eval_every: int = 50
+    seed: Seed = 0
+    loss_chunks: Size = 1
+    tolerance: NonNegative = 1e-5
+    eval_windows: Size = 256
+    eval_every: Size = 50
     # The path may change: the checkpoint is identified by its digest, which is recorded.
     start: str = field(default="", metadata={"identity": False})
 
-    def __post_init__(self) -> None:
-        # gin gives lists.
-        object.__setattr__(self, "stages", tuple(self.stages))
-        _check_at_least(self, 1, "loss_chunks", "eval_windows", "eval_every")
 
-
-@recorded
 @dataclass(frozen=True)
+@recorded
 class Run:
     """How a recipe is run: nothing here changes what is computed, except for rounding on another mesh.
 
@@ -103,33 +98,28 @@ class Run:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     meshes: Mapping[str, MeshConfig] = field(default_factory=dict)
     compiler_options: Mapping[str, str] = field(default_factory=dict)
-    checkpoint_every: int = 100
-    keep: int = 2
-    log_every: int = 10
-    max_bad_steps: int = 3
-    max_loss: float = 3.0
+    checkpoint_every: Size = 100
+    keep: Size = 2
+    log_every: Size = 10
+    max_bad_steps: Size = 3
+    max_loss: Positive = 3.0
     prompt: str = "def "
-    sample_tokens: int = 120
-
-    def __post_init__(self) -> None:
-        _check_at_least(self, 1, "checkpoint_every", "keep", "log_every", "max_bad_steps", "sample_tokens")
+    sample_tokens: Size = 120
 
     def mesh_of(self, stage: Stage) -> MeshConfig:
         """How devices are laid out for a stage."""
         return self.meshes.get(stage.name, self.mesh)
 
     def check(self, recipe: Recipe) -> None:
-        """Checks the names of stages in `meshes`, and that every mesh is a `MeshConfig`, which gin does not check.
+        """Checks the names of stages in `meshes`.
 
         Raises:
-          ValueError: a stage is named that the recipe does not have, or a mesh is not a `MeshConfig`.
+          ValueError: a stage is named that the recipe does not have.
         """
-        for mesh in (self.mesh, *self.meshes.values()):
-            if not isinstance(mesh, MeshConfig):
-                raise ValueError(f"Run.mesh or Run.meshes holds {mesh!r}; bind a MeshConfig, called: '@MeshConfig()'.")
         names = [stage.name for stage in recipe.stages]
         if unknown := sorted(set(self.meshes) - set(names)):
-            raise ValueError(f"Run.meshes names {', '.join(unknown)}; the stages are {', '.join(names)}.")
+            near = meant(unknown[0], names)
+            raise ValueError(f"Run.meshes names {', '.join(unknown)}; the stages are {', '.join(names)}{near or '.'}")
 
 
 @dataclass(frozen=True)
@@ -201,12 +191,6 @@ class ResolvedStage:
     def ramp_steps(self) -> int:
         """Steps at the start of the stage that run with masks."""
         return self.lineage.ramp_steps if self.newborn else 0
-
-
-def _check_at_least(config: Any, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)} must be at least {least}.")
 
 
 def begin(recipe: Recipe) -> tuple[SourceCheckpoint | None, tuple[ResolvedStage, ...]]:
@@ -295,10 +279,6 @@ def _check_rising(found: ResolvedStage) -> None:
 
 
 def _check_steps(stage: Stage) -> None:
-    if stage.steps < 1 or stage.batch_size < 1 or stage.accumulate < 1:
-        raise ValueError(
-            f"steps={stage.steps}, batch_size={stage.batch_size} and accumulate={stage.accumulate} must be positive."
-        )
     if stage.batch_size % stage.accumulate:
         near = -(-stage.batch_size // stage.accumulate) * stage.accumulate
         raise ValueError(

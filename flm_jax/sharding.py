@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -17,9 +17,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flm_jax.records import recorded
+from flm_jax.records.fields import Limit
 from flm_jax.signature import Signature
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+Devices = Annotated[int, Limit("positive, or -1 for all the devices that are left", lambda n: n >= 1 or n == -1)]
 
 # Every axis name of a parameter or an activation, with the mesh axes that it is split over. The width of the residual
 # stream has two names. `embed` is that of parameters, split over `fsdp`. `residual` is that of activations: their batch
@@ -44,8 +46,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-@recorded
 @dataclass(frozen=True)
+@recorded
 class MeshConfig:
     """Number of devices along each mesh axis; one of them may be -1, for all the devices that are left.
 
@@ -56,10 +58,10 @@ class MeshConfig:
       tensor: parts of heads, MLP and vocabulary.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    sequence: int = 1
-    tensor: int = 1
+    data: Devices = -1
+    fsdp: Devices = 1
+    sequence: Devices = 1
+    tensor: Devices = 1
 
     def shape(self, devices: int) -> tuple[int, ...]:
         """Number of devices along each of `MESH_AXES`.
@@ -69,8 +71,8 @@ class MeshConfig:
         """
         given = [getattr(self, axis) for axis in MESH_AXES]
         rest = math.prod(size for size in given if size != -1)
-        if given.count(-1) > 1 or any(size == 0 or size < -1 for size in given):
-            raise ValueError(f"{self}: sizes are positive, and at most one is -1 (all the devices that are left).")
+        if given.count(-1) > 1:
+            raise ValueError(f"{self}: at most one is -1 (all the devices that are left).")
         if -1 in given and devices % rest == 0:
             given[given.index(-1)] = devices // rest
         if math.prod(given) != devices:

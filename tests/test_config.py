@@ -38,10 +38,10 @@ def test_published_width_multiplier_at_52b():
     [
         (dict(embed=25, head_dim=None), "embed=25 is not divisible by heads=2.*such as 24"),
         (dict(kv_heads=4), "kv_heads=4 must divide heads=2"),
-        (dict(head_dim=3), "head_dim=3 must be even"),
-        (dict(remat="some"), "remat='some' is unknown; use one of none, dots, inner, mlp, full"),
-        (dict(layers=0), "layers must be a positive integer, got 0"),
-        (dict(mlp=1.5), "mlp must be a positive integer"),
+        (dict(head_dim=3), "head_dim = 3: use an integer, even"),
+        (dict(remat="some"), "remat = 'some': use one of none, dots, inner, mlp, full"),
+        (dict(layers=0), "layers = 0: use an integer, at least 1"),
+        (dict(mlp=1.5), "mlp = 1.5: use an integer, at least 1"),
     ],
 )
 def test_wrong_shapes_are_refused_with_what_would_be_right(changes, message):

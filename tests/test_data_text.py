@@ -221,9 +221,8 @@ def test_vocabulary_is_trained_on_the_training_split_alone(tmp_path):
 def test_vocabulary_errors(folder, tmp_path):
     corpus = TextFolder(str(folder))
     assert isinstance(build_vocabulary(Bytes(), corpus, tmp_path), ByteVocabulary)
-    for size in (100, 100_000):
-        with pytest.raises(ValueError, match=f"no SentencePiece vocabulary of {size} ids"):
-            build_vocabulary(SentencePiece(size), corpus, tmp_path)
+    with pytest.raises(ValueError, match="no SentencePiece vocabulary of 100000 ids"):
+        build_vocabulary(SentencePiece(100_000), corpus, tmp_path)
     with pytest.raises(ValueError, match="no training text"):
         train(SentencePiece(), [])
     with pytest.raises(FileNotFoundError, match="nowhere"):

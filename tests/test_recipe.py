@@ -39,7 +39,7 @@ def test_an_unmasked_growth_of_nothing_and_other_impossible_recipes(recipe):
         ((first, grow(second, name="first")), "Stage names must differ: first, first"),
         ((grow(first, accumulate=3),), "accumulate=3 must divide batch_size=8"),
     ]
-    with pytest.raises(ValueError, match=r"Run.checkpoint_every=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"Run.checkpoint_every = 0: use an integer, at least 1"):
         Run(checkpoint_every=0)
     with pytest.raises(ValueError, match=r"loss_chunks=3 must divide DataConfig.context=16"):
         resolve(dataclasses.replace(recipe, loss_chunks=3))

@@ -75,7 +75,6 @@ def test_unknown_classes_and_fields_are_refused_by_name():
 
 
 def test_two_classes_of_one_name_are_refused():
-    @dataclasses.dataclass(frozen=True)
     class Other:
         size: int = 0
 

@@ -21,15 +21,17 @@ REQUIRED = "required"
 
 
 def fields_of(configurable: Callable[..., Any]) -> list[tuple[str, str, str]]:
-    """Name, type and default of every field or parameter."""
+    """Name, what it may hold, and default of every field or parameter."""
+    from flm_jax.records.fields import hints, says
+
     if dataclasses.is_dataclass(configurable):
-        return [(f.name, str(f.type), _default(f)) for f in dataclasses.fields(configurable)]
-    found = []
-    for name, parameter in inspect.signature(configurable).parameters.items():
-        given = parameter.default
-        missing = given is inspect.Parameter.empty or given is gin.REQUIRED
-        found.append((name, str(parameter.annotation), REQUIRED if missing else repr(given)))
-    return found
+        defaults = {f.name: _default(f) for f in dataclasses.fields(configurable)}
+    else:
+        defaults = {
+            name: REQUIRED if parameter.default in (inspect.Parameter.empty, gin.REQUIRED) else repr(parameter.default)
+            for name, parameter in inspect.signature(configurable).parameters.items()
+        }
+    return [(name, says(hints(configurable)[name]), default) for name, default in defaults.items()]
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -61,7 +63,7 @@ def table(configurable: Callable[..., Any], meanings: bool) -> str:
     lines = [f"{configurable.__name__}: {(inspect.getdoc(configurable) or '').splitlines()[0]}"]
     said = meanings_of(configurable) if meanings else {}
     for name, kind, default in fields_of(configurable):
-        lines.append(f"  {configurable.__name__}.{name}: {kind} = {default}")
+        lines.append(f"  {configurable.__name__}.{name} = {default}: {kind}")
         if name in said:
             lines.append(f"      {said[name]}")
     return "\n".join(lines)
@@ -70,10 +72,12 @@ def table(configurable: Callable[..., Any], meanings: bool) -> str:
 def run(argv: list[str]) -> None:
     """Prints the configurables that are named in `argv`, or all of them."""
     from flm_jax.cli import configure  # Imported here, so that --help is fast.
+    from flm_jax.records import meant
 
     known = {configurable.__name__: configurable for configurable in configure.configurables()}
     if unknown := sorted(set(argv[1:]) - known.keys()):
-        print(f"error: gin knows no {', '.join(unknown)}; it knows {', '.join(known)}.", file=sys.stderr)
+        near = meant(unknown[0], known) or "."
+        print(f"error: gin knows no {', '.join(unknown)}; it knows {', '.join(known)}{near}", file=sys.stderr)
         sys.exit(1)
     print("\n\n".join(table(known[name], bool(argv[1:])) for name in argv[1:] or known))
 

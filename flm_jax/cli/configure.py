@@ -15,6 +15,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
 from flm_jax.growth import Growth
 from flm_jax.recipe import Recipe, Run
+from flm_jax.records.fields import NonNegative, Seed, Size, fitted
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import model_of, read_source
 
@@ -123,43 +124,39 @@ def check_used(by_hand: set[Binding]) -> None:
 @gin.configurable(module="flm_jax")
 def train(recipe: Recipe = gin.REQUIRED, run: Run | None = None) -> tuple[Recipe, Run]:
     """The recipe and the run of `experiments/train.py`, from gin."""
-    return recipe, run or Run()
+    given = fitted(train, dict(recipe=recipe, run=run))
+    return given["recipe"], given["run"] or Run()
 
 
 @gin.configurable(module="flm_jax")
 def grow(
     target: ModelConfig | Mapping[str, Any] = gin.REQUIRED,
     growth: Growth = gin.REQUIRED,
-    seed: int = 0,
+    seed: Seed = 0,
     mesh: MeshConfig | None = None,
     data: DataConfig | None = None,
-    tolerance: float = 1e-5,
+    tolerance: NonNegative = 1e-5,
     streamed: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: Size = CHUNK_BYTES,
 ) -> dict[str, Any]:
     """The arguments of `flm_jax.checkpoint_growth.grow_checkpoint` that `experiments/grow.py` takes from gin."""
-    return dict(
-        target=target,
-        growth=growth,
-        seed=seed,
-        mesh=mesh,
-        data=data,
-        tolerance=tolerance,
-        streamed=streamed,
-        chunk_bytes=chunk_bytes,
-    )
+    given = dict(target=target, growth=growth, seed=seed, mesh=mesh, data=data)
+    return fitted(grow, {**given, "tolerance": tolerance, "streamed": streamed, "chunk_bytes": chunk_bytes})
 
 
 @gin.configurable(module="flm_jax")
-def verify(mesh: MeshConfig | None = None, data: DataConfig | None = None, tolerance: float = 1e-5) -> dict[str, Any]:
+def verify(
+    mesh: MeshConfig | None = None, data: DataConfig | None = None, tolerance: NonNegative = 1e-5
+) -> dict[str, Any]:
     """The arguments of `flm_jax.checkpoint_growth.verify_checkpoints` that `experiments/verify.py` takes from gin."""
-    return dict(mesh=mesh, data=data, tolerance=tolerance)
+    return fitted(verify, dict(mesh=mesh, data=data, tolerance=tolerance))
 
 
 @gin.configurable(module="flm_jax")
 def evaluate(mesh: MeshConfig | None = None) -> MeshConfig | None:
     """The mesh of `experiments/evaluate.py`, from gin."""
-    return mesh
+    found: MeshConfig | None = fitted(evaluate, dict(mesh=mesh))["mesh"]
+    return found
 
 
 def recorded_data(checkpoint: str) -> DataConfig | None:

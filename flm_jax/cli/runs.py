@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import gin
@@ -15,11 +15,9 @@ from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.cli import configure
 from flm_jax.cli.configure import PACKAGE, check_used, parse, recorded_data, required
 from flm_jax.cli.errors import fail, join, started
-from flm_jax.config import ModelConfig
 from flm_jax.convert import exporting, importing
 from flm_jax.evaluation import EvalRequest
 from flm_jax.files import write_json
-from flm_jax.growth import Growth
 from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.topology import Topology
 from flm_jax.train import train
@@ -77,11 +75,6 @@ def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: 
         by_hand = parse(gin_files, gin_bindings)
         settings = required(configure.grow)
         check_used(by_hand)
-        for name, kinds in (("target", (ModelConfig, Mapping)), ("growth", (Growth,))):
-            if not isinstance(settings[name], kinds):
-                right = f"bind a {kinds[0].__name__} with parentheses: '@name()'"
-                more = ", or only the fields that change, such as {'embed': 720}" if Mapping in kinds else ""
-                raise ValueError(f"grow.{name} is {settings[name]!r}; {right}{more}.")
         if not settings["streamed"]:
             settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}

@@ -7,10 +7,11 @@ import dataclasses
 from flm_jax.data.corpora import Corpus, StandardLibrary
 from flm_jax.data.train_vocabulary import SentencePiece, VocabularyConfig
 from flm_jax.records import recorded
+from flm_jax.records.fields import Seed, Size
 
 
-@recorded
 @dataclasses.dataclass(frozen=True)
+@recorded
 class DataConfig:
     """What to train on.
 
@@ -25,8 +26,8 @@ class DataConfig:
 
     corpus: Corpus = dataclasses.field(default_factory=StandardLibrary)
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=SentencePiece)
-    context: int = 256
+    context: Size = 256
     streamed: bool = False
-    seed: int = 0
+    seed: Seed = 0
     # Not "identity": the same data in another folder is the same recipe.
     cache_dir: str = dataclasses.field(default="~/.cache/flm_jax", metadata={"identity": False})

@@ -15,7 +15,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flm_jax.data.text import SPLITS, FileCorpus, Jsonl, StandardLibrary, TextFolder, describe_fields
 from flm_jax.data.tfds import Tfds
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """What every corpus can report about itself without being read by TensorFlow."""
 
@@ -54,8 +55,8 @@ class TextCorpus(Corpus, Protocol):
         ...
 
 
-@recorded
 @dataclasses.dataclass(frozen=True)
+@recorded
 class SeqioTask:
     """A seqio task or mixture that `module` registers when imported; it has its own vocabulary."""
 

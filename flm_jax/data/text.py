@@ -14,11 +14,14 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from flm_jax.records import recorded
+from flm_jax.records.fields import Limit
 
 SPLITS = ("train", "heldout")
+# A whole number stays one: digests hold it as it was given.
+Percent = Annotated[int | float, Limit("between 0 and 100, both excluded", lambda percent: 0 < percent < 100)]
 
 
 def check_split(split: str) -> None:
@@ -98,15 +101,15 @@ class FileCorpus(abc.ABC):
         return describe_fields(self)
 
 
-@recorded
 @dataclasses.dataclass(frozen=True)
+@recorded
 class StandardLibrary(FileCorpus):
     """The Python sources of the interpreter's standard library: 31 MB of text that every machine has, offline.
 
     Files that are not UTF-8 (the library has a few, for its own tests) are left out.
     """
 
-    heldout_percent: float = 5.0
+    heldout_percent: Percent = 5.0
 
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
         """Yields every readable, non-empty *.py file outside site-packages."""
@@ -128,14 +131,14 @@ class StandardLibrary(FileCorpus):
         return {**describe_fields(self), "python": sys.version.split()[0]}
 
 
-@recorded
 @dataclasses.dataclass(frozen=True)
+@recorded
 class TextFolder(FileCorpus):
     """The UTF-8 files under `path` that match `pattern`, one document each."""
 
     path: str = dataclasses.field(metadata={"identity": False})
     pattern: str = "**/*.txt"
-    heldout_percent: float = 5.0
+    heldout_percent: Percent = 5.0
 
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
         """Yields every non-empty matching file.
@@ -162,14 +165,14 @@ class TextFolder(FileCorpus):
                 yield path.relative_to(root).as_posix(), path, text
 
 
-@recorded
 @dataclasses.dataclass(frozen=True)
+@recorded
 class Jsonl:
     """JSON lines: each line of a file, or of every *.jsonl in a folder, has a document in its `field`."""
 
     path: str = dataclasses.field(metadata={"identity": False})
     field: str = "text"
-    heldout_percent: float = 5.0
+    heldout_percent: Percent = 5.0
 
     def files(self) -> list[tuple[str, Path]]:
         """(name, path) of each file, sorted by name.

@@ -15,8 +15,8 @@ from flm_jax.data.text import check_split, describe_fields
 from flm_jax.records import recorded
 
 
-@recorded
 @dataclasses.dataclass(frozen=True)
+@recorded
 class Tfds:
     """A TensorFlow Datasets builder, by its name ('wiki40b/en:1.3.0'); `field` holds the text.
 

@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint.manifest import CheckpointError
@@ -30,19 +30,20 @@ from flm_jax.data.vocabulary import (
 )
 from flm_jax.files import atomic_write, sha256_file
 from flm_jax.records import recorded
+from flm_jax.records.fields import Count, Size, at_least
 
 CHUNK = 2048  # characters given to the trainer at once: several lines, so that it sees newlines
 FORMAT = 1  # part of the cache key: increase it when training changes
 
 
-@recorded
 @dataclasses.dataclass(frozen=True)
+@recorded
 class Bytes:
     """One id per byte: nothing to train."""
 
 
-@recorded
 @dataclasses.dataclass(frozen=True)
+@recorded
 class SentencePiece:
     """A BPE vocabulary trained on the training split.
 
@@ -51,12 +52,12 @@ class SentencePiece:
       sample_bytes: how many bytes of text the trainer sees at most; 8 MB take about 2 s on one core.
     """
 
-    size: int = 2048
-    sample_bytes: int = 8_000_000
+    size: Annotated[int, at_least(260)] = 2048
+    sample_bytes: Size = 8_000_000
 
 
-@recorded
 @dataclasses.dataclass(frozen=True)
+@recorded
 class Pretrained:
     """An existing Hugging Face tokenizer: nothing to train.
 
@@ -67,7 +68,7 @@ class Pretrained:
     """
 
     path: str = dataclasses.field(metadata={"identity": False})
-    eos_id: int | None = None
+    eos_id: Count | None = None
 
     def load(self) -> TokenizerVocabulary:
         """The tokenizer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 
 from flm_jax.model import Masks
 from flm_jax.records import recorded
+from flm_jax.records.fields import Count, one_of
 
 # The field of `Masks` by the axis that grew. Key heads have none: new ones serve only new query heads, whose outputs
 # are masked already.
@@ -24,8 +26,8 @@ FIELDS = {
 SHAPES = ("linear", "cosine")
 
 
-@recorded
 @dataclass(frozen=True)
+@recorded
 class Ramp:
     """How masks rise from 0 to 1.
 
@@ -35,15 +37,9 @@ class Ramp:
       shape: linear (MSG, 2305.02869) or cosine (slow at both ends).
     """
 
-    steps: int = 0
-    delay: int = 0
-    shape: str = "linear"
-
-    def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise ValueError(f"Ramp.shape={self.shape!r}: use one of {', '.join(SHAPES)}.")
-        if self.steps < 0 or self.delay < 0:
-            raise ValueError(f"Ramp.steps={self.steps} and Ramp.delay={self.delay} must not be negative.")
+    steps: Count = 0
+    delay: Count = 0
+    shape: Annotated[str, one_of(SHAPES)] = "linear"
 
     @property
     def end(self) -> int:

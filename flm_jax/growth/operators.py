@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flm_jax.growth.axis_map import AxisMap, Rule, Span, resampled
+from flm_jax.records import meant
 from flm_jax.signature import KINDS, Kind, Role
 
 Map = Callable[[Span], AxisMap]
@@ -68,7 +69,8 @@ def lookup(name: str, axis: str | None = None) -> Operator:
     own = ALIASES.get(name, name)
     if own not in REGISTRY:
         known = ", ".join(sorted({*REGISTRY, *ALIASES}))
-        raise ValueError(f"Unknown growth operator {name!r}; the registry has {known}.")
+        near = meant(name, [*REGISTRY, *ALIASES]) or "."
+        raise ValueError(f"Unknown growth operator {name!r}; the registry has {known}{near}")
     operator = REGISTRY[own]
     if axis is not None and KINDS[axis] not in operator.kinds:
         others = ", ".join(sorted(n for n, o in REGISTRY.items() if KINDS[axis] in o.kinds))

@@ -8,18 +8,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from flm_jax.config import ModelConfig
 from flm_jax.growth import depth, operators
 from flm_jax.growth.axis_map import AxisMap, Span, append, divided, nested
-from flm_jax.growth.masks import Ramp
+from flm_jax.growth.masks import SHAPES, Ramp
 from flm_jax.records import recorded
+from flm_jax.records.fields import Count, Positive, one_of
 from flm_jax.signature import KINDS
 
 AXES = tuple(KINDS)
+Axis = Annotated[str, one_of(AXES)]
 OPTIMIZER = ("carry", "exact", "fresh", "asymmetric")
 # What may differ between two stages besides the axes: numerics and multipliers, which growth accounts for.
 MULTIPLIERS = ("norm_width", "head_width", "output_mult", "input_mult", "init_std", "init_std_vector")
@@ -27,8 +29,8 @@ NUMERICS = ("compute_dtype", "remat", "attention", "scan_unroll")
 FREE_FIELDS = frozenset(MULTIPLIERS + NUMERICS)
 
 
-@recorded
 @dataclass(frozen=True)
+@recorded
 class Growth:
     """How to grow a model.
 
@@ -53,44 +55,24 @@ class Growth:
     """
 
     method: str | None = "zero"
-    methods: Mapping[str, str] = field(default_factory=dict)
-    depth: str | Sequence[int] = "interleave"
-    distance: str = "angular"
-    ramp_steps: int = 0
-    ramp_delay: int = 0
-    ramp_shape: str = "linear"
-    ramps: Mapping[str, Ramp] = field(default_factory=dict)
-    norm: str = "keep"
-    optimizer: str = "carry"
-    rewarm_steps: int = 0
-    rewarm_to: float = 1.0
+    methods: Mapping[Axis, str] = field(default_factory=dict)
+    depth: Annotated[str, one_of(depth.PLACES)] | Sequence[Count] = "interleave"
+    distance: Annotated[str, one_of(depth.METRICS)] = "angular"
+    ramp_steps: Count = 0
+    ramp_delay: Count = 0
+    ramp_shape: Annotated[str, one_of(SHAPES)] = "linear"
+    ramps: Mapping[Axis, Ramp] = field(default_factory=dict)
+    norm: Annotated[str, one_of(("keep", "ramp"))] = "keep"
+    optimizer: Annotated[str, one_of(OPTIMIZER)] = "carry"
+    rewarm_steps: Count = 0
+    rewarm_to: Positive = 1.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("optimizer", OPTIMIZER),
-            ("distance", depth.METRICS),
-            ("norm", ("keep", "ramp")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Growth.{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}.")
-        for what, kind in (("methods", str), ("ramps", Ramp)):
-            given = getattr(self, what)
-            if not isinstance(given, Mapping) or not all(isinstance(value, kind) for value in given.values()):
-                raise ValueError(f"Growth.{what}={given!r} must map axes to {kind.__name__}.")
-        for what in ("methods", "ramps"):
-            for axis in getattr(self, what):
-                if axis not in AXES:
-                    raise ValueError(f"Growth.{what} names axis {axis!r}; the axes that grow are {', '.join(AXES)}.")
         for method in (self.method, *self.methods.values()):
             if method is not None:
                 operators.lookup(method)
         if (self.rewarm_steps or self.rewarm_to != 1.0) and self.optimizer != "asymmetric":
             raise ValueError(f"Growth.rewarm_steps and rewarm_to belong to 'asymmetric', not {self.optimizer!r}.")
-        if not isinstance(self.depth, str):
-            if not isinstance(self.depth, Sequence):
-                raise ValueError(f"Growth.depth={self.depth!r} must name a place, or give copies for each old layer.")
-            object.__setattr__(self, "depth", tuple(int(n) for n in self.depth))
-        self.ramp_of("")  # Checks the ramp that axes have by default.
 
     def method_of(self, axis: str) -> str:
         """The name of the operator that grows `axis`.

@@ -1,0 +1,22 @@
+"""Configurations: the check of their fields, their records as JSON, and the identity of a work directory."""
+
+from flm_jax.records.fields import FieldError, classes, meant, recorded
+from flm_jax.records.identity import DATA, LOCK, RECIPE, check_identity, differences, write_identity, write_record
+from flm_jax.records.json import as_dict, completed, from_dict
+
+__all__ = [
+    "DATA",
+    "LOCK",
+    "RECIPE",
+    "FieldError",
+    "as_dict",
+    "check_identity",
+    "classes",
+    "completed",
+    "differences",
+    "from_dict",
+    "meant",
+    "recorded",
+    "write_identity",
+    "write_record",
+]

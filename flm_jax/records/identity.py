@@ -1,0 +1,67 @@
+"""What a work directory belongs to: the recipe and the data that it was begun with, as JSON files in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flm_jax.distributed import is_primary
+from flm_jax.files import atomic_write, write_json
+from flm_jax.records.json import completed
+
+RECIPE, DATA = "recipe.json", "data.json"
+# What the process that writes to a directory holds.
+LOCK = ".lock"
+
+
+def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    """Yields where two such structures differ: ``stages.0.steps: 100 there, 200 here``."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from differences(x, y, f"{path}.{i}")
+    elif a != b:
+        yield f"{path}: {a!r} there, {b!r} here"
+
+
+def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
+    """Checks that a work directory that is already in use was begun with `mine`.
+
+    Raises:
+      ValueError: it was begun with something else, and the message names what differs; or it is not a work directory.
+    """
+    if (workdir / file).exists():
+        found = list(differences(completed(json.loads((workdir / file).read_text())), json.loads(json.dumps(mine))))
+        if found:
+            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+            raise ValueError(
+                f"{workdir} was begun with {what}: {'; '.join(found[:3])}{more}. Nothing was changed; use another "
+                "--workdir for this one."
+            )
+    elif workdir.exists() and not (workdir / RECIPE).exists() and any(p.name != LOCK for p in workdir.iterdir()):
+        raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")
+
+
+def write_identity(workdir: Path, file: str, mine: Any) -> None:
+    """Records `mine` atomically, in process 0, once `check_identity` has passed."""
+    if not is_primary():
+        return
+    write_json(workdir / file, mine)
+
+
+def write_record(workdir: Path, file: str, text: str) -> None:
+    """Keeps a text about this start of the run; one that differs from those of earlier starts gets a number.
+
+    Only process 0 writes it.
+    """
+    if not is_primary():
+        return
+    path, number = workdir / file, 1
+    while path.exists() and path.read_text() != text:
+        number += 1
+        path = workdir / f"{Path(file).stem}.{number}{Path(file).suffix}"
+    atomic_write(path, text)

@@ -1,0 +1,74 @@
+"""Configurations as JSON.
+
+A record carries the names of the classes, so that it can be read back; a record of an earlier version is read with the
+defaults of the fields that its classes have gained since.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flm_jax.records.fields import classes
+
+
+def as_dict(value: Any) -> Any:
+    """A configuration as JSON-able data; dataclasses carry the name of their class.
+
+    Fields with the metadata ``{"identity": False}``, such as where a cache is kept, are left out.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if _identifies(f)}
+        return {"class": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {str(k): as_dict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_dict(v) for v in value]
+    return value
+
+
+def from_dict(data: Any) -> Any:
+    """The configuration that `as_dict` recorded; missing fields have their defaults.
+
+    Raises:
+      ValueError: the record names a class or a field that this version does not have.
+    """
+    if isinstance(data, list):
+        return [from_dict(value) for value in data]
+    if not isinstance(data, dict):
+        return data
+    values = {name: from_dict(value) for name, value in data.items() if name != "class"}
+    if "class" not in data:
+        return values
+    known = {cls.__name__: cls for cls in classes()}
+    if data["class"] not in known:
+        raise ValueError(f"A record names the configuration {data['class']!r}; this version knows {', '.join(known)}.")
+    cls = known[data["class"]]
+    if unknown := sorted(values.keys() - {f.name for f in dataclasses.fields(cls)}):
+        raise ValueError(
+            f"A record gives {data['class']} the fields {', '.join(unknown)}, which it does not have here."
+        )
+    return cls(**values)
+
+
+def completed(record: Any) -> Any:
+    """A record with the fields that its classes have gained since, at their defaults, which change nothing."""
+    if isinstance(record, list):
+        return [completed(value) for value in record]
+    if not isinstance(record, dict):
+        return record
+    cls = {cls.__name__: cls for cls in classes()}.get(record.get("class", ""))
+    gained = {
+        f.name: as_dict(default)
+        for f in (dataclasses.fields(cls) if cls else ())
+        if _identifies(f) and (default := _default(f)) is not dataclasses.MISSING
+    }
+    return {**gained, **{name: completed(value) for name, value in record.items()}}
+
+
+def _identifies(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("identity", True))
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
