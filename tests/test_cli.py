@@ -76,9 +76,9 @@ CONFIGS = sorted(ROOT.glob("gin_configs/growth/*.gin"))
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
 def test_every_growth_configuration_parses_and_fits(file):
     gin.clear_config()
-    by_hand = configure.parse([str(file)], [])
+    configure.parse([str(file)], [])
     settings = configure.grow()
-    configure.check_used(by_hand)
+    configure.check_used()
     gin.clear_config()
     grown = Lineage(small_52b()).grown(settings["target"], settings["growth"])
     assert grown.outline

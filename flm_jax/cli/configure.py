@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import tokenize
+import collections
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +13,13 @@ import gin
 
 from flm_jax import config, records
 from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
+from flm_jax.cli import gin_reader
 from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
 from flm_jax.growth import Growth
 from flm_jax.recipe import Recipe, Run
-from flm_jax.records.fields import NonNegative, Seed, Size, fitted
+from flm_jax.records import FieldError, meant
+from flm_jax.records.fields import NonNegative, Seed, Size, fitted, hints, says
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import model_of, read_source
 
@@ -33,7 +37,7 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
     model_of,
 )
 T = TypeVar("T")
-Binding = tuple[str, str, str]  # scope, function, parameter
+IN_CALL = "\n  In call to configurable '"  # gin adds the calls that it was in to the message of an error
 _registered: set[str] = set()
 
 
@@ -51,74 +55,59 @@ def register() -> None:
             _registered.add(configurable.__name__)
 
 
-def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> set[Binding]:
+def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     """Parses gin files, then bindings; files are looked up in the current directory and among the shipped ones.
 
-    Returns:
-      The parameters that the bindings set or changed, for `check_used`.
-
     Raises:
-      ValueError: a file does not exist, or a file or binding does not parse.
+      ValueError: a file does not exist, or a file or binding does not parse; the message says what to write.
     """
     register()
-    for base in SHIPPED:
-        gin.add_config_file_search_path(str(base))
-    # Files alone: gin's second reader takes the folder of a name for a Python package, and crashes where it is none.
-    del gin.config._FILE_READERS[1:]
-    for name in gin_files:
-        if not any((base / name).is_file() for base in (Path.cwd(), *SHIPPED)):
-            places = " nor in ".join(map(str, SHIPPED))
-            raise ValueError(f"There is no gin file {name!r} in the current directory nor in {places}.")
-    try:
-        gin.parse_config_files_and_bindings(
-            list(gin_files), [], finalize_config=False, print_includes_and_imports=False
-        )
-        before = {key: dict(values) for key, values in gin.config._CONFIG.items()}
-        gin.parse_config(list(gin_bindings))
-    except (OSError, SyntaxError, tokenize.TokenError) as error:
-        raise ValueError(f"The gin configuration does not parse: {error}") from error
-    return {
-        (*key, name)
-        for key, values in gin.config._CONFIG.items()
-        for name, value in values.items()
-        if name not in before.get(key, {}) or before[key][name] is not value
-    }
+    gin_reader.read(gin_files, gin_bindings, SHIPPED)
 
 
-def check_used(by_hand: set[Binding]) -> None:
-    """Refuses bindings that had no effect: a mistyped scope, or a macro that no value uses.
+def check_used() -> None:
+    """Refuses bindings of the command line that had no effect, and names those of files in a warning.
 
-    gin itself refuses unknown functions and parameters, but not these. A file may bind parameters of functions that are
-    not called, so that a binding on the command line can choose such a function; but bindings on the command line must
-    have an effect.
-
-    Args:
-      by_hand: the bindings of the command line, as `parse` returns them.
+    A file may bind more than is used, so that the command line or a second file can take one stage of it, or another
+    corpus. A binding on the command line must have an effect; one with a mistyped scope has none.
 
     Raises:
-      ValueError: there are such bindings; the message names them.
+      ValueError: a binding on the command line had no effect; the message names it.
     """
     # gin's public functions give these only as text; the private dictionaries have not changed since its first release.
     given, used = gin.config._CONFIG, gin.config._OPERATIVE_CONFIG
-    called = {selector for _, selector in used} - {"gin.macro"}
-
-    def is_used(scope: str, selector: str, name: str) -> bool:
-        return any(
-            selector == other and name in parameters and f"{where}/".startswith(f"{scope}/" if scope else "")
-            for (where, other), parameters in used.items()
-        )
-
     unused = [
-        scope if selector == "gin.macro" else f"{scope}/{selector.split('.')[-1]}.{name}".lstrip("/")
+        (scope, selector, name)
         for (scope, selector), parameters in given.items()
         for name in parameters
-        if (selector in called or (scope, selector, name) in by_hand) and not is_used(scope, selector, name)
-    ]
-    if unused:
-        raise ValueError(
-            f"Nothing uses these gin bindings: {', '.join(unused)}; check their names and scopes, and that the "
-            "object they belong to is bound (as in Run.mesh = @MeshConfig())."
+        if not any(
+            selector == other and name in taken and f"{where}/".startswith(f"{scope}/" if scope else "")
+            for (where, other), taken in used.items()
         )
+    ]
+    by_hand = [_shown(key) for key in unused if gin_reader.is_by_hand(key)]
+    if by_hand:
+        names = [f"{cls.__name__}.{name}" for cls in records.classes() for name in hints(cls)]
+        scope, _, name = by_hand[0].rpartition("/")
+        near = meant(scope, {where for where, _ in used if where}) if scope else ""
+        near = near or ("" if name in names else meant(name, [name.split(".")[1] for name in names]))
+        raise ValueError(
+            f"Nothing uses these gin bindings: {', '.join(by_hand)}; check their names and scopes, and that the "
+            f"object they belong to is bound (as in Run.mesh = @MeshConfig()){near or '.'}"
+        )
+    # Of functions that are not called at all a file may well bind parameters: those of every model of a series.
+    called = {selector for _, selector in used}
+    groups = collections.Counter(_shown(key).rpartition(".")[0] or _shown(key) for key in unused if key[1] in called)
+    if groups:
+        counted = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups.items())
+        logging.warning("Bindings in gin files that nothing uses, by what they belong to: %s.", counted)
+
+
+def _shown(key: gin_reader.Key) -> str:
+    scope, selector, name = key
+    if selector == gin_reader.MACRO:
+        return scope
+    return f"{scope}/{selector.split('.')[-1]}.{name}".lstrip("/")
 
 
 @gin.configurable(module="flm_jax")
@@ -171,12 +160,51 @@ def recorded_data(checkpoint: str) -> DataConfig | None:
     return data
 
 
-def required(configured: Callable[[], T]) -> T:
-    """The result of a gin configurable; a missing required binding raises ValueError, as other errors of input do."""
+def configured(program: Callable[[], T]) -> T:
+    """The result of a gin configurable; what gin says of wrong or missing values is put into a sentence.
+
+    Raises:
+      ValueError: a value is missing, or does not fit its field.
+    """
     try:
-        return configured()
+        return program()
+    except FieldError as error:
+        text = str(error).split(IN_CALL)[0]
+        wrong, references = error.wrong, gin_reader.raw_references(error.owner, error.field)
+        if callable(wrong) and references:
+            text += f" Write it with parentheses: {references[0]}()."
+        elif error.classes and isinstance(wrong, str):
+            name = wrong.strip("@() ")
+            if name.rsplit("/", 1)[-1] in gin_reader.configurable_names():
+                text += f" Write it without quotes: @{name}()."
+            else:
+                text += f" Write one without quotes, such as @{error.classes[0]}()."
+        where = " and ".join(gin_reader.places(error.owner, error.field, error.value))
+        raise ValueError(f"{text} It is bound in {where}." if where else text) from error
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        lacking = re.search(r"Required bindings for `(.*)` not provided in config: \[(.*)\]", str(error))
+        if lacking is None:
+            raise
+        raise ValueError(_lacking(lacking[1], lacking[2], "")) from error
+    except TypeError as error:
+        lacking = re.search(r"No values supplied by Gin or caller for arguments: \[(.*)\]", str(error))
+        called = re.search(IN_CALL + r"(\w+)' \(.*?\)(?: in scope '(.*)')?(?:\n|$)", str(error))
+        if lacking is None or called is None:
+            raise
+        raise ValueError(_lacking(called[1], lacking[1], called[2] or "")) from error
+
+
+def _lacking(name: str, quoted: str, scope: str) -> str:
+    """The sentence about a configurable that was called without its required parameters."""
+    kinds = hints(next(known for known in configurables() if known.__name__ == name))
+    missing = [field for field in re.findall(r"\w+", quoted) if field in kinds]
+    full = f"{scope}/{name}" if scope else name
+    right = ", ".join(f"{full}.{field} ({says(kinds[field])})" for field in missing)
+    known = gin_reader.scopes()
+    near = (
+        "" if not scope or scope in known else f" Nothing is bound in the scope {scope!r}{meant(scope, known) or '.'}"
+    )
+    return f"{full} lacks {', '.join(missing)}: bind {right}.{near}"
 
 
 PROGRAMS = ("train", "grow", "verify", "evaluate")

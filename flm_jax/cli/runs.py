@@ -13,7 +13,7 @@ from flm_jax import checkpoint_growth, costs, distributed, evaluation
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.cli import configure
-from flm_jax.cli.configure import PACKAGE, check_used, parse, recorded_data, required
+from flm_jax.cli.configure import PACKAGE, check_used, configured, parse, recorded_data
 from flm_jax.cli.errors import fail, join, started
 from flm_jax.convert import exporting, importing
 from flm_jax.evaluation import EvalRequest
@@ -28,9 +28,9 @@ __all__ = ["join", "run_evaluate", "run_export", "run_grow", "run_import", "run_
 def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool) -> None:
     """Builds the recipe from gin and trains it, or prints its plan if `dry_run`."""
     with started():
-        by_hand = parse(gin_files, gin_bindings)
-        recipe, run = required(configure.train)
-        check_used(by_hand)
+        parse(gin_files, gin_bindings)
+        recipe, run = configured(configure.train)
+        check_used()
         if dry_run:
             for section in text.dry_run(recipe, run):
                 distributed.print0(section)
@@ -72,9 +72,9 @@ def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: 
     """Grows a checkpoint into a new work directory, and prints its verification."""
     with started():
         data = recorded_data(source)
-        by_hand = parse(gin_files, gin_bindings)
-        settings = required(configure.grow)
-        check_used(by_hand)
+        parse(gin_files, gin_bindings)
+        settings = configured(configure.grow)
+        check_used()
         if not settings["streamed"]:
             settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
@@ -89,9 +89,9 @@ def run_verify(
     """Verifies a grown checkpoint; exits with status 1 if a promise of its method does not hold."""
     with started():
         data = recorded_data(source)
-        by_hand = parse(gin_files, gin_bindings)
-        settings = configure.verify()
-        check_used(by_hand)
+        parse(gin_files, gin_bindings)
+        settings = configured(configure.verify)
+        check_used()
         settings["data"] = settings["data"] or data
         check_writable(json_file)
         found = checkpoint_growth.verify_checkpoints(chosen(source), chosen(target), **settings)
@@ -152,9 +152,9 @@ def run_evaluate(
     with started():
         check_writable(json_file)
         data = recorded_data(checkpoint)
-        by_hand = parse(gin_files, gin_bindings)
-        mesh = configure.evaluate()
-        check_used(by_hand)
+        parse(gin_files, gin_bindings)
+        mesh = configured(configure.evaluate)
+        check_used()
         try:
             found = evaluation.evaluate_checkpoint(
                 chosen(checkpoint), asked, tokenizer, data, mesh, batch_size, max_length, distributed.print0
@@ -177,9 +177,9 @@ def run_plan(
     """Prints the plan of a recipe for a machine, stage by stage; exits with status 1 if a stage does not fit."""
     with started():
         check_writable(json_file)
-        by_hand = parse(gin_files, gin_bindings)
-        recipe, run = required(configure.train)
-        check_used(by_hand)
+        parse(gin_files, gin_bindings)
+        recipe, run = configured(configure.train)
+        check_used()
         assumed = stages.Assumptions(utilisation, storage)
         print(
             f"{machine.name}: {machine.devices} devices on {machine.hosts} hosts; utilisation {utilisation:.0%} assumed"

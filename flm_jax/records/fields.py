@@ -14,7 +14,7 @@ import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -87,7 +87,7 @@ Name = Annotated[
 
 def meant(given: Any, names: Iterable[str]) -> str:
     """The end of a sentence about a name that does not exist: "; did you mean 'zero'?", or nothing if none is close."""
-    close = difflib.get_close_matches(given, list(names), 1, 0.55) if isinstance(given, str) else []
+    close = difflib.get_close_matches(given, list(names), 1, 0.6) if isinstance(given, str) else []
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -106,10 +106,10 @@ def recorded(cls: type[T]) -> type[T]:
     known = _CLASSES.setdefault(cls.__name__, cls)
     if known is not cls:
         raise ValueError(f"{cls.__module__}.{cls.__name__} has the name of {known.__module__}.{known.__name__}.")
-    own = getattr(cls, "__post_init__", None)
+    own, made = getattr(cls, "__post_init__", None), cast(Any, cls)
 
     def __post_init__(self: Any) -> None:  # noqa: N807
-        for name, kind in hints(type(self)).items():
+        for name, kind in hints(made).items():
             value = getattr(self, name)
             fitting = fit(kind, value, cls.__name__, name)
             if fitting is not value:
@@ -162,7 +162,7 @@ def fit(kind: Any, value: Any, owner: str, field: str) -> Any:
         return _fit(kind, value, "")
     except _Misfit as misfit:
         wrong = misfit.value
-        text = wrong.__name__ if isinstance(wrong, type) else repr(wrong)
+        text = getattr(wrong, "__name__", None) or repr(wrong)
         text = text if len(text) <= 80 else f"{text[:77]}..."
         end = misfit.hint if misfit.hint.endswith("?") else f"{misfit.hint}."
         message = f"{owner}.{field}{misfit.path} = {text}: use {misfit.right}{end}"
@@ -190,7 +190,9 @@ def _fit(kind: Any, value: Any, path: str) -> Any:
     if kind is Any:
         return value
     convert = _CONVERSIONS.get(kind)
-    found = convert(value) if convert else value if isinstance(value, kind) else _NOTHING
+    found = (
+        convert(value) if convert else value if isinstance(value, kind) and not isinstance(value, type) else _NOTHING
+    )
     if found is _NOTHING:
         raise _Misfit(path, value, says(kind), _hint(kind, value))
     return found
