@@ -7,7 +7,7 @@ refused. A run's settings, such as the mesh or how often it saves, may change fr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flm_jax.checkpoint.find import stage_directory
@@ -240,6 +240,20 @@ def resolve(recipe: Recipe, source: SourceCheckpoint | None = None) -> tuple[Res
     if len({s.name for s in resolved}) < len(resolved):
         raise ValueError(f"Stage names must differ: {', '.join(s.name for s in resolved)}.")
     return tuple(resolved)
+
+
+def check_vocabulary(stages: Sequence[ResolvedStage], size: int) -> None:
+    """Checks that the embedding of every stage has a row for every token of a vocabulary of `size` ids.
+
+    Raises:
+      ValueError: one has not.
+    """
+    for s in stages:
+        if size > s.cfg.vocab:
+            raise ValueError(
+                f"Stage {s.name!r}: the vocabulary has {size} tokens, the model's embedding only {s.cfg.vocab}; set "
+                f"its vocab to {size} or more."
+            )
 
 
 def _continued(stage: Stage, source: SourceCheckpoint) -> ResolvedStage:

@@ -47,7 +47,7 @@ from flm_jax.data.source import Data, open_data
 from flm_jax.files import sha256_json
 from flm_jax.generate import generate
 from flm_jax.progress import Interrupts
-from flm_jax.recipe import Recipe, ResolvedStage, Run, begin, resolve
+from flm_jax.recipe import Recipe, ResolvedStage, Run, begin, check_vocabulary, resolve
 from flm_jax.records import DATA, RECIPE, as_dict, check_identity, write_identity, write_record
 from flm_jax.source_checkpoint import POSITION, SourceCheckpoint
 from flm_jax.stage_run import StageRun, stage_program
@@ -100,7 +100,7 @@ def train(
                 stack.enter_context(take_lock(workdir))
                 check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         data = open_data(recipe.data)
-        _check_vocabulary(stages, data)
+        check_vocabulary(stages, data.vocabulary.size)
         # The path of the data may change between starts, its contents may not.
         identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
         identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
@@ -176,20 +176,6 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
     if damaged:
         raise CheckpointError(f"No checkpoint of any stage can be restored: {'; '.join(damaged)}")
     return 0, None
-
-
-def _check_vocabulary(stages: tuple[ResolvedStage, ...], data: Data) -> None:
-    """Checks that the embedding of every stage has a row for every token of the vocabulary.
-
-    Raises:
-      ValueError: one has not.
-    """
-    for s in stages:
-        if data.vocabulary.size > s.cfg.vocab:
-            raise ValueError(
-                f"Stage {s.name!r}: the vocabulary has {data.vocabulary.size} tokens, the model's embedding only "
-                f"{s.cfg.vocab}; set its vocab to {data.vocabulary.size} or more."
-            )
 
 
 def _sample(stage: ResolvedStage, state: TrainState, data: Data, run: Run, seed: int) -> str:

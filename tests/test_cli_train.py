@@ -178,16 +178,19 @@ SMALL = [f for f in sorted((ROOT / "gin_configs/recipes").glob("*.gin")) if not 
 
 
 @pytest.mark.parametrize("file", SMALL, ids=lambda f: f.name)
-def test_every_recipe_parses_and_lowers(file, capsys):
+def test_every_recipe_parses_and_lowers(file, tmp_path, capsys):
     import gin
 
     from flm_jax.cli import runs
 
     text = file.read_text()
-    one = {"MeshConfig": "MeshConfig.tensor = 1", "TextFolder": "TextFolder.path = 'texts'"}
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a text")
+    one = {"MeshConfig": "MeshConfig.tensor = 1", "TextFolder": f"TextFolder.path = {str(tmp_path)!r}"}
     gin.clear_config()
     runs.run_train([str(file)], [binding for name, binding in one.items() if name in text], None, True)
     gin.clear_config()
     out = capsys.readouterr().out
     assert out.count("lowered: ") >= 1
+    assert "held out: " in out
     assert "train step" in out

@@ -2,9 +2,9 @@
 
   python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=runs/demo
 
-Run the same command again to resume it. Add --dry_run to print parameters, FLOPs and memory of every stage and to check
-that all programs lower, without compiling or training. On several hosts, start the same command once per host: see
-docs/pods.md.
+Run the same command again to resume it. Add --dry_run to open the data, to print parameters, FLOPs and memory of every
+stage, and to check that all programs lower, without preparing, compiling or training. On several hosts, start the same
+command once per host: see docs/pods.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def define() -> None:
     define_processes()
     define_gin("Recipe.seed = 1")
     flags.DEFINE_string("workdir", None, "The directory for checkpoints and results; it belongs to one recipe.")
-    flags.DEFINE_bool("dry_run", False, "Print parameters, FLOPs and memory, and lower every stage; do not train.")
+    flags.DEFINE_bool(
+        "dry_run", False, "Open the data, print parameters, FLOPs and memory, and lower every stage; do not train."
+    )
 
 
 def run(values: Any) -> None:

@@ -140,12 +140,11 @@ class TextFolder(FileCorpus):
     pattern: str = "**/*.txt"
     heldout_percent: Percent = 5.0
 
-    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
-        """Yields every non-empty matching file.
+    def paths(self) -> list[Path]:
+        """The matching files, empty ones too, sorted by name.
 
         Raises:
           FileNotFoundError: there is no such folder, or no matching file in it.
-          ValueError: a file is not UTF-8.
         """
         root = Path(self.path).expanduser()
         if not root.is_dir():
@@ -155,7 +154,17 @@ class TextFolder(FileCorpus):
         )
         if not paths:
             raise FileNotFoundError(f"TextFolder: no file in {root} matches the pattern {self.pattern!r}")
-        for path in paths:
+        return paths
+
+    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
+        """Yields every non-empty matching file.
+
+        Raises:
+          FileNotFoundError: as `paths`.
+          ValueError: a file is not UTF-8.
+        """
+        root = Path(self.path).expanduser()
+        for path in self.paths():
             text = path.read_bytes()
             try:
                 text.decode("utf-8")

@@ -35,6 +35,11 @@ class Tfds:
         name, _, version = self.name.partition(":")
         return sorted((Path(place).expanduser() / name).glob(f"{version or '*.*.*'}/dataset_info.json"))
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether exactly one prepared version is on disk, whose record is then all that `digest` reads."""
+        return len(self._recorded()) == 1
+
     def digest(self) -> str:
         """The sha256 over the builder's name, version and splits (shards, bytes) and this object's fields.
 

@@ -8,18 +8,26 @@ from typing import Any
 import jax
 
 from flm_jax import costs
+from flm_jax.data.survey import survey, survey_text
 from flm_jax.planning import stages
 from flm_jax.planning.topology import Topology
-from flm_jax.recipe import Recipe, Run
+from flm_jax.recipe import Recipe, Run, begin, check_vocabulary
 from flm_jax.records import from_dict
 
 
 def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
-    """The plan of a recipe on this machine's devices, as text; programs are lowered, not compiled, and no data is read.
+    """The plan of a recipe on this machine's devices, as text; programs are lowered, not compiled.
+
+    The data is opened first, but not prepared.
 
     Raises:
       ValueError: the recipe is not valid, or the mesh does not divide one of its axes.
+      ValueError, FileNotFoundError: as `survey`: the data cannot be read.
     """
+    _, resolved = begin(recipe)
+    found = survey(recipe.data)
+    check_vocabulary(resolved, found.ids or 0)
+    yield survey_text(found)
     records = []
     for record in stages.stages(recipe, run, jax.devices(), None):
         records.append(record)

@@ -1,0 +1,116 @@
+"""What data a run would train on, found in seconds and without preparing anything: files, documents, splits, tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from flm_jax.data.config import DataConfig
+from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, SeqioTask, TextFolder
+from flm_jax.data.prepare import store_path
+from flm_jax.data.store import STORE_FILE, TokenStore
+from flm_jax.data.tfds import Tfds, check_tfds
+from flm_jax.data.train_vocabulary import Bytes, SentencePiece
+from flm_jax.data.vocabulary import ByteVocabulary
+
+# A corpus of files is read as a whole if it is not larger than this: a few seconds.
+READ_BYTES = 500_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What was found.
+
+    Attributes:
+      corpus: the class of the corpus, and where its files lie.
+      vocabulary: what kind of vocabulary it is.
+      ids: its number of ids; None where only preparing the data would tell.
+      store: the folder of the prepared token store; None: there is none yet, or it was not looked for.
+      files: number of files; None where documents do not lie in files of their own.
+      splits: documents and text_bytes of each split, and tokens where there is a store; empty if they were not counted.
+      unread: why the documents were not counted; empty if they were.
+    """
+
+    corpus: str
+    vocabulary: str
+    ids: int | None
+    store: Path | None
+    files: int | None
+    splits: dict[str, dict[str, int]]
+    unread: str = ""
+
+
+def survey(config: DataConfig) -> Survey:
+    """Opens a corpus and its vocabulary; trains, downloads and writes nothing.
+
+    Raises:
+      ValueError, FileNotFoundError: as `open_data`: there is no such folder or file, a document is not text, a split is
+        empty, there is no such tokenizer or dataset.
+      MissingExtraError: a seqio task, or a TFDS dataset that is not prepared, without the extra that reads it.
+    """
+    corpus = config.corpus
+    name = " ".join(filter(None, [type(corpus).__name__, getattr(corpus, "path", getattr(corpus, "name", ""))]))
+    if isinstance(corpus, SeqioTask):
+        from flm_jax.data import tasks
+
+        own = tasks.resolve(corpus).vocabulary
+        return Survey(name, f"the task's own, {own.kind}", own.size, None, None, {}, "only preparing it tells")
+    vocabulary, ids = _vocabulary(config)
+    if isinstance(corpus, Tfds) and not corpus.is_prepared:
+        check_tfds(corpus)
+        return Survey(name, vocabulary, ids, None, None, {}, "the dataset is not prepared yet")
+    paths = _paths(corpus)
+    files, size = None if paths is None else len(paths), sum(path.stat().st_size for path in paths or ())
+    if size > READ_BYTES:
+        next(iter(corpus.lines() if isinstance(corpus, Jsonl) else corpus.contents()), None)  # type: ignore[attr-defined]
+        return Survey(name, vocabulary, ids, None, files, {}, f"reading {size / 1e9:.1f} GB takes longer")
+    path = store_path(corpus, config.vocabulary, config.cache_dir)
+    if not config.streamed and (path / STORE_FILE).is_file():
+        store = TokenStore.open(path, verify=False)
+        return Survey(name, vocabulary, store.vocabulary.size, path, files, store.describe()["splits"])
+    if not isinstance(corpus, FileCorpus | Jsonl):
+        return Survey(name, vocabulary, ids, None, files, {}, "only preparing it tells")
+    splits = {}
+    for split in SPLITS:
+        lengths = [len(text.encode()) for text in corpus.documents(split)]
+        if not lengths:
+            raise ValueError(f"the corpus has no document in its split {split!r}: {corpus.describe()}")
+        splits[split] = {"documents": len(lengths), "text_bytes": sum(lengths)}
+    return Survey(name, vocabulary, ids, None, files, splits)
+
+
+def _paths(corpus: Corpus) -> list[Path] | None:
+    """The files that a corpus reads; None where it has none of its own, or does not list them without reading them.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    if isinstance(corpus, Jsonl):
+        return [path for _, path in corpus.files()]
+    return corpus.paths() if isinstance(corpus, TextFolder) else None
+
+
+def _vocabulary(config: DataConfig) -> tuple[str, int | None]:
+    """The kind of a vocabulary, and its number of ids where that is known."""
+    vocabulary = config.vocabulary
+    if isinstance(vocabulary, Bytes):
+        return "bytes", ByteVocabulary().size
+    if isinstance(vocabulary, SentencePiece):
+        return "SentencePiece, trained on the training split", vocabulary.size
+    return f"the tokenizer of {vocabulary.path}", vocabulary.load().size
+
+
+def survey_text(found: Survey) -> str:
+    """A survey as text."""
+    lines = [f"Data: {found.corpus}" + (f", {found.files} files" if found.files is not None else "")]
+    if found.splits:
+        train, heldout = (found.splits[split] for split in SPLITS)
+        share = heldout["documents"] / (train["documents"] + heldout["documents"])
+        for what, split, end in (("to train on", train, ""), ("held out", heldout, f" ({share:.1%} of the documents)")):
+            tokens = f", {split['tokens']:,} tokens" if "tokens" in split else ""
+            lines.append(f"  {what}: {split['documents']:,} documents, {split['text_bytes']:,} bytes{tokens}{end}")
+    else:
+        lines.append(f"  documents were not counted: {found.unread}")
+    lines.append(f"  vocabulary: {found.vocabulary}" + (f", {found.ids} ids" if found.ids is not None else ""))
+    lines.append(f"  token store: {found.store or 'none yet; the first run prepares it'}")
+    return "\n".join(lines)
