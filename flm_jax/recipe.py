@@ -1,7 +1,8 @@
 """Recipes: what is computed (`Recipe`, its `Stage`s), how it is run (`Run`), and the resolved stages.
 
 A work directory belongs to one recipe: every number in it follows from the recipe, and continuing with another one is
-refused. A run's settings, such as the mesh or how often it saves, may change from one start to the next.
+refused. A run's settings, such as the mesh or how often it saves, may change from one start to the next, and so may the
+few fields of a recipe that change no number (metadata ``{"compared": False}``), such as how often it measures.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     seed: Seed = 0
     loss_chunks: Size = 1
-    tolerance: NonNegative = 1e-5
+    tolerance: NonNegative = field(default=1e-5, metadata={"compared": False})
     eval_windows: Size = 256
-    eval_every: Size = 50
+    eval_every: Size = field(default=50, metadata={"compared": False})
     # The path may change: the checkpoint is identified by its digest, which is recorded.
     start: str = field(default="", metadata={"identity": False})
 

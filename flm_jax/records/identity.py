@@ -9,7 +9,7 @@ from typing import Any
 
 from flm_jax.distributed import is_primary
 from flm_jax.files import atomic_write, write_json
-from flm_jax.records.json import completed
+from flm_jax.records.json import compared, completed
 
 RECIPE, DATA = "recipe.json", "data.json"
 # What the process that writes to a directory holds.
@@ -25,22 +25,33 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             yield from differences(x, y, f"{path}.{i}")
     elif a != b:
-        yield f"{path}: {a!r} there, {b!r} here"
+        yield f"{path}: {_short(a)} there, {_short(b)} here"
+
+
+def _short(value: Any) -> str:
+    """A value in a sentence: a configuration by its class, a list of configurations by its length."""
+    if isinstance(value, dict) and "class" in value:
+        return f"a {value['class']}"
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return f"{len(value)} of them"
+    return repr(value)
 
 
 def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
-    """Checks that a work directory that is already in use was begun with `mine`.
+    """Checks that a work directory that is already in use was begun with `mine`, apart from what may change.
 
     Raises:
       ValueError: it was begun with something else, and the message names what differs; or it is not a work directory.
     """
     if (workdir / file).exists():
-        found = list(differences(completed(json.loads((workdir / file).read_text())), json.loads(json.dumps(mine))))
+        before, now = completed(json.loads((workdir / file).read_text())), json.loads(json.dumps(mine))
+        found = list(differences(compared(before), compared(now)))
         if found:
             more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
             raise ValueError(
-                f"{workdir} was begun with {what}: {'; '.join(found[:3])}{more}. Nothing was changed; use another "
-                "--workdir for this one."
+                f"{workdir} was begun with {what}: {'; '.join(found[:3])}{more}. Nothing was changed. Give this one a "
+                f"new --workdir; to go on there from the newest checkpoint here, set Recipe.start = {str(workdir)!r}: "
+                "the first stage then continues that model, or grows it."
             )
     elif workdir.exists() and not (workdir / RECIPE).exists() and any(p.name != LOCK for p in workdir.iterdir()):
         raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")

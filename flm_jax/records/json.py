@@ -15,7 +15,8 @@ from flm_jax.records.fields import classes
 def as_dict(value: Any) -> Any:
     """A configuration as JSON-able data; dataclasses carry the name of their class.
 
-    Fields with the metadata ``{"identity": False}``, such as where a cache is kept, are left out.
+    Fields with the metadata ``{"identity": False}``, such as where a cache is kept, are left out. For those that are
+    recorded and may still change, see `compared`.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: as_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if _identifies(f)}
@@ -64,6 +65,17 @@ def completed(record: Any) -> Any:
         if _identifies(f) and (default := _default(f)) is not dataclasses.MISSING
     }
     return {**gained, **{name: completed(value) for name, value in record.items()}}
+
+
+def compared(record: Any) -> Any:
+    """A record without the fields that may change within a work directory: metadata ``{"compared": False}``."""
+    if isinstance(record, list):
+        return [compared(value) for value in record]
+    if not isinstance(record, dict):
+        return record
+    cls = {cls.__name__: cls for cls in classes()}.get(record.get("class", ""))
+    free = {f.name for f in (dataclasses.fields(cls) if cls else ()) if not f.metadata.get("compared", True)}
+    return {name: compared(value) for name, value in record.items() if name not in free}
 
 
 def _identifies(field: dataclasses.Field[Any]) -> bool:
