@@ -63,7 +63,7 @@ def gin_file(data, tmp_path_factory) -> Path:
 
 
 def test_killed_and_run_again_on_the_command_line_equals_never_killed(gin_file, tmp_path):
-    """SIGTERM in the first stage saves and exits with 0; kill -9 inside the mask ramp; then to the end."""
+    """SIGTERM in the first stage saves and exits with 75; kill -9 inside the mask ramp; then to the end."""
     env = environment()
     whole = subprocess.run(command(gin_file, tmp_path / "whole"), env=env, capture_output=True, text=True, timeout=300)
     assert whole.returncode == 0, whole.stderr
@@ -83,7 +83,7 @@ def test_killed_and_run_again_on_the_command_line_equals_never_killed(gin_file, 
             time.sleep(0.01)
         process.send_signal(number)
         output = process.communicate(timeout=100)[0]
-        assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL), output
+        assert process.returncode == (75 if number == signal.SIGTERM else -signal.SIGKILL), output
         if number == signal.SIGTERM:
             assert "everything is saved" in output
             assert not (tmp_path / "cut/checkpoints/0_a/40").exists()

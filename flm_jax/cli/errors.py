@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from flm_jax import distributed
 from flm_jax.checkpoint import CheckpointError
+from flm_jax.cli.flags import begun, exit_interrupted, was_interrupted
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import GrowthError
 from flm_jax.stage_run import NonFiniteError
@@ -46,19 +47,28 @@ def started() -> Iterator[None]:
     _log_from(logging.WARNING)  # before JAX looks for devices, because it logs every platform that it does not find
     if not distributed.is_primary():
         _log_from(logging.ERROR)
+    begun()
     try:
         yield
     except EXPECTED as error:
         fail(error)
-    except (Exception, KeyboardInterrupt) as error:
-        if distributed.joined():
+    except KeyboardInterrupt:
+        distributed.fail_together("interrupted by SIGINT")
+        raise
+    except Exception as error:
+        if was_interrupted():
+            distributed.fail_together("interrupted by SIGINT")
+        elif distributed.joined():
             traceback.print_exc()
             distributed.fail_together(repr(error))
         raise
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Prints an error as one sentence and exits with status 1."""
+    """Prints an error as one sentence and exits with status 1; as interrupted, if that is what caused it."""
+    if was_interrupted():
+        distributed.fail_together("interrupted by SIGINT")
+        exit_interrupted()
     # gin appends the calls that it was in to the message; only the text before them is printed.
     text = " ".join(str(error).split("\n  In call to configurable")[0].split())
     print(f"error: {text}", file=sys.stderr)

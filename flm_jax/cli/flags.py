@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from absl import app, flags
 
 FLAGS = flags.FLAGS
+# Exit statuses besides 0 (done), 1 (it failed, or what was asked does not hold) and 2 (wrong flags): EX_TEMPFAIL of
+# sysexits.h for a run that saved its state and goes on when it is started again, and a shell's for SIGINT.
+STOPPED, INTERRUPTED = 75, 130
+_starting, _interrupted = True, False
+
+
+def begun() -> None:
+    """Ends the start: from now on SIGINT raises KeyboardInterrupt, so that drafts are removed."""
+    global _starting
+    _starting = False
+
+
+def was_interrupted() -> bool:
+    """Whether SIGINT has interrupted this program; libraries may turn the KeyboardInterrupt into another error."""
+    return _interrupted
+
+
+def exit_interrupted() -> NoReturn:
+    """Says in one line that the program was interrupted, and ends it at once with status `INTERRUPTED`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(2, b"Interrupted.\n")
+    os._exit(INTERRUPTED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    del number, frame
+    # While modules are imported there is nothing to clean up, and callbacks of the import would swallow an exception.
+    if _starting or _interrupted:
+        exit_interrupted()
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def _unraisable(what: Any) -> None:
+    """Ends the program where an interrupt came while a callback ran that cannot raise it; else as Python does."""
+    if _interrupted:
+        exit_interrupted()
+    sys.__unraisablehook__(what)
 
 
 def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]) -> None:
@@ -19,6 +62,8 @@ def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]
       define: defines the program's flags.
       run: the program, called with the values of all flags.
     """
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _unraisable
     sys.modules["__main__"].__doc__ = document  # absl reads the text of --help from there
     known = set(FLAGS)
     define()
@@ -28,7 +73,12 @@ def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
             refuse(f"unexpected argument {argv[1]!r}")
-        run(FLAGS)
+        try:
+            run(FLAGS)
+        except (Exception, KeyboardInterrupt):
+            if not _interrupted:
+                raise
+            exit_interrupted()
 
     app.run(main)
 

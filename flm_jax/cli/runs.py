@@ -15,6 +15,7 @@ from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.cli import configure
 from flm_jax.cli.configure import PACKAGE, check_used, configured, parse, recorded_data
 from flm_jax.cli.errors import fail, join, started
+from flm_jax.cli.flags import STOPPED
 from flm_jax.convert import exporting, importing
 from flm_jax.evaluation import EvalRequest
 from flm_jax.files import write_json
@@ -26,7 +27,10 @@ __all__ = ["join", "run_evaluate", "run_export", "run_grow", "run_import", "run_
 
 
 def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool) -> None:
-    """Builds the recipe from gin and trains it, or prints its plan if `dry_run`."""
+    """Builds the recipe from gin and trains it, or prints its plan if `dry_run`.
+
+    The program exits with `STOPPED` if a signal stopped the run, which is then saved.
+    """
     with started():
         parse(gin_files, gin_bindings)
         recipe, run = configured(configure.train)
@@ -37,8 +41,10 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
             return
         assert workdir is not None
         given = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
-        if train(recipe, run, workdir, records=given) is None:
-            distributed.print0(f"Stopped; everything is saved in {workdir}. Run the same command to continue.")
+        if train(recipe, run, workdir, records=given) is not None:
+            return
+        distributed.print0(f"Stopped; everything is saved in {workdir}. Run the same command to continue.")
+    sys.exit(STOPPED)
 
 
 def chosen(checkpoint: str) -> str:

@@ -1,0 +1,68 @@
+"""Exit statuses of programs: 75 for a run that a signal stopped, 130 and one line for one that is interrupted."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gin
+import pytest
+
+from flm_jax.cli import runs
+from flm_jax.cli.flags import INTERRUPTED, STOPPED
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(("result", "status"), [(None, STOPPED), ({}, None)])
+def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "train", lambda *_, **__: result)
+    monkeypatch.setattr(runs, "git_state", str)
+    gin.clear_config()
+    bindings = [f"TextFolder.path = {str(tmp_path)!r}"]
+    try:
+        runs.run_train([str(ROOT / "gin_configs/recipes/minimal.gin")], bindings, str(tmp_path / "run"), False)
+        found = None
+    except SystemExit as stop:
+        found = stop.code
+    finally:
+        gin.clear_config()
+    assert found == status
+    assert ("Run the same command to continue" in capsys.readouterr().out) == (result is None)
+
+
+@pytest.mark.parametrize("before", ["", "begun()\n  "], ids=["while it starts", "later"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "signal.raise_signal(signal.SIGINT)",
+        # As an import that C code does may turn it into another error.
+        "try:\n    signal.raise_signal(signal.SIGINT)\n  except BaseException as e:\n    raise ImportError('x') from e",
+        "class A:\n    def __del__(self):\n      signal.raise_signal(signal.SIGINT)\n  A()\n  print('went on')",
+        "try:\n    signal.raise_signal(signal.SIGINT)\n  except BaseException:\n    signal.raise_signal(signal.SIGINT)",
+    ],
+    ids=["as it comes", "as another error", "where it cannot be raised", "swallowed, and then sent again"],
+)
+def test_an_interrupted_program_says_one_line(body, before):
+    code = "import signal, sys\nsys.argv = ['x']\nfrom flm_jax.cli.flags import begun, launch\n"
+    code += f"def run(_):\n  {before}{body}\nlaunch('', lambda: None, run)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == ""
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "Interrupted.\n")
+
+
+@pytest.mark.integration
+def test_ctrl_c_while_a_run_starts_says_one_line(tmp_path):
+    for delay in (0.5, 1.5):
+        process = subprocess.Popen(
+            [sys.executable, "experiments/train.py", "--gin_file=gin_configs/recipes/demo.gin", "--dry_run"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+        assert (process.returncode, error) == (INTERRUPTED, "Interrupted.\n")
