@@ -1,11 +1,13 @@
-"""Atomic writes of files, sha256 sums, and a check for room on the disk."""
+"""Atomic writes of files, bounded reads, sha256 sums, and a check for room on the disk."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,31 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Any) -> str:
     """The sha256 (hex) of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_bounded(path: Path, most: int, *, links: bool = True) -> bytes:
+    """The content of a regular file.
+
+    Args:
+      path: the file.
+      most: the most bytes that it may have.
+      links: whether the last part of the path may be a symbolic link to the file.
+
+    Raises:
+      OSError: it cannot be read, is not a regular file (a device or a pipe may have no end), or has more bytes.
+    """
+    # Without O_NONBLOCK, opening a pipe would wait until another process writes to it.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
+    found = path.stat() if links else path.lstat()
+    if stat.S_ISREG(found.st_mode):  # devices are not opened: that alone may do something
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            found = os.fstat(file.fileno())
+            if stat.S_ISREG(found.st_mode):
+                content = file.read(most + 1) if found.st_size <= most else b""
+                if len(content) > most or found.st_size > most:
+                    raise OSError(errno.EFBIG, f"more than the {most} bytes that it may have", str(path))
+                return content
+    raise OSError(errno.EINVAL, "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a regular file", str(path))
 
 
 def fsync(path: Path) -> None:

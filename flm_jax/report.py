@@ -13,10 +13,33 @@ from flm_jax import costs
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.config import ModelConfig
 from flm_jax.files import atomic_write
+from flm_jax.foreign_json import check, field
 from flm_jax.recipe import ResolvedStage
 from flm_jax.records import as_dict
 
 _LEFT_OUT = ("config_before", "config_after", "verification")
+
+# The fields of a measurement, and of a step that was skipped.
+_EVAL = {"stage": str, "step": int, "tokens": int, "flops": float, "loss": float, "bits_per_byte": float}
+_SKIPPED = {"stage": str, "step": int}
+
+
+def read_history(meta: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The measurements, growths and skipped steps of a run so far, from the meta.json of its checkpoint.
+
+    Raises:
+      ValueError: they are missing, or not as a run records them.
+    """
+    history = field(dict(meta), "history", dict, "it")
+    found = {name: list(field(history, name, list, "its history")) for name in ("evals", "growths", "skipped")}
+    for name, fields in (("evals", _EVAL), ("skipped", _SKIPPED)):
+        for number, entry in enumerate(found[name]):
+            where = f"entry {number} of its {name}"
+            for key, kind in fields.items():
+                field(check(entry, dict, where), key, kind, where)
+    for number, entry in enumerate(found["growths"]):
+        _growth(GrowthRecord.from_record(check(entry, dict, f"entry {number} of its growths")))
+    return found
 
 
 def _config(data: Mapping[str, Any]) -> ModelConfig:
@@ -72,16 +95,21 @@ def summary(
 
 def _growth(growth: GrowthRecord) -> dict[str, Any]:
     """The report's entry of a growth: its record and main measurements as one flat dict, without configurations."""
-    found = growth.verification
+    found = dict(growth.verification)
+
+    def measured(group: str, name: str, kind: type = float) -> Any:
+        where = f"the verification of the growth to {growth.stage!r}"
+        return field(field(found, group, dict, where), name, kind, f"{where}, {group}")
+
     return {
         **{name: value for name, value in growth.record().items() if name not in _LEFT_OUT},
         "method": growth.growth.name,
-        "preserving": found["preserving"],
-        "max_abs_logit_diff": found["logits"]["max_abs"],
-        "max_rel_logit_diff": found["logits"]["max_rel"],
-        "layer_diffs": found["hidden"]["max_rel_by_layer"],
-        "eval_loss_before": found["eval_loss"]["before"],
-        "eval_loss_after": found["eval_loss"]["after"],
+        "preserving": field(found, "preserving", bool, "a growth's verification"),
+        "max_abs_logit_diff": measured("logits", "max_abs"),
+        "max_rel_logit_diff": measured("logits", "max_rel"),
+        "layer_diffs": measured("hidden", "max_rel_by_layer", list),
+        "eval_loss_before": measured("eval_loss", "before"),
+        "eval_loss_after": measured("eval_loss", "after"),
     }
 
 

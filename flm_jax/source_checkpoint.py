@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, read_manifest
-from flm_jax.checkpoint.commit import BLOBS, META
 from flm_jax.checkpoint.find import step_directory
-from flm_jax.checkpoint.manifest import file_faults
+from flm_jax.checkpoint.manifest import META, Manifest, file_faults, read_blobs, read_meta
 from flm_jax.config import ModelConfig
 from flm_jax.costs import leaves
 from flm_jax.data.vocabulary import TokenizerVocabulary, Vocabulary
+from flm_jax.foreign_json import check, field
 from flm_jax.growth.exact_adamw import rescaled_adamw
 from flm_jax.growth.lineage import Lineage
 from flm_jax.model import Masks, Params, declared
@@ -79,14 +78,19 @@ class CheckpointMeta:
         """Reads what `record` returns.
 
         Raises:
-          ValueError: the record has no lineage, or names what this version does not know.
+          ValueError: the record has no lineage, a field of it has the wrong type, or it names what this version does
+            not know.
         """
         if not record.get("lineage"):
             raise ValueError("it does not record its model and the growths that led to it")
-        lineage = record["lineage"]
-        newborn = len(lineage) == 1 or lineage[-1]["growth"] is not None
-        rest = {name: record.get(name) for name in ("provenance", "data", "history", "converted")}
-        return cls(record["stage"], Lineage.from_record(lineage), newborn, **rest)
+        entries = field(record, "lineage", list, "it")
+        lineage = Lineage.from_record(entries)
+        newborn = len(entries) == 1 or entries[-1]["growth"] is not None
+        rest = {
+            name: check(record.get(name), (dict, type(None)), f"its {name}")
+            for name in ("provenance", "data", "history", "converted")
+        }
+        return cls(field(record, "stage", str, "it"), lineage, newborn, **rest)
 
 
 def signature_texts(cfg: ModelConfig) -> dict[str, str]:
@@ -129,10 +133,11 @@ class SourceCheckpoint:
         Raises:
           DamagedError: one is not as it was saved.
         """
-        names = sorted(path.name for path in (self.directory / BLOBS).glob("*") if path.name != POSITION)
-        if faults := file_faults(self.directory, read_manifest(self.directory), contents=True) if names else []:
+        manifest = read_manifest(self.directory)
+        if faults := file_faults(self.directory, manifest, contents=False):
             raise DamagedError("; ".join(faults[:3]))
-        return {name: (self.directory / BLOBS / name).read_bytes() for name in names}
+        found = read_blobs(self.directory, manifest)
+        return {name: found[name] for name in sorted(found) if name != POSITION}
 
     def files_with(self, vocabulary: Vocabulary) -> dict[str, bytes]:
         """The files to copy with the weights if training uses `vocabulary`.
@@ -222,12 +227,26 @@ def read_source(path: str | Path) -> SourceCheckpoint:
     directory = step_directory(path)
     manifest = read_manifest(directory)
     try:
-        record = json.loads((directory / META).read_text())
+        meta = CheckpointMeta.from_record(read_meta(directory, manifest))
+        _check_sizes(meta.lineage, manifest)
     except ValueError as error:
-        raise DamagedError(f"{directory / META} is damaged: {error}; take another checkpoint.") from error
-    try:
-        meta = CheckpointMeta.from_record(record)
-    except ValueError as error:
-        raise CheckpointError(f"{directory}: {error}.") from error
+        raise CheckpointError(f"{directory / META}: {error}.") from error
     trained = any(name.startswith("opt_state/") for name in manifest.leaves)
-    return SourceCheckpoint(directory, int(directory.name), manifest.state_digest, meta, trained)
+    return SourceCheckpoint(directory, manifest.step, manifest.state_digest, meta, trained)
+
+
+def _check_sizes(lineage: Lineage, manifest: Manifest) -> None:
+    """Checks that no model of a lineage is larger than the arrays, before anything of its size is built.
+
+    Raises:
+      ValueError: one is.
+    """
+    largest = max((size for leaf in manifest.leaves.values() for size in leaf.shape), default=0)
+    ancestor: Lineage | None = lineage
+    while ancestor is not None:
+        for axis, size in ancestor.cfg.sizes.items():
+            if size > largest:
+                raise ValueError(
+                    f"its model has {axis}={size}, but no array of the checkpoint is longer than {largest}"
+                )
+        ancestor = ancestor.parent

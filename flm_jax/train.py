@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,8 +121,13 @@ def train(
         history: dict[str, list[Any]] = {"evals": [], "growths": [], "skipped": []}
         position: bytes | None = None
         if restored is not None:
-            state, history = restored.state, json.loads(json.dumps(restored.meta["history"]))
-            position = restored.blobs[POSITION]
+            try:
+                state, history = restored.state, report.read_history(restored.meta)
+            except ValueError as error:
+                where = stores[first].directory / str(restored.step)
+                raise CheckpointError(f"{where} does not record a run: {error}.") from error
+            if (position := restored.blobs.get(POSITION)) is None:
+                raise CheckpointError(f"{stores[first].directory / str(restored.step)} has no position in its data.")
         elif origin is not None:
             state = origin.restore(programs[0].mesh)
         del restored  # or it would keep the restored arrays in memory for the whole run

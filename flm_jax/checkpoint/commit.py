@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flm_jax.checkpoint import manifest
-from flm_jax.checkpoint.manifest import Leaf, Manifest
+from flm_jax.checkpoint.manifest import ARRAYS, BLOBS, META, Leaf, Manifest
 from flm_jax.files import fsync
-
-META, BLOBS = "meta.json", "blobs"
 
 _log = logging.getLogger("flm_jax.checkpoint")
 
@@ -47,7 +45,12 @@ def commit_step(
         (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_bytes(content)
     written = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
-    described = {name: manifest.describe_file(path) for name, path in written.items() if name != manifest.MANIFEST}
+    described = {
+        # Whatever is no array is interpreted as soon as it is read, so it has a sha256 at any size.
+        name: manifest.describe_file(path, hashed=not name.startswith(f"{ARRAYS}/"))
+        for name, path in written.items()
+        if name != manifest.MANIFEST
+    }
     (partial / manifest.MANIFEST).write_bytes(manifest.dump_manifest(Manifest(step, leaves, described)))
     # A name must not reach the disk before the content that it names.
     for path in [*partial.rglob("*"), partial]:

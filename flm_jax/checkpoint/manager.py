@@ -15,10 +15,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import logging
 import operator
-import re
 import shutil
 import time
 from collections.abc import Collection, Mapping
@@ -32,23 +30,25 @@ import orbax.checkpoint as ocp
 from flm_jax import distributed
 from flm_jax.checkpoint import checksum, manifest, orbax_io
 from flm_jax.checkpoint.blocks import open_leaves
-from flm_jax.checkpoint.commit import BLOBS, META, commit_step, small_files
+from flm_jax.checkpoint.commit import commit_step, small_files
 from flm_jax.checkpoint.directory import Steps, take_lock
 from flm_jax.checkpoint.manifest import (
+    ARRAYS,
+    BLOB,
     CheckpointError,
     DamagedError,
     Leaf,
     NoCheckpointError,
     PyTree,
     leaf_paths,
+    read_blobs,
     read_manifest,
+    read_meta,
 )
-from flm_jax.checkpoint.orbax_io import ARRAYS
 from flm_jax.records import LOCK
 
 _log = logging.getLogger("flm_jax.checkpoint")
 
-_BLOB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # How long a shared file system may take to show one machine what another has just written.
 _SHOWN_WITHIN_S = 60.0
 
@@ -183,7 +183,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: step {step} cannot be saved, the state has no arrays")
         if unknown := sorted(signatures.keys() - leaves.keys()):
             raise CheckpointError(f"signatures are given for leaves that the state does not have: {unknown}")
-        if wrong := sorted(name for name in blobs if not _BLOB.fullmatch(name)):
+        if wrong := sorted(name for name in blobs if not BLOB.fullmatch(name)):
             raise CheckpointError(f"blobs need plain file names, not {wrong}")
         files = small_files(meta, blobs)
         described = {
@@ -383,10 +383,5 @@ class Checkpoints:
             raise DamagedError(f"{step_dir}: the values of {', '.join(wrong[:3])} ({len(wrong)} leaves) have changed")
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
         with self._together("rest"):
-            try:
-                meta = json.loads((step_dir / META).read_bytes()) if META in saved.files else {}
-                names = [name for name in saved.files if name.startswith(f"{BLOBS}/")]
-                blobs = {name.removeprefix(f"{BLOBS}/"): (step_dir / name).read_bytes() for name in names}
-            except (OSError, ValueError) as error:
-                raise DamagedError(f"{step_dir}: {error}") from error
+            meta, blobs = read_meta(step_dir, saved), read_blobs(step_dir, saved)
         return Restored(step, state, meta, blobs)

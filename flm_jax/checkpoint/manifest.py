@@ -8,9 +8,13 @@ per step, which also holds the sha256 of its own content.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import math
+import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +22,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flm_jax import foreign_json
+from flm_jax.files import read_bounded, sha256_file
+from flm_jax.foreign_json import JsonError, check, field
+
 PyTree = Any
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-# Larger files hold array data, which the leaf checksums cover; hashing them too would read everything twice.
+MANIFEST, META, ARRAYS, BLOBS = "manifest.json", "meta.json", "arrays", "blobs"
+# Larger files of arrays have no sha256: the leaf checksums cover them, and hashing them too would read them twice.
 HASHED_BYTES = 1 << 20
+# A step of a streamed growth has a file per block: a million of them need this much.
+MOST_BYTES = 1 << 30
+BLOB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # The dtypes whose elements are whole bytes, so that the bits read can be compared with the bits written.
 _DTYPES = re.compile(r"bool|u?int(8|16|32|64)|bfloat16|float(16|32|64)|float8_\w+")
 _SHOWN = 10
+# No array has as many entries; NumPy and JAX count them in 64 bits.
+_MOST_ENTRIES = 1 << 56
 
 
 class CheckpointError(Exception):
@@ -63,7 +76,10 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """One file of a step: its size in bytes, and its sha256 unless it is large array data."""
+    """One file of a step: its size in bytes, and its sha256 unless it is large array data.
+
+    Checkpoints of version 0.1.0 have no sha256 of other large files either, such as a tokenizer.json above 1 MiB.
+    """
 
     size: int
     sha256: str | None
@@ -158,10 +174,10 @@ def compare(saved: Mapping[str, Leaf], wanted: Mapping[str, Any], *, where: str,
         raise CheckpointError(f"{where} does not fit the model, {len(faults)} leaves differ:\n  {lines}")
 
 
-def describe_file(path: Path) -> File:
-    """The size and sha256 of a file, as the manifest records them."""
+def describe_file(path: Path, *, hashed: bool = True) -> File:
+    """The size and sha256 of a file, as the manifest records them; `hashed=False` leaves a large one's sha256 out."""
     size = path.stat().st_size
-    return File(size, hashlib.sha256(path.read_bytes()).hexdigest() if size <= HASHED_BYTES else None)
+    return File(size, sha256_file(path) if hashed or size <= HASHED_BYTES else None)
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
@@ -178,31 +194,131 @@ def read_manifest(step_dir: str | Path) -> Manifest:
     """Reads the manifest of a step and checks it against its own sha256.
 
     Raises:
-      DamagedError: it is missing or cannot be read, a bit of it has changed, or it belongs to another step.
+      DamagedError: it is missing or cannot be read, a bit of it has changed, it does not say what a manifest says, or
+        it belongs to another step.
       CheckpointError: a newer version of this program wrote it.
     """
     path = Path(step_dir) / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_bounded(path, MOST_BYTES, links=False)
         # There is only one canonical form: a file that differs from the canonical form of its own content was changed.
-        document = json.loads(raw)
-        content = document["content"]
-        whole = raw == _canonical(document) and document["sha256"] == hashlib.sha256(_canonical(content)).hexdigest()
+        document = foreign_json.parse(raw, str(path))
+        content = field(document, "content", dict, str(path))
+        whole = raw == _canonical(document) and document.get("sha256") == _sha256(_canonical(content))
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path} is damaged: {error!r}") from error
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
+    except JsonError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
     if not whole:
         raise DamagedError(f"{path} is damaged: it does not match its own sha256")
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {content['format']}, this program reads format {FORMAT}")
-    if str(content["step"]) != path.parent.resolve().name:
-        raise DamagedError(f"{path} is the manifest of step {content['step']}: the directory was renamed or copied")
-    leaves = {
-        name: Leaf(tuple(leaf["shape"]), leaf["dtype"], leaf["signature"], leaf["checksum"])
-        for name, leaf in content["leaves"].items()
-    }
-    return Manifest(content["step"], leaves, {name: File(**file) for name, file in content["files"].items()})
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {content.get('format')!r}, this program reads format {FORMAT}")
+    try:
+        found = _manifest(content)
+    except JsonError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    if str(found.step) != path.parent.resolve().name:
+        raise DamagedError(f"{path} is the manifest of step {found.step}: the directory was renamed or copied")
+    return found
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    """The manifest that a JSON object describes.
+
+    Raises:
+      JsonError: a field is missing or of the wrong type, or a name leads out of the step's directory.
+    """
+    leaves, files = {}, {}
+    for name, leaf in field(content, "leaves", dict, "it").items():
+        where = f"leaf {name!r}"
+        shape = field(check(leaf, dict, where), "shape", list, where)
+        fits = all(0 <= check(size, int, where) < _MOST_ENTRIES for size in shape)
+        if not fits or math.prod(shape) >= _MOST_ENTRIES or not all(name.split("/")):
+            raise JsonError(f"{where} has the shape {shape!s:.80}, or an empty part of its name")
+        texts = [field(leaf, key, str, where) for key in ("dtype", "signature", "checksum")]
+        if not _DTYPES.fullmatch(texts[0]):
+            raise JsonError(f"{where} has the dtype {texts[0]!r}, which no checkpoint has")
+        try:
+            jnp.dtype(texts[0])  # float8 has several forms, and not every name that looks like one is one
+        except TypeError as error:
+            raise JsonError(f"{where}: {error}") from error
+        leaves[name] = Leaf(tuple(shape), *texts)
+    for name, file in field(content, "files", dict, "it").items():
+        where = f"file {name!r}"
+        size = field(check(file, dict, where), "size", int, where)
+        sha256 = field(file, "sha256", (str, type(None)), where)
+        parts = name.split("/")
+        plain = all(part not in ("", ".", "..") for part in parts) and not any(c in name for c in "\\\0")
+        if not plain or size < 0 or (parts[0] == BLOBS and (len(parts) != 2 or not BLOB.fullmatch(parts[1]))):
+            raise JsonError(f"{where} of {size} bytes: names must be those of files inside the step's directory")
+        files[name] = File(size, sha256)
+    return Manifest(field(content, "step", int, "it"), leaves, files)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_file(step_dir: Path, manifest: Manifest, name: str) -> bytes:
+    """The content of a small file of a step, once it has been found to be what was saved.
+
+    Raises:
+      DamagedError: it is not, or the manifest does not know the file.
+    """
+    path, file = step_dir / name, manifest.files.get(name)
+    if file is None:
+        raise DamagedError(f"{step_dir / MANIFEST} knows no file {name!r}")
+    try:
+        _check_folders(step_dir, name)
+        content = read_bounded(path, file.size, links=False)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) != file.size:
+        raise DamagedError(f"{path} has {len(content)} bytes, {file.size} were written")
+    if file.sha256 is not None and _sha256(content) != file.sha256:
+        raise DamagedError(f"{path} is damaged: it does not match its sha256")
+    return content
+
+
+def read_meta(step_dir: Path, manifest: Manifest) -> dict[str, Any]:
+    """The object in meta.json, which is parsed only if it is what was saved; empty if the step has none.
+
+    Raises:
+      DamagedError: it is not what was saved, or no JSON object.
+    """
+    if META not in manifest.files:
+        return {}
+    try:
+        # A run's measurements may hold NaN, for example the loss of a model that has diverged.
+        found: dict[str, Any] = foreign_json.parse(
+            read_file(step_dir, manifest, META), str(step_dir / META), finite=False
+        )
+    except JsonError as error:
+        raise DamagedError(str(error)) from error
+    return found
+
+
+def read_blobs(step_dir: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The contents of a step's blobs, by name, each found to be what was saved.
+
+    Raises:
+      DamagedError: one is not.
+    """
+    names = [name for name in manifest.files if name.startswith(f"{BLOBS}/")]
+    return {name.removeprefix(f"{BLOBS}/"): read_file(step_dir, manifest, name) for name in names}
+
+
+def _check_folders(step_dir: Path, name: str) -> None:
+    """Checks that the folders of a file are real ones, since a link would lead out of the step's directory.
+
+    Raises:
+      OSError: one is not.
+    """
+    for folder in list(Path(name).parents)[:-1]:
+        if not stat.S_ISDIR((step_dir / folder).lstat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a link, or no folder", str(step_dir / folder))
 
 
 def file_faults(step_dir: Path, manifest: Manifest, *, contents: bool) -> list[str]:
@@ -214,17 +330,48 @@ def file_faults(step_dir: Path, manifest: Manifest, *, contents: bool) -> list[s
       contents: also compares sha256 where the manifest has one, not only sizes.
 
     Returns:
-      One sentence per file that is missing or changed, naming it.
+      One sentence per file that is missing or changed, is no regular file, or lies among the arrays or blobs and is
+      not in the manifest.
     """
     faults = []
+    folders: set[Path] = set()
     for name, file in manifest.files.items():
         path = step_dir / name
         try:
-            size = path.stat().st_size
-            if size != file.size:
-                faults.append(f"{path} has {size} bytes, {file.size} were written")
-            elif contents and file.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
+            if path.parent not in folders:
+                _check_folders(step_dir, name)
+                folders.add(path.parent)
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode):
+                what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a regular file"
+                faults.append(f"{path} is {what}: a file of {file.size} bytes was written")
+            elif found.st_size != file.size:
+                faults.append(f"{path} has {found.st_size} bytes, {file.size} were written")
+            elif contents and file.sha256 and sha256_file(path) != file.sha256:
                 faults.append(f"{path} is damaged: it does not match its sha256")
         except OSError as error:
             faults.append(f"{path} cannot be read: {error.strerror}")
-    return faults
+    return faults + [f"{step_dir / name} was not saved with the step" for name in _unknown(step_dir, manifest)]
+
+
+def _unknown(step_dir: Path, manifest: Manifest) -> list[str]:
+    """Entries of the folders of arrays and blobs that the manifest lacks; their readers would take them for ours."""
+    found, folders = [], [ARRAYS, BLOBS]
+    while folders:
+        folder = folders.pop()
+        # A missing folder is no fault by itself; and of one that is a link, its files have been named already.
+        inside = os.scandir(step_dir / folder) if stat.S_ISDIR(_mode(step_dir / folder)) else ()
+        for entry in inside:
+            name = f"{folder}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False) and folder != BLOBS:
+                folders.append(name)
+            elif name not in manifest.files:
+                found.append(name)
+    return sorted(found)
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.lstat().st_mode
+    except FileNotFoundError:
+        return 0

@@ -11,8 +11,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flm_jax.checkpoint import checksum
-from flm_jax.checkpoint.commit import BLOBS, META
 from flm_jax.checkpoint.manifest import (
+    ARRAYS,
+    BLOB,
+    BLOBS,
+    META,
     CheckpointError,
     DamagedError,
     Leaf,
@@ -22,8 +25,6 @@ from flm_jax.checkpoint.manifest import (
     describe_file,
     leaf_paths,
 )
-
-ARRAYS = "arrays"
 
 
 def as_array(path: str, leaf: Any) -> jax.Array:
@@ -126,7 +127,8 @@ def unverified_manifest(orbax: ocp.AsyncCheckpointer, step_dir: Path) -> Manifes
         }
     except Exception as error:
         raise DamagedError(f"{step_dir / ARRAYS} cannot be read: {error}") from error
-    files = [path for path in (step_dir / META, *(step_dir / BLOBS).glob("*")) if path.is_file()]
+    blobs = [path for path in (step_dir / BLOBS).glob("*") if BLOB.fullmatch(path.name)]
+    files = [path for path in (step_dir / META, *blobs) if path.is_file() and not path.is_symlink()]
     return Manifest(
         int(step_dir.name),
         leaves,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import stat
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ class Report:
     Attributes:
       directory: the step's directory.
       step: the step's number.
-      leaves: how many arrays were read and compared.
+      leaves: how many arrays were read and compared; 0 if the manifest is damaged or a file is a link or a device.
       bytes: the size of all files.
       problems: one sentence per damaged file or leaf, naming it.
     """
@@ -61,12 +62,16 @@ def verify(directory: str | Path, step: int | None = None) -> Report:
             raise NoCheckpointError(
                 f"{directory} holds no checkpoint" + (f" of step {step}" if step is not None else "")
             )
-        size = sum(path.stat().st_size for path in step_dir.rglob("*") if path.is_file())
+        inside = [path.lstat() for path in step_dir.rglob("*")]
+        size = sum(found.st_size for found in inside if stat.S_ISREG(found.st_mode))
         try:
             saved = read_manifest(step_dir)
         except CheckpointError as error:
             return Report(str(step_dir), step, 0, size, (str(error),))
         problems = manifest.file_faults(step_dir, saved, contents=True)
+        if not all(stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) for found in inside):
+            # Where a file is a link or a device, nobody knows what orbax would read, or whether that has an end.
+            return Report(str(step_dir), step, 0, size, tuple(problems or [f"{step_dir} holds links or devices"]))
         with jax.enable_x64(True):  # or 8-byte leaves would be read as 4-byte ones
             for path, leaf in saved.leaves.items():
                 wanted = {path: orbax_io.target(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))}

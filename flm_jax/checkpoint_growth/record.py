@@ -8,9 +8,21 @@ from typing import Any
 
 from flm_jax import costs
 from flm_jax.config import ModelConfig
+from flm_jax.foreign_json import check, field
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import Growth
 from flm_jax.records import as_dict, from_dict
+
+# The measurements in a record of version 0.1.0.
+_FLAT: dict[str, type] = {
+    "method": str,
+    "preserving": bool,
+    "max_abs_logit_diff": float,
+    "max_rel_logit_diff": float,
+    "layer_diffs": list,
+    "eval_loss_before": float,
+    "eval_loss_after": float,
+}
 
 
 @dataclass(frozen=True)
@@ -63,25 +75,39 @@ class GrowthRecord:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> GrowthRecord:
-        """Reads what `record` returns; also the flat measurements that runs of version 0.1.0 recorded."""
+        """Reads what `record` returns; also the flat measurements that runs of version 0.1.0 recorded.
+
+        Raises:
+          ValueError: a field is missing or has the wrong type, or it names what this version does not know.
+        """
+        where = "the record of a growth"
         verification = record.get("verification")
         if verification is None:
+            number = {name: field(record, name, kind, where) for name, kind in _FLAT.items()}
             verification = {
-                "method": record["method"],
-                "preserving": record["preserving"],
+                "method": number["method"],
+                "preserving": number["preserving"],
                 "holds": True,
-                "logits": {"max_abs": record["max_abs_logit_diff"], "max_rel": record["max_rel_logit_diff"]},
-                "hidden": {"max_rel_by_layer": record["layer_diffs"]},
-                "eval_loss": {"before": record["eval_loss_before"], "after": record["eval_loss_after"]},
+                "logits": {"max_abs": number["max_abs_logit_diff"], "max_rel": number["max_rel_logit_diff"]},
+                "hidden": {"max_rel_by_layer": number["layer_diffs"]},
+                "eval_loss": {"before": number["eval_loss_before"], "after": number["eval_loss_after"]},
             }
+        growth, before, after = (
+            from_dict(field(record, name, dict, where)) for name in ("plan", "config_before", "config_after")
+        )
+        if not isinstance(growth, Growth) or not isinstance(before, ModelConfig) or not isinstance(after, ModelConfig):
+            raise ValueError(f"{where} holds something else than a Growth and two configurations of models")
+        if (largest := max(*before.sizes.values(), *after.sizes.values())) >= 2**31:
+            raise ValueError(f"{where} has an axis of {largest} entries")
+        distances = field(record, "distances", list, where)
         return cls(
-            stage=record["stage"],
-            growth=from_dict(record["plan"]),
-            source=record["source"],
-            source_digest=record["source_digest"],
-            seed=record.get("seed", 0),
-            distances=tuple(record["distances"]),
-            before=from_dict(record["config_before"]),
-            after=from_dict(record["config_after"]),
-            verification=verification,
+            stage=field(record, "stage", str, where),
+            growth=growth,
+            source=field(record, "source", str, where),
+            source_digest=field(record, "source_digest", str, where),
+            seed=check(record.get("seed", 0), int, f"{where}: its seed"),
+            distances=tuple(check(distance, float, f"{where}: a distance") for distance in distances),
+            before=before,
+            after=after,
+            verification=check(verification, dict, f"{where}: its verification"),
         )

@@ -19,11 +19,15 @@ import jax
 import numpy as np
 
 from flm_jax.config import ModelConfig
+from flm_jax.foreign_json import check, field
 from flm_jax.growth import masks, operators
 from flm_jax.growth.axis_map import AxisMap
 from flm_jax.growth.plan import Growth, axis_maps, grown_config, outline_maps
 from flm_jax.model import Masks
 from flm_jax.records import as_dict, from_dict
+
+# The fields of an entry of a lineage's record, and their types in JSON.
+_ENTRY: tuple[tuple[str, Any], ...] = (("model", dict), ("growth", (dict, type(None))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +179,12 @@ class Lineage:
 
     def record(self) -> list[dict[str, Any]]:
         """The models that led to this one, oldest first, each with the growth that produced it; JSON-able."""
-        earlier = [] if self.parent is None else self.parent.record()
-        return [*earlier, {"model": as_dict(self.cfg), "growth": as_dict(self.growth)}]
+        entries: list[dict[str, Any]] = []
+        ancestor: Lineage | None = self
+        while ancestor is not None:
+            entries.append({"model": as_dict(ancestor.cfg), "growth": as_dict(ancestor.growth)})
+            ancestor = ancestor.parent
+        return entries[::-1]
 
     @classmethod
     def from_record(cls, record: Sequence[Mapping[str, Any]]) -> Lineage:
@@ -186,11 +194,15 @@ class Lineage:
         most with other numerics: it is the same model.
 
         Raises:
-          ValueError: the record is empty, or names what this version does not know.
+          ValueError: the record is empty, an entry is not as `record` writes it, or it names what this version does not
+            know.
         """
         found: Lineage | None = None
-        for entry in record:
-            cfg, growth = from_dict(entry["model"]), from_dict(entry["growth"])
+        for number, entry in enumerate(record):
+            where = f"entry {number} of its lineage"
+            cfg, growth = (from_dict(field(check(entry, dict, where), name, kind, where)) for name, kind in _ENTRY)
+            if not isinstance(cfg, ModelConfig) or not isinstance(growth, Growth | None):
+                raise ValueError(f"{where} holds no ModelConfig, or something else than a Growth or null")
             if found is None or growth is not None:
                 found = cls(cfg, growth, found)
             else:
