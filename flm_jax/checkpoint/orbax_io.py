@@ -128,9 +128,10 @@ def unverified_manifest(orbax: ocp.AsyncCheckpointer, step_dir: Path) -> Manifes
     except Exception as error:
         raise DamagedError(f"{step_dir / ARRAYS} cannot be read: {error}") from error
     blobs = [path for path in (step_dir / BLOBS).glob("*") if BLOB.fullmatch(path.name)]
-    files = [path for path in (step_dir / META, *blobs) if path.is_file() and not path.is_symlink()]
+    every = (step_dir / META, *blobs, *(step_dir / ARRAYS).rglob("*"))
+    files = [path for path in every if path.is_file() and not path.is_symlink()]
     return Manifest(
         int(step_dir.name),
         leaves,
-        {str(path.relative_to(step_dir)): describe_file(path) for path in files},
+        {str(path.relative_to(step_dir)): describe_file(path, hashed=False) for path in files},
     )
