@@ -30,7 +30,7 @@ class JsonError(ValueError):
     """JSON that cannot be read or is not what it should be; the message names the file and the place in it."""
 
 
-def parse(raw: bytes | str, where: str, kind: type | None = dict, *, finite: bool = True) -> Any:
+def parse_json(raw: bytes | str, where: str, kind: type | None = dict, *, finite: bool = True) -> Any:
     """The value of a JSON text.
 
     Args:
@@ -53,7 +53,7 @@ def parse(raw: bytes | str, where: str, kind: type | None = dict, *, finite: boo
         if len(found) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise JsonError(f"{where} has the key {twice!r} twice in one object")
+            raise JsonError(f"{where} has {twice!r} twice in one object")
         return found
 
     def number(written: str) -> float:
@@ -75,12 +75,12 @@ def parse(raw: bytes | str, where: str, kind: type | None = dict, *, finite: boo
     return value if kind is None else check(value, kind, where)
 
 
-def read(path: Path, kind: type | None = dict, *, most: int = MOST_BYTES, finite: bool = True) -> Any:
-    """The value of a JSON file; see `parse`.
+def read_json(path: Path, kind: type | None = dict, *, most: int = MOST_BYTES, finite: bool = True) -> Any:
+    """The value of a JSON file; see `parse_json`.
 
     Raises:
       OSError: it cannot be read, for example because it does not exist.
-      JsonError: as `parse`; or it is not a regular file, or has more than `most` bytes.
+      JsonError: as `parse_json`; or it is not a regular file, or has more than `most` bytes.
     """
     try:
         raw = read_bounded(path, most)
@@ -88,7 +88,7 @@ def read(path: Path, kind: type | None = dict, *, most: int = MOST_BYTES, finite
         if error.errno in (errno.EINVAL, errno.EFBIG):
             raise JsonError(f"{path} cannot be read: {error.strerror}") from None
         raise
-    return parse(raw, str(path), kind, finite=finite)
+    return parse_json(raw, str(path), kind, finite=finite)
 
 
 def check(value: Any, kind: type | tuple[type, ...], where: str) -> Any:

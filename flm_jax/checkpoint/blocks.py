@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ import tensorstore as ts
 from flm_jax.checkpoint import direct_io
 from flm_jax.checkpoint.manifest import DamagedError
 from flm_jax.checkpoint.orbax_io import nest
+from flm_jax.foreign_json import check, field, parse_json
 
 # Read past the page cache, where the file system allows it. Small pieces, so that the allocator reuses their memory,
 # and a few at the same time, so that the disk does not wait for the copy of the one before.
@@ -134,12 +134,13 @@ def open_leaves(arrays: Path, wanted: Mapping[str, Any]) -> dict[str, StoredLeaf
 
 def _open(arrays: Path, store: ts.KvStore, path: str, leaf: Any) -> StoredLeaf:
     try:
-        zarr = json.loads(store[f"{key_of(path)}/.zarray"])
+        zarr = parse_json(bytes(store[f"{key_of(path)}/.zarray"]), path)
         plain = zarr["compressor"] is None and zarr["filters"] is None and zarr["order"] == "C"
-        shape, chunks = tuple(zarr["shape"]), tuple(zarr["chunks"])
+        shape, chunks = (tuple(field(zarr, name, list, path)) for name in ("shape", "chunks"))
+        whole = len(chunks) == len(shape) and all(check(size, int, path) > 0 for size in chunks)
     except (OSError, ValueError, KeyError) as error:
         raise DamagedError(f"{arrays}: {path} cannot be read: its description is missing or damaged") from error
-    if shape != tuple(leaf.shape) or not plain or zarr["dtype"] != zarr_dtype(leaf.dtype):
+    if shape != tuple(leaf.shape) or not plain or not whole or zarr["dtype"] != zarr_dtype(leaf.dtype):
         raise DamagedError(f"{arrays}: {path} is not stored as an uncompressed array of the shape and dtype it has")
     return StoredLeaf(path, shape, np.dtype(leaf.dtype), chunks, store)
 

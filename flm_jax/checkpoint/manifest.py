@@ -22,9 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flm_jax import foreign_json
 from flm_jax.files import read_bounded, sha256_file
-from flm_jax.foreign_json import JsonError, check, field
+from flm_jax.foreign_json import JsonError, check, field, parse_json
 
 PyTree = Any
 
@@ -202,7 +201,7 @@ def read_manifest(step_dir: str | Path) -> Manifest:
     try:
         raw = read_bounded(path, MOST_BYTES, links=False)
         # There is only one canonical form: a file that differs from the canonical form of its own content was changed.
-        document = foreign_json.parse(raw, str(path))
+        document = parse_json(raw, str(path))
         content = field(document, "content", dict, str(path))
         whole = raw == _canonical(document) and document.get("sha256") == _sha256(_canonical(content))
     except FileNotFoundError:
@@ -292,9 +291,7 @@ def read_meta(step_dir: Path, manifest: Manifest) -> dict[str, Any]:
         return {}
     try:
         # A run's measurements may hold NaN, for example the loss of a model that has diverged.
-        found: dict[str, Any] = foreign_json.parse(
-            read_file(step_dir, manifest, META), str(step_dir / META), finite=False
-        )
+        found: dict[str, Any] = parse_json(read_file(step_dir, manifest, META), str(step_dir / META), finite=False)
     except JsonError as error:
         raise DamagedError(str(error)) from error
     return found

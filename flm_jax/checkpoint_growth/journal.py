@@ -7,8 +7,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flm_jax.foreign_json import check, parse_json
+
 Sum = tuple[int, int]
 Name = tuple[str, int, int]
+
+
+def _entry(line: list[Any]) -> tuple[Name, tuple[Sum, Sum]]:
+    """The block group of a line, and its checksums.
+
+    Raises:
+      ValueError: the line is not one that `Journal.add` writes.
+    """
+    path, old, start, *sums = line
+    read, written = (check(lanes, list, "a checksum") for lanes in sums)
+    (a, b), (c, d) = read, written
+    for number in (old, start, a, b, c, d):
+        check(number, int, "a number")
+    return (check(path, str, "a path"), old, start), ((a, b), (c, d))
 
 
 class Journal:
@@ -31,12 +47,12 @@ class Journal:
             return False
         good = 0
         try:
-            if not lines or json.loads(lines[0]) != {"identity": identity}:
+            if not lines or parse_json(lines[0], str(self.path)) != {"identity": identity}:
                 return False
             for line in lines:
                 if good:
-                    path, old, start, read, written = json.loads(line)
-                    self.done[path, old, start] = (tuple(read), tuple(written))
+                    name, sums = _entry(parse_json(line, str(self.path), list))
+                    self.done[name] = sums
                 good += len(line) + 1
         except ValueError:
             pass  # a damaged line: blocks from there on are grown again

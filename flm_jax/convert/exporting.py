@@ -19,11 +19,13 @@ from flm_jax.checkpoint import blocks, checksum, manifest
 from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, read_manifest
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
+from flm_jax.convert.companions import FILES
 from flm_jax.convert.fold import factors
 from flm_jax.convert.layout import parts, tensors
-from flm_jax.convert.pieces import block_checksum, cast, check_dtype, in_parallel
+from flm_jax.convert.pieces import block_checksum, cast, check_dtype, check_finite, in_parallel
 from flm_jax.convert.tensors import SHARD_BYTES, save
 from flm_jax.files import atomic_write, missing_room
+from flm_jax.foreign_json import parse_json
 from flm_jax.progress import byte_bar
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
@@ -38,6 +40,8 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Writes a checkpoint's weights as config.json and safetensors, with the tokenizer that it was imported with.
+
+    Of the files in the checkpoint, only those that belong to a model (`companions.FILES`) are written.
 
     Kept widths and multipliers are folded into the weights (see `fold`). Weights without a factor stay the same, bit
     for bit if the dtype does not change.
@@ -56,7 +60,7 @@ def export_model(
 
     Raises:
       ValueError: the target is not empty, the masks are not at the end of their ramp, or no architecture can express
-        the model.
+        the model; or a weight is NaN or infinite.
       DamagedError: the checkpoint is not as it was saved; the target is removed.
       CheckpointError: as `read_source`, or the disk has not enough room.
     """
@@ -66,6 +70,7 @@ def export_model(
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; export into a new directory.")
     origin = read_source(source)
+    held = origin.files
     if origin.step < origin.meta.ramp_steps:
         raise ValueError(
             f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.meta.ramp_steps} steps: "
@@ -85,16 +90,16 @@ def export_model(
             raise CheckpointError(f"{missing}.")
         with byte_bar(needed, 0, "converting") as shown:
             save(target, planned, _filler(origin, by, shown.update), shard_bytes)
-        files = {name: content for name, content in origin.files.items() if name != families.CONFIG}
+        files = {name: held[name] for name in FILES if name in held and name != families.CONFIG}
         for name, content in files.items():
             atomic_write(target / name, content)
         atomic_write(target / families.CONFIG, json.dumps(config, indent=2) + "\n")
     except BaseException:
         if made:
             shutil.rmtree(target, ignore_errors=True)
-        else:
-            for path in target.iterdir():
-                path.unlink()
+        else:  # it was empty, and what was written is known
+            for name in (*FILES, *(path.name for path in target.glob("model*.safetensors*"))):
+                (target / name).unlink(missing_ok=True)
         raise
     leaves = jax.tree.leaves(by)
     return {
@@ -114,12 +119,13 @@ def export_model(
 def _recorded(origin: SourceCheckpoint) -> Mapping[str, Any]:
     """The config.json that the weights were imported with, before any growth or training; empty if there was none."""
     text = origin.files.get(families.CONFIG)
-    return json.loads(text) if text else {}
+    found: dict[str, Any] = parse_json(text, f"{origin.directory}: {families.CONFIG}") if text else {}
+    return found
 
 
 def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]) -> Any:
     """The family to write, the factor of each parameter, and the configuration to write."""
-    came = (before.get("architectures") or [None])[0]
+    came = next(iter(families.architectures(before, "its config.json")), None)
     own = families.TELE_FLM.architecture
     keeps = (architecture or came) == own
     by, plain = factors(cfg, multipliers=not keeps)
@@ -162,6 +168,7 @@ def _filler(origin: SourceCheckpoint, by: Any, show: Callable[[int], Any]) -> Ca
         def read(first: int) -> tuple[np.ndarray, int]:
             block = np.empty((min(run, size - first), *part.shape[1:]), part.dtype)
             leaves[path].read(lead, first, block)
+            check_finite(block, name, f"{origin.directory}, {path}")
             lanes = block_checksum(part, block, lead, first, 0)
             if factor != 1:
                 block = block.astype(np.float32) * np.float32(factor)

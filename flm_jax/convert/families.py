@@ -6,14 +6,14 @@ read must compute the same function.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from flm_jax.config import ModelConfig, RopeScaling
+from flm_jax.convert import companions
+from flm_jax.foreign_json import JsonError, check, parse_json
 
 CONFIG = "config.json"
 # Fields of `ModelConfig` that only some families have.
@@ -76,17 +76,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-      ValueError: the file does not exist, cannot be read, or holds another JSON value.
+      ValueError: the file does not exist, cannot be read, or holds another JSON value; or it is a link that leads out
+        of its directory.
     """
     try:
-        found = json.loads(path.read_text())
+        return dict(parse_json(companions.read(path), "it"))
     except FileNotFoundError:
         raise ValueError(f"There is no {path.name} in {path.parent}: it must be beside the weights.") from None
-    except (ValueError, OSError) as error:
+    except (JsonError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold one JSON object, not a {type(found).__name__}.")
-    return found
+
+
+def architectures(config: Mapping[str, Any], where: str) -> list[str]:
+    """The names of model classes in a config.json.
+
+    Raises:
+      ValueError: they are not a list of names.
+    """
+    named = config.get("architectures") or []
+    named = [named] if isinstance(named, str) else check(named, list, f"{where}: architectures")
+    return [check(name, str, f"{where}: an entry of architectures") for name in named]
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -95,15 +104,13 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     Raises:
       ValueError: its architecture is not in `FAMILIES`.
     """
-    named = config.get("architectures") or []
-    named = [named] if isinstance(named, str) else named
+    named = architectures(config, where)
     for name in named:
         if name in FAMILIES:
             return FAMILIES[name]
     code = " Code that comes with a model (auto_map) is never run." if "auto_map" in config else ""
     raise ValueError(
-        f"{where} names {', '.join(map(str, named)) or 'nothing'} as its architecture; supported are "
-        f"{', '.join(FAMILIES)}.{code}"
+        f"{where} names {', '.join(named) or 'nothing'} as its architecture; supported are {', '.join(FAMILIES)}.{code}"
     )
 
 
@@ -126,23 +133,25 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     def size(name: str, default: int | None = None) -> int:
         value = given.get(name)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: {name} is {value!r}; it must be a positive integer.")
+        # The tensors are counted in 32 bits along each axis.
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise ValueError(f"{where}: {name} is {value!r:.80}; it must be a positive integer.")
         return value
 
     def number(name: str, default: float, within: Mapping[str, Any] = given) -> float:
         value = within.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{where}: {name} is {value!r}; it must be a positive number.")
-        return float(value)
+        return _number(default if value is None else value, name, where)
+
+    def flag(name: str) -> bool:
+        return bool(check(given.get(name) or False, bool, f"{where}: {name}"))
 
     _refuse(given, where)
+    size("max_position_embeddings", 1)
     rope = _rope(given, where)
     embed, heads, layers = size("hidden_size"), size("num_attention_heads"), size("num_hidden_layers")
     std = number("initializer_range", 0.02)
     mults: dict[str, Any] = dict(base_width=embed)
-    if family is TELE_FLM and given.get("use_mup"):
+    if family is TELE_FLM and flag("use_mup"):
         mults = _multipliers(
             embed, number("input_mult", 1.0), number("output_mult", 1.0), number("mup_scale_factor", 1.0)
         )
@@ -155,12 +164,12 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             vocab=size("vocab_size"),
             kv_heads=size("num_key_value_heads", heads),
             head_dim=size("head_dim", embed // heads),
-            tied=bool(given.get("tie_word_embeddings", False)),
+            tied=flag("tie_word_embeddings"),
             norm_eps=number("rms_norm_eps", 1e-6),
             rope_theta=number("rope_theta", number("rope_theta", 10_000.0), rope),
             qkv_bias="qkv_bias" in family.always,
             qk_norm="qk_norm" in family.always,
-            sliding_window=_sliding_window(given, family, layers, where),
+            sliding_window=size("sliding_window") if _slides(given, family, layers, where) else None,
             rope_scaling=_rope_scaling(rope, where),
             init_std=std,
             init_std_vector=std,
@@ -170,9 +179,16 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         raise ValueError(error if str(error).startswith(where) else f"{where}: {error}") from error
 
 
+def _number(value: Any, name: str, where: str) -> float:
+    """A positive number of a config.json, which is neither infinite nor an integer too large for a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
+        raise ValueError(f"{where}: {name} is {value!r:.80}; it must be a positive number.")
+    return float(value)
+
+
 def _multipliers(embed: int, input_mult: float, output_mult: float, scale: float) -> dict[str, Any]:
     """Tele-FLM's multipliers; logits are multiplied by output_mult / mup_scale_factor, where scale = width / base."""
-    base = round(embed / scale)
+    base = round(min(embed / scale, 2**31))
     if base >= 1 and embed / base == scale:
         return dict(base_width=base, input_mult=input_mult, output_mult=output_mult)
     return dict(base_width=embed, input_mult=input_mult, output_mult=output_mult / scale)
@@ -225,32 +241,39 @@ def _rope_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
     if kind != "llama3":
         raise ValueError(f"{where}: rotary frequencies are scaled by {kind!r}; only 'llama3' is supported.")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if missing := [name for name in names if not isinstance(rope.get(name), int | float)]:
+    if missing := [name for name in names if rope.get(name) is None]:
         raise ValueError(f"{where}: the scaling of rotary frequencies lacks {', '.join(missing)}.")
-    factor, low, high, original = (rope[name] for name in names)
-    return RopeScaling(float(factor), float(low), float(high), int(original))
+    factor, low, high, original = (_number(rope[name], name, where) for name in names)
+    return RopeScaling(factor, low, high, int(original))
 
 
-def _sliding_window(config: Mapping[str, Any], family: Family, layers: int, where: str) -> int | None:
-    window = config.get("sliding_window")
-    if "sliding_window" not in family.allows or window is None:
-        return None
-    kinds = config.get("layer_types")
+def _slides(config: Mapping[str, Any], family: Family, layers: int, where: str) -> bool:
+    """Whether all layers have a sliding window; False: none has.
+
+    Raises:
+      ValueError: some have.
+    """
+    if "sliding_window" not in family.allows or config.get("sliding_window") is None:
+        return False
+    kinds = check(config.get("layer_types") or [], list, f"{where}: layer_types")
+    found = {check(kind, str, f"{where}: an entry of layer_types") for kind in kinds}
     if family.model_type != "mistral":
-        if not config.get("use_sliding_window", False):
-            return None
+        if not check(config.get("use_sliding_window") or False, bool, f"{where}: use_sliding_window"):
+            return False
         first = config.get("max_window_layers")
-        first = 28 if first is None else first
-        kinds = kinds or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    found = set(kinds or ["sliding_attention"])
+        first = check(28 if first is None else first, int, f"{where}: max_window_layers")
+        if not found:
+            found = {"full_attention"} if first > 0 else set()
+            found |= {"sliding_attention"} if first < layers else set()
+    found = found or {"sliding_attention"}
     if found == {"full_attention"}:
-        return None
+        return False
     if found != {"sliding_attention"}:
         raise ValueError(
             f"{where}: layers have different kinds of attention ({', '.join(sorted(found))}); only one sliding window "
             "for all layers, or none, is supported."
         )
-    return int(window)
+    return True
 
 
 def choose(cfg: ModelConfig, asked: str | None, before: Mapping[str, Any]) -> Family:
@@ -264,7 +287,7 @@ def choose(cfg: ModelConfig, asked: str | None, before: Mapping[str, Any]) -> Fa
     Raises:
       ValueError: no family can express the model; the message says why.
     """
-    came = [name for name in before.get("architectures") or [] if name in FAMILIES]
+    came = [name for name in architectures(before, "its config.json") if name in FAMILIES]
     plain = [family.architecture for family in FAMILIES.values() if family is not TELE_FLM]
     reasons = []
     for name in [asked] if asked else [*came, *plain]:
@@ -300,7 +323,8 @@ def config_json(
     )
     stale += ("output_mult", "mup_scale_factor", "max_window_layers", "use_sliding_window", "sliding_window")
     config = {name: value for name, value in before.items() if name not in stale}
-    config["max_position_embeddings"] = max(config.get("max_position_embeddings") or 0, context or 0) or 4096
+    said = check(config.get("max_position_embeddings") or 0, int, "its config.json: max_position_embeddings")
+    config["max_position_embeddings"] = max(said, context or 0) or 4096
     config |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,

@@ -21,34 +21,18 @@ from flm_jax.checkpoint.find import STAGES, stage_directory
 from flm_jax.checkpoint.manifest import CheckpointError, Leaf
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
+from flm_jax.convert.companions import read_companions
 from flm_jax.convert.layout import Part, parts
-from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, in_parallel
+from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, check_finite, in_parallel
 from flm_jax.convert.tensors import Stored, few, open_shards
+from flm_jax.data.tokenizer_file import token_count
+from flm_jax.data.vocabulary import TOKENIZER
 from flm_jax.files import missing_room
 from flm_jax.growth.lineage import Lineage
 from flm_jax.progress import byte_bar
 from flm_jax.source_checkpoint import CheckpointMeta
 
 CHUNK_BYTES = 16 << 20
-# The files that are copied with the weights. Program files in the directory are not copied.
-FILES = (
-    families.CONFIG,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tekken.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
-)
 STAGE = "converted"
 # Buffers in old files that can be computed from the configuration; they are ignored.
 _DERIVED = ".rotary_emb.inv_freq"
@@ -94,21 +78,13 @@ def import_model(
 
     Raises:
       ValueError: the model is not supported (see `families`); a tensor is missing, unknown, or of another shape than
-        config.json says; the tokenizer has more tokens than the model; the work directory is not empty.
-      FormatError: the files are damaged.
+        config.json says; a weight is NaN or infinite; the tokenizer has more tokens than the model; the work directory
+        is not empty.
+      FormatError: the files are damaged, or one is a link that leads out of the directory.
       CheckpointError: the disk has not enough room, or writing failed.
     """
     source, workdir = Path(source).expanduser(), Path(workdir).expanduser()
-    if not source.is_dir():
-        raise ValueError(f"{source} is not a directory; give one with {families.CONFIG} and safetensors files.")
-    where = str(source / families.CONFIG)
-    config = families.read_json(source / families.CONFIG)
-    cfg = families.model_config(config, where)
-    stored = open_shards(source)
-    cfg = cfg.replace(param_dtype=_dtype(dtype, stored, source))
-    found = _match(cfg, stored, source)
-    files = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
-    _check_tokenizer(cfg, source)
+    cfg, config, found, files = examine(source, dtype)
     directory = workdir / STAGES / stage_directory(0, STAGE)
     _check_new(workdir, directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +96,7 @@ def import_model(
             record = {
                 "stage": STAGE,
                 "source": str(source),
-                "architecture": families.family_of(config, where).architecture,
+                "architecture": families.family_of(config, str(source / families.CONFIG)).architecture,
                 "tensors": len(found),
                 "bytes": sum(tensor.nbytes for tensor in found.values()),
                 "params": costs.param_count(cfg),
@@ -140,6 +116,31 @@ def import_model(
     return {**record, "model": costs.shape_line(cfg), "dtype": cfg.param_dtype}
 
 
+Found = Mapping[tuple[str, tuple[int, ...]], Stored]
+
+
+def examine(source: Path, dtype: str | None = None) -> tuple[ModelConfig, dict[str, Any], Found, dict[str, bytes]]:
+    """What an import would read from a directory, once everything but the values of weights has been checked.
+
+    Returns:
+      The model, its config.json, the tensor of each layer of each parameter, and the files that are taken along.
+
+    Raises:
+      ValueError: as `import_model`.
+    """
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a directory; give one with {families.CONFIG} and safetensors files.")
+    config = families.read_json(source / families.CONFIG)
+    cfg = families.model_config(config, str(source / families.CONFIG))
+    stored = open_shards(source)
+    cfg = cfg.replace(param_dtype=_dtype(dtype, stored, source))
+    _check_sizes(cfg, stored, source)
+    found = _match(cfg, stored, source)
+    files = read_companions(source)
+    _check_tokenizer(cfg, files, source)
+    return cfg, config, found, files
+
+
 def _dtype(asked: str | None, stored: Mapping[str, Stored], source: Path) -> str:
     if asked is not None:
         return check_dtype(asked)
@@ -153,7 +154,32 @@ def _dtype(asked: str | None, stored: Mapping[str, Stored], source: Path) -> str
     )
 
 
-def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> dict[tuple[str, tuple[int, ...]], Stored]:
+def _check_sizes(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> None:
+    """Compares the sizes in config.json with those of the tensors, before anything of these sizes is built.
+
+    Raises:
+      ValueError: the tensors cannot be those of such a model.
+    """
+    where = source / families.CONFIG
+    if cfg.layers > len(stored):
+        raise ValueError(f"{where} describes {cfg.layers} layers, but the files hold only {len(stored)} tensors.")
+    held = [tensor for tensor in stored.values() if tensor.nbytes]
+    longest = max((size for tensor in held for size in tensor.shape), default=0)
+    entries = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in held)
+    heads, vocab = cfg.heads * cfg.h_dim, cfg.vocab
+    for what, size in (("hidden_size", cfg.embed), ("intermediate_size", cfg.mlp), ("vocab_size", vocab)):
+        if size > 4 * longest:  # closer ones are told which tensor does not fit, by `_match`
+            raise ValueError(f"{where}: {what} is {size}, but no tensor in the files is longer than {longest}.")
+    # Fewer than there are in the embedding, in the queries and in one matrix of each MLP.
+    least = cfg.embed * (vocab + cfg.layers * (heads + cfg.mlp))
+    if least > entries:
+        raise ValueError(
+            f"{where} describes a model of more than {least} weights, but the files hold only {entries}; see its "
+            "vocab_size, num_hidden_layers, num_attention_heads, head_dim and intermediate_size."
+        )
+
+
+def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> Found:
     """The stored tensor of each layer of each parameter, by path and layer index.
 
     Raises:
@@ -204,17 +230,11 @@ def _check_same(head: Stored, embedding: Stored) -> None:
         )
 
 
-def _check_tokenizer(cfg: ModelConfig, source: Path) -> None:
-    file = source / "tokenizer.json"
-    if not file.is_file():
+def _check_tokenizer(cfg: ModelConfig, files: Mapping[str, bytes], source: Path) -> None:
+    if TOKENIZER not in files:
         return
-    import tokenizers
-
-    try:
-        ids = tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()
-    except Exception as error:  # The library raises Exception itself.
-        raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
-    size = max(ids, default=-1) + 1
+    file = source / TOKENIZER
+    size = token_count(files[TOKENIZER], str(file))
     if size > cfg.vocab:
         raise ValueError(
             f"{file} has {size} tokens, but the model's embedding only {cfg.vocab} rows: it is not this model's "
@@ -230,9 +250,7 @@ def _check_new(workdir: Path, directory: Path) -> None:
         raise ValueError(f"{workdir} is not empty; convert into a new directory.")
 
 
-def _write(
-    cfg: ModelConfig, found: Mapping[tuple[str, tuple[int, ...]], Stored], partial: Path, chunk_bytes: int
-) -> dict[str, Leaf]:
+def _write(cfg: ModelConfig, found: Found, partial: Path, chunk_bytes: int) -> dict[str, Leaf]:
     """Writes the arrays; returns the manifest's leaves with their checksums."""
     arrays, every = partial / "arrays", list(parts(cfg))
     likes = {f"params/{part.path}": jax.ShapeDtypeStruct(part.whole, part.dtype) for part in every}
@@ -250,6 +268,7 @@ def _write(
         part = tile.part
         tensor = found[part.path, tile.lead]
         rows = tensor.rows(tile.start * part.row_step, tile.stop * part.row_step)
+        check_finite(rows, tensor.name, tensor.file)
         block = cast(part.to_ours(rows), part.dtype, part.name(tile.lead))
         path = f"params/{part.path}"
         blocks.write_chunk(arrays, path, chunks[path], (*tile.lead, *_at(part, tile.start // runs[part.path])), block)

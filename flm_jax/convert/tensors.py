@@ -8,7 +8,6 @@ closed, its other backend reads the whole tensor for every slice, and neither ha
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import os
@@ -23,7 +22,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from flm_jax.convert import companions
+from flm_jax.convert.companions import FormatError, check_place
 from flm_jax.files import sync_write
+from flm_jax.foreign_json import JsonError, parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,10 +41,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHOWN = 4
-
-
-class FormatError(ValueError):
-    """Files that are damaged, incomplete, or cannot be read as safetensors."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def _nothing(directory: Path) -> NoReturn:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _json(index, "it", index.read_bytes()).get("weight_map")
+    weight_map = _json(index, "it", companions.read(index)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise FormatError(f"{index} has no 'weight_map', an object of file names by tensor name")
     for tensor, name in weight_map.items():
@@ -172,6 +170,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _open(file: Path) -> dict[str, Stored]:
     """The tensors of one file, in the order of their bytes."""
+    check_place(file)
     with file.open("rb") as stream:
         length = stream.read(8)
         if length == b"version ":
@@ -202,16 +201,9 @@ def _open(file: Path) -> dict[str, Stored]:
 
 
 def _json(file: Path, what: str, raw: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            ((twice, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"it has {twice!r} twice")
-        return found
-
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw, "it", None)
+    except JsonError as error:
         raise FormatError(f"{file} is damaged: {what} must be one JSON object, and cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{file} is damaged: {what} must be one JSON object, and is a {type(value).__name__}")

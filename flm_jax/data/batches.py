@@ -14,6 +14,7 @@ import numpy as np
 
 from flm_jax.data.permutation import permute
 from flm_jax.data.store import TokenStore
+from flm_jax.foreign_json import field, parse_json
 
 
 class Batch(NamedTuple):
@@ -104,9 +105,9 @@ def unpack_state(state: bytes, identity: dict[str, Any]) -> dict[str, Any]:
       ValueError: it is not a state, or has another identity; the message names what differs.
     """
     try:
-        record = json.loads(state)
-        theirs = dict(record["identity"])
-    except (ValueError, KeyError, TypeError):
+        record: dict[str, Any] = parse_json(state, "it")
+        theirs = field(record, "identity", dict, "it")
+    except ValueError:
         raise ValueError(f"not the state of a data iterator: {bytes(state)[:40]!r}") from None
     for key in sorted(identity.keys() | theirs.keys()):
         if theirs.get(key) != identity.get(key):

@@ -13,15 +13,24 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flm_jax.data.vocabulary import Vocabulary, from_spec
-from flm_jax.files import sha256_file, sha256_json
+from flm_jax.files import read_bounded, sha256_file, sha256_json
+from flm_jax.foreign_json import check, field, parse_json, read_json
 
 FORMAT = 1
+# A corpus of millions of files lists none of them; a shard takes 150 bytes.
+MOST_BYTES = 1 << 28
+# The fields of the record, of a split and of a shard, and their types.
+_RECORD: dict[str, type] = {"vocabulary": dict, "corpus": str, "description": dict}
+_SHARD: dict[str, type] = {"file": str, "tokens": int, "sha256": str}
+_SPLIT: dict[str, type] = {"documents": int, "tokens": int, "text_bytes": int, "index_sha256": str, "shards": list}
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 STORE_FILE = "store.json"
 VOCABULARY_FILE = "vocabulary.json"
 
@@ -46,6 +55,31 @@ def _check_file(path: Path, size: int, sha256: str, verify: bool) -> None:
         raise ValueError(
             f"{path} was altered (its sha256 is not the recorded one): delete the store and prepare it again"
         )
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Checks that a record has the fields of a store, and names no files outside of it.
+
+    Raises:
+      ValueError: it has not; the message names the field.
+    """
+    if field(record, "dtype", str, "it") not in ("<u2", "<u4"):
+        raise ValueError(f"its dtype is {record['dtype']!r}")
+    for name, kind in _RECORD.items():
+        field(record, name, kind, "it")
+    field(record["vocabulary"], "eos_id", int, "its vocabulary")
+    size_and_sha256 = [type(part) for part in field(record, "vocabulary_file", list, "it")]
+    if size_and_sha256 != [int, str]:
+        raise ValueError("its field 'vocabulary_file' is not a size and a sha256")
+    for split, info in field(record, "splits", dict, "it").items():
+        for name, kind in _SPLIT.items():
+            field(check(info, dict, f"its split {split!r}"), name, kind, f"its split {split!r}")
+        for number, shard in enumerate(info["shards"]):
+            where = f"shard {number} of its split {split!r}"
+            for name, kind in _SHARD.items():
+                field(check(shard, dict, where), name, kind, where)
+            if not _PLAIN.fullmatch(shard["file"]) or not _PLAIN.fullmatch(split):
+                raise ValueError(f"{where} is the file {shard['file']!r}, which is no plain name")
 
 
 class TokenStore:
@@ -73,16 +107,20 @@ class TokenStore:
         if not manifest.is_file():
             raise FileNotFoundError(f"there is no token store at {path}: {manifest} is missing")
         try:
-            content = manifest.read_bytes()
-            record = json.loads(content)
-            whole = render(record) == content  # no byte more or less, even where JSON ignores it
-            seal = record.pop("seal")
-        except (ValueError, KeyError, AttributeError, TypeError):
+            content = read_bounded(manifest, MOST_BYTES)
+            record = parse_json(content, str(manifest))
+        except (ValueError, OSError):
             raise ValueError(f"{manifest} is damaged: delete the store and prepare it again") from None
+        whole = render(record) == content  # no byte more or less, even where JSON ignores it
+        seal = record.pop("seal", None)
         if not whole or sha256_json(record) != seal:
             raise ValueError(f"{manifest} was altered (its seal does not match): delete the store and prepare it again")
-        if record["format"] != FORMAT:
-            raise ValueError(f"{manifest} has format {record['format']}; this version reads format {FORMAT}")
+        if record.get("format") != FORMAT:
+            raise ValueError(f"{manifest} has format {record.get('format')!r}; this version reads format {FORMAT}")
+        try:
+            _check_record(record)
+        except ValueError as error:
+            raise ValueError(f"{manifest} is damaged: {error}; delete the store and prepare it again") from None
         size, sha256 = record["vocabulary_file"]
         _check_file(path / VOCABULARY_FILE, size, sha256, verify)
         width = np.dtype(record["dtype"]).itemsize
@@ -100,7 +138,7 @@ class TokenStore:
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """The vocabulary that the tokens were made with."""
-        return from_spec(json.loads((self.path / VOCABULARY_FILE).read_bytes()))
+        return from_spec(read_json(self.path / VOCABULARY_FILE))
 
     @property
     def eos_id(self) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+from flm_jax.foreign_json import parse_json
 from flm_jax.records import recorded
 from flm_jax.records.fields import Limit
 
@@ -211,10 +212,8 @@ class Jsonl:
         """
         if not line.strip():
             return ""
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
+        # Only one field is used, and NaN in another one does no harm; Python writes it.
+        record = parse_json(line, where, None, finite=False)
         if not isinstance(record, dict) or self.field not in record:
             found = f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
             raise ValueError(f"{where} has no field {self.field!r}: found {found}")

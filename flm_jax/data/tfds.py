@@ -12,6 +12,7 @@ from typing import Any
 
 from flm_jax.data import reading
 from flm_jax.data.text import check_split, describe_fields
+from flm_jax.foreign_json import read_json
 from flm_jax.records import recorded
 
 
@@ -46,7 +47,7 @@ class Tfds:
         If exactly one prepared version is on disk, its record is read directly; otherwise TFDS is asked.
         """
         recorded = self._recorded()
-        info = json.loads(recorded[0].read_text()) if len(recorded) == 1 else tfds_info(self)
+        info = read_json(recorded[0]) if len(recorded) == 1 else tfds_info(self)
         kept = {key: info.get(key) for key in ("name", "configName", "version", "splits")}
         fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "data_dir"}
         return hashlib.sha256(json.dumps(["Tfds", fields, kept], sort_keys=True).encode()).hexdigest()

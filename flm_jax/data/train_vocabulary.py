@@ -29,6 +29,7 @@ from flm_jax.data.vocabulary import (
     Vocabulary,
 )
 from flm_jax.files import atomic_write, sha256_file
+from flm_jax.foreign_json import field, read_json
 from flm_jax.records import recorded
 from flm_jax.records.fields import Count, Size, at_least
 
@@ -122,8 +123,8 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
     record_path = model_path.with_suffix(".json")
     if model_path.is_file() and record_path.is_file():
         try:
-            recorded = json.loads(record_path.read_text())["sha256"]
-        except (ValueError, KeyError, TypeError):
+            recorded = field(read_json(record_path), "sha256", str, str(record_path))
+        except ValueError:
             raise ValueError(f"{record_path} is damaged: delete it to train the vocabulary again") from None
         if sha256_file(model_path) != recorded:
             raise ValueError(f"{model_path} was altered: its sha256 is not the one in {record_path.name}; delete both")

@@ -18,6 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from flm_jax.data.tokenizer_file import guarded
+from flm_jax.data.tokenizer_file import load as _load
+from flm_jax.files import read_bounded
+from flm_jax.foreign_json import check, read_json
+
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
 
@@ -203,6 +208,8 @@ class SentencePieceVocabulary:
 
 
 TOKENIZER = "tokenizer.json"
+# The largest tokenizers in use have 35 MB.
+MOST_BYTES = 1 << 28
 # Files beside a tokenizer that may say how its special tokens are used.
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
@@ -228,8 +235,9 @@ class TokenizerVocabulary:
           ValueError: it is not a tokenizer, or has no such ids; or the library that reads it is not installed.
         """
         self.model, self.special, self.eos_id = model, special, special.stop_ids[0]
-        self._processor = _load(model, where)
-        self.size = 1 + max(self._processor.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._processor, self._where = _load(model, where), where
+        with guarded(where):
+            self.size = 1 + max(self._processor.get_vocab(with_added_tokens=True).values(), default=-1)
         for number in (self.eos_id, special.prefix_id):
             if not self._is_known(number):
                 raise ValueError(
@@ -261,10 +269,10 @@ class TokenizerVocabulary:
         for name in CONFIGS:
             if (root / name).is_file():
                 try:
-                    configs[name] = dict(json.loads((root / name).read_bytes()))
-                except (ValueError, TypeError) as error:
+                    configs[name] = read_json(root / name)
+                except ValueError as error:
                     raise ValueError(f"{root / name} is damaged: {error}") from None
-        model = file.read_bytes()
+        model = read_bounded(file, MOST_BYTES)
         return cls(model, _special(_load(model, str(file)), configs, eos_id, str(file)), str(file))
 
     def _is_known(self, number: int) -> bool:
@@ -272,14 +280,18 @@ class TokenizerVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without the special ones that the tokenizer would add."""
-        return [int(i) for i in self._processor.encode(text, add_special_tokens=False).ids]
+        with guarded(self._where):
+            return [int(i) for i in self._processor.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are dropped."""
-        return "".join(
-            str(self._processor.decode(list(run), skip_special_tokens=True)) if known else REPLACEMENT * len(list(run))
-            for known, run in itertools.groupby(map(int, ids), self._is_known)
-        )
+        with guarded(self._where):
+            return "".join(
+                str(self._processor.decode(list(run), skip_special_tokens=True))
+                if known
+                else REPLACEMENT * len(list(run))
+                for known, run in itertools.groupby(map(int, ids), self._is_known)
+            )
 
     def spec(self) -> dict[str, Any]:
         """See Vocabulary.spec; `model` is tokenizer.json, compressed, in base64."""
@@ -294,21 +306,6 @@ class TokenizerVocabulary:
         }
 
 
-def _load(model: bytes, where: str) -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError(f"{where} is read by the package tokenizers: pip install -r requirements.txt") from None
-    try:
-        processor = tokenizers.Tokenizer.from_str(model.decode())
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{where} is not a tokenizer that the package tokenizers can read: {error}") from None
-    # A file may ask for either, but no text is truncated or padded here.
-    processor.no_truncation()
-    processor.no_padding()
-    return processor
-
-
 def _special(processor: Any, configs: Mapping[str, Mapping[str, Any]], eos_id: int | None, where: str) -> Special:
     """The special ids of a tokenizer, from the content of its configuration files."""
 
@@ -317,7 +314,7 @@ def _special(processor: Any, configs: Mapping[str, Mapping[str, Any]], eos_id: i
             found = configs.get(name, {}).get(f"{role}_token")
             text = found.get("content") if isinstance(found, Mapping) else found
             if text is not None:
-                number = processor.token_to_id(text)
+                number = processor.token_to_id(check(text, str, f"{name}: the content of {role}_token"))
                 if number is None:
                     raise ValueError(f"{name} calls {text!r} the {role} token, and {where} has no such token")
                 return int(number)
@@ -326,7 +323,11 @@ def _special(processor: Any, configs: Mapping[str, Mapping[str, Any]], eos_id: i
     listed: Any = next(
         (found for name in CONFIGS[2:] if (found := configs.get(name, {}).get("eos_token_id")) is not None), []
     )
-    stops = [int(i) for i in (listed if isinstance(listed, list) else [listed])]
+    listed = listed if isinstance(listed, list) else [listed]
+    stops = [check(i, int, "eos_token_id, or an entry of it,") for i in listed]
+    # Models may end a text with ids that only their embedding has; a tokenizer counts them in 32 bits.
+    if wrong := [i for i in stops if not 0 <= i < 2**31]:
+        raise ValueError(f"eos_token_id beside {where} holds {wrong[0]!r:.40}, which is no token's id")
     bos = token("bos")
     eos = next((i for i in (eos_id, token("eos"), *stops) if i is not None), None)
     if eos is None:
@@ -341,11 +342,13 @@ def _special(processor: Any, configs: Mapping[str, Mapping[str, Any]], eos_id: i
         begin = (bos,) if config.get("add_bos_token") and bos is not None else ()
         end = (eos,) if config.get("add_eos_token") else ()
     else:
-        plain, whole = (processor.encode("a", add_special_tokens=add).ids for add in (False, True))
+        with guarded(where):
+            plain, whole = (processor.encode("a", add_special_tokens=add).ids for add in (False, True))
         start = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), len(whole))
         begin, end = tuple(whole[:start]), tuple(whole[start + len(plain) :])
     prefix = eos if bos is None else bos
-    texts = [processor.decode([i], skip_special_tokens=False) for i in (prefix, eos)]
+    with guarded(where):
+        texts = [processor.decode([i], skip_special_tokens=False) for i in (prefix, eos)]
     return Special(prefix, tuple(dict.fromkeys([eos, *stops])), begin, end, *texts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from flm_jax.data.train_vocabulary import build_vocabulary
 from flm_jax.data.vocabulary import TOKENIZER, TokenizerVocabulary, Vocabulary
 from flm_jax.distributed import fetch, is_primary
 from flm_jax.evaluation.scoring import Scorer, bits_per_byte_of_text, check_vocabulary
+from flm_jax.foreign_json import check, parse_json
 from flm_jax.generate import generate
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.source_checkpoint import CONFIG, SourceCheckpoint, read_source
@@ -160,15 +160,16 @@ def find_length(origin: SourceCheckpoint, data: DataConfig | None) -> int:
     Raises:
       ValueError: neither the checkpoint's config.json nor `data` has it.
     """
-    config = json.loads(origin.files.get(CONFIG, b"{}"))
+    config = parse_json(origin.files.get(CONFIG, b"{}"), f"{origin.directory}: {CONFIG}")
     said = [config.get("max_position_embeddings"), None if data is None else data.context]
-    length = max((n for n in said if n is not None), default=None)
+    where = f"{origin.directory}: the length that its model was made for"
+    length = max((n for n in said if n is not None and check(n, int, where)), default=None)
     if length is None:
         raise ValueError(
             f"The context length of the model of {origin.directory} is not known: neither a config.json in the "
             "checkpoint nor the recorded data of its run gives it; set --max_length."
         )
-    return min(int(length), LONGEST_BY_DEFAULT)
+    return min(length, LONGEST_BY_DEFAULT)
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
