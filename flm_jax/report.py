@@ -38,7 +38,7 @@ def read_history(meta: Mapping[str, Any]) -> dict[str, list[Any]]:
             for key, kind in fields.items():
                 field(check(entry, dict, where), key, kind, where)
     for number, entry in enumerate(found["growths"]):
-        _growth(GrowthRecord.from_record(check(entry, dict, f"entry {number} of its growths")))
+        _measured(GrowthRecord.from_record(check(entry, dict, f"entry {number} of its growths")))
     return found
 
 
@@ -95,6 +95,16 @@ def summary(
 
 def _growth(growth: GrowthRecord) -> dict[str, Any]:
     """The report's entry of a growth: its record and main measurements as one flat dict, without configurations."""
+    recorded = {name: value for name, value in growth.record().items() if name not in _LEFT_OUT}
+    return {**recorded, "method": growth.growth.name, **_measured(growth)}
+
+
+def _measured(growth: GrowthRecord) -> dict[str, Any]:
+    """The main measurements of a growth.
+
+    Raises:
+      ValueError: one is missing or has the wrong type.
+    """
     found = dict(growth.verification)
 
     def measured(group: str, name: str, kind: type = float) -> Any:
@@ -102,8 +112,6 @@ def _growth(growth: GrowthRecord) -> dict[str, Any]:
         return field(field(found, group, dict, where), name, kind, f"{where}, {group}")
 
     return {
-        **{name: value for name, value in growth.record().items() if name not in _LEFT_OUT},
-        "method": growth.growth.name,
         "preserving": field(found, "preserving", bool, "a growth's verification"),
         "max_abs_logit_diff": measured("logits", "max_abs"),
         "max_rel_logit_diff": measured("logits", "max_rel"),

@@ -126,6 +126,17 @@ class SourceCheckpoint:
         """Its model's configuration."""
         return self.meta.lineage.cfg
 
+    @property
+    def context(self) -> int | None:
+        """The length of the windows that it was trained on, in tokens, if its record says so.
+
+        Raises:
+          ValueError: what the record says is no length.
+        """
+        said = (self.meta.data or {}).get("context")
+        where = f"{self.directory / META}: the context of its data"
+        return None if said is None else int(check(said, int, where))
+
     @functools.cached_property
     def files(self) -> dict[str, bytes]:
         """Files that belong to the weights and are copied with them, by file name, such as a tokenizer.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from flm_jax.checkpoint.directory import Steps
 from flm_jax.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, NoCheckpointError
+from flm_jax.foreign_json import check, field, read_json
 from flm_jax.records import RECIPE
 
 STAGES = "checkpoints"
@@ -56,11 +56,11 @@ def _stages(workdir: Path) -> list[Path]:
     record, inside = workdir / RECIPE, workdir / STAGES
     if record.is_file():
         try:
-            names = [
-                stage_directory(i, stage["name"]) for i, stage in enumerate(json.loads(record.read_text())["stages"])
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            stages = field(read_json(record, finite=False), "stages", list, "it")
+            names = [field(check(stage, dict, "a stage"), "name", str, "a stage") for stage in stages]
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{record} is damaged ({error}): give a step or a stage's directory.") from error
+        names = [stage_directory(i, name) for i, name in enumerate(names) if name.isprintable() and "/" not in name]
         return [inside / name for name in names if (inside / name).is_dir()]
     # A growth or an import writes one stage and no recipe.
     found = sorted(entry for entry in inside.iterdir() if entry.is_dir() and _STAGE.fullmatch(entry.name))

@@ -249,7 +249,8 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         size = field(check(file, dict, where), "size", int, where)
         sha256 = field(file, "sha256", (str, type(None)), where)
         parts = name.split("/")
-        plain = all(part not in ("", ".", "..") for part in parts) and not any(c in name for c in "\\\0")
+        # Half of a surrogate pair and 0 are in no name; neither is printable.
+        plain = all(part not in ("", ".", "..") for part in parts) and "\\" not in name and name.isprintable()
         if not plain or size < 0 or (parts[0] == BLOBS and (len(parts) != 2 or not BLOB.fullmatch(parts[1]))):
             raise JsonError(f"{where} of {size} bytes: names must be those of files inside the step's directory")
         files[name] = File(size, sha256)

@@ -9,9 +9,9 @@ from typing import Any
 from flm_jax import costs
 from flm_jax.config import ModelConfig
 from flm_jax.foreign_json import check, field
-from flm_jax.growth.lineage import Lineage
+from flm_jax.growth.lineage import Lineage, recorded_growth, recorded_model
 from flm_jax.growth.plan import Growth
-from flm_jax.records import as_dict, from_dict
+from flm_jax.records import as_dict
 
 # The measurements in a record of version 0.1.0.
 _FLAT: dict[str, type] = {
@@ -92,13 +92,8 @@ class GrowthRecord:
                 "hidden": {"max_rel_by_layer": number["layer_diffs"]},
                 "eval_loss": {"before": number["eval_loss_before"], "after": number["eval_loss_after"]},
             }
-        growth, before, after = (
-            from_dict(field(record, name, dict, where)) for name in ("plan", "config_before", "config_after")
-        )
-        if not isinstance(growth, Growth) or not isinstance(before, ModelConfig) or not isinstance(after, ModelConfig):
-            raise ValueError(f"{where} holds something else than a Growth and two configurations of models")
-        if (largest := max(*before.sizes.values(), *after.sizes.values())) >= 2**31:
-            raise ValueError(f"{where} has an axis of {largest} entries")
+        if (growth := recorded_growth(record, "plan", where)) is None:
+            raise ValueError(f"{where} has no plan")
         distances = field(record, "distances", list, where)
         return cls(
             stage=field(record, "stage", str, where),
@@ -107,7 +102,7 @@ class GrowthRecord:
             source_digest=field(record, "source_digest", str, where),
             seed=check(record.get("seed", 0), int, f"{where}: its seed"),
             distances=tuple(check(distance, float, f"{where}: a distance") for distance in distances),
-            before=before,
-            after=after,
+            before=recorded_model(record, "config_before", where),
+            after=recorded_model(record, "config_after", where),
             verification=check(verification, dict, f"{where}: its verification"),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import traceback
@@ -14,7 +15,7 @@ from flm_jax.checkpoint import CheckpointError
 from flm_jax.cli.flags import begun, exit_interrupted, was_interrupted
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import GrowthError
-from flm_jax.stage_run import NonFiniteError
+from flm_jax.train import NonFiniteError
 
 # Errors that a user's input can cause; they are printed as one sentence. Others are bugs and keep their traceback.
 EXPECTED = (
@@ -47,6 +48,8 @@ def started() -> Iterator[None]:
     _log_from(logging.WARNING)  # before JAX looks for devices, because it logs every platform that it does not find
     if not distributed.is_primary():
         _log_from(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, and are printed
     begun()
     try:
         yield

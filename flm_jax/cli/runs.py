@@ -18,7 +18,7 @@ from flm_jax.cli.errors import fail, join, started
 from flm_jax.cli.flags import STOPPED
 from flm_jax.convert import exporting, importing
 from flm_jax.evaluation import EvalRequest
-from flm_jax.files import write_json
+from flm_jax.files import draft_of, write_json
 from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.topology import Topology
 from flm_jax.train import train
@@ -63,7 +63,7 @@ def check_writable(json_file: str | None) -> None:
     """Refuses a --json that cannot be written, before anything is computed.
 
     Raises:
-      ValueError: it is a directory, or its directory does not exist.
+      ValueError: it is a directory, or its directory does not exist or cannot be written to.
     """
     if json_file is None:
         return
@@ -72,6 +72,15 @@ def check_writable(json_file: str | None) -> None:
         raise ValueError(f"--json={json_file} is a directory; give the name of a file.")
     if not path.parent.is_dir():
         raise ValueError(f"--json={json_file}: there is no directory {path.parent}.")
+    if not distributed.is_primary():
+        return
+    # Permissions do not tell whether the disk was mounted for reading only, so a file is made.
+    draft = draft_of(path)
+    try:
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise ValueError(f"--json={json_file}: {path.parent} cannot be written to: {error.strerror}.") from error
 
 
 def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
@@ -94,16 +103,16 @@ def run_verify(
 ) -> None:
     """Verifies a grown checkpoint; exits with status 1 if a promise of its method does not hold."""
     with started():
+        check_writable(json_file)
         data = recorded_data(source)
         parse(gin_files, gin_bindings)
         settings = configured(configure.verify)
         check_used()
         settings["data"] = settings["data"] or data
-        check_writable(json_file)
         found = checkpoint_growth.verify_checkpoints(chosen(source), chosen(target), **settings)
-    distributed.print0(verification_lines(found))
-    if json_file and distributed.is_primary():
-        write_json(Path(json_file), found)
+        distributed.print0(verification_lines(found))
+        if json_file and distributed.is_primary():
+            write_json(Path(json_file), found)
     if not found["holds"]:
         sys.exit(1)
 
@@ -167,8 +176,8 @@ def run_evaluate(
             )
         except ImportError as error:
             fail(error)
-    if json_file and distributed.is_primary():
-        write_json(Path(json_file), found)
+        if json_file and distributed.is_primary():
+            write_json(Path(json_file), found)
 
 
 def run_plan(
@@ -194,17 +203,22 @@ def run_plan(
         for record in stages.stages(recipe, run, compiled.devices_of(machine, compiler), machine, compiler, assumed):
             records.append(record)
             print(text.stage_text(record), flush=True)
-    print(text.total_text(records, machine))
-    if json_file:
-        about = {"name": machine.name, "devices": machine.devices, "hosts": machine.hosts, "chip": machine.chip.source}
-        found = {
-            "topology": about,
-            "compiler": compiler,
-            "assumed": {"utilisation": utilisation, "storage_bytes_per_second_and_host": storage},
-            "stages": records,
-            "total": text.totals(records),
-        }
-        write_json(Path(json_file), found)
+        print(text.total_text(records, machine))
+        if json_file:
+            about = {
+                "name": machine.name,
+                "devices": machine.devices,
+                "hosts": machine.hosts,
+                "chip": machine.chip.source,
+            }
+            found = {
+                "topology": about,
+                "compiler": compiler,
+                "assumed": {"utilisation": utilisation, "storage_bytes_per_second_and_host": storage},
+                "stages": records,
+                "total": text.totals(records),
+            }
+            write_json(Path(json_file), found)
     if not all(record["fits"] for record in records):
         sys.exit(1)
 

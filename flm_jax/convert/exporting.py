@@ -79,7 +79,7 @@ def export_model(
     before = origin.meta.converted or _recorded(origin)
     family, by, cfg = _plain(origin.cfg, architecture, before)
     dtype = check_dtype(dtype or cfg.param_dtype)
-    context = (origin.meta.data or {}).get("context")
+    context = origin.context
     config = families.config_json(cfg, family, dtype, context, before)
     planned = tensors(cfg, np.dtype(jnp.dtype(dtype)))
     needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in planned.values())

@@ -160,7 +160,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         # The index must not lead out of its directory.
         plain = isinstance(name, str) and name.endswith(".safetensors") and not any(c in name for c in "/\\\0")
-        if not plain or ".." in name:
+        # File systems allow 255 bytes, and half of a surrogate pair is not printable, nor a name.
+        if not plain or ".." in name or not name.isprintable() or len(name.encode()) > 255:
             raise FormatError(
                 f"{index} says that {tensor!r} is in {name!r}: that must be a .safetensors file beside it, named "
                 "without a directory or '..', such as 'model-00001-of-00002.safetensors'"

@@ -45,7 +45,7 @@ def load_tensorflow() -> tuple[Any, Any]:
 def read_files(corpus: FileCorpus, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
     """The seqio dataset function of a corpus of files, with examples {'targets': text}."""
     tf, _ = load_tensorflow()
-    paths = [str(path) for path in corpus.files(split)]
+    paths = [os.fsencode(path) for path in corpus.files(split)]  # names of files need not be UTF-8
     dataset = tf.data.Dataset.from_tensor_slices(tf.constant(paths, tf.string))
     if shuffle_files:
         dataset = dataset.shuffle(max(len(paths), 1), seed=seed)  # names are small: shuffle all of them at once
@@ -58,14 +58,14 @@ def read_lines(corpus: Jsonl, split: str, shuffle_files: bool, seed: int | None 
     border = corpus.border()
     files = corpus.files()
     dataset = tf.data.Dataset.from_tensor_slices(
-        (tf.constant([name for name, _ in files]), tf.constant([str(path) for _, path in files]))
+        tuple(tf.constant([os.fsencode(pair[i]) for pair in files], tf.string) for i in (0, 1))
     )
     if shuffle_files:
         dataset = dataset.shuffle(len(files), seed=seed)
 
     def parse(name: bytes, path: bytes, number: int, line: bytes) -> tuple[bool, np.ndarray]:
-        text = corpus.parse(line, f"{path.decode()}:{number + 1}")
-        heldout = name_hash(f"{name.decode()}:{number + 1}") < border
+        text = corpus.parse(line, f"{os.fsdecode(path)}:{number + 1}")
+        heldout = name_hash(f"{os.fsdecode(name)}:{number + 1}") < border
         encoded = np.array(text.encode(), object)  # NumPy's own bytes type would drop final NULs
         return bool(text) and heldout == (split == "heldout"), encoded
 

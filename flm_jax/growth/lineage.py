@@ -26,9 +26,6 @@ from flm_jax.growth.plan import Growth, axis_maps, grown_config, outline_maps
 from flm_jax.model import Masks
 from flm_jax.records import as_dict, from_dict
 
-# The fields of an entry of a lineage's record, and their types in JSON.
-_ENTRY: tuple[tuple[str, Any], ...] = (("model", dict), ("growth", (dict, type(None))))
-
 
 @dataclass(frozen=True, eq=False)
 class Lineage:
@@ -200,9 +197,8 @@ class Lineage:
         found: Lineage | None = None
         for number, entry in enumerate(record):
             where = f"entry {number} of its lineage"
-            cfg, growth = (from_dict(field(check(entry, dict, where), name, kind, where)) for name, kind in _ENTRY)
-            if not isinstance(cfg, ModelConfig) or not isinstance(growth, Growth | None):
-                raise ValueError(f"{where} holds no ModelConfig, or something else than a Growth or null")
+            cfg = recorded_model(check(entry, dict, where), "model", where)
+            growth = recorded_growth(entry, "growth", where)
             if found is None or growth is not None:
                 found = cls(cfg, growth, found)
             else:
@@ -210,6 +206,39 @@ class Lineage:
         if found is None:
             raise ValueError("The record of a lineage names no model.")
         return found
+
+
+def recorded_model(record: Mapping[str, Any], name: str, where: str) -> ModelConfig:
+    """The configuration of a model in a field of a record; `where` names the record in errors.
+
+    Raises:
+      ValueError: it is not one, or a number in it is larger than those of any model.
+    """
+    found = from_dict(_countable(field(record, name, dict, where), f"{where}, {name}"))
+    if not isinstance(found, ModelConfig):
+        raise ValueError(f"the field {name!r} of {where} is no ModelConfig")
+    return found
+
+
+def recorded_growth(record: Mapping[str, Any], name: str, where: str) -> Growth | None:
+    """Like `recorded_model`: the growth in a field of a record, which may be null."""
+    found = from_dict(_countable(field(record, name, (dict, type(None)), where), f"{where}, {name}"))
+    if not isinstance(found, Growth | None):
+        raise ValueError(f"the field {name!r} of {where} is neither a Growth nor null")
+    return found
+
+
+def _countable(value: Any, where: str) -> Any:
+    """`value`, if its integers have 32 bits: with larger ones neither parameters nor masks can be computed.
+
+    Raises:
+      ValueError: one has more.
+    """
+    if isinstance(value, int) and abs(value) >= 2**31:
+        raise ValueError(f"{where} is {value!s:.40}, which is too large")
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _countable(inner, f"{where}.{key}")
+    return value
 
 
 def lineage_of(old: ModelConfig, new: ModelConfig, growth: Growth) -> Lineage:

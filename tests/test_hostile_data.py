@@ -1,0 +1,68 @@
+"""Text and results where names, lines and places are not as expected."""
+
+import json
+import os
+
+import pytest
+
+from flm_jax.cli import errors, runs
+from flm_jax.data.reading import read_files, read_lines
+from flm_jax.data.text import SPLITS, Jsonl, TextFolder
+
+STRANGE = b"caf\xe9"  # Latin-1, and not UTF-8
+
+
+@pytest.mark.parametrize("beside", ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "0" + "}" * 100_000])
+def test_a_line_with_deep_nesting_beside_its_text_is_named(tmp_path, beside):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + f'{{"text": "fine", "meta": {beside}}}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2 nests lists and objects more than 64 deep at line 1, column"):
+        list(Jsonl(str(tmp_path)).lines())
+
+
+def test_a_line_with_numbers_that_only_python_writes_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine", "score": NaN}\n')
+    assert [text for _, text in Jsonl(str(tmp_path)).lines()] == ["fine"]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["folder", "lines"])
+def test_names_of_files_need_not_be_utf8(tmp_path, kind):
+    for number in range(4):
+        text = f"document {number}"
+        name = STRANGE + (b"%d.txt" if kind == "folder" else b"%d.jsonl") % number
+        (tmp_path / os.fsdecode(name)).write_text(text if kind == "folder" else json.dumps({"text": text}) + "\n")
+    corpus = TextFolder(str(tmp_path)) if kind == "folder" else Jsonl(str(tmp_path))
+    read = read_files if kind == "folder" else read_lines
+    found = {split: [x["targets"].decode() for x in read(corpus, split, False).as_numpy_iterator()] for split in SPLITS}
+    assert found == {split: list(corpus.documents(split)) for split in SPLITS}
+    assert sorted(text for texts in found.values() for text in texts) == [f"document {n}" for n in range(4)]
+
+
+def test_names_that_are_not_utf8_are_printed(capsys):
+    with errors.started():
+        print(os.fsdecode(STRANGE))
+    assert capsys.readouterr().out == "caf\\udce9\n"
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path, "is a directory; give the name of a file"),
+        (tmp_path / "absent" / "x.json", "there is no directory"),
+        ("/proc/x.json", "/proc cannot be written to"),  # not even as root
+    ):
+        with pytest.raises(ValueError, match=message):
+            runs.check_writable(str(path))
+    runs.check_writable(str(tmp_path / "x.json"))
+    runs.check_writable(str(tmp_path / "file"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_evaluation_and_verification_look_at_the_place_first(tmp_path, capsys):
+    for run in (
+        lambda: runs.run_evaluate("absent", None, None, 8, None, "/proc/x.json", [], []),
+        lambda: runs.run_verify("absent", "absent", "/proc/x.json", [], []),
+    ):
+        with pytest.raises(SystemExit):
+            run()
+        assert "--json=/proc/x.json: /proc cannot be written to" in capsys.readouterr().err
