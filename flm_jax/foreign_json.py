@@ -6,6 +6,7 @@ Whatever a file holds, the result is a value of the wanted type or a `JsonError`
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,8 @@ MOST_BYTES = 64 << 20
 
 # A string (closed or not), or a bracket outside strings. Each byte is looked at once, whatever the input.
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|[\[{]|[\]}]', re.DOTALL)
+_OTHERS = bytes(set(range(256)) - set(b'"[]{}'))
+_STEPS = {ord(bracket): step for step, brackets in ((1, "[{"), (-1, "]}")) for bracket in brackets}
 _TYPES = {dict: "object", list: "list", str: "text", int: "integer", float: "number", bool: "true or false"}
 
 
@@ -125,7 +128,13 @@ def _shown(value: Any) -> str:
 
 
 def _check_depth(text: str, where: str) -> None:
-    if text.count("[") + text.count("{") <= DEPTH:  # the usual case, at the speed of memory
+    if text.count("[") + text.count("{") <= DEPTH:
+        return
+    # Texts of programs hold many brackets. What follows drops strings at the speed of memory: first what is escaped in
+    # them, then all but quotes and brackets, then every second part between quotes.
+    raw = text.encode("utf-8", "surrogatepass").replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _OTHERS)
+    outside = b"".join(raw.split(b'"')[::2])
+    if max(itertools.accumulate(map(_STEPS.__getitem__, outside)), default=0) <= DEPTH:
         return
     depth = 0
     for found in _STRING_OR_BRACKET.finditer(text):
