@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flm_jax import costs
+from flm_jax.checkpoint import CheckpointError
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.config import ModelConfig
 from flm_jax.files import atomic_write
 from flm_jax.foreign_json import check, field
 from flm_jax.recipe import ResolvedStage
 from flm_jax.records import as_dict
+from flm_jax.source_checkpoint import POSITION
 
 _LEFT_OUT = ("config_before", "config_after", "verification")
 
@@ -40,6 +42,21 @@ def read_history(meta: Mapping[str, Any]) -> dict[str, list[Any]]:
     for number, entry in enumerate(found["growths"]):
         _measured(GrowthRecord.from_record(check(entry, dict, f"entry {number} of its growths")))
     return found
+
+
+def read_run(meta: Mapping[str, Any], blobs: Mapping[str, bytes], where: Path) -> tuple[dict[str, list[Any]], bytes]:
+    """The history of a run, and its position in the data, from what a checkpoint of it holds.
+
+    Raises:
+      CheckpointError: it is not a run's checkpoint.
+    """
+    try:
+        history = read_history(meta)
+    except ValueError as error:
+        raise CheckpointError(f"{where} does not record a run: {error}.") from error
+    if POSITION not in blobs:
+        raise CheckpointError(f"{where} does not record a run: it has no position in the data.")
+    return history, blobs[POSITION]
 
 
 def _config(data: Mapping[str, Any]) -> ModelConfig:

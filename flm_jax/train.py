@@ -121,13 +121,8 @@ def train(
         history: dict[str, list[Any]] = {"evals": [], "growths": [], "skipped": []}
         position: bytes | None = None
         if restored is not None:
-            try:
-                state, history = restored.state, report.read_history(restored.meta)
-            except ValueError as error:
-                where = stores[first].directory / str(restored.step)
-                raise CheckpointError(f"{where} does not record a run: {error}.") from error
-            if (position := restored.blobs.get(POSITION)) is None:
-                raise CheckpointError(f"{stores[first].directory / str(restored.step)} has no position in its data.")
+            where = stores[first].directory / str(restored.step)
+            state, (history, position) = restored.state, report.read_run(restored.meta, restored.blobs, where)
         elif origin is not None:
             state = origin.restore(programs[0].mesh)
         del restored  # or it would keep the restored arrays in memory for the whole run

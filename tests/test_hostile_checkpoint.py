@@ -64,7 +64,7 @@ def refused_everywhere(directory, match):
         with pytest.raises(DamagedError, match=match):
             checkpoints.restore(ABSTRACT, 2)
         assert checkpoints.restore(ABSTRACT).step == 1
-    with pytest.raises(CheckpointError, match=f"{match}|holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=match):
         assert read_source(directory / "2").files
 
 

@@ -33,7 +33,8 @@ def step_directory(path: str | Path) -> Path:
     path = Path(path).expanduser().absolute()
     if not path.is_dir():
         raise NoCheckpointError(f"{path} is no directory; give a step, a stage's directory or a work directory.")
-    if (path / MANIFEST).is_file():
+    # Whatever has that name: if it is no file, `read_manifest` says so.
+    if (path / MANIFEST).exists() or (path / MANIFEST).is_symlink():
         return path
     if (path / "arrays").is_dir():
         raise DamagedError(f"{path} looks like a step, but its {MANIFEST} is missing; take another step.")
