@@ -7,6 +7,9 @@ A directory of checkpoints holds one directory per step:
     100/blobs/             small files as bytes, such as a vocabulary
     100/arrays/            the leaves, written by orbax as nested dictionaries named by leaf path (`orbax_io`)
 
+Nothing outside the step's directory is read, only regular files, and of those only what the manifest knows; a small file is
+interpreted once its sha256 is found to be right.
+
 `manager` saves and restores whole states through orbax; `blocks` reads and writes runs of rows of one leaf without
 orbax; `directory` tells which steps look complete and holds the writer's lock; `commit` gives a step its name once it
 is on disk; `find` resolves a path given by a user to a step; `verify` checks every bit of a step without a model.
