@@ -10,6 +10,7 @@ import pytest
 
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, manifest, verify
 from flm_jax.growth.lineage import Lineage
+from flm_jax.report import read_run
 from flm_jax.source_checkpoint import CheckpointMeta, read_source
 from tests import small
 
@@ -232,3 +233,17 @@ def test_nothing_is_interpreted_before_its_checksum(copy):
         with pytest.raises(DamagedError, match=r"meta\.json is damaged: it does not match its sha256"):
             read_source(copy)
         content[at] ^= 4
+
+
+def test_a_run_does_not_resume_from_what_is_no_run(made):
+    history = {"evals": [], "growths": [], "skipped": [{"stage": "made", "step": 1}]}
+    assert read_run({"history": history}, {"data": b"7"}, made) == (history, b"7")
+    for meta, blobs, message in (
+        ({}, {"data": b""}, "0_made does not record a run: it lacks the field 'history'"),
+        ({"history": []}, {"data": b""}, "the field 'history' is .*; it must be: object"),
+        ({"history": history | {"skipped": [{}]}}, {"data": b""}, "entry 0 of its skipped lacks the field 'stage'"),
+        ({"history": history | {"growths": [{}]}}, {"data": b""}, "the record of a growth lacks the field"),
+        ({"history": history}, {}, "it has no position in the data"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_run(meta, blobs, made)

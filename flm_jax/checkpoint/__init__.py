@@ -7,7 +7,7 @@ A directory of checkpoints holds one directory per step:
     100/blobs/             small files as bytes, such as a vocabulary
     100/arrays/            the leaves, written by orbax as nested dictionaries named by leaf path (`orbax_io`)
 
-Nothing outside the step's directory is read, only regular files, and of those only what the manifest knows; a small file is
+Of a step only regular files inside its directory are read, and only those that the manifest knows; a small file is
 interpreted once its sha256 is found to be right.
 
 `manager` saves and restores whole states through orbax; `blocks` reads and writes runs of rows of one leaf without
