@@ -14,9 +14,9 @@ from flm_jax.checkpoint import CheckpointError
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.config import ModelConfig
 from flm_jax.files import atomic_write
-from flm_jax.foreign_json import check, field
 from flm_jax.recipe import ResolvedStage
 from flm_jax.records import as_dict
+from flm_jax.records.foreign_json import check, field
 from flm_jax.source_checkpoint import POSITION
 
 _LEFT_OUT = ("config_before", "config_after", "verification")

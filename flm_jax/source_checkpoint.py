@@ -17,12 +17,12 @@ from flm_jax.checkpoint.manifest import META, Manifest, file_faults, read_blobs,
 from flm_jax.config import ModelConfig
 from flm_jax.costs import leaves
 from flm_jax.data.vocabulary import TokenizerVocabulary, Vocabulary
-from flm_jax.foreign_json import check, field
 from flm_jax.growth.exact_adamw import rescaled_adamw
 from flm_jax.growth.lineage import Lineage
 from flm_jax.model import Masks, Params, declared
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.records import as_dict
+from flm_jax.records.foreign_json import check, field
 from flm_jax.state import TrainState, abstract_state, kept, shardings_of
 
 # The file of a checkpoint with the position in its data; it concerns only the run that wrote it.

@@ -48,7 +48,7 @@ from flm_jax.generate import generate
 from flm_jax.progress import Interrupts
 from flm_jax.recipe import Recipe, ResolvedStage, Run, begin, check_vocabulary, resolve
 from flm_jax.records import DATA, RECIPE, as_dict, check_identity, write_identity, write_record
-from flm_jax.source_checkpoint import POSITION, SourceCheckpoint
+from flm_jax.source_checkpoint import SourceCheckpoint
 from flm_jax.stage_run import StageRun, stage_program
 from flm_jax.state import TrainState
 from flm_jax.step import StageProgram

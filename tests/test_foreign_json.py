@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flm_jax.foreign_json import DEPTH, JsonError, check, field, parse_json, read_json
+from flm_jax.records.foreign_json import DEPTH, JsonError, check, field, parse_json, read_json
 from tests import small
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

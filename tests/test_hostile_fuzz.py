@@ -29,12 +29,12 @@ from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.evaluation.evaluate import find_length
 from flm_jax.files import sha256_json
-from flm_jax.foreign_json import parse_json
 from flm_jax.growth import Growth
 from flm_jax.growth.lineage import Lineage
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Stage
 from flm_jax.records import as_dict, check_identity
+from flm_jax.records.foreign_json import parse_json
 from flm_jax.report import _measured, read_history
 from flm_jax.source_checkpoint import CheckpointMeta, read_source
 from tests import foreign

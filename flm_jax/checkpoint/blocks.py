@@ -27,7 +27,7 @@ import tensorstore as ts
 from flm_jax.checkpoint import direct_io
 from flm_jax.checkpoint.manifest import DamagedError
 from flm_jax.checkpoint.orbax_io import nest
-from flm_jax.foreign_json import check, field, parse_json
+from flm_jax.records.foreign_json import check, field, parse_json
 
 # Read past the page cache, where the file system allows it. Small pieces, so that the allocator reuses their memory,
 # and a few at the same time, so that the disk does not wait for the copy of the one before.

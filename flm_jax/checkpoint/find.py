@@ -7,8 +7,8 @@ from pathlib import Path
 
 from flm_jax.checkpoint.directory import Steps
 from flm_jax.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, NoCheckpointError
-from flm_jax.foreign_json import check, field, read_json
 from flm_jax.records import RECIPE
+from flm_jax.records.foreign_json import check, field, read_json
 
 STAGES = "checkpoints"
 _STAGE = re.compile(r"(0|[1-9][0-9]*)_.+")

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from flm_jax.files import read_bounded, sha256_file
-from flm_jax.foreign_json import JsonError, check, field, parse_json
+from flm_jax.records.foreign_json import JsonError, check, field, parse_json
 
 PyTree = Any
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flm_jax.foreign_json import check, parse_json
+from flm_jax.records.foreign_json import check, parse_json
 
 Sum = tuple[int, int]
 Name = tuple[str, int, int]

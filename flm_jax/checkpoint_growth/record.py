@@ -8,10 +8,10 @@ from typing import Any
 
 from flm_jax import costs
 from flm_jax.config import ModelConfig
-from flm_jax.foreign_json import check, field
 from flm_jax.growth.lineage import Lineage, recorded_growth, recorded_model
 from flm_jax.growth.plan import Growth
 from flm_jax.records import as_dict
+from flm_jax.records.foreign_json import check, field
 
 # The measurements in a record of version 0.1.0.
 _FLAT: dict[str, type] = {

@@ -15,7 +15,7 @@ from flm_jax.checkpoint import CheckpointError
 from flm_jax.cli.flags import begun, exit_interrupted, was_interrupted
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import GrowthError
-from flm_jax.train import NonFiniteError
+from flm_jax.stage_run import NonFiniteError
 
 # Errors that a user's input can cause; they are printed as one sentence. Others are bugs and keep their traceback.
 EXPECTED = (

@@ -25,8 +25,8 @@ from flm_jax.convert.layout import parts, tensors
 from flm_jax.convert.pieces import block_checksum, cast, check_dtype, check_finite, in_parallel
 from flm_jax.convert.tensors import SHARD_BYTES, save
 from flm_jax.files import atomic_write, missing_room
-from flm_jax.foreign_json import parse_json
 from flm_jax.progress import byte_bar
+from flm_jax.records.foreign_json import parse_json
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
 READ_BYTES = 16 << 20

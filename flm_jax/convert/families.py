@@ -13,7 +13,7 @@ from typing import Any
 
 from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.convert import companions
-from flm_jax.foreign_json import JsonError, check, parse_json
+from flm_jax.records.foreign_json import JsonError, check, parse_json
 
 CONFIG = "config.json"
 # Fields of `ModelConfig` that only some families have.

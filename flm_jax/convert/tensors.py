@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from flm_jax.convert import companions
 from flm_jax.convert.companions import FormatError, check_place
 from flm_jax.files import sync_write
-from flm_jax.foreign_json import JsonError, parse_json
+from flm_jax.records.foreign_json import JsonError, parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -14,7 +14,7 @@ import numpy as np
 
 from flm_jax.data.permutation import permute
 from flm_jax.data.store import TokenStore
-from flm_jax.foreign_json import field, parse_json
+from flm_jax.records.foreign_json import field, parse_json
 
 
 class Batch(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 
 from flm_jax.data.vocabulary import Vocabulary, from_spec
 from flm_jax.files import read_bounded, sha256_file, sha256_json
-from flm_jax.foreign_json import check, field, parse_json, read_json
+from flm_jax.records.foreign_json import check, field, parse_json, read_json
 
 FORMAT = 1
 # A corpus of millions of files lists none of them; a shard takes 150 bytes.

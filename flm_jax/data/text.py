@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from flm_jax.foreign_json import parse_json
 from flm_jax.records import recorded
 from flm_jax.records.fields import Limit
+from flm_jax.records.foreign_json import parse_json
 
 SPLITS = ("train", "heldout")
 # A whole number stays one: digests hold it as it was given.

@@ -12,8 +12,8 @@ from typing import Any
 
 from flm_jax.data import reading
 from flm_jax.data.text import check_split, describe_fields
-from flm_jax.foreign_json import read_json
 from flm_jax.records import recorded
+from flm_jax.records.foreign_json import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,9 @@ from flm_jax.data.vocabulary import (
     Vocabulary,
 )
 from flm_jax.files import atomic_write, sha256_file
-from flm_jax.foreign_json import field, read_json
 from flm_jax.records import recorded
 from flm_jax.records.fields import Count, Size, at_least
+from flm_jax.records.foreign_json import field, read_json
 
 CHUNK = 2048  # characters given to the trainer at once: several lines, so that it sees newlines
 FORMAT = 1  # part of the cache key: increase it when training changes

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from flm_jax.data.tokenizer_file import guarded
 from flm_jax.data.tokenizer_file import load as _load
 from flm_jax.files import read_bounded
-from flm_jax.foreign_json import check, read_json
+from flm_jax.records.foreign_json import check, read_json
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 

@@ -17,8 +17,8 @@ from flm_jax.data.train_vocabulary import build_vocabulary
 from flm_jax.data.vocabulary import TOKENIZER, TokenizerVocabulary, Vocabulary
 from flm_jax.distributed import fetch, is_primary
 from flm_jax.evaluation.scoring import Scorer, bits_per_byte_of_text, check_vocabulary
-from flm_jax.foreign_json import check, parse_json
 from flm_jax.generate import generate
+from flm_jax.records.foreign_json import check, parse_json
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.source_checkpoint import CONFIG, SourceCheckpoint, read_source
 

@@ -19,12 +19,12 @@ import jax
 import numpy as np
 
 from flm_jax.config import ModelConfig
-from flm_jax.foreign_json import check, field
 from flm_jax.growth import masks, operators
 from flm_jax.growth.axis_map import AxisMap
 from flm_jax.growth.plan import Growth, axis_maps, grown_config, outline_maps
 from flm_jax.model import Masks
 from flm_jax.records import as_dict, from_dict
+from flm_jax.records.foreign_json import check, field
 
 
 @dataclass(frozen=True, eq=False)

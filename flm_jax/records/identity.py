@@ -9,6 +9,7 @@ from typing import Any
 
 from flm_jax.distributed import is_primary
 from flm_jax.files import atomic_write, write_json
+from flm_jax.records.foreign_json import read_json
 from flm_jax.records.json import compared, completed
 
 RECIPE, DATA = "recipe.json", "data.json"
@@ -44,7 +45,7 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
       ValueError: it was begun with something else, and the message names what differs; or it is not a work directory.
     """
     if (workdir / file).exists():
-        before, now = completed(json.loads((workdir / file).read_text())), json.loads(json.dumps(mine))
+        before, now = completed(read_json(workdir / file, finite=False)), json.loads(json.dumps(mine))
         found = list(differences(compared(before), compared(now)))
         if found:
             more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""

@@ -42,14 +42,17 @@ def from_dict(data: Any) -> Any:
     if "class" not in data:
         return values
     known = {cls.__name__: cls for cls in classes()}
-    if data["class"] not in known:
+    if not isinstance(data["class"], str) or data["class"] not in known:
         raise ValueError(f"A record names the configuration {data['class']!r}; this version knows {', '.join(known)}.")
     cls = known[data["class"]]
     if unknown := sorted(values.keys() - {f.name for f in dataclasses.fields(cls)}):
         raise ValueError(
             f"A record gives {data['class']} the fields {', '.join(unknown)}, which it does not have here."
         )
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a field is missing
+        raise ValueError(f"A record of {data['class']} cannot be read: {error}") from error
 
 
 def completed(record: Any) -> Any:
@@ -58,7 +61,7 @@ def completed(record: Any) -> Any:
         return [completed(value) for value in record]
     if not isinstance(record, dict):
         return record
-    cls = {cls.__name__: cls for cls in classes()}.get(record.get("class", ""))
+    cls = {cls.__name__: cls for cls in classes()}.get(str(record.get("class", "")))
     gained = {
         f.name: as_dict(default)
         for f in (dataclasses.fields(cls) if cls else ())
@@ -73,7 +76,7 @@ def compared(record: Any) -> Any:
         return [compared(value) for value in record]
     if not isinstance(record, dict):
         return record
-    cls = {cls.__name__: cls for cls in classes()}.get(record.get("class", ""))
+    cls = {cls.__name__: cls for cls in classes()}.get(str(record.get("class", "")))
     free = {f.name for f in (dataclasses.fields(cls) if cls else ()) if not f.metadata.get("compared", True)}
     return {name: compared(value) for name, value in record.items() if name not in free}
 
