@@ -36,6 +36,7 @@ SPLASH = functools.partial(attention._splash, width=WIDTH, interpret=True)
 PLAIN = functools.partial(attention._plain, width=WIDTH)
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi head", "grouped queries"])
 @pytest.mark.parametrize(
     "mesh", [None, MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=["one device", "rows, positions and heads split"]

@@ -84,6 +84,7 @@ def writer(directory: str) -> None:
             print(step, flush=True)
 
 
+@pytest.mark.integration
 def test_kill_at_random_moments(tmp_path):
     rng = random.Random()
     command = [sys.executable, "-m", "tests.test_checkpoint_commit", str(tmp_path)]

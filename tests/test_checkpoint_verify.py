@@ -34,6 +34,7 @@ def test_verify(two_steps):
         verify(two_steps, 5)
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_every_file_damaged(damaged, kind, caplog):
     caplog.set_level(logging.WARNING)

@@ -25,6 +25,7 @@ FOLDED = {
 }
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("multipliers", [True, False], ids=["multipliers too", "multipliers kept"])
 @pytest.mark.parametrize(("fields", "changes"), FOLDED.values(), ids=FOLDED)
 def test_kept_widths_and_multipliers_fold_into_an_ordinary_model(fields, changes, multipliers, x64):

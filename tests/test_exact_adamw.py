@@ -68,7 +68,7 @@ def run_on(old, target, plan, steps=25):
     view = rescaling(lineage_of(old, new, plan))
     _, big_step = trainer(new, view)
     big = jax.jit(lambda p: grow(p, old, new, plan, KEY))(params)
-    big_state = grow_optimizer(state, old, new, plan, None, view)
+    big_state = jax.jit(lambda s: grow_optimizer(s, old, new, plan, None, view))(state)
     for tokens in batches(steps):
         params, state, small_loss = step(params, state, tokens)
         big, big_state, big_loss = big_step(big, big_state, tokens)
@@ -76,6 +76,7 @@ def run_on(old, target, plan, steps=25):
     return distance(expected, big), abs(float(small_loss - big_loss))
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("target", [TWICE, QUARTER], ids=["twice", "1.25 times"])
 @pytest.mark.parametrize("method", ["copy", "uneven", "net2net"])
 def test_adamw_continues_exactly_for_25_steps(target, method, x64):
@@ -84,6 +85,7 @@ def test_adamw_continues_exactly_for_25_steps(target, method, x64):
     assert worse < 1e-12
 
 
+@pytest.mark.integration
 def test_adamw_continues_exactly_with_biases_and_query_and_key_norms(x64):
     fields = dict(qkv_bias=True, qk_norm=True, kv_heads=2)
     target = QUARTER.replace(**{**fields, "heads": 6, "kv_heads": 3})
@@ -105,12 +107,14 @@ def test_a_growth_that_adamw_cannot_continue_exactly_is_refused(new, growth, mes
         rescaling(lineage_of(old, old.replace(**new), growth))
 
 
+@pytest.mark.integration
 def test_carried_moments_alone_do_not_continue_exactly(x64):
     """The same growth, rates and eps left as they are: the test above would see it."""
     far, _ = run_on(OLD, TWICE, Growth("copy", optimizer="carry"))
     assert far > 1e-3
 
 
+@pytest.mark.integration
 def test_a_second_exact_growth_continues_in_the_rescaling_of_the_first(x64):
     plan = Growth("copy", optimizer="exact")
     params, state, step = after_warm_up(OLD)
@@ -165,6 +169,7 @@ def asymmetry(cfg, params, old, plan):
     return max(jax.tree.leaves(jax.tree.map(one, signatures, params)))
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize(
     ("plan", "parts"),
     [
@@ -230,6 +235,7 @@ def test_only_new_entries_are_scaled():
     jax.tree.map(check, signatures, paced)
 
 
+@pytest.mark.integration
 def test_an_average_of_parameters_grows_as_parameters_do():
     """Growth is linear where nothing is drawn: the average of two models grows into the average of their growths."""
     old, new = small.config(), small.config(embed=30, mlp=50, heads=3)

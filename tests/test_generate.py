@@ -21,6 +21,7 @@ def test_greedy_generation_takes_the_likeliest_token_each_time():
     np.testing.assert_array_equal(out, rows[:, 4:])
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "mesh"])
 def test_a_padded_prompt_is_continued_as_alone(mesh):
     cfg = small.config(init_std_vector=1.0, heads=4, kv_heads=2, vocab=64)
@@ -45,6 +46,7 @@ def test_one_row_is_continued_on_a_mesh_as_without_one():
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize(
     ("mesh", "temperature"), [(None, 0.0), (MeshConfig(fsdp=2, tensor=2), 0.8)], ids=["greedy", "sampled, on a mesh"]
 )

@@ -45,6 +45,7 @@ from tests.small import examples
 pytestmark = pytest.mark.usefixtures("cheap_draws")
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("method", PRESERVING)
 @examples(4)
 @given(data=st.data())
@@ -122,6 +123,7 @@ def test_growing_axes_one_by_one_equals_growing_them_together(order, x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), params, at_once)
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
 @pytest.mark.parametrize("method", PRESERVING)
 def test_exact_with_biases_head_norms_a_sliding_window_and_scaled_frequencies(method, tied, x64):
@@ -135,6 +137,7 @@ def test_exact_with_biases_head_norms_a_sliding_window_and_scaled_frequencies(me
     assert relative(logits(old, params), logits(new, grown, masks_at(old, new, growth, 0))) < 1e-12
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("method", ["zero", "mask", "identity"])
 def test_content_behind_masks_or_silent_weights_changes_no_logit(method):
     """Where the mathematics says arbitrary, a loud constant changes nothing."""
@@ -147,6 +150,7 @@ def test_content_behind_masks_or_silent_weights_changes_no_logit(method):
     assert relative(logits(old, params), logits(new, loud, masks_at(old, new, growth, 0))) < 1e-5
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("method", ["zero", "mask", "copy", "net2net"])
 @pytest.mark.parametrize(
     "new", [dict(heads=8, kv_heads=4), dict(heads=10, kv_heads=5), dict(heads=9, kv_heads=9)], ids=str
@@ -186,6 +190,7 @@ def test_aki_takes_fresh_entries_from_the_layer_above():
     np.testing.assert_array_equal(after[:-1, :, 40:], before[1:][:, :, span.source[40:]])
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("method", sorted(REGISTRY))
 def test_grown_parameters_have_the_declared_shapes_and_depend_on_the_key_alone(method):
     growth = plan_with(method)
@@ -212,6 +217,7 @@ def test_an_operator_may_be_limited_to_some_axes():
         del REGISTRY["inner only"]
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("method", ["zero", "mask", "copy"])
 def test_growing_on_a_mesh_gathers_no_matrix(method):
     """Each device exchanges the entries that move; at most a norm's scale is ever whole on one."""

@@ -48,6 +48,7 @@ def test_no_position_depends_on_a_later_one_or_on_another_document():
     np.testing.assert_array_equal(seen_TR, expected)
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize(
     "changes", [dict(scan_unroll=3), dict(remat="full"), dict(remat="dots"), dict(remat="inner"), dict(remat="mlp")]
 )
