@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,19 +31,50 @@ def load_tensorflow() -> tuple[Any, Any]:
     Raises:
       MissingExtraError: they are not installed.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its start-up messages are not about the data
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        import seqio
-        import tensorflow as tf
+        with _without_start_up_messages():
+            import seqio
+            import tensorflow as tf
+
+            with contextlib.suppress(RuntimeError):  # already in use: its devices have been chosen
+                tf.config.set_visible_devices([], "GPU")
     except ImportError as error:
         raise MissingExtraError(
             f"Preparing or streaming text needs TensorFlow and seqio, which cannot be imported ({error}): "
             "pip install 'flm_jax[data]'. Training from a prepared token store needs neither."
         ) from error
-
-    with contextlib.suppress(RuntimeError):  # already in use: its devices have been chosen
-        tf.config.set_visible_devices([], "GPU")
     return tf, seqio
+
+
+# What TensorFlow's C++ logs before logging is set up, whatever TF_CPP_MIN_LOG_LEVEL says.
+_LOGGED = re.compile(rb"[IWE]\d{4} |WARNING: All log messages before absl::InitializeLog")
+
+
+@contextlib.contextmanager
+def _without_start_up_messages() -> Iterator[None]:
+    """A context without TensorFlow's messages about GPUs that it does not find; JAX uses those.
+
+    Everything else that is written to the standard error stream, by any thread, is written at the end of the context.
+    """
+    try:
+        real = os.dup(2)
+    except OSError:  # closed, as in some services
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(real, 2)
+            os.close(real)
+            held.seek(0)
+            for line in held:
+                if not _LOGGED.match(line):
+                    os.write(2, line)
 
 
 def read_files(corpus: FileCorpus, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
