@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from flm_jax.checkpoint.find import stage_directory
 from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
+from flm_jax.data.corpora import SeqioTask
+from flm_jax.data.train_vocabulary import Pretrained, SentencePiece
 from flm_jax.growth.exact_adamw import check_continues
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import NUMERICS, Growth
@@ -56,7 +58,7 @@ class Recipe:
 
     Attributes:
       stages: in order; the first is initialised or begins with `start`, the others grow.
-      data: corpus, vocabulary, context.
+      data: corpus, vocabulary, context. A vocabulary that is not named is that of `start`.
       seed: for initialisation and for entries drawn by a growth.
       loss_chunks: parts of a window that the head runs on, one at a time.
       tolerance: largest relative difference of logits that a preserving growth may show, in float32.
@@ -76,6 +78,12 @@ class Recipe:
     eval_every: Size = field(default=50, metadata={"compared": False})
     # The path may change: the checkpoint is identified by its digest, which is recorded.
     start: str = field(default="", metadata={"identity": False})
+
+    def __post_init__(self) -> None:
+        if self.data.vocabulary is None:
+            goes_on = self.start and not isinstance(self.data.corpus, SeqioTask)  # which has its own vocabulary
+            vocabulary = Pretrained(self.start) if goes_on else SentencePiece()
+            object.__setattr__(self, "data", dataclasses.replace(self.data, vocabulary=vocabulary))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +17,21 @@ from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint.manifest import META, Manifest, file_faults, read_blobs, read_meta
 from flm_jax.config import ModelConfig
 from flm_jax.costs import leaves
-from flm_jax.data.vocabulary import TokenizerVocabulary, Vocabulary
+from flm_jax.data.train_vocabulary import checkpoint_vocabulary
+from flm_jax.data.vocabulary import Vocabulary
+from flm_jax.data.vocabulary_files import FILES, VocabularyError, to_files
 from flm_jax.growth.exact_adamw import rescaled_adamw
 from flm_jax.growth.lineage import Lineage
 from flm_jax.model import Masks, Params, declared
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.records import as_dict
-from flm_jax.records.foreign_json import check, field
+from flm_jax.records.foreign_json import check, field, parse_json
 from flm_jax.state import TrainState, abstract_state, kept, shardings_of
 
 # The file of a checkpoint with the position in its data; it concerns only the run that wrote it.
 POSITION = "data"
-# Files of a converted model: its original configuration, and its tokenizer.
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+# The original configuration of a converted model, and its fields that describe the vocabulary.
+CONFIG, IDS = "config.json", ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class CheckpointMeta:
       newborn: whether the stage began with the lineage's last growth, so that masks and the rate of new entries count
         from the stage's first step; False if the stage continued a model that had trained since its growth.
       provenance: what led to step 0; only in step 0.
-      data: the training data's description of itself.
+      data: the training data's description of itself; after a growth, that of the data before it.
       history: measurements, growths and skipped steps of the run so far.
       converted: the config.json that an imported model came with.
     """
@@ -150,14 +153,52 @@ class SourceCheckpoint:
         found = read_blobs(self.directory, manifest)
         return {name: found[name] for name in sorted(found) if name != POSITION}
 
-    def files_with(self, vocabulary: Vocabulary) -> dict[str, bytes]:
-        """The files to copy with the weights if training uses `vocabulary`.
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary that it was trained with, from its own files.
 
-        If that is not the checkpoint's own tokenizer, the tokenizer's files and the ids of its special tokens would
-        describe another model: they are left out.
+        Raises:
+          VocabularyError: it has none that can be used; see `checkpoint_vocabulary`.
+          DamagedError: a file is not as it was saved.
         """
-        same = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.model == self.files.get(TOKENIZER)
-        return {name: content for name, content in self.files.items() if same or name == CONFIG}
+        return checkpoint_vocabulary(self.files, self.meta.data, str(self.directory))
+
+    @functools.cached_property
+    def unknown_vocabulary(self) -> str:
+        """Why `vocabulary` cannot be used, as a sentence; '' if it can."""
+        try:
+            self.vocabulary  # noqa: B018 - reads it
+        except VocabularyError as error:
+            return f"{error}."
+        return ""
+
+    def other_vocabulary(self, vocabulary: Vocabulary) -> str:
+        """What there is to say, as text, if `vocabulary` is not known to be the checkpoint's; '' if it is."""
+        text = f"{self.directory} is used with the {vocabulary.kind} vocabulary of sha256 {vocabulary.digest}"
+        if self.unknown_vocabulary:
+            return f"{text}. Its own is not known: {self.unknown_vocabulary}"
+        own = self.vocabulary
+        if own.digest == vocabulary.digest:
+            return ""
+        return f"{text}, but was trained with the {own.kind} vocabulary of sha256 {own.digest}: ids mean other text."
+
+    def files_with(self, vocabulary: Vocabulary | None) -> dict[str, bytes]:
+        """The files that belong to the weights if training goes on with `vocabulary`; None: with the checkpoint's own.
+
+        With another one than the checkpoint's, its tokenizer's files and the ids of its special tokens would describe
+        another model: they are left out.
+        """
+        own = None if self.unknown_vocabulary else self.vocabulary
+        if vocabulary is None:
+            return self.files if own is None else {**self.files, **to_files(own)}
+        if own is not None and own.digest == vocabulary.digest:
+            return {**self.files, **to_files(vocabulary)}
+        kept = {name: content for name, content in self.files.items() if name not in FILES}
+        if CONFIG in kept:
+            config = parse_json(kept[CONFIG], f"{self.directory}: {CONFIG}")
+            config = {name: value for name, value in config.items() if name not in IDS}
+            kept[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+        return {**kept, **to_files(vocabulary)}
 
     def restore(self, mesh: Mesh, optimizer: bool = True) -> TrainState:
         """The state on a mesh, with every bit checked; a weights-only checkpoint gets fresh optimizer state.
@@ -171,7 +212,7 @@ class SourceCheckpoint:
         """
         abstract = abstract_state(self.lineage, mesh, weights=not self.trained)
         with Checkpoints(self.directory.parent, read_only=True) as checkpoints:
-            found = checkpoints.restore(kept(abstract), self.step).state
+            found = checkpoints.restore(kept(abstract), self.directory.name).state
         if self.trained:
             state: TrainState = found
             return state
@@ -189,7 +230,7 @@ class SourceCheckpoint:
         """
         abstract = {"params": abstract_state(self.lineage, mesh, weights=True).params}
         with Checkpoints(self.directory.parent, read_only=True) as checkpoints:
-            return checkpoints.restore(abstract, self.step, partial=True).state["params"]
+            return checkpoints.restore(abstract, self.directory.name, partial=True).state["params"]
 
     def masks(self) -> Masks | None:
         """The masks of its own growth if they are still rising: the model must be run with them. None otherwise."""

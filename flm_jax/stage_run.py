@@ -23,6 +23,7 @@ from flm_jax.checkpoint_growth.text import growth_lines
 from flm_jax.checkpoint_growth.verify import failures_text, heldout_text, observe_before, verify_growth
 from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data
+from flm_jax.data.vocabulary_files import to_files
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import GrowthError
 from flm_jax.loss import bits_per_byte, make_heldout_loss
@@ -69,6 +70,7 @@ class StageRun:
         if position is not None:
             self.batches.restore(position)
         stage, context = stages[index], recipe.data.context
+        self.files = to_files(data.vocabulary) if origin is None else origin.files_with(data.vocabulary)
         self.heldout_loss = make_heldout_loss(stage.cfg, self.mesh, recipe.loss_chunks)
         self.flops_per_token = costs.train_flops_per_token(stage.cfg, context)
         before = Totals(0, 0, 0)
@@ -256,7 +258,6 @@ class StageRun:
         advice = "Read the data from a token store, with streamed=False."
         distributed.assert_equal("The data read so far", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
-        files = {} if self.origin is None else self.origin.files_with(self.data.vocabulary)
-        blobs = {**files, POSITION: self.batches.state()}
+        blobs = {**self.files, POSITION: self.batches.state()}
         self.store.save(step, state, signatures=signature_texts(self.stage.cfg), meta=meta, blobs=blobs)
         self.metrics.write("save", step, {})

@@ -100,6 +100,8 @@ def train(
                 check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         data = open_data(recipe.data)
         check_vocabulary(stages, data.vocabulary.size)
+        if origin is not None and (other := origin.other_vocabulary(data.vocabulary)):
+            distributed.print0(other)
         # The path of the data may change between starts, its contents may not.
         identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
         identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from flm_jax.data import text
 from flm_jax.data.corpora import Jsonl, SeqioTask, StandardLibrary, TextFolder, Tfds
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary, chunks, sample, train
-from flm_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, from_spec
+from flm_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
+from flm_jax.data.vocabulary_files import from_spec
 
 CODE = 'def f(x):\n\tif x == 10:\n        return "é"  # twelve\n\n\nclass A:\n    pass\n'
 

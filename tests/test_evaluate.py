@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from flm_jax.checkpoint import Checkpoints
-from flm_jax.data.config import DataConfig
-from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
+from flm_jax.data.vocabulary_files import to_files
 from flm_jax.evaluation import EvalRequest
 from flm_jax.evaluation.evaluate import LONGEST_BY_DEFAULT, evaluate_checkpoint, find_length
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
@@ -26,13 +25,13 @@ from tests.scores import EIGHT, ONE, mesh_of
 pytestmark = pytest.mark.integration
 
 
-def saved(workdir, cfg, params, blobs, lineage=None):
+def saved(workdir, cfg, params, blobs, lineage=None, **about):
     """A work directory with one checkpoint."""
     lineage, mesh = lineage or Lineage(cfg), mesh_of(ONE)
     with jax.set_mesh(mesh):
         like = abstract_state(lineage, mesh)
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like).replace(params=params)
-        meta = CheckpointMeta("saved", lineage).record()
+        meta = CheckpointMeta("saved", lineage, **about).record()
         with Checkpoints(workdir / "checkpoints" / "0_saved") as store:
             store.save(0, state, meta=meta, blobs=blobs)
             store.wait()
@@ -120,7 +119,7 @@ def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch
 
     text = EvalRequest(text=str(tmp_path / "nowhere.txt"))
     assert "there is no text file or folder" in refused(text)
-    assert "no tokenizer.json in" in refused(text, tokenizer=str(tmp_path))
+    assert "holds no tokenizer.json, and is no checkpoint" in refused(text, tokenizer=str(tmp_path))
     large = write_tokenizer(tmp_path / "large", size=310)
     assert "The tokenizer has 310 ids, and the model only 304" in refused(text, tokenizer=str(large))
     (tmp_path / "latin.txt").write_bytes(b"\xff")
@@ -138,26 +137,26 @@ def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch
     assert "knows no task 'litle_choices'; close to it: 'little_choices'" in error
 
 
-def test_a_run_is_evaluated_with_the_vocabulary_it_was_trained_with(data, tmp_path, capsys):
+def test_a_run_is_evaluated_with_the_vocabulary_and_the_context_that_it_records(tmp_path, capsys):
     run = saved(tmp_path / "run", small.shape(), small.params(small.shape()), {"data": b"{}"})
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text(TEXT)
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
     text = EvalRequest(text=str(tmp_path / "texts"))
-    with pytest.raises(ValueError, match=r"holds no tokenizer\.json, and its work directory does not record"):
+    with pytest.raises(
+        ValueError, match="neither holds a vocabulary nor records .* Name the right one: .* --tokenizer"
+    ):
         evaluate_checkpoint(run, text)
     tokenizer = str(write_tokenizer(tmp_path / "tokenizer", size=260))
     with pytest.raises(ValueError, match="context length .* is not known: .* set --max_length"):
         evaluate_checkpoint(run, text, tokenizer)
-    (run / "config.gin").write_text(
-        "DataConfig.corpus = @TextFolder()\nDataConfig.vocabulary = @Bytes()\nDataConfig.context = 16\n"
-        f"TextFolder.path = {data.corpus.path!r}\nDataConfig.cache_dir = {data.cache_dir!r}\n"
-    )
+    about = dict(data={"context": 16})
+    run = saved(tmp_path / "whole", small.shape(), small.params(small.shape()), to_files(ByteVocabulary()), **about)
     launched(run, text, json_file=str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["tokenizer"]["kind"] == "bytes" and found["max_length"] == 16
     assert found["text"]["tokens"] == found["text"]["bytes"] == len(TEXT.encode())
-    lines = evaluate_checkpoint(run, EvalRequest(text=str(tmp_path / "texts.jsonl")), data=data, mesh=EIGHT)
+    lines = evaluate_checkpoint(run, EvalRequest(text=str(tmp_path / "texts.jsonl")), mesh=EIGHT)
     assert lines["text"]["nats"] == pytest.approx(found["text"]["nats"], rel=1e-5)
     assert "sequences of 16 tokens" in capsys.readouterr().out
 
@@ -178,29 +177,26 @@ def test_a_checkpoints_tokenizer_is_a_vocabulary_to_train_with(converted):
 
 
 def test_a_model_that_could_read_very_much_does_so_where_it_is_asked_to():
-    def origin(**said):
-        return SimpleNamespace(
-            directory="runs/some/0", files={"config.json": json.dumps(said).encode()} if said else {}
-        )
+    def origin(trained=None, **said):
+        files = {"config.json": json.dumps(said).encode()} if said else {}
+        return SimpleNamespace(directory="runs/some/0", files=files, context=trained)
 
-    assert find_length(origin(max_position_embeddings=1024), None) == 1024
-    assert find_length(origin(max_position_embeddings=131_072), None) == LONGEST_BY_DEFAULT
+    assert find_length(origin(max_position_embeddings=1024)) == 1024
+    assert find_length(origin(max_position_embeddings=131_072)) == LONGEST_BY_DEFAULT
     # A run may have trained it to read more than it did when it came.
-    assert find_length(origin(max_position_embeddings=64), DataConfig(context=128)) == 128
-    assert find_length(origin(), DataConfig(context=128)) == 128
+    assert find_length(origin(128, max_position_embeddings=64)) == 128
+    assert find_length(origin(128)) == 128
     with pytest.raises(ValueError, match="The context length of the model of runs/some/0 is not known"):
-        find_length(origin(), None)
+        find_length(origin())
 
 
 def test_a_model_in_a_ramp_is_what_its_masks_let_through(tmp_path):
     old, new = (small.shape(mlp=mlp, init_std_vector=1.0) for mlp in (40, 56))
     plan = Growth("mask", ramp_steps=4)
     params, mesh = small.params(new), mesh_of(ONE)
-    run = saved(tmp_path / "run", new, params, {}, Lineage(new, plan, Lineage(old)))
+    run = saved(tmp_path / "run", new, params, to_files(ByteVocabulary()), Lineage(new, plan, Lineage(old)))
     (tmp_path / "a.txt").write_text(TEXT)
-    found = evaluate_checkpoint(
-        run, EvalRequest(text=str(tmp_path / "a.txt")), max_length=16, data=DataConfig(vocabulary=Bytes())
-    )
+    found = evaluate_checkpoint(run, EvalRequest(text=str(tmp_path / "a.txt")), max_length=16)
     masked, plain = (
         bits_per_byte_of_text(new, params, ByteVocabulary(), [TEXT], 16, mesh, masks=masks).nats
         for masks in (masks_at(old, new, plan, 0), None)

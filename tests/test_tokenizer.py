@@ -15,7 +15,8 @@ from flm_jax.data.prepare import prepare, store_path
 from flm_jax.data.source import open_data
 from flm_jax.data.streaming import SeqioBatches
 from flm_jax.data.train_vocabulary import Pretrained, build_vocabulary
-from flm_jax.data.vocabulary import REPLACEMENT, TokenizerVocabulary, from_spec
+from flm_jax.data.vocabulary import REPLACEMENT, TokenizerVocabulary
+from flm_jax.data.vocabulary_files import from_spec
 from tests import small
 from tests.hub import END, TEXT, write_tokenizer
 
@@ -118,7 +119,7 @@ def test_what_cannot_be_read_is_named(folder):
         read(folder)
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json in"):
         read(folder / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"Pretrained: .* holds no tokenizer\.json, and is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json, and is no checkpoint"):
         Pretrained(str(folder / "nowhere")).load()
 
 

@@ -260,14 +260,15 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def restore(
-        self, abstract: PyTree, step: int | None = None, *, partial: bool = False, unverified: bool = False
+        self, abstract: PyTree, step: int | str | None = None, *, partial: bool = False, unverified: bool = False
     ) -> Restored:
         """Restores a checkpoint onto any mesh, and checks every bit of it.
 
         Args:
           abstract: the requested structure, of `jax.ShapeDtypeStruct`; an array without a sharding goes to the default
             device.
-          step: which one; None: the newest undamaged one, and each newer, damaged step is logged as an error.
+          step: which one, or the name of a directory that a step was copied to; None: the newest undamaged one, and
+            each newer, damaged step is logged as an error.
           partial: the checkpoint may hold more leaves than are requested; only the requested ones are read.
           unverified: with an explicit step, reads a directory that has no manifest, and therefore no checksums.
 
@@ -282,13 +283,14 @@ class Checkpoints:
         self.wait()
         wanted = {path: orbax_io.target(path, leaf) for path, leaf in leaf_paths(abstract).items()}
         if step is not None:
-            return self._restore(abstract, wanted, operator.index(step), partial, unverified)
+            name = step if isinstance(step, str) else str(operator.index(step))
+            return self._restore(abstract, wanted, name, partial, unverified)
         if unverified:
             raise CheckpointError("unverified=True needs an explicit step")
         good, bad = distributed.from_primary("scan", self._steps.scan)
         for candidate in reversed(good):
             try:
-                return self._restore(abstract, wanted, candidate, partial, False)
+                return self._restore(abstract, wanted, str(candidate), partial, False)
             except DamagedError as error:
                 self._refused.add(candidate)
                 bad.append(candidate)
@@ -358,14 +360,14 @@ class Checkpoints:
         self,
         abstract: PyTree,
         wanted: Mapping[str, jax.ShapeDtypeStruct],
-        step: int,
+        name: str,
         partial: bool,
         unverified: bool,
     ) -> Restored:
-        step_dir = self.directory / str(step)
+        step_dir = self.directory / name
         with self._together("manifest"):
             if not step_dir.is_dir():
-                raise NoCheckpointError(f"{self.directory} holds no step {step}, it holds {self.steps()}")
+                raise NoCheckpointError(f"{self.directory} holds no step {name}, it holds {self.steps()}")
             if (step_dir / manifest.MANIFEST).exists():
                 saved = read_manifest(step_dir)
             elif unverified:
@@ -384,4 +386,4 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
         with self._together("rest"):
             meta, blobs = read_meta(step_dir, saved), read_blobs(step_dir, saved)
-        return Restored(step, state, meta, blobs)
+        return Restored(saved.step, state, meta, blobs)

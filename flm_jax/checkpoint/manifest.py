@@ -218,7 +218,8 @@ def read_manifest(step_dir: str | Path) -> Manifest:
         found = _manifest(content)
     except JsonError as error:
         raise DamagedError(f"{path} is damaged: {error}") from error
-    if str(found.step) != path.parent.resolve().name:
+    name = path.parent.resolve().name
+    if name.isdigit() and name != str(found.step):  # a copy may have any name, but not that of another step
         raise DamagedError(f"{path} is the manifest of step {found.step}: the directory was renamed or copied")
     return found
 

@@ -16,6 +16,7 @@ from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES, finish, grow_stream
 from flm_jax.checkpoint_growth.verify import failures_text, observe_before, verification_text, verify_growth
 from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
+from flm_jax.distributed import print0
 from flm_jax.growth.distance import settle
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import Growth, changed
@@ -54,7 +55,8 @@ def grow_checkpoint(
       growth: how to grow.
       seed: for drawn entries.
       mesh: how devices are laid out.
-      data: held-out text for distances and verification; None: random tokens.
+      data: held-out text for distances and verification; None: that of the token store that the source records, if it
+        is still there, else random tokens.
       tolerance: largest relative difference of logits that a preserving method may show, in float32.
       records: texts to keep in the work directory, by file name.
       streamed: grow block by block from disk to disk; no model is run, so neither a mesh nor data is used.
@@ -84,6 +86,9 @@ def grow_checkpoint(
         raise ValueError(
             f"Nothing grows: the checkpoint has the target's shape already, {costs.shape_line(origin.cfg)}."
         )
+
+    if origin.unknown_vocabulary:
+        print0(f"The grown checkpoint will hold no vocabulary. {origin.unknown_vocabulary}")
 
     def describe(lineage: Lineage, distances: tuple[float, ...], found: Mapping[str, Any]) -> GrowthRecord:
         fields = dict(source=str(origin.directory), source_digest=origin.digest, seed=seed, distances=distances)
@@ -131,7 +136,7 @@ def _grow_streamed(
         return describe(lineage, (), {**method, "streamed": verified, **run})
 
     def meta(verified: Mapping[str, Any]) -> Mapping[str, Any]:
-        return CheckpointMeta(STAGE, lineage, provenance=described(verified).record()).record()
+        return CheckpointMeta(STAGE, lineage, provenance=described(verified).record(), data=origin.meta.data).record()
 
     return described(grow_streamed(origin, lineage, directory, seed, meta, chunk_bytes))
 
@@ -147,7 +152,7 @@ def _grow_in_memory(
     describe: Describe,
 ) -> GrowthRecord:
     placed = make_mesh(mesh)
-    text = verification_text(data, origin.cfg.vocab, placed)
+    text = verification_text(origin, data, placed)
     with jax.set_mesh(placed):
         state = origin.restore(placed, optimizer=False)
         batch = put_batch(text.few, placed)
@@ -159,8 +164,9 @@ def _grow_in_memory(
         record = describe(lineage, distances, found)
         if not found["holds"]:
             raise CheckpointError(f"The growth does not hold, and nothing was written: {failures_text(found)}")
-        meta = CheckpointMeta(STAGE, lineage, provenance=record.record()).record()
+        meta = CheckpointMeta(STAGE, lineage, provenance=record.record(), data=origin.meta.data).record()
+        blobs = origin.files_with(None)
         with Checkpoints(directory) as checkpoints:
-            checkpoints.save(0, kept(grown), signatures=signature_texts(lineage.cfg), meta=meta, blobs=origin.files)
+            checkpoints.save(0, kept(grown), signatures=signature_texts(lineage.cfg), meta=meta, blobs=blobs)
             checkpoints.wait()
     return record

@@ -361,7 +361,7 @@ class _Pass:
         }
         verified = self._verified()
         on_disk = {self.arrays / blocks.key_of(job.path) for job in self.jobs}
-        commit_step(self.partial, 0, leaves, small_files(meta(verified), self.origin.files), on_disk)
+        commit_step(self.partial, 0, leaves, small_files(meta(verified), self.origin.files_with(None)), on_disk)
         return verified
 
     def _verified(self) -> dict[str, Any]:

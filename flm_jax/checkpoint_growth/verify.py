@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.data.batches import Batch
 from flm_jax.data.config import DataConfig
-from flm_jax.data.source import Data, open_data
+from flm_jax.data.source import Data, open_data, recorded_data
 from flm_jax.distributed import fetch
 from flm_jax.generate import generate
 from flm_jax.growth.diagnostics import copies_apart, dead_slices, fresh_entries
@@ -27,7 +27,7 @@ from flm_jax.growth.verify import Observed, judge, observe
 from flm_jax.loss import make_heldout_loss
 from flm_jax.model import Masks, Params
 from flm_jax.sharding import MeshConfig, few_rows, make_mesh, put_batch
-from flm_jax.source_checkpoint import read_source
+from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 from flm_jax.state import TrainState, abstract_state
 
 # Length of the prompts, and of their greedy continuations.
@@ -63,23 +63,33 @@ def heldout_text(data: Data, mesh: Mesh, windows: int = 32) -> VerificationText:
     return VerificationText(f"held-out text, digest {data.digest[:12]}", few, tuple(data.heldout(rows, windows)))
 
 
-def verification_text(data: DataConfig | None, vocab: int, mesh: Mesh) -> VerificationText:
-    """Verification text from held-out data; without data, random tokens, which are good enough to compare two models.
+def verification_text(origin: SourceCheckpoint, data: DataConfig | None, mesh: Mesh) -> VerificationText:
+    """Verification text for a checkpoint.
+
+    It is held-out text of `data`, if given; else of the token store that the checkpoint records, if it is still there;
+    else random tokens, which are good enough to compare two models.
 
     Raises:
-      ValueError: the data's vocabulary has more tokens than the model.
+      ValueError: `data` has another vocabulary than the checkpoint, or more tokens than its model.
     """
+    vocab = origin.cfg.vocab
     if data is not None:
         opened = open_data(data)
         if opened.vocabulary.size > vocab:
             raise ValueError(f"the data's vocabulary has {opened.vocabulary.size} tokens, the model only {vocab}.")
+        if not origin.unknown_vocabulary and (other := origin.other_vocabulary(opened.vocabulary)):
+            raise ValueError(other)
         return heldout_text(opened, mesh)
+    try:
+        return heldout_text(recorded_data(origin.meta.data), mesh)
+    except LookupError as error:
+        why = str(error)
     rows = few_rows(mesh)
     rng, shape = np.random.default_rng(0), (rows, 64)
     drawn = [rng.integers(0, vocab, (rows, 65), dtype=np.int32) for _ in range(max(32 // rows, 1))]
     segments, weights = np.zeros(shape, np.int32), np.ones(shape, np.float32)
     batches = tuple(Batch(ids[:, :-1], ids[:, 1:], weights, segments) for ids in drawn)
-    return VerificationText("random tokens", batches[0], batches)
+    return VerificationText(f"random tokens: {why}", batches[0], batches)
 
 
 class Before(NamedTuple):
@@ -210,7 +220,8 @@ def verify_checkpoints(
       source: the checkpoint before growth: a step, a stage's directory or a work directory.
       target: the grown one, at step 0 of its stage.
       mesh: how devices are laid out.
-      data: held-out text; None: random tokens.
+      data: held-out text; None: that of the token store that the source records, if it is still there, else random
+        tokens.
       tolerance: largest relative difference of logits, in float32.
 
     Returns:
@@ -218,7 +229,7 @@ def verify_checkpoints(
 
     Raises:
       DamagedError: one of them is not as it was saved.
-      CheckpointError: the target did not grow from the source.
+      CheckpointError: the target did not grow from the source, or holds another vocabulary.
     """
     before, after = read_source(source), read_source(target)
     if after.step != 0:
@@ -233,8 +244,14 @@ def verify_checkpoints(
             f"{after.directory} grew from a state with digest {str(claimed)[:12]}, but {before.directory} has "
             f"{before.digest[:12]}."
         )
+    known = not (before.unknown_vocabulary or after.unknown_vocabulary)
+    if known and after.vocabulary.digest != before.vocabulary.digest:
+        raise CheckpointError(
+            f"{after.directory} holds a {after.vocabulary.kind} vocabulary, sha256 {after.vocabulary.digest[:12]}, but "
+            f"{before.directory} a {before.vocabulary.kind} vocabulary, sha256 {before.vocabulary.digest[:12]}."
+        )
     placed = make_mesh(mesh)
-    text = verification_text(data, before.cfg.vocab, placed)
+    text = verification_text(before, data, placed)
     with jax.set_mesh(placed):
         # Whole states are read, so that every bit is checked, whatever the comparison needs.
         observed = observe_before(after.lineage, before.restore(placed, optimizer=False).params, text, placed)

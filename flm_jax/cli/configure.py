@@ -21,7 +21,7 @@ from flm_jax.recipe import Recipe, Run
 from flm_jax.records import FieldError, meant
 from flm_jax.records.fields import NonNegative, Seed, Size, fitted, hints, says
 from flm_jax.sharding import MeshConfig
-from flm_jax.source_checkpoint import model_of, read_source
+from flm_jax.source_checkpoint import model_of
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # The folders that may contain `gin_configs/`: beside the package in a checkout, inside it if installed.
@@ -146,18 +146,6 @@ def evaluate(mesh: MeshConfig | None = None) -> MeshConfig | None:
     """The mesh of `experiments/evaluate.py`, from gin."""
     found: MeshConfig | None = fitted(evaluate, dict(mesh=mesh))["mesh"]
     return found
-
-
-def recorded_data(checkpoint: str) -> DataConfig | None:
-    """The data configuration of a checkpoint's run, read from its work directory; None if it is not recorded there."""
-    recorded = read_source(checkpoint).directory.parents[2] / "config.gin"
-    if not recorded.is_file() or "DataConfig" not in recorded.read_text():
-        return None
-    gin.clear_config()
-    parse([str(recorded)], ["verify.data = @DataConfig()"])
-    data: DataConfig = verify()["data"]
-    gin.clear_config()
-    return data
 
 
 def configured(program: Callable[[], T]) -> T:

@@ -5,8 +5,8 @@
   python experiments/evaluate.py --checkpoint=runs/converted --lm_eval=my_task --include_path=my/tasks
   python experiments/evaluate.py --checkpoint=runs/demo --generate='def main(' --tokens=64
 
-Tasks need `pip install -e '.[eval]'`; your own tasks on your own files need no network. The tokenizer is the
-checkpoint's own, or that of the data of its run. Gin sets only the mesh:
+Tasks need `pip install -e '.[eval]'`; your own tasks on your own files need no network. The vocabulary is the one that
+the checkpoint was trained with and holds; nothing beside the step's directory is read. Gin sets only the mesh:
 
       --gin_bindings='evaluate.mesh = @MeshConfig()' --gin_bindings='MeshConfig.tensor = 4'
 """
@@ -33,7 +33,12 @@ def define() -> None:
     flags.DEFINE_string("text", None, "Compute bits per byte of a text file, a *.jsonl, or a folder of *.txt.")
     flags.DEFINE_string("generate", None, "Continue this prompt, with the likeliest token each time.")
     flags.DEFINE_integer("tokens", 64, "Number of tokens of the continuation.", lower_bound=1)
-    flags.DEFINE_string("tokenizer", None, "A directory with tokenizer.json, used instead of the checkpoint's own.")
+    flags.DEFINE_string(
+        "tokenizer",
+        None,
+        "The vocabulary to use instead of the checkpoint's own: another checkpoint, a directory with tokenizer.json, "
+        "or a SentencePiece model file.",
+    )
     flags.DEFINE_integer("batch_size", 8, "Rows per batch, on all devices together.", lower_bound=1)
     flags.DEFINE_integer(
         "max_length",

@@ -3,8 +3,9 @@
   python experiments/grow.py --source=runs/demo/checkpoints/0_52b_small --workdir=runs/copied \
       --gin_file=gin_configs/growth/copy_small.gin
 
-The source (a step, a stage's directory or a work directory) is only read. To train on from the result, set
-`Recipe.start = 'runs/copied'`.
+The source (a step, a stage's directory or a work directory) is only read; its vocabulary goes with it. The two models
+are compared on held-out text of `grow.data` in gin, or of the token store of the source's run if it is still there;
+otherwise on random tokens. To train on from the result, set `Recipe.start = 'runs/copied'`.
 
 A checkpoint that does not fit in memory is grown block by block, from disk to disk, with the same result:
 

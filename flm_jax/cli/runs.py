@@ -13,7 +13,7 @@ from flm_jax import checkpoint_growth, costs, distributed, evaluation
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.cli import configure
-from flm_jax.cli.configure import PACKAGE, check_used, configured, parse, recorded_data
+from flm_jax.cli.configure import PACKAGE, check_used, configured, parse
 from flm_jax.cli.errors import fail, join, started
 from flm_jax.cli.flags import STOPPED
 from flm_jax.convert import exporting, importing
@@ -86,12 +86,9 @@ def check_writable(json_file: str | None) -> None:
 def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     """Grows a checkpoint into a new work directory, and prints its verification."""
     with started():
-        data = recorded_data(source)
         parse(gin_files, gin_bindings)
         settings = configured(configure.grow)
         check_used()
-        if not settings["streamed"]:
-            settings["data"] = settings["data"] or data
         records = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
         record = checkpoint_growth.grow_checkpoint(chosen(source), workdir, **settings, records=records)
         distributed.print0(verification_lines(record["verification"]))
@@ -104,11 +101,9 @@ def run_verify(
     """Verifies a grown checkpoint; exits with status 1 if a promise of its method does not hold."""
     with started():
         check_writable(json_file)
-        data = recorded_data(source)
         parse(gin_files, gin_bindings)
         settings = configured(configure.verify)
         check_used()
-        settings["data"] = settings["data"] or data
         found = checkpoint_growth.verify_checkpoints(chosen(source), chosen(target), **settings)
         distributed.print0(verification_lines(found))
         if json_file and distributed.is_primary():
@@ -166,13 +161,12 @@ def run_evaluate(
     """Evaluates a checkpoint, and prints the results."""
     with started():
         check_writable(json_file)
-        data = recorded_data(checkpoint)
         parse(gin_files, gin_bindings)
         mesh = configured(configure.evaluate)
         check_used()
         try:
             found = evaluation.evaluate_checkpoint(
-                chosen(checkpoint), asked, tokenizer, data, mesh, batch_size, max_length, distributed.print0
+                chosen(checkpoint), asked, tokenizer, mesh, batch_size, max_length, distributed.print0
             )
         except ImportError as error:
             fail(error)

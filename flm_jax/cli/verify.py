@@ -3,8 +3,8 @@
   python experiments/verify.py --source=runs/demo/checkpoints/0_52b_small --target=runs/copied [--json=FILE]
 
 The checksums of both are verified first. Then both models are run on held-out text: that of `verify.data` in gin, or
-that of the source's run if its work directory records it; otherwise on random tokens. A method that does not promise
-preservation is measured and labelled.
+that of the token store of the source's run if it is still there; otherwise on random tokens. What was read is said. A
+method that does not promise preservation is measured and labelled.
 """
 
 from __future__ import annotations

@@ -9,23 +9,14 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from flm_jax.data import vocabulary_files
 from flm_jax.files import read_bounded
 
 # Nothing else is imported or exported, whatever lies in the directory or the checkpoint: no programs, and no file that
 # has the name of one that an export writes itself.
 FILES = (
     "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tekken.json",
+    *(name for name in vocabulary_files.FILES if name != vocabulary_files.RECORD),
     "LICENSE",
     "LICENSE.txt",
     "NOTICE",

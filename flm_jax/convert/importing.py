@@ -25,6 +25,7 @@ from flm_jax.convert.companions import read_companions
 from flm_jax.convert.layout import Part, parts
 from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, check_finite, in_parallel
 from flm_jax.convert.tensors import Stored, few, open_shards
+from flm_jax.data import vocabulary_files
 from flm_jax.data.tokenizer_file import token_count
 from flm_jax.data.vocabulary import TOKENIZER
 from flm_jax.files import missing_room
@@ -104,7 +105,8 @@ def import_model(
             }
             meta = CheckpointMeta(STAGE, Lineage(cfg), provenance=record, converted=config).record()
             on_disk = {partial / "arrays" / blocks.key_of(path) for path in leaves if path != "step"}
-            commit_step(partial, 0, leaves, small_files(meta, files), on_disk)
+            blobs = {**files, **_vocabulary(files, source)}
+            commit_step(partial, 0, leaves, small_files(meta, blobs), on_disk)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
@@ -240,6 +242,15 @@ def _check_tokenizer(cfg: ModelConfig, files: Mapping[str, bytes], source: Path)
             f"{file} has {size} tokens, but the model's embedding only {cfg.vocab} rows: it is not this model's "
             "tokenizer."
         )
+
+
+def _vocabulary(files: Mapping[str, bytes], source: Path) -> dict[str, bytes]:
+    """The record of the tokenizer as a vocabulary; none if the files do not say which token ends a document."""
+    try:
+        found = vocabulary_files.from_files(files, str(source))
+    except vocabulary_files.VocabularyError:
+        return {}  # whoever needs the vocabulary is told why, or names the token
+    return {} if found is None else vocabulary_files.to_files(found)
 
 
 def _check_new(workdir: Path, directory: Path) -> None:

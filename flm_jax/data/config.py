@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from flm_jax.data.corpora import Corpus, StandardLibrary
-from flm_jax.data.train_vocabulary import SentencePiece, VocabularyConfig
+from flm_jax.data.train_vocabulary import CACHE, SentencePiece, VocabularyConfig
 from flm_jax.records import recorded
 from flm_jax.records.fields import Seed, Size
 
@@ -17,7 +17,8 @@ class DataConfig:
 
     Attributes:
       corpus: where documents come from.
-      vocabulary: how they are tokenised; a SeqioTask has its own vocabulary instead.
+      vocabulary: how they are tokenised; a SeqioTask has its own vocabulary instead. None: the vocabulary of
+        `Recipe.start`, or without a start `SentencePiece`.
       context: tokens per row.
       streamed: whether seqio reads documents during training, instead of a token store.
       seed: of the order.
@@ -25,9 +26,14 @@ class DataConfig:
     """
 
     corpus: Corpus = dataclasses.field(default_factory=StandardLibrary)
-    vocabulary: VocabularyConfig = dataclasses.field(default_factory=SentencePiece)
+    vocabulary: VocabularyConfig | None = None
     context: Size = 256
     streamed: bool = False
     seed: Seed = 0
     # Not "identity": the same data in another folder is the same recipe.
-    cache_dir: str = dataclasses.field(default="~/.cache/flm_jax", metadata={"identity": False})
+    cache_dir: str = dataclasses.field(default=CACHE, metadata={"identity": False})
+
+    @property
+    def tokenised_by(self) -> VocabularyConfig:
+        """The vocabulary that is named, or the default one. A recipe with a start names that of its start."""
+        return self.vocabulary or SentencePiece()

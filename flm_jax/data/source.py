@@ -8,7 +8,7 @@ batch = batches.next(64)
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from flm_jax.data.batches import Batch, StoreBatches, TokenBatches, heldout_batches
@@ -20,6 +20,7 @@ from flm_jax.data.train_vocabulary import build_vocabulary
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.distributed import assert_equal, is_primary, primary_then_others
 from flm_jax.files import sha256_json
+from flm_jax.records.foreign_json import field
 
 
 class Data(Protocol):
@@ -85,7 +86,8 @@ class StoreData:
 
     def describe(self) -> dict[str, Any]:
         """See Data."""
-        return {"read": "store", "context": self._context, "seed": self._seed, **self.store.describe()}
+        about = {"read": "store", "store": str(self.store.path.absolute())}
+        return {**about, "context": self._context, "seed": self._seed, **self.store.describe()}
 
 
 class StreamData:
@@ -165,7 +167,28 @@ def open_data(config: DataConfig, progress: bool = True) -> Data:
 
 def _open(config: DataConfig, progress: bool) -> Data:
     if config.streamed:
-        vocabulary = build_vocabulary(config.vocabulary, config.corpus, config.cache_dir)
+        vocabulary = build_vocabulary(config.tokenised_by, config.corpus, config.cache_dir)
         return StreamData(config.corpus, vocabulary, config.context, config.seed)
-    store = prepare(config.corpus, config.vocabulary, config.cache_dir, progress)
+    store = prepare(config.corpus, config.tokenised_by, config.cache_dir, progress)
     return StoreData(store, config.context, config.seed)
+
+
+def recorded_data(record: Mapping[str, Any] | None) -> StoreData:
+    """The data that a checkpoint records with `Data.describe`, from its token store, without the texts.
+
+    Raises:
+      LookupError: the store is not there any more, or the data was not in a store; the message is for people.
+    """
+    if record is None:
+        raise LookupError("the checkpoint records no data")
+    if "store" not in record:
+        raise LookupError("the checkpoint records no token store")
+    try:
+        path = field(dict(record), "store", str, "the record")
+        context = field(dict(record), "context", int, "the record")
+        store = TokenStore.open(path, verify=False)  # whoever trains verifies; two models are compared here
+    except (ValueError, OSError) as error:
+        raise LookupError(str(error)) from error
+    if store.digest != record.get("digest"):
+        raise LookupError(f"{path} holds other data than the checkpoint records")
+    return StoreData(store, context, seed=0)

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax.data.vocabulary import Vocabulary, from_spec
+from flm_jax.data.vocabulary import Vocabulary
+from flm_jax.data.vocabulary_files import from_spec
 from flm_jax.files import read_bounded, sha256_file, sha256_json
 from flm_jax.records.foreign_json import check, field, parse_json, read_json
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from flm_jax.data.corpora import SPLITS
 from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, TokenStore, render
-from flm_jax.data.vocabulary import Vocabulary, spec_bytes
+from flm_jax.data.vocabulary import Vocabulary
+from flm_jax.data.vocabulary_files import spec_bytes
 from flm_jax.files import draft_of, sha256_json, sync_write
 
 

@@ -64,7 +64,7 @@ def survey(config: DataConfig) -> Survey:
     if size > READ_BYTES:
         next(iter(corpus.lines() if isinstance(corpus, Jsonl) else corpus.contents()), None)  # type: ignore[attr-defined]
         return Survey(name, vocabulary, ids, None, files, {}, f"reading {size / 1e9:.1f} GB takes longer")
-    path = store_path(corpus, config.vocabulary, config.cache_dir)
+    path = store_path(corpus, config.tokenised_by, config.cache_dir)
     if not config.streamed and (path / STORE_FILE).is_file():
         store = TokenStore.open(path, verify=False)
         return Survey(name, vocabulary, store.vocabulary.size, path, files, store.describe()["splits"])
@@ -92,12 +92,12 @@ def _paths(corpus: Corpus) -> list[Path] | None:
 
 def _vocabulary(config: DataConfig) -> tuple[str, int | None]:
     """The kind of a vocabulary, and its number of ids where that is known."""
-    vocabulary = config.vocabulary
+    vocabulary = config.tokenised_by
     if isinstance(vocabulary, Bytes):
         return "bytes", ByteVocabulary().size
     if isinstance(vocabulary, SentencePiece):
         return "SentencePiece, trained on the training split", vocabulary.size
-    return f"the tokenizer of {vocabulary.path}", vocabulary.load().size
+    return f"that of {vocabulary.path}", vocabulary.load().size
 
 
 def survey_text(found: Survey) -> str:

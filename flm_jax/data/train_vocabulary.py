@@ -1,4 +1,4 @@
-"""The vocabulary of a corpus: bytes, an existing tokenizer, or SentencePiece BPE that is trained once and cached.
+"""The vocabulary of a corpus (bytes, an existing one, or SentencePiece BPE, trained once and cached) or a checkpoint.
 
 Everything here is deterministic: the sample of chunks is chosen by hash, not at random; the trainer runs on one thread
 (the model file records the number of threads, and one is enough: 8 MB take two seconds).
@@ -11,13 +11,13 @@ import hashlib
 import heapq
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from flm_jax.checkpoint.find import step_directory
-from flm_jax.checkpoint.manifest import CheckpointError
-from flm_jax.data.corpora import Corpus, SeqioTask, TextCorpus
+from flm_jax.checkpoint.manifest import CheckpointError, read_blobs, read_manifest, read_meta
+from flm_jax.data.corpora import Corpus, Jsonl, SeqioTask, StandardLibrary, TextCorpus, TextFolder, Tfds
 from flm_jax.data.vocabulary import (
     EOS_ID,
     PAD_ID,
@@ -28,12 +28,16 @@ from flm_jax.data.vocabulary import (
     TokenizerVocabulary,
     Vocabulary,
 )
+from flm_jax.data.vocabulary_files import VocabularyError, from_files, from_spec
 from flm_jax.files import atomic_write, sha256_file
 from flm_jax.records import recorded
 from flm_jax.records.fields import Count, Size, at_least
-from flm_jax.records.foreign_json import field, read_json
+from flm_jax.records.foreign_json import check, field, read_json
 
 CHUNK = 2048  # characters given to the trainer at once: several lines, so that it sees newlines
+CACHE = "~/.cache/flm_jax"
+# What to do about a checkpoint whose vocabulary is not known.
+_NAME = ". Name the right one: for an evaluation by --tokenizer, for training by DataConfig.vocabulary"
 FORMAT = 1  # part of the cache key: increase it when training changes
 
 
@@ -60,33 +64,111 @@ class SentencePiece:
 @dataclasses.dataclass(frozen=True)
 @recorded
 class Pretrained:
-    """An existing Hugging Face tokenizer: nothing to train.
+    """An existing vocabulary, of a checkpoint or a Hugging Face tokenizer: nothing to train.
 
     Attributes:
-      path: a directory with tokenizer.json and its configuration files; or a checkpoint that holds them: a step, a
-        stage's directory or a work directory.
-      eos_id: the id that ends a document; None: as those files say.
+      path: a checkpoint (a step, a stage's directory or a work directory), a directory with tokenizer.json and its
+        configuration files, or a SentencePiece model file.
+      eos_id: the id that ends a document, for a tokenizer.json; None: as the files beside it say.
     """
 
     path: str = dataclasses.field(metadata={"identity": False})
     eos_id: Count | None = None
 
-    def load(self) -> TokenizerVocabulary:
-        """The tokenizer.
+    def load(self) -> Vocabulary:
+        """The vocabulary.
 
         Raises:
           FileNotFoundError: there is none.
           ValueError: as `TokenizerVocabulary.from_directory`.
+          CheckpointError: the checkpoint is damaged.
         """
-        root = Path(self.path).expanduser()
-        if not (root / TOKENIZER).is_file():
-            try:
-                root = step_directory(root) / "blobs"
-            except CheckpointError as error:
-                raise FileNotFoundError(
-                    f"Pretrained: {self.path} holds no {TOKENIZER}, and is no checkpoint that could: {error}"
-                ) from None
-        return TokenizerVocabulary.from_directory(root, self.eos_id)
+        return load_vocabulary(self.path, self.eos_id)
+
+
+def load_vocabulary(path: str | Path, eos_id: int | None = None) -> Vocabulary:
+    """The vocabulary at a path; see `Pretrained`."""
+    root = Path(path).expanduser()
+    if (root / TOKENIZER).is_file():
+        return TokenizerVocabulary.from_directory(root, eos_id)
+    if root.is_file():
+        found: Vocabulary = SentencePieceVocabulary(root)
+    else:
+        try:
+            step = step_directory(root)
+        except CheckpointError as error:
+            raise FileNotFoundError(f"{path} holds no {TOKENIZER}, and is no checkpoint either: {error}") from None
+        manifest = read_manifest(step)
+        files = read_blobs(step, manifest)
+        if eos_id is not None and TOKENIZER in files:
+            return TokenizerVocabulary.from_files(files, str(step), eos_id)
+        data = check(read_meta(step, manifest).get("data"), (dict, type(None)), f"{step}: the record of its data")
+        found = checkpoint_vocabulary(files, data, str(step))
+    if eos_id not in (None, found.eos_id):
+        raise ValueError(f"eos_id={eos_id}: a document ends with {found.eos_id} in the {found.kind} vocabulary {path}")
+    return found
+
+
+def checkpoint_vocabulary(files: Mapping[str, bytes], data: Mapping[str, Any] | None, where: str) -> Vocabulary:
+    """The vocabulary that the model of a checkpoint step was trained with.
+
+    Args:
+      files: the step's blobs; all that is needed, except with version 0.1.0, which kept no vocabularies.
+      data: what its meta.json records of the data: the digest of the vocabulary, and where the texts were.
+      where: the step's directory, for errors.
+
+    Raises:
+      VocabularyError: the step holds no vocabulary, and it cannot be made again from what is recorded; or it is not
+        the recorded one.
+    """
+    found, recorded = from_files(files, where), None if data is None else data.get("vocabulary")
+    if recorded is not None:
+        try:
+            record = check(recorded, dict, "the record")
+            for name, kind in (("kind", str), ("size", int), ("digest", str)):
+                field(record, name, kind, "the record")
+        except ValueError as error:
+            raise VocabularyError(f"{where} records its vocabulary wrongly: {error}{_NAME}") from error
+    if found is None:
+        if data is None or recorded is None:
+            raise VocabularyError(
+                f"{where} neither holds a vocabulary nor records with which one it was trained{_NAME}"
+            )
+        try:
+            found = _made_again(recorded, data["corpus"])
+        except (ValueError, OSError, LookupError, TypeError, ImportError) as error:
+            raise VocabularyError(
+                f"{where} was written by a version that kept no vocabularies, and the one that it was trained with "
+                f"({recorded['kind']}, sha256 {recorded['digest']}) cannot be made again: {error}{_NAME}"
+            ) from error
+    if recorded is not None and recorded["digest"] != found.digest:
+        raise VocabularyError(
+            f"{where} was trained with a {recorded['kind']} vocabulary of {recorded['size']} ids, sha256 "
+            f"{recorded['digest']}; what is there now is a {found.kind} vocabulary of {found.size} ids, sha256 "
+            f"{found.digest}: its ids mean other text{_NAME}"
+        )
+    return found
+
+
+def _made_again(recorded: Mapping[str, Any], corpus: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary of a checkpoint that holds none, from its record and, if they are still there, its texts.
+
+    Raises:
+      ValueError, OSError: that is not possible.
+    """
+    if recorded["kind"] == "bytes":
+        return from_spec(recorded)
+    kinds = {cls.__name__: cls for cls in (StandardLibrary, TextFolder, Jsonl, Tfds)}
+    if corpus["kind"] == SeqioTask.__name__:
+        raise ValueError(
+            f"it belongs to the seqio task {corpus['name']!r}, and a module such as {corpus['module']!r} is imported "
+            "only where a recipe names it"
+        )
+    if recorded["kind"] != "sentencepiece" or corpus["kind"] not in kinds:
+        raise ValueError("its files were not recorded")
+    cls = kinds[corpus["kind"]]
+    texts = cls(**{field.name: corpus[field.name] for field in dataclasses.fields(cls)})
+    return build_vocabulary(SentencePiece(recorded["size"]), texts, CACHE)
 
 
 VocabularyConfig = Bytes | SentencePiece | Pretrained

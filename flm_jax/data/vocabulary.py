@@ -2,7 +2,8 @@
 
 Bytes and SentencePiece have the same ids as in seqio; 0, 1 and 2 are padding, end of document and unknown in both. A
 Hugging Face tokenizer has its own special ids. `spec()` holds everything needed to build the same vocabulary again (a
-SentencePiece model or a tokenizer.json included), so a store or a checkpoint that records it is self-contained.
+SentencePiece model or a tokenizer.json included), so a store that records it is self-contained; `vocabulary_files`
+reads it, and keeps the same in the files of a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 from flm_jax.data.tokenizer_file import guarded
 from flm_jax.data.tokenizer_file import load as _load
 from flm_jax.files import read_bounded
-from flm_jax.records.foreign_json import check, read_json
+from flm_jax.records.foreign_json import check, parse_json
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
@@ -38,6 +39,7 @@ class Special:
       end: what it puts after.
       prefix: `prefix_id` as text, '' if it has none.
       eos: the end of a document as text, '' if it has none.
+      pad_id: what other programs fill rows with; None: the end of a document.
     """
 
     prefix_id: int = EOS_ID
@@ -46,6 +48,7 @@ class Special:
     end: tuple[int, ...] = ()
     prefix: str = ""
     eos: str = ""
+    pad_id: int | None = None
 
 
 class Vocabulary(Protocol):
@@ -88,7 +91,7 @@ class Vocabulary(Protocol):
         ...
 
     def spec(self) -> dict[str, Any]:
-        """A JSON-able record from which `from_spec` builds the same vocabulary."""
+        """A JSON-able record from which `vocabulary_files.from_spec` builds the same vocabulary."""
         ...
 
 
@@ -108,7 +111,7 @@ class ByteVocabulary:
 
     kind = "bytes"
     eos_id = EOS_ID
-    special = Special()
+    special = Special(pad_id=PAD_ID)
 
     def __init__(self, extra_ids: int = 0) -> None:
         """Builds the vocabulary.
@@ -174,7 +177,8 @@ class SentencePieceVocabulary:
         self.eos_id = int(self._processor.eos_id())
         if self.eos_id < 0:
             raise ValueError(f"{where} has no end-of-document id: train it with eos_id=1")
-        self.special = Special(self.eos_id, (self.eos_id,))
+        pad = int(self._processor.pad_id())
+        self.special = Special(self.eos_id, (self.eos_id,), pad_id=None if pad < 0 else pad)
 
     @functools.cached_property
     def _processor(self) -> Any:
@@ -262,18 +266,24 @@ class TokenizerVocabulary:
           ValueError: a file is damaged, or none says what ends a document.
         """
         root = Path(path).expanduser()
-        file = root / TOKENIZER
-        if not file.is_file():
+        if not (root / TOKENIZER).is_file():
             raise FileNotFoundError(f"there is no {TOKENIZER} in {root}; give the directory that a tokenizer lies in")
+        names = [name for name in (TOKENIZER, *CONFIGS) if (root / name).is_file()]
+        files = {name: read_bounded(root / name, MOST_BYTES) for name in names}
+        return cls.from_files(files, str(root), eos_id)
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], root: str, eos_id: int | None = None) -> TokenizerVocabulary:
+        """As `from_directory`, from the contents of the files by name; `root` names their directory in errors."""
+        where, model = f"{root}/{TOKENIZER}", files[TOKENIZER]
         configs: dict[str, dict[str, Any]] = {}
         for name in CONFIGS:
-            if (root / name).is_file():
+            if name in files:
                 try:
-                    configs[name] = read_json(root / name)
+                    configs[name] = parse_json(files[name], name)
                 except ValueError as error:
-                    raise ValueError(f"{root / name} is damaged: {error}") from None
-        model = read_bounded(file, MOST_BYTES)
-        return cls(model, _special(_load(model, str(file)), configs, eos_id, str(file)), str(file))
+                    raise ValueError(f"{root}/{name} is damaged: {error}") from None
+        return cls(model, _special(_load(model, where), configs, eos_id, where), where)
 
     def _is_known(self, number: int) -> bool:
         return 0 <= number < self.size and self._processor.id_to_token(number) is not None
@@ -309,15 +319,15 @@ class TokenizerVocabulary:
 def _special(processor: Any, configs: Mapping[str, Mapping[str, Any]], eos_id: int | None, where: str) -> Special:
     """The special ids of a tokenizer, from the content of its configuration files."""
 
-    def token(role: str) -> int | None:
+    def token(role: str, needed: bool = True) -> int | None:
         for name in CONFIGS[:2]:
             found = configs.get(name, {}).get(f"{role}_token")
             text = found.get("content") if isinstance(found, Mapping) else found
             if text is not None:
                 number = processor.token_to_id(check(text, str, f"{name}: the content of {role}_token"))
-                if number is None:
+                if number is None and needed:
                     raise ValueError(f"{name} calls {text!r} the {role} token, and {where} has no such token")
-                return int(number)
+                return None if number is None else int(number)
         return None
 
     listed: Any = next(
@@ -348,40 +358,6 @@ def _special(processor: Any, configs: Mapping[str, Mapping[str, Any]], eos_id: i
         begin, end = tuple(whole[:start]), tuple(whole[start + len(plain) :])
     prefix = eos if bos is None else bos
     with guarded(where):
-        texts = [processor.decode([i], skip_special_tokens=False) for i in (prefix, eos)]
-    return Special(prefix, tuple(dict.fromkeys([eos, *stops])), begin, end, *texts)
-
-
-def from_spec(spec: dict[str, Any]) -> Vocabulary:
-    """The vocabulary that a `spec()` records.
-
-    Raises:
-      ValueError: an unknown kind, or a record whose content does not match its own digest.
-    """
-    vocabulary: Vocabulary
-    if spec.get("kind") == "bytes":
-        vocabulary = ByteVocabulary(extra_ids=int(spec["size"]) - 259)
-    elif spec.get("kind") in ("sentencepiece", "tokenizer"):
-        try:
-            model = zlib.decompress(base64.b64decode(spec["model"], validate=True))
-        except (ValueError, zlib.error) as error:
-            raise ValueError(f"the vocabulary's recorded model is damaged: {error}") from None
-        if spec["kind"] == "sentencepiece":
-            vocabulary = SentencePieceVocabulary(model=model)
-        else:
-            recorded: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in spec["special"].items()
-            }
-            vocabulary = TokenizerVocabulary(model, Special(**recorded))
-    else:
-        raise ValueError(
-            f"unknown vocabulary kind {spec.get('kind')!r}: known are 'bytes', 'sentencepiece' and 'tokenizer'"
-        )
-    if vocabulary.digest != spec["digest"]:
-        raise ValueError(f"the vocabulary's record says sha256 {spec['digest']}, its content has {vocabulary.digest}")
-    return vocabulary
-
-
-def spec_bytes(vocabulary: Vocabulary) -> bytes:
-    """The spec as JSON bytes, the same for the same vocabulary."""
-    return (json.dumps(vocabulary.spec(), indent=1, sort_keys=True) + "\n").encode()
+        before, after = (str(processor.decode([i], skip_special_tokens=False)) for i in (prefix, eos))
+    stops = list(dict.fromkeys([eos, *stops]))
+    return Special(prefix, tuple(stops), begin, end, before, after, token("pad", needed=False))

@@ -11,10 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from flm_jax.data.config import DataConfig
 from flm_jax.data.text import Jsonl, TextFolder
-from flm_jax.data.train_vocabulary import build_vocabulary
-from flm_jax.data.vocabulary import TOKENIZER, TokenizerVocabulary, Vocabulary
+from flm_jax.data.train_vocabulary import load_vocabulary
 from flm_jax.distributed import fetch, is_primary
 from flm_jax.evaluation.scoring import Scorer, bits_per_byte_of_text, check_vocabulary
 from flm_jax.generate import generate
@@ -53,7 +51,6 @@ def evaluate_checkpoint(
     checkpoint: str | Path,
     what: EvalRequest,
     tokenizer: str | None = None,
-    data: DataConfig | None = None,
     mesh: MeshConfig | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -64,8 +61,8 @@ def evaluate_checkpoint(
     Args:
       checkpoint: a step, a stage's directory or a work directory.
       what: what to evaluate.
-      tokenizer: a directory with tokenizer.json; None: the checkpoint's own, or the vocabulary of `data`.
-      data: the data configuration of the checkpoint's run, if it is known.
+      tokenizer: another vocabulary than the checkpoint's own: a checkpoint, a directory with tokenizer.json, or a
+        SentencePiece model file.
       mesh: how devices are laid out.
       batch_size: rows per batch, on all devices together.
       max_length: the longest sequence that the model reads, in tokens; None: what the model was made for, at most
@@ -77,7 +74,8 @@ def evaluate_checkpoint(
       generated.
 
     Raises:
-      ValueError: there is no tokenizer, it does not fit the model, or a task or text does not exist.
+      ValueError: the vocabulary is not known or does not fit the model, or a task or text does not exist.
+      FileNotFoundError: there is nothing at `tokenizer`.
       ImportError: tasks are asked for, and lm-eval is not installed.
       DamagedError: the checkpoint is not as it was saved.
     """
@@ -85,9 +83,11 @@ def evaluate_checkpoint(
         from flm_jax.evaluation import lm_eval_model  # first, so that a missing lm-eval is reported before any work
     origin = read_source(checkpoint)
     cfg = origin.cfg
-    vocabulary = find_vocabulary(origin, tokenizer, data)
+    vocabulary = origin.vocabulary if tokenizer is None else load_vocabulary(tokenizer)
+    if tokenizer is not None and (other := origin.other_vocabulary(vocabulary)):
+        say(other)
     check_vocabulary(vocabulary, cfg.vocab)
-    length = max_length or find_length(origin, data)
+    length = max_length or find_length(origin)
     placed = make_mesh(mesh)
     with jax.set_mesh(placed):
         params = origin.restore_params(placed)
@@ -129,39 +129,14 @@ def evaluate_checkpoint(
     return found
 
 
-def find_vocabulary(origin: SourceCheckpoint, tokenizer: str | None, data: DataConfig | None) -> Vocabulary:
-    """The vocabulary of a checkpoint's model: of `tokenizer`, else of the checkpoint itself, else of `data`.
-
-    Args:
-      origin: the checkpoint.
-      tokenizer: a directory with tokenizer.json.
-      data: the data configuration of the checkpoint's run, if it is known.
-
-    Raises:
-      ValueError: none of these is given.
-      FileNotFoundError: `tokenizer` is no such directory, or the corpus of `data` does not exist any more.
-    """
-    if tokenizer is not None:
-        return TokenizerVocabulary.from_directory(tokenizer)
-    blobs = origin.directory / "blobs"
-    if (blobs / TOKENIZER).is_file():
-        return TokenizerVocabulary.from_directory(blobs)
-    if data is not None:
-        return build_vocabulary(data.vocabulary, data.corpus, data.cache_dir)
-    raise ValueError(
-        f"{origin.directory} holds no {TOKENIZER}, and its work directory does not record what data it was trained on: "
-        "name a directory with a tokenizer.json by --tokenizer."
-    )
-
-
-def find_length(origin: SourceCheckpoint, data: DataConfig | None) -> int:
+def find_length(origin: SourceCheckpoint) -> int:
     """The context length that a checkpoint's model was made for, in tokens, at most LONGEST_BY_DEFAULT.
 
     Raises:
-      ValueError: neither the checkpoint's config.json nor `data` has it.
+      ValueError: neither the checkpoint's config.json nor the record of its data has it.
     """
     config = parse_json(origin.files.get(CONFIG, b"{}"), f"{origin.directory}: {CONFIG}")
-    said = [config.get("max_position_embeddings"), None if data is None else data.context]
+    said = [config.get("max_position_embeddings"), origin.context]
     where = f"{origin.directory}: the length that its model was made for"
     length = max((n for n in said if n is not None and check(n, int, where)), default=None)
     if length is None:
