@@ -143,9 +143,7 @@ def test_a_run_is_evaluated_with_the_vocabulary_and_the_context_that_it_records(
     (tmp_path / "texts" / "a.txt").write_text(TEXT)
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
     text = EvalRequest(text=str(tmp_path / "texts"))
-    with pytest.raises(
-        ValueError, match="neither holds a vocabulary nor records .* Name the right one: .* --tokenizer"
-    ):
+    with pytest.raises(ValueError, match="neither holds a vocabulary nor records .* by --tokenizer"):
         evaluate_checkpoint(run, text)
     tokenizer = str(write_tokenizer(tmp_path / "tokenizer", size=260))
     with pytest.raises(ValueError, match="context length .* is not known: .* set --max_length"):

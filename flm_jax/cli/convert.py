@@ -7,8 +7,9 @@ The first reads config.json, safetensors and tokenizer of a Llama, Mistral, Qwen
 size, and writes step 0 of a new work directory. It can be grown, verified, and trained on with `Recipe.start`. For
 training, use --dtype=float32: AdamW's small steps are lost in 16 bits.
 
-The second writes a directory that `transformers` loads without code of flm_jax, tokenizer included. Kept widths and
-multipliers are folded into the weights; with --architecture=TeleFLMForCausalLM multipliers stay multipliers.
+The second writes a directory that `transformers` loads without code of flm_jax, with the tokenizer that the model was
+trained with, SentencePiece and bytes included. Kept widths and multipliers are folded into the weights; with
+--architecture=TeleFLMForCausalLM multipliers stay multipliers.
 
 Weights that need no folding and keep their dtype stay the same bit for bit; see docs/convert.md.
 """

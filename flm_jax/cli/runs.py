@@ -136,11 +136,13 @@ def run_export(workdir: str, target: str, architecture: str | None, dtype: str |
         if found["folded"]
         else ("nothing to fold")
     )
-    tokenizer = "" if found["tokenizer"] else "; the checkpoint has no tokenizer"
+    tokenizer = "" if found["tokenizer"] else "; no tokenizer.json"
     distributed.print0(
         f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters as {found['dtype']}, "
         f"{costs.size(found['bytes'])}; {folded}{tokenizer}."
     )
+    if found["tokenizer_fault"]:
+        distributed.print0(f"Without a tokenizer.json: {found['tokenizer_fault']}")
     if found["folded"] and found["dtype"] != "float32":
         distributed.print0(
             f"The folded weights are rounded to {found['dtype']}; with --dtype=float32 logits stay within a few 1e-6."

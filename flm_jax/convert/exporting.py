@@ -18,12 +18,14 @@ from flm_jax import costs
 from flm_jax.checkpoint import blocks, checksum, manifest
 from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, read_manifest
 from flm_jax.config import ModelConfig
-from flm_jax.convert import families
+from flm_jax.convert import families, tokenizer
 from flm_jax.convert.companions import FILES
 from flm_jax.convert.fold import factors
 from flm_jax.convert.layout import parts, tensors
 from flm_jax.convert.pieces import block_checksum, cast, check_dtype, check_finite, in_parallel
 from flm_jax.convert.tensors import SHARD_BYTES, save
+from flm_jax.data import vocabulary_files
+from flm_jax.data.vocabulary import TOKENIZER
 from flm_jax.files import atomic_write, missing_room
 from flm_jax.progress import byte_bar
 from flm_jax.records.foreign_json import parse_json
@@ -39,7 +41,7 @@ def export_model(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Writes a checkpoint's weights as config.json and safetensors, with the tokenizer that it was imported with.
+    """Writes a checkpoint's weights as config.json and safetensors, with the tokenizer that it was trained with.
 
     Of the files in the checkpoint, only those that belong to a model (`companions.FILES`) are written.
 
@@ -70,7 +72,6 @@ def export_model(
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; export into a new directory.")
     origin = read_source(source)
-    held = origin.files
     if origin.step < origin.meta.ramp_steps:
         raise ValueError(
             f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.meta.ramp_steps} steps: "
@@ -81,6 +82,8 @@ def export_model(
     dtype = check_dtype(dtype or cfg.param_dtype)
     context = origin.context
     config = families.config_json(cfg, family, dtype, context, before)
+    ids, files, fault = _tokenizer(origin, config)
+    config |= ids
     planned = tensors(cfg, np.dtype(jnp.dtype(dtype)))
     needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in planned.values())
     made = not target.exists()
@@ -90,7 +93,6 @@ def export_model(
             raise CheckpointError(f"{missing}.")
         with byte_bar(needed, 0, "converting") as shown:
             save(target, planned, _filler(origin, by, shown.update), shard_bytes)
-        files = {name: held[name] for name in FILES if name in held and name != families.CONFIG}
         for name, content in files.items():
             atomic_write(target / name, content)
         atomic_write(target / families.CONFIG, json.dumps(config, indent=2) + "\n")
@@ -112,8 +114,32 @@ def export_model(
         "bytes": needed,
         "folded": sum(f != 1 for f in leaves),
         "files": [families.CONFIG, *sorted(files)],
-        "tokenizer": any(name.startswith("tokenizer.") for name in files),
+        "tokenizer": TOKENIZER in files,
+        "tokenizer_fault": fault,
     }
+
+
+def _tokenizer(origin: SourceCheckpoint, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes], str]:
+    """The ids of special tokens to set in config.json, the files beside it, and why there is no tokenizer.json, if so.
+
+    A tokenizer that is used as it was imported is written as it came, and ids that config.json has stay. Others are
+    written with the ids that the model was trained with.
+    """
+    files = {name: origin.files[name] for name in FILES if name in origin.files and name != families.CONFIG}
+    if origin.unknown_vocabulary:
+        return {}, files, origin.unknown_vocabulary
+    vocabulary, where = origin.vocabulary, str(origin.directory)
+    ids = tokenizer.special_ids(vocabulary)
+    try:
+        came = vocabulary_files.from_files({**files, families.CONFIG: origin.files.get(families.CONFIG, b"{}")}, where)
+    except vocabulary_files.VocabularyError:
+        came = None
+    if came is not None and (came.digest, came.special) == (vocabulary.digest, vocabulary.special):
+        return {name: value for name, value in ids.items() if name not in config}, files, ""
+    try:
+        return ids, {**files, **tokenizer.tokenizer_files(vocabulary)}, ""
+    except ValueError as error:
+        return ids, files, f"{error}."
 
 
 def _recorded(origin: SourceCheckpoint) -> Mapping[str, Any]:
