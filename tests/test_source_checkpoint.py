@@ -163,6 +163,7 @@ def test_a_vocabulary_is_taken_from_any_checkpoint(run, tmp_path, capsys):
 def test_a_vocabulary_that_was_swapped_or_damaged_is_refused(run, tmp_path):
     source = read_source(run[0])
     assert from_files(source.files, "here").digest == source.vocabulary.digest
+    assert from_files(to_files(ByteVocabulary(100)), "here").digest == ByteVocabulary(100).digest
     other = json.loads(source.files[RECORD]) | {"digest": "0" * 64}
     with pytest.raises(VocabularyError, match="its content has"):
         from_files({**source.files, RECORD: json.dumps(other).encode()}, "here")
