@@ -119,7 +119,7 @@ def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch
 
     text = EvalRequest(text=str(tmp_path / "nowhere.txt"))
     assert "there is no text file or folder" in refused(text)
-    assert "holds no tokenizer.json, and is no checkpoint" in refused(text, tokenizer=str(tmp_path))
+    assert "holds no tokenizer.json, and is no checkpoint" in refused(text, tokenizer=str(tmp_path / "nowhere"))
     large = write_tokenizer(tmp_path / "large", size=310)
     assert "The tokenizer has 310 ids, and the model only 304" in refused(text, tokenizer=str(large))
     (tmp_path / "latin.txt").write_bytes(b"\xff")

@@ -1,5 +1,6 @@
 """Thousands of files changed at random, of every kind: each is read, or refused by one sentence of our own."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -22,6 +23,7 @@ from flm_jax.convert.tensors import open_shards
 from flm_jax.data.batches import pack_state, unpack_state
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
+from flm_jax.data.source import recorded_data
 from flm_jax.data.store import TokenStore, render
 from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.text import Jsonl
@@ -118,7 +120,10 @@ def step(tmp_path_factory):
         "growths": [growth_record()],
         "skipped": [{"stage": "s", "step": 3}],
     }
-    meta = CheckpointMeta("s", lineage, True, {"source_digest": "d"}, {"context": 16}, history, config).record()
+    # As version 0.1.0 wrote it, without a vocabulary among the blobs.
+    about = {"context": 16, "digest": "d", "store": "/nowhere", "vocabulary": ByteVocabulary().spec()}
+    about["corpus"] = {"kind": "TextFolder", "path": "/nowhere", "pattern": "*", "heldout_percent": 5.0}
+    meta = CheckpointMeta("s", lineage, True, {"source_digest": "d"}, about, history, config).record()
     directory = tmp_path_factory.mktemp("fuzzed") / "0_s"
     with Checkpoints(directory) as checkpoints:
         blobs = {"config.json": json.dumps(config).encode(), "data": b"{}"}
@@ -163,7 +168,10 @@ def use(path, export):
     """What the programs do with a checkpoint's record, before and besides its arrays."""
     origin = read_source(path)
     origin.masks()
-    find_length(origin, None)
+    find_length(origin)
+    origin.unknown_vocabulary  # noqa: B018 - reads it, or says why it cannot
+    with contextlib.suppress(LookupError):
+        recorded_data(origin.meta.data)
     read_history(origin.meta.record())
     before = origin.meta.converted or _recorded(origin)
     families.architectures(before, "it")
