@@ -142,10 +142,10 @@ def is_primary() -> bool:
     return bool(jax.process_index() == 0)
 
 
-def print0(text: str) -> None:
+def print0(text: str, end: str = "\n") -> None:
     """Prints a text in process 0 only."""
     if is_primary():
-        print(text, flush=True)
+        print(text, end=end, flush=True)
 
 
 def all_gather_text(what: str, text: str = "") -> list[str]:

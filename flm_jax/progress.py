@@ -216,6 +216,13 @@ def byte_bar(total: int, done: int, what: str) -> Any:
     return tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, mininterval=_interval(), smoothing=0.1)
 
 
+def count_bar(what: str, unit: str, total: int | None = None) -> Any:
+    """A progress bar that counts, hidden where there is no terminal; a context manager with `update(n)`."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False, disable=None if is_primary() else True)
+
+
 def _interval() -> float:
     """Minimum seconds between two updates of a bar: long if stderr is a file, where each update is a new line."""
     return 0.2 if sys.stderr.isatty() else 20.0

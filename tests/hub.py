@@ -58,14 +58,19 @@ MODELS = {
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 40))
 
 
-def write_tokenizer(folder: Path, begin: bool = False, size: int = 300) -> Path:
-    """A byte-level BPE tokenizer; with `begin` it has a token for the beginning, and puts it before every text."""
+def write_tokenizer(folder: Path, begin: bool = False, size: int = 300, metaspace: bool = False) -> Path:
+    """A byte-level BPE tokenizer; with `begin` it has a token for the beginning, and puts it before every text.
+
+    With `metaspace` it marks the beginning of words as SentencePiece does, and its decoder drops a leading space.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if metaspace:
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     special = [BEGIN, END] if begin else [END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

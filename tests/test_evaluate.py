@@ -1,5 +1,6 @@
 """A checkpoint is evaluated: tasks of one's own, texts, its own vocabulary and length, from the command line too."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from flm_jax.checkpoint import Checkpoints
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.data.vocabulary_files import to_files
 from flm_jax.evaluation import EvalRequest
-from flm_jax.evaluation.evaluate import LONGEST_BY_DEFAULT, evaluate_checkpoint, find_length
+from flm_jax.evaluation.evaluate import LONGEST_BY_DEFAULT, continuation, evaluate_checkpoint, find_length
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
 from flm_jax.growth import Growth, Lineage, masks_at
 from flm_jax.source_checkpoint import CheckpointMeta, model_of, read_source
@@ -73,14 +74,14 @@ def tasks(tmp_path):
     return tmp_path / "tasks"
 
 
-def launched(checkpoint, what, tokenizer=None, batch_size=4, json_file=None, bindings=()):
+def launched(checkpoint, what, json_file=None, bindings=()):
     import gin
 
     from flm_jax.cli import runs
 
     gin.clear_config()
     try:
-        runs.run_evaluate(str(checkpoint), what, tokenizer, batch_size, None, json_file, [], list(bindings))
+        runs.run_evaluate(str(checkpoint), what, json_file, [], list(bindings))
     finally:
         gin.clear_config()
 
@@ -111,7 +112,7 @@ def test_a_task_of_ones_own_runs_from_a_checkpoint_without_a_network(converted, 
 def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch):
     def refused(what, **changes):
         with pytest.raises(SystemExit) as stop:
-            launched(changes.pop("checkpoint", converted), what, **changes)
+            launched(changes.pop("checkpoint", converted), dataclasses.replace(what, **changes))
         assert stop.value.code == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
@@ -147,7 +148,7 @@ def test_a_run_is_evaluated_with_the_vocabulary_and_the_context_that_it_records(
         evaluate_checkpoint(run, text)
     tokenizer = str(write_tokenizer(tmp_path / "tokenizer", size=260))
     with pytest.raises(ValueError, match="context length .* is not known: .* set --max_length"):
-        evaluate_checkpoint(run, text, tokenizer)
+        evaluate_checkpoint(run, dataclasses.replace(text, tokenizer=tokenizer))
     about = dict(data={"context": 16})
     run = saved(tmp_path / "whole", small.shape(), small.params(small.shape()), to_files(ByteVocabulary()), **about)
     launched(run, text, json_file=str(tmp_path / "found.json"))
@@ -194,13 +195,63 @@ def test_a_model_in_a_ramp_is_what_its_masks_let_through(tmp_path):
     params, mesh = small.params(new), mesh_of(ONE)
     run = saved(tmp_path / "run", new, params, to_files(ByteVocabulary()), Lineage(new, plan, Lineage(old)))
     (tmp_path / "a.txt").write_text(TEXT)
-    found = evaluate_checkpoint(run, EvalRequest(text=str(tmp_path / "a.txt")), max_length=16)
+    found = evaluate_checkpoint(run, EvalRequest(text=str(tmp_path / "a.txt"), max_length=16))
     masked, plain = (
         bits_per_byte_of_text(new, params, ByteVocabulary(), [TEXT], 16, mesh, masks=masks).nats
         for masks in (masks_at(old, new, plan, 0), None)
     )
     assert found["text"]["nats"] == pytest.approx(masked, rel=1e-5)
     assert abs(masked - plain) > 0.1
+
+
+def test_a_model_is_computed_in_the_dtype_of_its_parameters_unless_another_is_asked_for(tmp_path):
+    """Runs train in bfloat16 by default; what they have learned is measured in what they are stored in."""
+    cfg = small.shape(compute_dtype="bfloat16")
+    params = small.params(cfg)
+    run = saved(tmp_path / "run", cfg, params, to_files(ByteVocabulary()))
+    (tmp_path / "a.txt").write_text(TEXT)
+    asked = EvalRequest(text=str(tmp_path / "a.txt"), max_length=16)
+    found = [evaluate_checkpoint(run, dataclasses.replace(asked, dtype=d)) for d in (None, "float32", "bfloat16")]
+    assert [each["dtype"] for each in found] == ["float32", "float32", "bfloat16"]
+    exact, same, rounded = (each["text"]["nats"] for each in found)
+    wide = cfg.replace(compute_dtype="float32")
+    right = bits_per_byte_of_text(wide, params, ByteVocabulary(), [TEXT], 16, mesh_of(ONE)).nats
+    assert exact == same == pytest.approx(right, rel=1e-6)
+    assert abs(rounded - right) > 1e-5 * right
+
+
+@pytest.mark.parametrize(
+    ("before", "whole", "new"),
+    [("Say", "Say hello", " hello"), ("a \ufffd", "a \u20ac b", "\u20ac b"), ("", "x", "x"), ("x", "x", "")],
+)
+def test_a_continuation_is_what_the_whole_adds_to_its_beginning(before, whole, new):
+    assert continuation(whole, before) == new
+
+
+def test_a_continuation_is_shown_while_it_is_made_with_its_spaces_and_within_the_length(tmp_path, monkeypatch):
+    """The tokenizer's own decoder drops a space at the beginning of what it decodes alone."""
+    vocabulary = TokenizerVocabulary.from_directory(write_tokenizer(tmp_path / "tokenizer", metaspace=True))
+    cfg = small.shape(vocab=304)
+    run = saved(tmp_path / "run", cfg, small.params(cfg), to_files(vocabulary))
+    text = "It grows, and the small model is"
+    words = vocabulary.encode(text)
+    cut = next(
+        i
+        for i in range(3, len(words))
+        if vocabulary.decode(words) != vocabulary.decode(words[:i]) + vocabulary.decode(words[i:])
+    )
+    prompt, rest = vocabulary.decode(words[:cut]), words[cut:]
+    module = sys.modules["flm_jax.evaluation.evaluate"]
+    monkeypatch.setattr(module, "stream", lambda *args: iter([rest[:1], rest[1:3], rest[3 : args[3]]]))
+    lines, shown = [], []
+    asked = EvalRequest(prompt=prompt, tokens=1000, max_length=len(words))
+    found = evaluate_checkpoint(run, asked, say=lines.append, show=shown.append)
+    assert "".join(shown) == text + "\n"
+    assert len(shown) > 3, "piece by piece"
+    assert prompt + found["generated"]["text"] == text
+    assert f"The continuation ends after {len(rest)} tokens, where the sequence has {len(words)}" in lines[-1]
+    with pytest.raises(ValueError, match=rf"The prompt has {len(words)} tokens, and the model reads 2: shorten it"):
+        evaluate_checkpoint(run, dataclasses.replace(asked, prompt=text, max_length=2))
 
 
 def test_the_command_says_what_it_can_do_where_nothing_is_asked(tmp_path):

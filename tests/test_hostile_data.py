@@ -60,7 +60,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
 
 def test_evaluation_and_verification_look_at_the_place_first(tmp_path, capsys):
     for run in (
-        lambda: runs.run_evaluate("absent", None, None, 8, None, "/proc/x.json", [], []),
+        lambda: runs.run_evaluate("absent", None, "/proc/x.json", [], []),
         lambda: runs.run_verify("absent", "absent", "/proc/x.json", [], []),
     ):
         with pytest.raises(SystemExit):

@@ -43,10 +43,11 @@ def recipe(texts: Path, cache: Path, **changes) -> Recipe:
     return Recipe((Stage("one", SHAPE, 4, 8, fast),), data, eval_windows=8, eval_every=4, **changes)
 
 
-def bits(checkpoint, **options) -> float:
+def bits(checkpoint, tokenizer=None, **options) -> float:
     held = Path(checkpoint).parent / "held.txt"
     held.write_text(HELD)
-    return evaluate_checkpoint(checkpoint, EvalRequest(text=str(held)), **options)["text"]["bits_per_byte"]
+    asked = EvalRequest(text=str(held), tokenizer=tokenizer)
+    return evaluate_checkpoint(checkpoint, asked, **options)["text"]["bits_per_byte"]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_nothing_beside_a_checkpoint_is_executed(run, tmp_path, capsys):
     workdir, _, _ = run
     gin.clear_config()
     try:
-        runs.run_evaluate(str(workdir), EvalRequest(prompt="the", tokens=2), None, 8, None, None, [], [])
+        runs.run_evaluate(str(workdir), EvalRequest(prompt="the", tokens=2), None, [], [])
         bindings = ["grow.target = {'mlp': 32}", "grow.growth = @Growth()"]
         runs.run_grow(str(workdir), str(tmp_path / "grown"), [], bindings)
     finally:

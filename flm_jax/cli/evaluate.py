@@ -39,6 +39,9 @@ def define() -> None:
         "The vocabulary to use instead of the checkpoint's own: another checkpoint, a directory with tokenizer.json, "
         "or a SentencePiece model file.",
     )
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16", "float16"], "What to compute in; by default the dtype of the checkpoint."
+    )
     flags.DEFINE_integer("batch_size", 8, "Rows per batch, on all devices together.", lower_bound=1)
     flags.DEFINE_integer(
         "max_length",
@@ -64,9 +67,12 @@ def run(values: Any) -> None:
         text=values.text,
         prompt=values.generate,
         tokens=values.tokens,
+        tokenizer=values.tokenizer,
+        batch_size=values.batch_size,
+        max_length=values.max_length,
+        dtype=values.dtype,
     )
-    how = (values.tokenizer, values.batch_size, values.max_length)
-    runs.run_evaluate(values.checkpoint, asked, *how, values.json, values.gin_file, values.gin_bindings)
+    runs.run_evaluate(values.checkpoint, asked, values.json, values.gin_file, values.gin_bindings)
 
 
 def main() -> None:

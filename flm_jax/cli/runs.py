@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -153,9 +154,6 @@ def run_export(workdir: str, target: str, architecture: str | None, dtype: str |
 def run_evaluate(
     checkpoint: str,
     asked: EvalRequest,
-    tokenizer: str | None,
-    batch_size: int,
-    max_length: int | None,
     json_file: str | None,
     gin_files: Sequence[str],
     gin_bindings: Sequence[str],
@@ -168,7 +166,7 @@ def run_evaluate(
         check_used()
         try:
             found = evaluation.evaluate_checkpoint(
-                chosen(checkpoint), asked, tokenizer, mesh, batch_size, max_length, distributed.print0
+                chosen(checkpoint), asked, mesh, distributed.print0, functools.partial(distributed.print0, end="")
             )
         except ImportError as error:
             fail(error)

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
+from flm_jax.config import ModelConfig
 from flm_jax.data.text import Jsonl, TextFolder
 from flm_jax.data.train_vocabulary import load_vocabulary
-from flm_jax.distributed import fetch, is_primary
+from flm_jax.data.vocabulary import REPLACEMENT, Vocabulary
+from flm_jax.distributed import is_primary
 from flm_jax.evaluation.scoring import Scorer, bits_per_byte_of_text, check_vocabulary
-from flm_jax.generate import generate
+from flm_jax.generate import stream
+from flm_jax.model import Masks, Params
+from flm_jax.progress import count_bar
 from flm_jax.records.foreign_json import check, parse_json
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.source_checkpoint import CONFIG, SourceCheckpoint, read_source
@@ -26,7 +30,7 @@ LONGEST_BY_DEFAULT = 4096
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to evaluate: any of `tasks`, `text` and `prompt`.
+    """What to evaluate, any of `tasks`, `text` and `prompt`, and how.
 
     Attributes:
       tasks: names of lm-eval tasks, or patterns of names.
@@ -35,7 +39,13 @@ class EvalRequest:
       num_fewshot: examples shown before each question; None: the task's own number.
       text: path of the text to compute bits per byte of, see `read_texts`; None: no text.
       prompt: the text to continue; None: no continuation.
-      tokens: number of tokens of the continuation.
+      tokens: number of tokens of the continuation, as many as fit into `max_length` at most.
+      tokenizer: another vocabulary than the checkpoint's own: a checkpoint, a directory with tokenizer.json, or a
+        SentencePiece model file.
+      batch_size: rows per batch, on all devices together.
+      max_length: the longest sequence that the model reads, in tokens; None: what the model was made for, at most
+        LONGEST_BY_DEFAULT.
+      dtype: what the model computes in; None: the dtype of the checkpoint's parameters.
     """
 
     tasks: tuple[str, ...] = ()
@@ -45,33 +55,31 @@ class EvalRequest:
     text: str | None = None
     prompt: str | None = None
     tokens: int = 64
+    tokenizer: str | None = None
+    batch_size: int = 8
+    max_length: int | None = None
+    dtype: str | None = None
 
 
 def evaluate_checkpoint(
     checkpoint: str | Path,
     what: EvalRequest,
-    tokenizer: str | None = None,
     mesh: MeshConfig | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
     say: Callable[[str], None] = lambda _: None,
+    show: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The results of evaluating a checkpoint, which is only read.
 
     Args:
       checkpoint: a step, a stage's directory or a work directory.
-      what: what to evaluate.
-      tokenizer: another vocabulary than the checkpoint's own: a checkpoint, a directory with tokenizer.json, or a
-        SentencePiece model file.
+      what: what to evaluate, and how.
       mesh: how devices are laid out.
-      batch_size: rows per batch, on all devices together.
-      max_length: the longest sequence that the model reads, in tokens; None: what the model was made for, at most
-        LONGEST_BY_DEFAULT.
-      say: called with each result as text, as soon as it is known.
+      say: called with each result as a line of text, as soon as it is known.
+      show: called with each piece of the continuation while it is made, line ends included.
 
     Returns:
-      JSON-able: checkpoint, step, digest, tokenizer, max_length, and the results that were asked for: lm_eval, text,
-      generated.
+      JSON-able: checkpoint, step, digest, tokenizer, max_length, dtype, and the results that were asked for: lm_eval,
+      text, generated.
 
     Raises:
       ValueError: the vocabulary is not known or does not fit the model, or a task or text does not exist.
@@ -82,12 +90,12 @@ def evaluate_checkpoint(
     if what.tasks:
         from flm_jax.evaluation import lm_eval_model  # first, so that a missing lm-eval is reported before any work
     origin = read_source(checkpoint)
-    cfg = origin.cfg
-    vocabulary = origin.vocabulary if tokenizer is None else load_vocabulary(tokenizer)
-    if tokenizer is not None and (other := origin.other_vocabulary(vocabulary)):
+    cfg = computed_in(origin.cfg, what.dtype)
+    vocabulary = origin.vocabulary if what.tokenizer is None else load_vocabulary(what.tokenizer)
+    if what.tokenizer is not None and (other := origin.other_vocabulary(vocabulary)):
         say(other)
     check_vocabulary(vocabulary, cfg.vocab)
-    length = max_length or find_length(origin)
+    length = what.max_length or find_length(origin)
     placed = make_mesh(mesh)
     with jax.set_mesh(placed):
         params = origin.restore_params(placed)
@@ -98,11 +106,18 @@ def evaluate_checkpoint(
         "digest": origin.digest,
         "tokenizer": {"kind": vocabulary.kind, "size": vocabulary.size, "digest": vocabulary.digest},
         "max_length": length,
+        "dtype": cfg.compute_dtype,
     }
-    say(f"{origin.directory}: {vocabulary.kind} vocabulary of {vocabulary.size} ids, sequences of {length} tokens.")
+    say(
+        f"{origin.directory}: {vocabulary.kind} vocabulary of {vocabulary.size} ids, sequences of {length} tokens, "
+        f"computed in {cfg.compute_dtype}."
+    )
     if what.text is not None:
         texts = read_texts(what.text)
-        score = bits_per_byte_of_text(cfg, params, vocabulary, texts, length, placed, batch_size, masks)
+        with count_bar(what.text, "token") as bar:
+            score = bits_per_byte_of_text(
+                cfg, params, vocabulary, texts, length, placed, what.batch_size, masks, told=bar.update
+            )
         if not math.isfinite(score.nats):
             raise ValueError(f"The loss of {origin.directory} on {what.text} is not finite: its weights are damaged.")
         found["text"] = {"path": what.text, **score._asdict(), "bits_per_byte": score.bits_per_byte}
@@ -111,22 +126,70 @@ def evaluate_checkpoint(
             f"{score.documents} documents, {score.tokens} tokens, {score.bytes} bytes."
         )
     if what.prompt is not None:
-        ids = vocabulary.special.begin + tuple(vocabulary.encode(what.prompt)) or (vocabulary.special.prefix_id,)
         with jax.set_mesh(placed):
-            prompt_BT = np.asarray([ids], np.int32)
-            tokens_BS = generate(cfg, params, prompt_BT, what.tokens, jax.random.key(0), 0.0, masks)
-        new = [int(token) for token in fetch(tokens_BS)[0]]
-        stops = vocabulary.special.stop_ids
-        end = next((i for i, token in enumerate(new) if token in stops), len(new))
-        found["generated"] = {"prompt": what.prompt, "text": vocabulary.decode(new[:end]), "tokens": new[:end]}
-        say(what.prompt + found["generated"]["text"])
+            found["generated"] = _continue(cfg, params, masks, vocabulary, what, length, say, show)
     if what.tasks:
-        scorer = Scorer(cfg, params, placed, length, batch_size, masks)
+        scorer = Scorer(cfg, params, placed, length, what.batch_size, masks)
         model = lm_eval_model.LmEvalModel(scorer, vocabulary, progress=is_primary())
         results = lm_eval_model.run_tasks(model, what.tasks, what.include_path, what.limit, what.num_fewshot)
         found["lm_eval"] = lm_eval_model.record(results)
         say(lm_eval_model.table(results))
     return found
+
+
+def computed_in(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
+    """The model as it is evaluated: in `dtype`, or in the dtype of its parameters."""
+    chosen = dtype or cfg.param_dtype
+    # cuDNN's kernel takes halves only.
+    plain = cfg.attention == "cudnn" and jnp.dtype(chosen).itemsize > 2
+    return cfg.replace(compute_dtype=chosen, attention="plain" if plain else cfg.attention)
+
+
+def _continue(
+    cfg: ModelConfig,
+    params: Params,
+    masks: Masks | None,
+    vocabulary: Vocabulary,
+    what: EvalRequest,
+    length: int,
+    say: Callable[[str], None],
+    show: Callable[[str], None],
+) -> dict[str, Any]:
+    """The likeliest continuation of the prompt, shown while it is made: its text and tokens."""
+    assert what.prompt is not None
+    ids = list(vocabulary.special.begin) + vocabulary.encode(what.prompt) or [vocabulary.special.prefix_id]
+    room = length - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"The prompt has {len(ids)} tokens, and the model reads {length}: shorten it, or set --max_length."
+        )
+    if room < what.tokens:
+        say(f"The continuation ends after {room} tokens, where the sequence has {length}; --max_length sets this.")
+    # A token's text may depend on those before it, so the whole is decoded each time, and what is new is shown.
+    before = vocabulary.decode(ids)
+    new: list[int] = []
+    shown = ""
+    show(what.prompt)
+    prompt_1T, tokens = jnp.asarray([ids], jnp.int32), min(room, what.tokens)
+    for piece in stream(cfg, params, prompt_1T, tokens, jax.random.key(0), 0.0, masks):
+        end = next((i for i, token in enumerate(piece) if token in vocabulary.special.stop_ids), None)
+        new += piece[:end]
+        text = continuation(vocabulary.decode(ids + new), before)
+        # The last characters may change with the next token, as when one character has several tokens.
+        ready = text if end is not None or not text.endswith(REPLACEMENT) else shown
+        show(ready[len(shown) :])
+        shown = ready
+        if end is not None:
+            break
+    text = continuation(vocabulary.decode(ids + new), before)
+    show(text[len(shown) :] + "\n")
+    return {"prompt": what.prompt, "text": text, "tokens": new}
+
+
+def continuation(whole: str, before: str) -> str:
+    """What a decoded sequence adds to its beginning, which was decoded alone; they differ where a character was cut."""
+    same = next((i for i, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b), len(before))
+    return whole[same:]
 
 
 def find_length(origin: SourceCheckpoint) -> int:

@@ -209,6 +209,7 @@ def bits_per_byte_of_text(
     mesh: Mesh,
     rows: int = 8,
     masks: Masks | None = None,
+    told: Callable[[int], object] = lambda _: None,
 ) -> TextScore:
     """The score of whole documents, each on its own, after the vocabulary's prefix token, in windows of `context`.
 
@@ -225,6 +226,7 @@ def bits_per_byte_of_text(
       mesh: the mesh.
       rows: rows per batch, about.
       masks: growth masks, during their ramp.
+      told: called with numbers of tokens, once they are scored.
 
     Raises:
       ValueError: there is no text, or the vocabulary has more ids than the model.
@@ -239,6 +241,7 @@ def bits_per_byte_of_text(
         waiting += rolling_windows(ids, vocabulary.special.prefix_id, context)
         if len(waiting) >= 64 * scorer.rows:
             nats -= sum(score.log_prob for score in scorer.score(waiting))
+            told(sum(len(window.continuation) for window in waiting))
             waiting = []
     nats -= sum(score.log_prob for score in scorer.score(waiting))
     if not tokens:
