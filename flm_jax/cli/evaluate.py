@@ -5,8 +5,8 @@
   python experiments/evaluate.py --checkpoint=runs/converted --lm_eval=my_task --include_path=my/tasks
   python experiments/evaluate.py --checkpoint=runs/demo --generate='def main(' --tokens=64
 
-Tasks need `pip install 'flm_jax[eval]'`; your own tasks on your own files need no network. The vocabulary is the one that
-the checkpoint was trained with and holds; nothing beside the step's directory is read. Gin sets only the mesh:
+Tasks need `pip install 'flm_jax[eval]'`; your own tasks on your own files need no network. The vocabulary is the one
+that the checkpoint was trained with and holds; nothing beside the step's directory is read. Gin sets only the mesh:
 
       --gin_bindings='evaluate.mesh = @MeshConfig()' --gin_bindings='MeshConfig.tensor = 4'
 """

@@ -13,6 +13,7 @@ from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.store import FORMAT, STORE_FILE, TokenStore
 from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary, identity
+from flm_jax.distributed import print0
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +74,11 @@ def prepare(
                     writer.append(split, tokens, text_bytes)
                     bar.update(text_bytes)
         store = writer.close()
-    counts = json.dumps(store.describe()["splits"])
-    _log.info("prepared %s in %.1f s: %s", path, time.monotonic() - began, counts)
+    if progress:
+        counts = store.describe()["splits"]
+        parts = [
+            f"{split}: {n['documents']:,} documents, {n['text_bytes']:,} bytes, {n['tokens']:,} tokens"
+            for split, n in counts.items()
+        ]
+        print0(f"Prepared the text in {time.monotonic() - began:.1f} s. {'; '.join(parts)}. Kept in {path}.")
     return store
