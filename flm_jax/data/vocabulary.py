@@ -184,7 +184,6 @@ class SentencePieceVocabulary:
     def _processor(self) -> Any:
         import sentencepiece
 
-        sentencepiece.set_min_log_level(1)  # warnings and errors: it tells of every model that it loads
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(self.model)
         return processor
