@@ -65,31 +65,27 @@ def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: fl
     where = jax.tree.map(lambda x: x.sharding, params)
 
     # Where what it returns lives is said, or the second call would compile it again.
-    @functools.partial(jax.jit, out_shardings=(where, where))
-    def descend(params: Params, seen: Params, tokens_BT: jax.Array, masks: Any) -> tuple[Params, Params]:
+    @functools.partial(jax.jit, out_shardings=(where, None), donate_argnums=0)
+    def descend(params: Params, tokens_BT: jax.Array, masks: Any) -> tuple[Params, list[jax.Array]]:
+        """The parameters after a step, and how much gradient the slices of each grown dimension received."""
         grads = jax.grad(loss)(params, tokens_BT, masks)
+        felt = [
+            jnp.sum(jnp.abs(total), axis=tuple(i for i in range(total.ndim) if i != dim))
+            for _, _, dim, _, _, _, total in grown_dimensions(grads, lineage)
+        ]
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        moved = jax.tree.map(lambda w, g: (w - rate * g / norm).astype(w.dtype), params, grads)
-        return moved, jax.tree.map(lambda s, g: s + jnp.abs(g), seen, grads)
+        return jax.tree.map(lambda w, g: (w - rate * g / norm).astype(w.dtype), params, grads), felt
 
-    seen = jax.tree.map(jnp.zeros_like, params)
+    moved, seen = jax.tree.map(jnp.copy, params), []
     # Run from the start of the ramp to its end: entries whose mask rises last have gradients only there.
     for step in range(steps + 1):
         masks = lineage.masks(step * lineage.ramp_steps // steps)
-        params, seen = descend(params, seen, tokens_BT, masks)
-
-    @jax.jit
-    def felt(seen: Params) -> list[jax.Array]:
-        """How much gradient the slices of each grown dimension received, in the order of `grown_dimensions`."""
-        return [
-            jnp.sum(total, axis=tuple(i for i in range(total.ndim) if i != dim))
-            for _, _, dim, _, _, _, total in grown_dimensions(seen, lineage)
-        ]
+        moved, felt = descend(moved, tokens_BT, masks)
+        seen.append(fetch(felt))
+    total = [sum(parts) for parts in zip(*seen, strict=True)]
 
     found = []
-    for (path, axis, _, sig, span, _, _), felt_A in zip(
-        grown_dimensions(seen, lineage), fetch(felt(seen)), strict=True
-    ):
+    for (path, axis, _, sig, span, _, _), felt_A in zip(grown_dimensions(params, lineage), total, strict=True):
         if KINDS[axis] is Kind.OUTSIDE and sig.role(axis) is Role.READER:
             continue
         dead = int(np.sum(felt_A[span.fresh] == 0))
