@@ -264,7 +264,6 @@ class Transformer(nn.Module):
             out_axes=0,
             length=cfg.layers,
             unroll=cfg.scan_unroll,
-            check_constancy_invariants=False,  # or the block is traced twice
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg)
         self.final_norm = RMSNorm(cfg)
