@@ -45,6 +45,8 @@ PROMPTS = (
     "Water boils at a temperature of",
 )
 NEW_TOKENS = 48
+# Of the launchers; None: this program's own.
+ENVIRONMENT: dict[str, str] | None = None
 
 
 def unpack(folder: Path) -> None:
@@ -67,7 +69,9 @@ def unpack(folder: Path) -> None:
 def run(arguments: Sequence[str]) -> dict[str, Any]:
     """Runs a launcher as a user would; returns its command, seconds, peak memory in bytes, and output."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)

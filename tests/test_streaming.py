@@ -242,7 +242,7 @@ def test_a_damaged_source_is_refused_by_name_and_nothing_is_left(source, tmp_pat
     assert [p.name for p in step(tmp_path / "grown").parent.iterdir()] == [".lock"]
     where.write_bytes(content[:-20])
     with pytest.raises(DamagedError, match=f"{where.name} has"):
-        stream(broken, tmp_path / "new")
+        stream(arrays.parent, tmp_path / "new")
 
 
 def test_what_cannot_be_streamed_is_refused_with_what_would_be_right(source, tmp_path, monkeypatch):
