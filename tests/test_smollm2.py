@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import smollm2
-from tests.conftest import as_user
+from tests.environment import as_user
 
 
 @pytest.mark.slow

@@ -76,12 +76,13 @@ def test_a_prepared_dataset_is_opened_without_tensorflow(tmp_path):
         (lambda tmp: DataConfig(TextFolder(str(tmp), pattern="*.md"), Bytes()), "no file .* matches"),
         (lambda tmp: DataConfig(Jsonl(str(tmp / "no.jsonl")), Bytes()), "there is no file or folder"),
         (lambda tmp: DataConfig(TextFolder(str(tmp)), Pretrained(str(tmp))), "holds no tokenizer.json"),
-        (lambda tmp: DataConfig(TextFolder(str(tmp)), Bytes()), "no document in its split 'heldout'"),
+        (lambda tmp: DataConfig(Jsonl(str(tmp / "one.jsonl")), Bytes()), "no document in its split 'heldout'"),
         (lambda tmp: DataConfig(TextFolder(str(tmp), pattern="*.bin"), Bytes()), "is not UTF-8 text"),
     ],
 )
 def test_data_that_a_run_could_not_read_is_refused(config, message, tmp_path):
     (tmp_path / "a.txt").write_text("only one")
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "only one"}) + "\n")
     (tmp_path / "b.bin").write_bytes(b"\xff")
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         survey(config(tmp_path))

@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-from flm_jax.data.corpora import SPLITS, Corpus, SeqioTask
+from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, SeqioTask
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.store import FORMAT, STORE_FILE, TokenStore
 from flm_jax.data.store_writer import StoreWriter
@@ -62,6 +62,9 @@ def prepare(
     from flm_jax.data import tasks
 
     began = time.monotonic()
+    if progress:
+        for note in corpus.notes() if isinstance(corpus, FileCorpus) else ():
+            print0(note)
     load_tensorflow()  # if it is missing, the error comes before a vocabulary is trained
     source = tasks.resolve(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
     if source.is_mixture:

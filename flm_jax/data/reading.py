@@ -80,6 +80,11 @@ def _without_start_up_messages() -> Iterator[None]:
 def read_files(corpus: FileCorpus, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
     """The seqio dataset function of a corpus of files, with examples {'targets': text}."""
     tf, _ = load_tensorflow()
+    if (parts := corpus.parts(split)) is not None:
+        dataset = tf.data.Dataset.from_tensor_slices(tf.constant(parts, tf.string))
+        if shuffle_files:
+            dataset = dataset.shuffle(max(len(parts), 1), seed=seed)
+        return dataset.map(lambda text: {"targets": text})
     paths = [os.fsencode(path) for path in corpus.files(split)]  # names of files need not be UTF-8
     dataset = tf.data.Dataset.from_tensor_slices(tf.constant(paths, tf.string))
     if shuffle_files:

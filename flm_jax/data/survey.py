@@ -29,6 +29,7 @@ class Survey:
       files: number of files; None where documents do not lie in files of their own.
       splits: documents and text_bytes of each split, and tokens where there is a store; empty if they were not counted.
       unread: why the documents were not counted; empty if they were.
+      notes: what a reader may not expect of the corpus.
     """
 
     corpus: str
@@ -38,6 +39,7 @@ class Survey:
     files: int | None
     splits: dict[str, dict[str, int]]
     unread: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def survey(config: DataConfig) -> Survey:
@@ -76,7 +78,8 @@ def survey(config: DataConfig) -> Survey:
         if not lengths:
             raise ValueError(f"the corpus has no document in its split {split!r}: {corpus.describe()}")
         splits[split] = {"documents": len(lengths), "text_bytes": sum(lengths)}
-    return Survey(name, vocabulary, ids, None, files, splits)
+    notes = tuple(corpus.notes()) if isinstance(corpus, FileCorpus) else ()
+    return Survey(name, vocabulary, ids, None, files, splits, notes=notes)
 
 
 def _paths(corpus: Corpus) -> list[Path] | None:
@@ -111,6 +114,7 @@ def survey_text(found: Survey) -> str:
             lines.append(f"  {what}: {split['documents']:,} documents, {split['text_bytes']:,} bytes{tokens}{end}")
     else:
         lines.append(f"  documents were not counted: {found.unread}")
+    lines += [f"  {note}" for note in found.notes]
     lines.append(f"  vocabulary: {found.vocabulary}" + (f", {found.ids} ids" if found.ids is not None else ""))
     lines.append(f"  token store: {found.store or 'none yet; the first run prepares it'}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ the folder moves.
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import hashlib
 import json
@@ -63,6 +64,32 @@ def heldout_border(names: Iterable[str], percent: float) -> int:
     return border
 
 
+# A single document is cut into parts of about this size, this many at most.
+PART_BYTES, MOST_PARTS = 2000, 200
+
+
+def cut(text: bytes) -> list[bytes]:
+    """A text in parts, cut after empty lines, or where there is none nearby after a line, or after a character.
+
+    Joined, the parts are the text. A text of one character or none is one part.
+    """
+    count = min(max(len(text) // PART_BYTES, 2), MOST_PARTS)
+    parts, start = [], 0
+    for number in range(1, count):
+        wanted = len(text) * number // count
+        if wanted <= start:
+            continue
+        near = range(max(start, wanted - len(text) // count // 2), wanted)
+        ends = (text.rfind(mark, near.start, near.stop) + len(mark) for mark in (b"\n\n", b"\n"))
+        at = next((end for end, mark in zip(ends, (2, 1), strict=True) if end >= near.start + mark), wanted)
+        while at > start and text[at] & 0xC0 == 0x80:  # within a character
+            at -= 1
+        if at > start:
+            parts.append(text[start:at])
+            start = at
+    return [*parts, text[start:]]
+
+
 class FileCorpus(abc.ABC):
     """A corpus of one document per file; subclasses say which files, and what to do with unreadable ones."""
 
@@ -72,23 +99,43 @@ class FileCorpus(abc.ABC):
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
         """Yields (name, path, UTF-8 bytes) of each document, sorted by name; empty files are left out."""
 
-    def files(self, split: str) -> list[Path]:
-        """The files of one split, sorted by name.
+    def notes(self) -> list[str]:
+        """Sentences about what a reader may not expect: files that are left out, a document that is cut into parts."""
+        return []
+
+    def _names(self, split: str) -> set[str]:
+        """The names of the documents of one split.
 
         Raises:
           ValueError: an unknown split, or a corpus without any document.
         """
         check_split(split)
-        found = [(name, path) for name, path, _ in self.contents()]
-        if not found:
+        names = [name for name, _, _ in self.contents()]
+        if not names:
             raise ValueError(f"{self} holds no document: every file it names is empty or unreadable")
-        border = heldout_border((name for name, _ in found), self.heldout_percent)
-        return [path for name, path in found if (name_hash(name) < border) == (split == "heldout")]
+        border = heldout_border(names, self.heldout_percent)
+        return {name for name in names if (name_hash(name) < border) == (split == "heldout")}
+
+    def files(self, split: str) -> list[Path]:
+        """The files of one split, sorted by name of their documents.
+
+        Raises:
+          ValueError: an unknown split, or a corpus without any document.
+        """
+        names = self._names(split)
+        return [path for name, path, _ in self.contents() if name in names]
+
+    def parts(self, split: str) -> list[bytes] | None:
+        """The documents of one split where they are parts of a single file; None: each is a file."""
+        check_split(split)
+        return None
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yields the text of each file of one split, byte for byte: line ends are kept as they are."""
-        for path in self.files(split):
-            yield path.read_bytes().decode("utf-8")
+        """Yields the text of each document of one split, byte for byte: line ends are kept as they are."""
+        names = self._names(split)
+        for name, _, text in self.contents():
+            if name in names:
+                yield text.decode("utf-8")
 
     def digest(self) -> str:
         """The sha256 over kind, held-out share, names and contents; the location of the folder does not count."""
@@ -135,7 +182,10 @@ class StandardLibrary(FileCorpus):
 @dataclasses.dataclass(frozen=True)
 @recorded
 class TextFolder(FileCorpus):
-    """The UTF-8 files under `path` that match `pattern`, one document each."""
+    """The UTF-8 files under `path` that match `pattern`, one document each; or `path` is a file.
+
+    A single document is cut into parts (`cut`), so that some can be held out. Folders that are links are not entered.
+    """
 
     path: str = dataclasses.field(metadata={"identity": False})
     pattern: str = "**/*.txt"
@@ -148,14 +198,50 @@ class TextFolder(FileCorpus):
           FileNotFoundError: there is no such folder, or no matching file in it.
         """
         root = Path(self.path).expanduser()
+        if root.is_file():
+            return [root]
         if not root.is_dir():
-            raise FileNotFoundError(f"TextFolder: there is no folder {root}")
+            raise FileNotFoundError(f"TextFolder: there is no folder or file {root}")
+        if Path(self.pattern).is_absolute():
+            raise ValueError(
+                f"TextFolder.pattern = {self.pattern!r}: a pattern begins at the folder, TextFolder.path; such as "
+                "'**/*.txt'."
+            )
         paths = sorted(
             (p for p in root.glob(self.pattern) if p.is_file()), key=lambda p: p.relative_to(root).as_posix()
         )
         if not paths:
-            raise FileNotFoundError(f"TextFolder: no file in {root} matches the pattern {self.pattern!r}")
+            others = f"; it holds {found}" if (found := _endings(_all_files(root))) else ""
+            raise FileNotFoundError(f"TextFolder: no file in {root} matches the pattern {self.pattern!r}{others}")
         return paths
+
+    def notes(self) -> list[str]:
+        """How many files match, which do not, and whether a single document is cut."""
+        root, paths = Path(self.path).expanduser(), self.paths()
+        said = []
+        if root.is_dir():
+            matching = set(paths)
+            left = _endings(path for path in _all_files(root) if path not in matching)
+            said.append(
+                f"{root}: {len(paths)} files match {self.pattern!r}" + (f"; left out: {left}." if left else ".")
+            )
+            if links := [path for path in root.rglob("*") if path.is_symlink() and path.is_dir()]:
+                said.append(f"{root}: folders that are links are not entered: {', '.join(map(str, links[:3]))}.")
+        documents = list(self.contents())
+        if len({path for _, path, _ in documents}) == 1:
+            name, size = documents[0][1], sum(len(text) for _, _, text in documents)
+            said.append(f"{name} is the only document: its {size:,} bytes are cut into {len(documents)} parts.")
+            if size < 20 * PART_BYTES:
+                said.append("So little held-out text measures a loss only roughly.")
+        return said
+
+    def parts(self, split: str) -> list[bytes] | None:
+        """The parts of a single document; None where each document is a file."""
+        names = self._names(split)
+        found = list(self.contents())
+        if len({path for _, path, _ in found}) > 1:
+            return None
+        return [text for name, _, text in found if name in names]
 
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
         """Yields every non-empty matching file.
@@ -165,14 +251,43 @@ class TextFolder(FileCorpus):
           ValueError: a file is not UTF-8.
         """
         root = Path(self.path).expanduser()
-        for path in self.paths():
-            text = path.read_bytes()
-            try:
-                text.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-            if text:
+        paths = self.paths()
+        if len(filled := [path for path in paths if path.stat().st_size]) == 1:
+            (path,) = filled
+            for number, part in enumerate(cut(_utf8(path))):
+                yield f"{path.name}[{number}]", path, part
+            return
+        for path in paths:
+            if text := _utf8(path):
                 yield path.relative_to(root).as_posix(), path, text
+
+
+def _utf8(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+      ValueError: it is not UTF-8.
+    """
+    text = path.read_bytes()
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return text
+
+
+def _all_files(root: Path) -> Iterator[Path]:
+    """The files in a folder and its subfolders; hidden ones, and those of hidden folders, are left out."""
+    return (p for p in root.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(root).parts))
+
+
+def _endings(paths: Iterable[Path]) -> str:
+    """The three commonest endings of some files with their numbers, such as '12 *.md, 3 *.rst, 1 other'."""
+    counts = collections.Counter(path.suffix for path in paths)
+    commonest = sorted(counts.items(), key=lambda item: (-item[1], not item[0], item[0]))
+    said = [f"{n} {'*' + ending if ending else 'without an ending'}" for ending, n in commonest[:3]]
+    rest = sum(n for _, n in commonest[3:])
+    return ", ".join(said + ([f"{rest} others"] if rest else []))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +310,7 @@ class Jsonl:
             return [(root.name, root)]
         if not root.is_dir():
             raise FileNotFoundError(f"Jsonl: there is no file or folder {root}")
-        paths = sorted(root.rglob("*.jsonl"))
+        paths = sorted(path for path in root.rglob("*.jsonl") if path.is_file())  # not pipes: reading would wait
         if not paths:
             raise FileNotFoundError(f"Jsonl: no *.jsonl file in {root}")
         return [(path.relative_to(root).as_posix(), path) for path in paths]
