@@ -199,6 +199,8 @@ def faults(found: dict[str, Any]) -> list[str]:
             "the growth does not hold": growth["holds"],
             f"transformers' logits of the grown model differ by {growth['theirs']:.1e}": growth["theirs"] < TOLERANCE,
             "the continuations differ": growth["same_texts"] and growth["greedy"],
+            "growing took more than four times both models' weights in float32": growth["steps"]["grow"]["peak_bytes"]
+            <= 4 * 4 * (found["params"] + growth["params"]),
         }
         wrong += [f"{growth['method']}: {fault}" for fault, right in checks.items() if not right]
     return wrong
@@ -238,8 +240,9 @@ Width 576 becomes 720, 30 layers become 36, 9 heads (3 key heads) become 12 (4),
 Each difference is the largest of all logits (or of all entries of a layer's output), relative to the largest value, in
 float32. The columns of flm_jax compare logits on {tokens} at the growth, before the result is written: a growth
 that fails its verification writes nothing. The columns of transformers compare its results for the original model with
-its results for the grown and exported one. Growth and verification took at most {grow_peak} of memory, mainly for
-running both models and for two steps of gradient descent, which look for new entries that could never learn.
+its results for the grown and exported one. Growth and verification took at most {grow_peak} of memory, less
+than four times the weights of both models, mainly for running them and for two steps of gradient descent, which look
+for new entries that could never learn.
 
 ## Continuations
 
@@ -284,7 +287,7 @@ def page(found: dict[str, Any], hardware: str) -> str:
         export=short(first["steps"]["export"]["command"]),
         params_after=costs.count(first["params"]),
         rows="\n".join(rows),
-        tokens=first["tokens"],
+        tokens=first["tokens"].partition(":")[0],
         grow_peak=costs.size(max(g["steps"]["grow"]["peak_bytes"] for g in found["grown"])),
         new_tokens=NEW_TOKENS,
         texts="\n".join(texts),

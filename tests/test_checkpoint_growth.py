@@ -12,6 +12,7 @@ import pytest
 from flm_jax import train as training
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError
 from flm_jax.checkpoint_growth import grow_checkpoint, verify_checkpoints
+from flm_jax.checkpoint_growth.grow import free_memory, memory_warning
 from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
@@ -245,3 +246,14 @@ def test_on_the_command_line_status_says_whether_it_holds(trained, copied, tmp_p
     assert error.startswith("error: ")
     assert "'copy' does not grow axis 'head_dim'" in error
     assert not (tmp_path / "new").exists()
+
+
+def test_a_growth_that_may_not_fit_says_so_before_it_starts():
+    """The growth of docs/smollm2.md, which took 5.9 GB, the program and its libraries included."""
+    old = shape(embed=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp=1536, vocab=49_152, tied=True)
+    new = old.replace(embed=720, layers=36, heads=12, kv_heads=4, mlp=1920)
+    said = memory_warning(old, new, False, 10**9)
+    assert said is not None and said.startswith("Growing in memory takes about 5.295 GB, and 1 GB are free")
+    assert memory_warning(old, new, False, 8 * 10**9) is memory_warning(old, new, True, None) is None
+    assert memory_warning(old, new, True, 8 * 10**9), "moments count, too"
+    assert free_memory() is None or 10**8 < free_memory() < 10**14

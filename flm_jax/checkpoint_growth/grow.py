@@ -141,6 +141,38 @@ def _grow_streamed(
     return described(grow_streamed(origin, lineage, directory, seed, meta, chunk_bytes))
 
 
+def memory_warning(old: ModelConfig, new: ModelConfig, trained: bool, free: int | None) -> str | None:
+    """What to say before a growth in memory that may not fit; None: nothing.
+
+    Args:
+      old: the model before growth.
+      new: the grown model.
+      trained: whether there is optimizer state.
+      free: bytes of memory that are free; None: not known.
+    """
+    # Both states; a copy of the new one that is saved; for the verification its parameters, their gradients and
+    # updates in float32.
+    states = [(3 if trained else 1) * 4 * costs.param_count(cfg) for cfg in (old, new)]
+    needed = states[0] + 2 * states[1] + 3 * 4 * costs.param_count(new)
+    if free is None or needed <= free:
+        return None
+    return (
+        f"Growing in memory takes about {costs.size(needed)}, and {costs.size(free)} are free: the system may end the "
+        "program. Block by block it takes little: grow.streamed = True."
+    )
+
+
+def free_memory() -> int | None:
+    """Bytes of the host's memory that programs can still get; None: models run elsewhere, or it is not known."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
 def _grow_in_memory(
     origin: SourceCheckpoint,
     lineage: Lineage,
@@ -152,6 +184,8 @@ def _grow_in_memory(
     describe: Describe,
 ) -> GrowthRecord:
     placed = make_mesh(mesh)
+    if warning := memory_warning(origin.cfg, lineage.cfg, origin.trained, free_memory()):
+        print0(warning)
     text = verification_text(origin, data, placed)
     with jax.set_mesh(placed):
         state = origin.restore(placed, optimizer=False)
