@@ -1,5 +1,6 @@
 """Hugging Face tokenizers as vocabularies: the ids of the library itself, special tokens as the files say."""
 
+import itertools
 import json
 import shutil
 
@@ -85,9 +86,6 @@ def test_special_tokens_are_as_the_files_say(folder, vocabulary):
     write(folder, "generation_config.json", eos_token_id=[eos, 7])
     write(folder, "config.json", eos_token_id=9)
     assert read(folder).special.stop_ids == (eos, 7)
-    # What the configuration says goes before what the file's own post-processor would do.
-    write(folder, "tokenizer_config.json", bos_token="<s>", eos_token=END, add_bos_token=False, add_eos_token=True)
-    assert (read(folder).special.begin, read(folder).special.end) == ((), (eos,))
     write(folder, "tokenizer_config.json", bos_token=None)
     assert read(folder).eos_id == read(folder).special.prefix_id == eos
     write(folder, "special_tokens_map.json", eos_token={"content": "g"})
@@ -98,6 +96,28 @@ def test_special_tokens_are_as_the_files_say(folder, vocabulary):
     (folder / "special_tokens_map.json").unlink()
     (folder / "generation_config.json").unlink()
     assert read(folder).eos_id == 9
+
+
+FLAGS = ("absent", None, True, False)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("adds", [True, False], ids=["the file adds <s>", "the file adds nothing"])
+def test_flags_beside_the_tokenizer_mean_what_they_mean_to_transformers(tmp_path, adds):
+    from transformers import AutoTokenizer
+
+    folder = write_tokenizer(tmp_path / "hub", begin=True)
+    if not adds:
+        record = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps({**record, "post_processor": None}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for given in itertools.product(FLAGS, FLAGS):
+        flags = dict(zip(("add_bos_token", "add_eos_token"), given, strict=True))
+        flags = {name: value for name, value in flags.items() if value != "absent"}
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, **flags}))
+        ours = TokenizerVocabulary.from_directory(folder)
+        found = [*ours.special.begin, *ours.encode("It grows"), *ours.special.end]
+        assert found == AutoTokenizer.from_pretrained(folder)("It grows").input_ids, flags
 
 
 def test_what_cannot_be_read_is_named(folder):

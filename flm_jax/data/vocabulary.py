@@ -345,17 +345,11 @@ def _special(processor: Any, configs: Mapping[str, Mapping[str, Any]], eos_id: i
             f"nothing says which token of {where} ends a document: there is no eos_token in {' or '.join(CONFIGS[:2])} "
             f"and no eos_token_id in {' or '.join(CONFIGS[2:])} beside it; add one of them, or give eos_id"
         )
-    config = configs.get(CONFIGS[0], {})
-    begin: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
-    if "add_bos_token" in config or "add_eos_token" in config:  # overrides what the file itself would add
-        begin = (bos,) if config.get("add_bos_token") and bos is not None else ()
-        end = (eos,) if config.get("add_eos_token") else ()
-    else:
-        with guarded(where):
-            plain, whole = (processor.encode("a", add_special_tokens=add).ids for add in (False, True))
-        start = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), len(whole))
-        begin, end = tuple(whole[:start]), tuple(whole[start + len(plain) :])
+    # What tokenizer.json itself adds; transformers does not read `add_bos_token` and `add_eos_token` beside it either.
+    with guarded(where):
+        plain, whole = (processor.encode("a", add_special_tokens=add).ids for add in (False, True))
+    start = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), len(whole))
+    begin, end = tuple(whole[:start]), tuple(whole[start + len(plain) :])
     prefix = eos if bos is None else bos
     with guarded(where):
         before, after = (str(processor.decode([i], skip_special_tokens=False)) for i in (prefix, eos))
