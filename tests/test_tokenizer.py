@@ -111,8 +111,8 @@ def test_flags_beside_the_tokenizer_mean_what_they_mean_to_transformers(tmp_path
         record = json.loads((folder / "tokenizer.json").read_text())
         (folder / "tokenizer.json").write_text(json.dumps({**record, "post_processor": None}))
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    for given in itertools.product(FLAGS, FLAGS):
-        flags = dict(zip(("add_bos_token", "add_eos_token"), given, strict=True))
+    for values in itertools.product(FLAGS, FLAGS):
+        flags = dict(zip(("add_bos_token", "add_eos_token"), values, strict=True))
         flags = {name: value for name, value in flags.items() if value != "absent"}
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, **flags}))
         ours = TokenizerVocabulary.from_directory(folder)
