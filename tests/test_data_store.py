@@ -1,7 +1,9 @@
 """The token store and the batches read from it: exact, by number, and damage is refused by name."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -298,3 +300,38 @@ def test_heldout_is_spread_over_the_split_and_padded(store, windows, batch_size)
 def test_heldout_refuses_nothing_at_all(store):
     with pytest.raises(ValueError, match="0 held-out windows"):
         heldout_batches(store, CONTEXT, 4, 0)
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    """The first error comes from a write, and closing the file fails again, as what it holds cannot be written."""
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.name = file, file.name
+
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            self.write(b"")
+
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", _open=Path.open: Full(_open(self, mode)))
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/\.store\.\w+\.tmp/train-00000.bin'"),
+        StoreWriter(tmp_path / "cache" / "store", ByteVocabulary(), "digest", {}) as writer,
+    ):
+        writer.append("train", np.arange(9), 9)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_a_killed_preparation_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    left = tmp_path / ".store.00000000.tmp"
+    left.mkdir()
+    (left / "train-00000.bin").write_bytes(b"x" * 100)
+    with StoreWriter(tmp_path / "store", ByteVocabulary(), "digest", {}) as first:
+        assert not left.exists()
+        with StoreWriter(tmp_path / "store", ByteVocabulary(), "digest", {}) as second:
+            assert first._draft.exists() and second._draft.exists()
+            second.abandon()
+        first.abandon()
+    assert not list(tmp_path.iterdir())

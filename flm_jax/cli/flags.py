@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,43 +14,46 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 # Exit statuses besides 0 (done), 1 (it failed, or what was asked does not hold) and 2 (wrong flags): EX_TEMPFAIL of
-# sysexits.h for a run that saved its state and goes on when it is started again, and a shell's for SIGINT.
+# sysexits.h for a run that saved its state and goes on when it is started again, and a shell's for SIGINT; for SIGTERM
+# it is 143.
 STOPPED, INTERRUPTED = 75, 130
-_starting, _interrupted = True, False
+_starting = True
+_interrupted: int | None = None  # the number of the signal
+_stderr = 2  # as it was when the program started: it is held back while TensorFlow is imported
 
 
 def begun() -> None:
-    """Ends the start: from now on SIGINT raises KeyboardInterrupt, so that drafts are removed."""
+    """Ends the start: from now on SIGINT and SIGTERM raise KeyboardInterrupt, so that drafts are removed."""
     global _starting
     _starting = False
 
 
 def was_interrupted() -> bool:
-    """Whether SIGINT has interrupted this program; libraries may turn the KeyboardInterrupt into another error."""
-    return _interrupted
+    """Whether a signal has interrupted this program; libraries may turn the KeyboardInterrupt into another error."""
+    return _interrupted is not None
 
 
 def exit_interrupted() -> NoReturn:
-    """Says in one line that the program was interrupted, and ends it at once with status `INTERRUPTED`."""
+    """Says in one line that the program was interrupted, and ends it at once with a shell's status for that."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.write(2, b"Interrupted.\n")
-    os._exit(INTERRUPTED)
+    os.write(_stderr, b"Interrupted.\n")
+    os._exit(128 + (_interrupted or signal.SIGINT))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _interrupted
-    del number, frame
+    del frame
     # While modules are imported there is nothing to clean up, and callbacks of the import would swallow an exception.
-    if _starting or _interrupted:
+    again, _interrupted = _interrupted is not None, number
+    if _starting or again:
         exit_interrupted()
-    _interrupted = True
     raise KeyboardInterrupt
 
 
 def _unraisable(what: Any) -> None:
     """Ends the program where an interrupt came while a callback ran that cannot raise it; else as Python does."""
-    if _interrupted:
+    if _interrupted is not None:
         exit_interrupted()
     sys.__unraisablehook__(what)
 
@@ -62,7 +66,11 @@ def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]
       define: defines the program's flags.
       run: the program, called with the values of all flags.
     """
-    signal.signal(signal.SIGINT, _interrupt)
+    global _stderr
+    with contextlib.suppress(OSError):
+        _stderr = os.dup(2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     sys.unraisablehook = _unraisable
     sys.modules["__main__"].__doc__ = document  # absl reads the text of --help from there
     known = set(FLAGS)
@@ -76,7 +84,7 @@ def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]
         try:
             run(FLAGS)
         except (Exception, KeyboardInterrupt):
-            if not _interrupted:
+            if _interrupted is None:
                 raise
             exit_interrupted()
 

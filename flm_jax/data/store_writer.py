@@ -1,11 +1,15 @@
 """Writes a token store: into a hidden folder beside its final place, renamed once everything is on disk.
 
-A killed run leaves no store, only the hidden folder, which nothing reads.
+A killed run leaves no store, only the hidden folder, which nothing reads and the next preparation removes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +22,29 @@ from flm_jax.data.corpora import SPLITS
 from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, TokenStore, render
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.data.vocabulary_files import spec_bytes
-from flm_jax.files import draft_of, sha256_json, sync_write
+from flm_jax.files import draft_of, naming, sha256_json, sync_write
+
+_log = logging.getLogger(__name__)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed; None: another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_left(path: Path) -> None:
+    """Removes what killed processes left of this store; what a living one writes is locked."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if left.is_dir() and (lock := _locked(left)) is not None:
+            _log.warning("%s: removed, a process that was killed left it unfinished", left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
 
 
 class _Split:
@@ -42,7 +68,8 @@ class _Split:
                 self._sha, self._tokens = hashlib.sha256(), 0
             now, tokens = np.split(tokens, [self.limit - self._tokens])
             content = now.astype(self.dtype).tobytes()
-            self._file.write(content)
+            with naming(Path(self._file.name)):
+                self._file.write(content)
             self._sha.update(content)
             self._tokens += len(now)
             if self._tokens == self.limit:
@@ -51,9 +78,10 @@ class _Split:
     def _end_shard(self) -> None:
         if self._file is not None:
             name = Path(self._file.name).name
-            self._file.flush()
-            os.fsync(self._file.fileno())  # a rename may reach the disk before the content does
-            self._file.close()
+            with naming(Path(self._file.name)):
+                self._file.flush()
+                os.fsync(self._file.fileno())  # a rename may reach the disk before the content does
+                self._file.close()
             self._file = None
             self.shards.append({"file": name, "tokens": self._tokens, "sha256": self._sha.hexdigest()})
 
@@ -71,7 +99,8 @@ class _Split:
 
     def abandon(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk does not take what is still to be written
+                self._file.close()
 
 
 class StoreWriter:
@@ -102,8 +131,10 @@ class StoreWriter:
         self.path = Path(path).expanduser()
         self._vocabulary, self._corpus_digest, self._description = vocabulary, corpus_digest, description
         self._dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
+        _remove_left(self.path)
         self._draft = draft_of(self.path)
         self._draft.mkdir(parents=True)
+        self._lock = _locked(self._draft)
         self._splits = {name: _Split(self._draft, name, self._dtype, max_shard_tokens) for name in SPLITS}
 
     def append(self, split: str, tokens: np.ndarray, text_bytes: int) -> None:
@@ -165,6 +196,7 @@ class StoreWriter:
             if not (self.path / STORE_FILE).is_file():
                 raise
             self.abandon()
+        self._unlock()
         return TokenStore.open(self.path)
 
     def abandon(self) -> None:
@@ -172,6 +204,12 @@ class StoreWriter:
         for split in self._splits.values():
             split.abandon()
         shutil.rmtree(self._draft, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> StoreWriter:
         return self
