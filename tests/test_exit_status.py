@@ -55,7 +55,8 @@ def test_an_interrupted_program_says_one_line(body, before):
 def test_sigterm_ends_a_program_like_ctrl_c_and_lets_it_clean_up():
     code = (
         "import signal, sys\nsys.argv = ['x']\nfrom flm_jax.cli.flags import begun, launch\ndef run(_):\n  begun()\n"
-        "  try:\n    signal.raise_signal(signal.SIGTERM)\n  finally:\n    print('cleaned')\nlaunch('', lambda: None, run)"
+        "  try:\n    signal.raise_signal(signal.SIGTERM)\n  finally:\n    print('cleaned')\n"
+        "launch('', lambda: None, run)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "cleaned\n", "Interrupted.\n")
