@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -335,3 +336,16 @@ def test_what_a_killed_preparation_left_is_removed_and_what_a_living_one_writes_
             second.abandon()
         first.abandon()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_truncated_while_it_is_read_is_named(tmp_path):
+    """Reading a map beyond the end of its file would end the program by SIGBUS."""
+    with StoreWriter(tmp_path / "store", ByteVocabulary(), "digest", {}) as writer:
+        for split in ("train", "heldout"):
+            writer.append(split, np.arange(3, 200), 197)
+        store = writer.close()
+    assert store.tokens("train", np.arange(3)).tolist() == [3, 4, 5]
+    file = tmp_path / "store" / "train-00000.bin"
+    os.truncate(file, 0)
+    with pytest.raises(ValueError, match=rf"{file} had 396 bytes when it was opened and has 0 now"):
+        store.tokens("train", np.arange(3))

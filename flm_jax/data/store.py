@@ -83,6 +83,20 @@ def _check_record(record: dict[str, Any]) -> None:
                 raise ValueError(f"{where} is the file {shard['file']!r}, which is no plain name")
 
 
+def _check_length(mapped: np.memmap) -> None:
+    """Checks that a mapped file still has its length: beyond the end of a shorter one, reading ends the program.
+
+    Raises:
+      ValueError: it has not.
+    """
+    file = Path(str(mapped.filename))
+    if (size := file.stat().st_size) < mapped.nbytes:
+        raise ValueError(
+            f"{file} had {mapped.nbytes} bytes when it was opened and has {size} now: something has truncated it. "
+            "Delete the store; the next start prepares it again."
+        )
+
+
 class TokenStore:
     """A store opened for reading, by `open`."""
 
@@ -188,11 +202,10 @@ class TokenStore:
         return float(self._split_record(split)["text_bytes"] / self.num_tokens(split))
 
     @functools.cached_property
-    def _shards(self) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
+    def _shards(self) -> dict[str, tuple[list[np.memmap], np.ndarray]]:
         """By split, its memory-mapped shards, and where each of them starts, followed by the end of the last."""
         dtype = np.dtype(self._record["dtype"])
-        mapped: dict[str, tuple[list[np.ndarray], np.ndarray]] = {}
-        shards: list[np.ndarray]
+        mapped: dict[str, tuple[list[np.memmap], np.ndarray]] = {}
         for split, info in self._record["splits"].items():
             shards = [np.memmap(self.path / shard["file"], dtype=dtype, mode="r") for shard in info["shards"]]
             starts = np.cumsum([0] + [shard["tokens"] for shard in info["shards"]], dtype=np.int64)
@@ -204,6 +217,7 @@ class TokenStore:
 
         Raises:
           IndexError: a position outside [0, num_tokens).
+          ValueError: a file has become shorter since the store was opened.
         """
         total = self.num_tokens(split)
         if positions.size and not (positions.min() >= 0 and positions.max() < total):
@@ -213,6 +227,7 @@ class TokenStore:
         shard_of = np.searchsorted(starts, flat, side="right") - 1
         found = np.empty(flat.shape, np.int32)
         for number in np.unique(shard_of):
+            _check_length(shards[number])
             chosen = shard_of == number
             found[chosen] = shards[number][flat[chosen] - starts[number]]
         return found.reshape(positions.shape)
