@@ -59,7 +59,7 @@ STAGE = dict(name="a", model=small.config(), steps=2, batch_size=4)
             lambda: DataConfig(corpus="texts"),
             "DataConfig.corpus = 'texts': use a Jsonl or a SeqioTask or a StandardLibrary or a TextFolder or a Tfds.",
         ),
-        (lambda: DataConfig(vocabulary=StandardLibrary()), "use a Bytes or a SentencePiece or a Pretrained."),
+        (lambda: DataConfig(vocabulary=StandardLibrary()), "use a Bytes or a SentencePiece or a Pretrained or None."),
         (lambda: Recipe(stages=Stage(**STAGE)), "use a list, each entry a Stage; write brackets around a single one."),
         (lambda: Recipe(stages=[Stage(**STAGE), 3]), "Recipe.stages[1] = 3: use a Stage."),
         (lambda: Recipe(stages=[], seed=0.5), "Recipe.seed = 0.5: use an integer"),

@@ -254,16 +254,16 @@ class TextFolder(FileCorpus):
         paths = self.paths()
         if len(filled := [path for path in paths if path.stat().st_size]) == 1:
             (path,) = filled
-            for number, part in enumerate(cut(_utf8(path))):
+            for number, part in enumerate(cut(read_utf8(path))):
                 yield f"{path.name}[{number}]", path, part
             return
         for path in paths:
-            if text := _utf8(path):
+            if text := read_utf8(path):
                 yield path.relative_to(root).as_posix(), path, text
 
 
-def _utf8(path: Path) -> bytes:
-    """The content of a file.
+def read_utf8(path: Path) -> bytes:
+    """The content of a text file, in bytes.
 
     Raises:
       ValueError: it is not UTF-8.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flm_jax.config import ModelConfig
-from flm_jax.data.text import Jsonl, TextFolder
+from flm_jax.data.text import Jsonl, TextFolder, read_utf8
 from flm_jax.data.train_vocabulary import load_vocabulary
 from flm_jax.data.vocabulary import REPLACEMENT, Vocabulary
 from flm_jax.distributed import is_primary
@@ -219,12 +219,9 @@ def read_texts(path: str | Path) -> Iterator[str]:
     """
     root = Path(path).expanduser()
     if root.is_dir():
-        return (text.decode() for _, _, text in TextFolder(str(root)).contents())
+        return (read_utf8(path).decode() for path in TextFolder(str(root)).paths())  # whole: nothing is held out
     if root.suffix == ".jsonl":
         return (text for _, text in Jsonl(str(root)).lines())
     if not root.is_file():
         raise FileNotFoundError(f"there is no text file or folder {root}")
-    try:
-        return iter([root.read_bytes().decode()])
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{root} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return iter([read_utf8(root).decode()])
