@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -9,7 +10,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -214,6 +215,26 @@ def byte_bar(total: int, done: int, what: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, mininterval=_interval(), smoothing=0.1)
+
+
+@contextlib.contextmanager
+def phases(*names: str) -> Iterator[Callable[[], None]]:
+    """A context that shows, where there is a terminal, which of some phases is running and for how long.
+
+    It yields a function to call at the beginning of each phase.
+    """
+    from tqdm import tqdm
+
+    shown = "{desc} ({n_fmt} of {total_fmt}), {elapsed}"
+    with tqdm(total=len(names), bar_format=shown, leave=False, disable=None if is_primary() else True) as bar:
+        left = iter(names)
+
+        def begin() -> None:
+            bar.set_description_str(next(left), refresh=False)
+            bar.update()
+            bar.refresh()
+
+        yield begin
 
 
 def count_bar(what: str, unit: str, total: int | None = None) -> Any:

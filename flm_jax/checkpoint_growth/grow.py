@@ -20,6 +20,7 @@ from flm_jax.distributed import print0
 from flm_jax.growth.distance import settle
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import Growth, changed
+from flm_jax.progress import phases
 from flm_jax.records import write_identity, write_record
 from flm_jax.sharding import MeshConfig, make_mesh, put_batch
 from flm_jax.source_checkpoint import CheckpointMeta, SourceCheckpoint, read_source, signature_texts
@@ -187,17 +188,23 @@ def _grow_in_memory(
     if warning := memory_warning(origin.cfg, lineage.cfg, origin.trained, free_memory()):
         print0(warning)
     text = verification_text(origin, data, placed)
-    with jax.set_mesh(placed):
+    names = ("reading the source", "running it", "growing it", "running the grown model", "saving it")
+    with jax.set_mesh(placed), phases(*names) as begin:
+        begin()
         state = origin.restore(placed, optimizer=False)
+        begin()
         batch = put_batch(text.few, placed)
         lineage, distances = settle(lineage, state.params, batch.inputs_BT, batch.segments_BT)
         CheckpointMeta(STAGE, lineage).record()  # Refuses a ramp that does not fit, before anything is grown.
         before = observe_before(lineage, state.params, text, placed)
+        begin()
         grown = make_grower(lineage, placed, weights=not origin.trained)(state, jax.random.key(seed))
+        begin()
         found = verify_growth(lineage, before, grown, text, placed, tolerance)
         record = describe(lineage, distances, found)
         if not found["holds"]:
             raise CheckpointError(f"The growth does not hold, and nothing was written: {failures_text(found)}")
+        begin()
         meta = CheckpointMeta(STAGE, lineage, provenance=record.record(), data=origin.meta.data).record()
         blobs = origin.files_with(None)
         with Checkpoints(directory) as checkpoints:

@@ -26,6 +26,7 @@ from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.verify import Observed, judge, observe
 from flm_jax.loss import make_heldout_loss
 from flm_jax.model import Masks, Params
+from flm_jax.progress import phases
 from flm_jax.sharding import MeshConfig, few_rows, make_mesh, put_batch
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 from flm_jax.state import TrainState, abstract_state
@@ -252,10 +253,17 @@ def verify_checkpoints(
         )
     placed = make_mesh(mesh)
     text = verification_text(before, data, placed)
-    with jax.set_mesh(placed):
+    names = ("reading the source", "running it", "reading the grown model", "running it")
+    with jax.set_mesh(placed), phases(*names) as begin:
         # Whole states are read, so that every bit is checked, whatever the comparison needs.
-        observed = observe_before(after.lineage, before.restore(placed, optimizer=False).params, text, placed)
+        begin()
+        params = before.restore(placed, optimizer=False).params
+        begin()
+        observed = observe_before(after.lineage, params, text, placed)
+        del params
+        begin()
         grown = after.restore(placed, optimizer=False)
+        begin()
         return verify_growth(after.lineage, observed, grown, text, placed, tolerance)
 
 
