@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,8 +189,7 @@ def _continue(
 
 def continuation(whole: str, before: str) -> str:
     """What a decoded sequence adds to its beginning, which was decoded alone; they differ where a character was cut."""
-    same = next((i for i, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b), len(before))
-    return whole[same:]
+    return whole[len(os.path.commonprefix([whole, before])) :]
 
 
 def find_length(origin: SourceCheckpoint) -> int:
