@@ -8,6 +8,7 @@ closed, its other backend reads the whole tensor for every slice, and neither ha
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import math
 import os
@@ -247,8 +248,14 @@ def save(
     shutil.rmtree(drafts, ignore_errors=True)
     drafts.mkdir()
     try:
-        for name, shard in zip(names, shards, strict=True):
-            _write(drafts / name, shard, fill, buffer)
+        # While the disk takes a file, the next one is filled; leaving the context waits for all of them.
+        with concurrent.futures.ThreadPoolExecutor(1) as syncing:
+            synced = []
+            for name, shard in zip(names, shards, strict=True):
+                _write(drafts / name, shard, fill, buffer)
+                synced.append(syncing.submit(_sync, drafts / name))
+            for each in synced:
+                each.result()
         if total > 1:
             names.append(INDEX)
             sync_write(drafts / INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
@@ -276,7 +283,6 @@ def _write(file: Path, shard: Mapping[str, Any], fill: Callable[[str, np.ndarray
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}") from error
     file.chmod(mode)  # the library (0.8.0) gives the file to its owner alone, whatever the umask
-    _sync(file)
 
 
 def _shards(likes: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
