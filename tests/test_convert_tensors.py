@@ -16,7 +16,6 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flm_jax.convert import tensors as module
 from flm_jax.convert.tensors import DTYPES, INDEX, SINGLE, FormatError, open_shards, save
 
 FILES = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -305,96 +304,3 @@ def test_a_file_that_shrinks_after_opening_is_said(tmp_path):
     os.truncate(tmp_path / SINGLE, 20_000)
     with pytest.raises(FormatError, match=f"{re.escape(str(tmp_path / SINGLE))} became shorter while 'a' was read"):
         stored.read()
-
-
-# Writing.
-
-
-TWO = {"x": drawn((6, 2), np.float32, 1), "y": drawn((6, 2), np.float32, 2)}
-
-
-def test_one_file_is_on_the_disk_before_the_next_is_begun(tmp_path):
-    seen, buffers = [], set()
-
-    def fill(name, out):
-        seen.append(names(tmp_path / "model.partial"))
-        buffers.add(out.__array_interface__["data"][0])
-        out[...] = TWO[name]
-
-    save(tmp_path, TWO, fill, 48)
-    assert seen == [[], FILES[:1]]
-    assert len(buffers) == 1  # of one file's size
-    assert all(same(x.read(), TWO[name]) for name, x in open_shards(tmp_path).items())
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_exception_removes_what_was_written(tmp_path, error):
-    def fill(name, out):
-        if name == "y":
-            raise error("stop")
-
-    with pytest.raises(error):
-        save(tmp_path / "out", TWO, fill, 48)
-    assert not names(tmp_path / "out")
-
-
-def test_a_full_disk_keeps_nothing(tmp_path, monkeypatch):
-    def full(tensors, file, metadata):
-        (file.parent / ".tmp").write_bytes(b"begun")
-        raise safetensors.SafetensorError("No space left on device")
-
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(OSError, match=f"{SINGLE} cannot be written: No space left on device"):
-        write_all(tmp_path / "out", TWO)
-    assert not names(tmp_path / "out")
-
-
-def test_files_get_their_names_once_all_are_on_the_disk(tmp_path, monkeypatch):
-    seen, sync, rename = [], os.fsync, Path.rename
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (seen.append(("sync", str(Path(f"/proc/self/fd/{fd}").readlink()))), sync(fd))
-    )
-    monkeypatch.setattr(Path, "rename", lambda a, b: (seen.append(("name", str(b))), rename(a, b)))
-    write_all(tmp_path, TWO, 48)
-    drafts = [str(tmp_path / "model.partial" / file) for file in (*FILES, INDEX)]
-    named = [str(tmp_path / file) for file in (*FILES, INDEX)]
-    assert seen == [("sync", f) for f in drafts] + [("name", f) for f in named] + [("sync", str(tmp_path))]
-
-
-def test_a_failure_while_naming_keeps_nothing(tmp_path, monkeypatch):
-    rename = Path.rename
-
-    def fails_at_the_index(a, b):
-        if b.name == INDEX:
-            raise OSError(5, "Input/output error")
-        return rename(a, b)
-
-    monkeypatch.setattr(Path, "rename", fails_at_the_index)
-    with pytest.raises(OSError, match="Input/output"):
-        write_all(tmp_path / "out", TWO, 48)
-    assert not names(tmp_path / "out")
-
-
-@pytest.mark.parametrize("name", [SINGLE, FILES[0], INDEX])
-def test_a_model_is_not_written_over(tmp_path, name):
-    (tmp_path / name).write_bytes(b"kept")
-    with pytest.raises(FormatError, match=f"{re.escape(str(tmp_path / name))} exists already"):
-        write_all(tmp_path, TWO)
-    assert (tmp_path / name).read_bytes() == b"kept"
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    (tmp_path / "model.partial").mkdir()
-    for name in (*FILES, INDEX, ".tmp"):
-        (tmp_path / "model.partial" / name).write_bytes(b"left")
-    write_all(tmp_path, TWO)
-    assert names(tmp_path) == [SINGLE]
-
-
-def test_files_are_readable_as_the_umask_says(tmp_path):
-    before = os.umask(0o002)
-    try:
-        write_all(tmp_path, TWO, 48)
-    finally:
-        os.umask(before)
-    assert {(tmp_path / name).stat().st_mode & 0o777 for name in names(tmp_path)} == {0o664}

@@ -35,9 +35,7 @@ def define() -> None:
     )
     flags.DEFINE_string("dtype", None, "Dtype of the weights: float32, bfloat16 or float16. Default: unchanged.")
     flags.DEFINE_string("architecture", None, "With --to_hf: the architecture to write, such as Qwen2ForCausalLM.")
-    flags.DEFINE_float(
-        "shard_gb", 1.0, "With --to_hf: bound on a file, in 10^9 bytes; it is assembled in memory.", lower_bound=1e-9
-    )
+    flags.DEFINE_float("shard_gb", 1.0, "With --to_hf: bound on a file, in 10^9 bytes.", lower_bound=1e-9)
 
 
 def run(values: Any) -> None:

@@ -54,8 +54,7 @@ def export_model(
       architecture: the architecture to write (`families.FAMILIES`); None: the one it was imported from, or the first
         that can express the model. As TeleFLMForCausalLM, multipliers are written as multipliers and not folded.
       dtype: of the weights; None: that of the parameters.
-      shard_bytes: bound on the bytes of a file, unless a single tensor is larger. One file at a time is assembled in
-        memory.
+      shard_bytes: bound on the bytes of a file, unless a single tensor is larger.
 
     Returns:
       A record of what was written, JSON-able.

@@ -1,9 +1,10 @@
 """The safetensors files of a model: opened with their tensors listed, read by runs of rows, written in shards.
 
 A model is `model.safetensors`, or several such files and an index that says which tensor is in which. The safetensors
-library checks every header and writes every file. Rows are read here, at the offsets of a header that it has accepted,
-for three reasons (safetensors 0.8.0): a slice of its mapped file counts as memory of the process until the file is
-closed, its other backend reads the whole tensor for every slice, and neither has the 8-bit floats in NumPy.
+library checks every header, of files that are read and of files that were written. Rows are read here, at the offsets
+of a header that it has accepted, for three reasons (safetensors 0.8.0): a slice of its mapped file counts as memory of
+the process until the file is closed, its other backend reads the whole tensor for every slice, and neither has the
+8-bit floats in NumPy. Files are written here tensor by tensor (see `_Writer`).
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from flm_jax.convert import companions
 from flm_jax.convert.companions import FormatError, check_place
-from flm_jax.files import sync_write
+from flm_jax.files import naming, sync_write
 from flm_jax.records.foreign_json import JsonError, parse_json
 
 SINGLE = "model.safetensors"
@@ -42,6 +43,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHOWN = 4
+# Bytes written between two requests to the disk.
+_PIECE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -217,8 +220,8 @@ def save(
 ) -> None:
     """Writes a model as `model.safetensors`, or as several files and an index, the way transformers does.
 
-    Memory holds the tensors of one file. Files lie in `model.partial` until all of them are on the disk; the index is
-    moved last. Where anything fails, nothing is left.
+    Memory holds two tensors: one is filled while the disk takes the other. Files lie in `model.partial` until all of
+    them are on the disk; the index is moved last. Where anything fails, nothing is left.
 
     Args:
       directory: made where it is missing; holds no model yet. What a killed process left in it is removed.
@@ -242,20 +245,13 @@ def save(
         "metadata": {"total_size": sum(map(_nbytes, likes.values()))},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
-    # One buffer for all files, as finding and clearing memory for each takes the kernel as long as filling it.
-    buffer = np.empty(max(sum(map(_nbytes, shard.values())) for shard in shards), np.uint8)
     drafts = directory / "model.partial"
     shutil.rmtree(drafts, ignore_errors=True)
     drafts.mkdir()
     try:
-        # While the disk takes a file, the next one is filled; leaving the context waits for all of them.
-        with concurrent.futures.ThreadPoolExecutor(1) as syncing:
-            synced = []
+        with _Writer(fill, max(map(_nbytes, likes.values()), default=0)) as writer:
             for name, shard in zip(names, shards, strict=True):
-                _write(drafts / name, shard, fill, buffer)
-                synced.append(syncing.submit(_sync, drafts / name))
-            for each in synced:
-                each.result()
+                writer.write(drafts / name, shard)
         if total > 1:
             names.append(INDEX)
             sync_write(drafts / INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
@@ -270,19 +266,78 @@ def save(
         raise
 
 
-def _write(file: Path, shard: Mapping[str, Any], fill: Callable[[str, np.ndarray], None], buffer: np.ndarray) -> None:
-    tensors, at = {}, 0
-    for name, like in shard.items():
-        tensors[name] = buffer[at : at + _nbytes(like)].view(like.dtype).reshape(like.shape)
-        fill(name, tensors[name])
-        at += _nbytes(like)
-    file.touch()
-    mode = file.stat().st_mode
-    try:
-        save_file(tensors, file, {"format": "pt"})  # transformers wants to know the format
-    except SafetensorError as error:
-        raise OSError(f"{file} cannot be written: {error}") from error
-    file.chmod(mode)  # the library (0.8.0) gives the file to its owner alone, whatever the umask
+class _Writer:
+    """Writes files tensor by tensor: a thread writes and syncs one while the next is filled.
+
+    The library (0.8.0) writes a file from arrays that are all in memory. Written with it, a model of 1.25 GB took 6.3 s
+    and 1.8 GB of memory, and one of 4.08 GB took 14.7 s of processor time; in docs/convert_benchmark.md are the figures
+    of this writer. The library then checks what was written, and the tests compare the files with its own.
+    """
+
+    def __init__(self, fill: Callable[[str, np.ndarray], None], largest: int) -> None:
+        """Takes memory for two tensors of `largest` bytes: finding and clearing it takes as long as filling it."""
+        self._fill = fill
+        self._buffers = [np.empty(largest, np.uint8) for _ in range(2)]
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    def write(self, file: Path, shard: Mapping[str, Any]) -> None:
+        """Fills and writes the tensors of one file."""
+        header, offsets = _header(shard)
+        with file.open("wb", buffering=0) as stream:
+            _put(stream, np.frombuffer(header, np.uint8), 0)
+            pending: concurrent.futures.Future[None] | None = None
+            try:
+                for name, like in shard.items():
+                    values = self._buffers[0][: _nbytes(like)]
+                    self._fill(name, values.view(like.dtype).reshape(like.shape))
+                    if pending is not None:  # the other buffer is still being written
+                        pending.result()
+                    pending = self._thread.submit(_put, stream, values, len(header) + offsets[name])
+                    self._buffers.reverse()
+            finally:  # nothing writes to a file that is closed
+                if pending is not None:
+                    pending.result()
+        _sync(file)
+        try:
+            with safe_open(file, "numpy"):
+                pass
+        except SafetensorError as error:
+            raise OSError(f"{file} was not written as it should be: {error}") from error
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+
+def _header(shard: Mapping[str, Any]) -> tuple[bytes, dict[str, int]]:
+    """The header of a file, and where the values of each tensor begin after it.
+
+    Wider dtypes come first, so that all values are aligned.
+    """
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to know the format
+    offsets, at = {}, 0
+    for name, like in sorted(shard.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize):
+        offsets[name], at = at, at + _nbytes(like)
+        place = [offsets[name], at]
+        entries[name] = {"dtype": kinds[np.dtype(like.dtype)], "shape": list(like.shape), "data_offsets": place}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _put(stream: FileIO, values: np.ndarray, offset: int) -> None:
+    """Writes bytes to a place of a file, piece by piece; large ones are sent to the disk at once."""
+    with naming(Path(str(stream.name))):
+        for start in range(0, len(values), _PIECE):
+            left = memoryview(values[start : start + _PIECE])
+            while left:
+                written = os.pwrite(stream.fileno(), left, offset)
+                left, offset = left[written:], offset + written
+            if len(values) >= _PIECE:
+                os.fdatasync(stream.fileno())
 
 
 def _shards(likes: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
