@@ -332,7 +332,7 @@ def _put(stream: FileIO, values: np.ndarray, offset: int) -> None:
     """Writes bytes to a place of a file, piece by piece; large ones are sent to the disk at once."""
     with naming(Path(str(stream.name))):
         for start in range(0, len(values), _PIECE):
-            left = memoryview(values[start : start + _PIECE])
+            left = values[start : start + _PIECE].data
             while left:
                 written = os.pwrite(stream.fileno(), left, offset)
                 left, offset = left[written:], offset + written
