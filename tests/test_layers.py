@@ -18,6 +18,7 @@ growth
 state
 checkpoint
 data
+chat
 source_checkpoint
 recipe
 step

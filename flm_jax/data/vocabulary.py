@@ -19,36 +19,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from flm_jax.data.special import CHAT_TEMPLATE, CONFIGS, EOS_ID, Special, chat_template, special_of
 from flm_jax.data.tokenizer_file import guarded
 from flm_jax.data.tokenizer_file import load as _load
 from flm_jax.files import read_bounded
-from flm_jax.records.foreign_json import check, parse_json
+from flm_jax.records.foreign_json import parse_json
 
-PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Special:
-    """The special ids around a text: what its first token is predicted from, and what ends it.
-
-    Attributes:
-      prefix_id: what the first token of a text is predicted from: the beginning of a document or, if a vocabulary has
-        none, the end of the document before.
-      stop_ids: each of them ends a continuation; the first is the end of a document.
-      begin: what the tokenizer itself puts before a text for a model.
-      end: what it puts after.
-      prefix: `prefix_id` as text, '' if it has none.
-      eos: the end of a document as text, '' if it has none.
-      pad_id: what other programs fill rows with; None: the end of a document.
-    """
-
-    prefix_id: int = EOS_ID
-    stop_ids: tuple[int, ...] = (EOS_ID,)
-    begin: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
-    prefix: str = ""
-    eos: str = ""
-    pad_id: int | None = None
+PAD_ID, UNK_ID = 0, 2
 
 
 class Vocabulary(Protocol):
@@ -81,6 +58,14 @@ class Vocabulary(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without an end-of-document id."""
+        ...
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text in which a special token that is written out is text, as where users write."""
+        ...
+
+    def is_special(self, number: int) -> bool:
+        """Whether an id is a special token, which no plain text contains."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -125,6 +110,12 @@ class ByteVocabulary:
     def encode(self, text: str) -> list[int]:
         """One id per byte of the UTF-8 text."""
         return [byte + 3 for byte in text.encode("utf-8")]
+
+    encode_plain = encode
+
+    def is_special(self, number: int) -> bool:
+        """Whether an id is not a byte."""
+        return not 3 <= number < 259
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; bytes that are not UTF-8 are dropped, as a model's sample may hold some."""
@@ -192,6 +183,12 @@ class SentencePieceVocabulary:
         """Token ids of a text; a character without a piece becomes its UTF-8 bytes."""
         return [int(i) for i in self._processor.encode(text)]
 
+    encode_plain = encode  # control symbols never come from text
+
+    def is_special(self, number: int) -> bool:
+        """Whether an id is a control symbol."""
+        return bool(0 <= number < self.size and self._processor.is_control(number))
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return "".join(
@@ -214,8 +211,6 @@ class SentencePieceVocabulary:
 TOKENIZER = "tokenizer.json"
 # The largest tokenizers in use have 35 MB.
 MOST_BYTES = 1 << 28
-# Files beside a tokenizer that may say how its special tokens are used.
-CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
 
 class TokenizerVocabulary:
@@ -268,7 +263,7 @@ class TokenizerVocabulary:
         root = Path(path).expanduser()
         if not (root / TOKENIZER).is_file():
             raise FileNotFoundError(f"there is no {TOKENIZER} in {root}; give the directory that a tokenizer lies in")
-        names = [name for name in (TOKENIZER, *CONFIGS) if (root / name).is_file()]
+        names = [name for name in (TOKENIZER, *CONFIGS, CHAT_TEMPLATE) if (root / name).is_file()]
         files = {name: read_bounded(root / name, MOST_BYTES) for name in names}
         return cls.from_files(files, str(root), eos_id)
 
@@ -283,7 +278,9 @@ class TokenizerVocabulary:
                     configs[name] = parse_json(files[name], name)
                 except ValueError as error:
                     raise ValueError(f"{root}/{name} is damaged: {error}") from None
-        return cls(model, _special(_load(model, where), configs, eos_id, where), where)
+        special = special_of(_load(model, where), configs, eos_id, where)
+        template = chat_template(files.get(CHAT_TEMPLATE), configs.get(CONFIGS[0], {}), root)
+        return cls(model, dataclasses.replace(special, chat_template=template), where)
 
     def _is_known(self, number: int) -> bool:
         return 0 <= number < self.size and self._processor.id_to_token(number) is not None
@@ -292,6 +289,26 @@ class TokenizerVocabulary:
         """Token ids of a text, without the special ones that the tokenizer would add."""
         with guarded(self._where):
             return [int(i) for i in self._processor.encode(text, add_special_tokens=False).ids]
+
+    @functools.cached_property
+    def _plain_processor(self) -> Any:
+        processor = _load(self.model, self._where)
+        processor.encode_special_tokens = True  # they are encoded as the text that they are
+        return processor
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are not recognised."""
+        with guarded(self._where):
+            return [int(i) for i in self._plain_processor.encode(text, add_special_tokens=False).ids]
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._processor.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    def is_special(self, number: int) -> bool:
+        """Whether an id is a special token of tokenizer.json, or ends a document."""
+        return number in self._special_ids or number in self.special.stop_ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are dropped."""
@@ -314,44 +331,3 @@ class TokenizerVocabulary:
             "special": json.loads(json.dumps(dataclasses.asdict(self.special))),
             "model": packed,
         }
-
-
-def _special(processor: Any, configs: Mapping[str, Mapping[str, Any]], eos_id: int | None, where: str) -> Special:
-    """The special ids of a tokenizer, from the content of its configuration files."""
-
-    def token(role: str, needed: bool = True) -> int | None:
-        for name in CONFIGS[:2]:
-            found = configs.get(name, {}).get(f"{role}_token")
-            text = found.get("content") if isinstance(found, Mapping) else found
-            if text is not None:
-                number = processor.token_to_id(check(text, str, f"{name}: the content of {role}_token"))
-                if number is None and needed:
-                    raise ValueError(f"{name} calls {text!r} the {role} token, and {where} has no such token")
-                return None if number is None else int(number)
-        return None
-
-    listed: Any = next(
-        (found for name in CONFIGS[2:] if (found := configs.get(name, {}).get("eos_token_id")) is not None), []
-    )
-    listed = listed if isinstance(listed, list) else [listed]
-    stops = [check(i, int, "eos_token_id, or an entry of it,") for i in listed]
-    # Models may end a text with ids that only their embedding has; a tokenizer counts them in 32 bits.
-    if wrong := [i for i in stops if not 0 <= i < 2**31]:
-        raise ValueError(f"eos_token_id beside {where} holds {wrong[0]!r:.40}, which is no token's id")
-    bos = token("bos")
-    eos = next((i for i in (eos_id, token("eos"), *stops) if i is not None), None)
-    if eos is None:
-        raise ValueError(
-            f"nothing says which token of {where} ends a document: there is no eos_token in {' or '.join(CONFIGS[:2])} "
-            f"and no eos_token_id in {' or '.join(CONFIGS[2:])} beside it; add one of them, or give eos_id"
-        )
-    # What tokenizer.json itself adds; transformers does not read `add_bos_token` and `add_eos_token` beside it either.
-    with guarded(where):
-        plain, whole = (processor.encode("a", add_special_tokens=add).ids for add in (False, True))
-    start = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), len(whole))
-    begin, end = tuple(whole[:start]), tuple(whole[start + len(plain) :])
-    prefix = eos if bos is None else bos
-    with guarded(where):
-        before, after = (str(processor.decode([i], skip_special_tokens=False)) for i in (prefix, eos))
-    stops = list(dict.fromkeys([eos, *stops]))
-    return Special(prefix, tuple(stops), begin, end, before, after, token("pad", needed=False))

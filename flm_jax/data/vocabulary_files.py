@@ -8,12 +8,11 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from flm_jax.data.special import CHAT_TEMPLATE, CONFIGS, Special
 from flm_jax.data.vocabulary import (
-    CONFIGS,
     TOKENIZER,
     ByteVocabulary,
     SentencePieceVocabulary,
-    Special,
     TokenizerVocabulary,
     Vocabulary,
 )
@@ -32,7 +31,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "tekken.json",
 )
