@@ -47,7 +47,8 @@ def imports(*folders: str):
 
 
 @pytest.mark.parametrize(
-    ("folders", "extras"), [(("flm_jax", "experiments"), ("data", "eval")), (("tests", "benchmarks"), ("dev",))]
+    ("folders", "extras"),
+    [(("flm_jax", "experiments"), ("data", "eval", "select")), (("tests", "benchmarks"), ("dev",))],
 )
 def test_what_is_imported_is_declared(folders, extras):
     undeclared = {(name, file) for owners, name, file, _ in imports(*folders) if not owners & names(*extras)}
@@ -64,12 +65,12 @@ def test_the_data_extra_is_imported_in_the_data_package_alone_and_lazily():
 def test_every_runtime_requirement_is_pinned_inside_its_declared_range():
     lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     pins = [Requirement(line) for line in lines if line]
-    assert {canonicalize_name(pin.name) for pin in pins} == names("data")
+    assert {canonicalize_name(pin.name) for pin in pins} == names("data", "select")
     for pin in pins:
         (exact,) = pin.specifier
         assert exact.operator == "==", f"{pin} pins nothing"
         # A requirement of one Python has its pin under the same marker, quotes apart.
-        same = [r for r in declared("data") if canonicalize_name(r.name) == canonicalize_name(pin.name)]
+        same = [r for r in declared("data", "select") if canonicalize_name(r.name) == canonicalize_name(pin.name)]
         (range_,) = [r for r in same if str(r.marker) == str(pin.marker)]
         assert exact.version in range_.specifier, f"{pin} is not in {range_}"
 

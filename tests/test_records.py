@@ -21,13 +21,14 @@ GIVEN = {
     "Stage": dict(name="a", model=small.config(), steps=2, batch_size=4),
     "Recipe": dict(stages=(Stage("a", small.config(rope_scaling=small.SCALING), 2, 4),)),
     "TextFolder": dict(path="texts"),
+    "Conversations": dict(path="talks"),
     "Jsonl": dict(path="a.jsonl"),
     "Tfds": dict(name="a"),
     "SeqioTask": dict(name="a"),
     "Pretrained": dict(path="a"),
 }
 # Where a thing lies is no part of what it is: these records cannot be read back alone.
-NOT_RECORDED = {"TextFolder", "Jsonl", "Pretrained"}
+NOT_RECORDED = {"Conversations", "TextFolder", "Jsonl", "Pretrained"}
 
 
 def made(cls):
@@ -67,7 +68,7 @@ def test_a_work_directory_of_an_older_corpus_is_still_ones_own(tmp_path):
 
 
 def test_unknown_classes_and_fields_are_refused_by_name():
-    with pytest.raises(ValueError, match="'Corpus2'; this version knows Bytes, DataConfig"):
+    with pytest.raises(ValueError, match="'Corpus2'; this version knows Bytes, Conversations, DataConfig"):
         records.from_dict({"class": "Corpus2"})
     with pytest.raises(ValueError, match="RopeScaling the fields theta, which it does not have here"):
         records.from_dict({**records.as_dict(small.SCALING), "theta": 2})

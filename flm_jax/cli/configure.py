@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import gin
 
+import flm_jax.chat.corpus  # noqa: F401 - registers Conversations
 from flm_jax import config, records
 from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
 from flm_jax.cli import gin_reader

@@ -73,6 +73,29 @@ def make_batch(windows: np.ndarray, eos_id: int, rows: int | None = None) -> Bat
     return Batch(np.ascontiguousarray(inputs_BT), np.ascontiguousarray(targets_BT), weights_BT, segments_BT)
 
 
+def read_batch(store: TokenStore, split: str, windows: np.ndarray, context: int, rows: int | None = None) -> Batch:
+    """A batch of windows of a store, by number.
+
+    In a weighted store the weights are those of the targets, and documents are told apart by the store's index: an end
+    of document may also stand within a conversation.
+
+    Args:
+      store: an open store.
+      split: name of the split.
+      windows: int (n,), their numbers.
+      context: tokens per row.
+      rows: fill up to this number of rows with padding of weight 0.
+    """
+    batch = make_batch(store.windows(split, windows, context), store.eos_id, rows)
+    if not store.weighted:
+        return batch
+    positions = np.asarray(windows, np.int64)[:, None] * context + np.arange(context)
+    batch.weights_BT[: len(windows)] = store.weights(split, positions + 1)
+    numbers = store.document_numbers(split, positions)
+    batch.segments_BT[: len(windows)] = numbers - numbers[:, :1]
+    return batch
+
+
 def host_rows(batch_size: int, host: int, hosts: int) -> slice:
     """The rows of a global batch that one host reads.
 
@@ -170,7 +193,7 @@ class StoreBatches:
             rows = np.arange(block.start, block.stop)
         check_rows(batch_size, rows)
         indices = self.order(self.position + rows)
-        batch = make_batch(self._store.windows(self._split, indices, self._context), self._store.eos_id)
+        batch = read_batch(self._store, self._split, indices, self._context)
         self.position += batch_size
         return batch
 
@@ -237,4 +260,5 @@ def heldout_batches(
         raise ValueError(f"{windows} held-out windows in batches of {batch_size}: both must be at least 1")
     wanted = min(windows, total)
     indices = np.arange(wanted, dtype=np.int64) * total // wanted
-    return in_batches((store.window(split, int(i), context) for i in indices), batch_size, store.eos_id)
+    starts = range(0, wanted, batch_size)
+    return (read_batch(store, split, indices[at : at + batch_size], context, batch_size) for at in starts)

@@ -15,15 +15,19 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from flm_jax.data.text import SPLITS, FileCorpus, Jsonl, StandardLibrary, TextFolder, describe_fields
 from flm_jax.data.tfds import Tfds
+from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.records import recorded
 
 __all__ = [
     "SPLITS",
     "Corpus",
+    "Document",
     "FileCorpus",
     "Jsonl",
     "SeqioTask",
@@ -31,6 +35,8 @@ __all__ = [
     "TextCorpus",
     "TextFolder",
     "Tfds",
+    "TokenCorpus",
+    "TokenisedCorpus",
 ]
 
 
@@ -52,6 +58,49 @@ class TextCorpus(Corpus, Protocol):
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents of one split, in a fixed order."""
+        ...
+
+
+class Document(NamedTuple):
+    """A document as tokens.
+
+    Attributes:
+      tokens: int32 (n,).
+      weights: uint8 (n,), 1 for tokens that are trained on.
+      text_bytes: UTF-8 bytes of the text that these tokens are.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    text_bytes: int
+
+
+@runtime_checkable
+class TokenCorpus(Corpus, Protocol):
+    """A corpus that writes its own tokens, for windows of a given length."""
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The text of one split, to train a vocabulary on."""
+        ...
+
+    def tokenised(self, vocabulary: Vocabulary, context: int) -> TokenisedCorpus:
+        """The corpus with a vocabulary, for windows of `context` tokens."""
+        ...
+
+
+class TokenisedCorpus(Protocol):
+    """A `TokenCorpus` with a vocabulary and a length of windows."""
+
+    def describe(self) -> dict[str, Any]:
+        """What else than the corpus and the vocabulary its tokens follow from, JSON-able."""
+        ...
+
+    def rows(self, split: str) -> Iterator[Document]:
+        """The documents of one split; together they fill whole windows."""
+        ...
+
+    def notes(self) -> list[str]:
+        """After reading: sentences about what was left out."""
         ...
 
 

@@ -8,12 +8,15 @@ import logging
 import time
 from pathlib import Path
 
-from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, SeqioTask
+from flm_jax.data.config import DataConfig
+from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, SeqioTask, TokenCorpus
 from flm_jax.data.reading import load_tensorflow
-from flm_jax.data.store import FORMAT, STORE_FILE, TokenStore
+from flm_jax.data.store import FORMAT, STORE_FILE, WEIGHTED, TokenStore
 from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary, identity
+from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.distributed import print0
+from flm_jax.files import sha256_json
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ def prepare(
     vocabulary_config: VocabularyConfig,
     cache_dir: str | Path,
     progress: bool = True,
+    context: int = DataConfig.context,
     max_shard_tokens: int = 2**27,
 ) -> TokenStore:
     """Opens the store of a corpus; makes it first if it does not exist.
@@ -43,6 +47,7 @@ def prepare(
       vocabulary_config: what to tokenise with; a SeqioTask has its own vocabulary instead.
       cache_dir: where stores and vocabularies are kept.
       progress: show a progress bar on a terminal.
+      context: tokens per window; only the stores of a TokenCorpus depend on it.
       max_shard_tokens: see StoreWriter.
 
     Returns:
@@ -52,11 +57,12 @@ def prepare(
       ValueError, FileNotFoundError: the corpus cannot be read, the vocabulary cannot be trained, a split is empty, or
         the existing store is damaged; the message names the file.
     """
+    if isinstance(corpus, TokenCorpus):
+        vocabulary = build_vocabulary(vocabulary_config, corpus, cache_dir)
+        return _prepare_tokens(corpus, vocabulary, cache_dir, context, progress, max_shard_tokens)
     path = store_path(corpus, vocabulary_config, cache_dir)
-    if (path / STORE_FILE).exists():
-        return TokenStore.open(path)
-    if path.exists():
-        raise FileNotFoundError(f"{path} holds no {STORE_FILE}: delete the folder to prepare the store again")
+    if (store := _existing(path)) is not None:
+        return store
     from tqdm import tqdm
 
     from flm_jax.data import tasks
@@ -78,10 +84,51 @@ def prepare(
                     bar.update(text_bytes)
         store = writer.close()
     if progress:
-        counts = store.describe()["splits"]
-        parts = [
-            f"{split}: {n['documents']:,} documents, {n['text_bytes']:,} bytes, {n['tokens']:,} tokens"
-            for split, n in counts.items()
-        ]
-        print0(f"Prepared the text in {time.monotonic() - began:.1f} s. {'; '.join(parts)}. Kept in {path}.")
+        _say(store, began)
     return store
+
+
+def _prepare_tokens(
+    corpus: TokenCorpus, vocabulary: Vocabulary, cache_dir: str | Path, context: int, progress: bool, shard: int
+) -> TokenStore:
+    """As `prepare`, for a corpus that writes its own tokens; without TensorFlow."""
+    found = corpus.tokenised(vocabulary, context)
+    key = sha256_json([WEIGHTED, corpus.digest(), vocabulary.digest, found.describe()])
+    path = Path(cache_dir).expanduser() / f"{type(corpus).__name__.lower()}-{key[:16]}"
+    if (store := _existing(path)) is not None:
+        return store
+    from tqdm import tqdm
+
+    began, hidden = time.monotonic(), None if progress else True
+    about = {**corpus.describe(), **found.describe()}
+    with StoreWriter(path, vocabulary, corpus.digest(), about, shard, weighted=True) as writer:
+        for split in SPLITS:
+            with tqdm(desc=f"tokenising {split}", unit=" documents", disable=hidden) as bar:
+                for document in found.rows(split):
+                    writer.append(split, document.tokens, document.text_bytes, document.weights)
+                    bar.update()
+        store = writer.close()
+    if progress:
+        for note in found.notes():
+            print0(note)
+        _say(store, began)
+    return store
+
+
+def _existing(path: Path) -> TokenStore | None:
+    """The store at a path, checked; None if there is none."""
+    if (path / STORE_FILE).exists():
+        return TokenStore.open(path)
+    if path.exists():
+        raise FileNotFoundError(f"{path} holds no {STORE_FILE}: delete the folder to prepare the store again")
+    return None
+
+
+def _say(store: TokenStore, began: float) -> None:
+    counts = store.describe()["splits"]
+    parts = [
+        f"{split}: {n['documents']:,} documents, {n['text_bytes']:,} bytes, {n['tokens']:,} tokens"
+        + (f", {n['weighted_tokens']:,} of them trained on" if store.weighted else "")
+        for split, n in counts.items()
+    ]
+    print0(f"Prepared the text in {time.monotonic() - began:.1f} s. {'; '.join(parts)}. Kept in {store.path}.")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from flm_jax.data.batches import Batch, StoreBatches, TokenBatches, heldout_batches
 from flm_jax.data.config import DataConfig
-from flm_jax.data.corpora import Corpus
+from flm_jax.data.corpora import Corpus, TokenCorpus
 from flm_jax.data.prepare import prepare
 from flm_jax.data.store import TokenStore
 from flm_jax.data.train_vocabulary import build_vocabulary
@@ -167,9 +167,13 @@ def open_data(config: DataConfig, progress: bool = True) -> Data:
 
 def _open(config: DataConfig, progress: bool) -> Data:
     if config.streamed:
+        if isinstance(config.corpus, TokenCorpus):
+            raise ValueError(
+                f"{type(config.corpus).__name__} is read from a token store: set DataConfig.streamed = False."
+            )
         vocabulary = build_vocabulary(config.tokenised_by, config.corpus, config.cache_dir)
         return StreamData(config.corpus, vocabulary, config.context, config.seed)
-    store = prepare(config.corpus, config.tokenised_by, config.cache_dir, progress)
+    store = prepare(config.corpus, config.tokenised_by, config.cache_dir, progress, config.context)
     return StoreData(store, config.context, config.seed)
 
 

@@ -4,9 +4,11 @@
     vocabulary.json    the vocabulary's spec, self-contained
     train-00000.bin    tokens, little-endian uint16 (uint32 above 65,536 ids): documents, each ended by eos
     train.idx          little-endian uint64: where each document starts, and the end of the last
+    train-00000.weights  of conversations only: a byte per token, 1 if it is trained on (format 2)
 
 Window i of a split is the context + 1 tokens from i * context on: neighbours share one token, so every token but the
-first is predicted exactly once per epoch. Reading needs only NumPy.
+first is predicted exactly once per epoch. Conversations are packed into windows: a document begins and ends within one.
+Reading needs only NumPy.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from flm_jax.data.vocabulary_files import from_spec
 from flm_jax.files import read_bounded, sha256_file, sha256_json
 from flm_jax.records.foreign_json import check, field, parse_json, read_json
 
-FORMAT = 1
+FORMAT, WEIGHTED = 1, 2
 # A corpus of millions of files lists none of them; a shard takes 150 bytes.
 MOST_BYTES = 1 << 28
 # The fields of the record, of a split and of a shard, and their types.
@@ -34,6 +36,11 @@ _SPLIT: dict[str, type] = {"documents": int, "tokens": int, "text_bytes": int, "
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 STORE_FILE = "store.json"
 VOCABULARY_FILE = "vocabulary.json"
+
+
+def weights_file(shard: str) -> str:
+    """The name of the file with the weights of a shard's tokens."""
+    return f"{Path(shard).stem}.weights"
 
 
 def data_digest(record: dict[str, Any]) -> str:
@@ -68,6 +75,7 @@ def _check_record(record: dict[str, Any]) -> None:
         raise ValueError(f"its dtype is {record['dtype']!r}")
     for name, kind in _RECORD.items():
         field(record, name, kind, "it")
+    weighted = record["format"] == WEIGHTED
     field(record["vocabulary"], "eos_id", int, "its vocabulary")
     size_and_sha256 = [type(part) for part in field(record, "vocabulary_file", list, "it")]
     if size_and_sha256 != [int, str]:
@@ -75,9 +83,11 @@ def _check_record(record: dict[str, Any]) -> None:
     for split, info in field(record, "splits", dict, "it").items():
         for name, kind in _SPLIT.items():
             field(check(info, dict, f"its split {split!r}"), name, kind, f"its split {split!r}")
+        if weighted:
+            field(info, "weighted_tokens", int, f"its split {split!r}")
         for number, shard in enumerate(info["shards"]):
             where = f"shard {number} of its split {split!r}"
-            for name, kind in _SHARD.items():
+            for name, kind in {**_SHARD, **({"weights_sha256": str} if weighted else {})}.items():
                 field(check(shard, dict, where), name, kind, where)
             if not _PLAIN.fullmatch(shard["file"]) or not _PLAIN.fullmatch(split):
                 raise ValueError(f"{where} is the file {shard['file']!r}, which is no plain name")
@@ -95,6 +105,26 @@ def _check_length(mapped: np.memmap) -> None:
             f"{file} had {mapped.nbytes} bytes when it was opened and has {size} now: something has truncated it. "
             "Delete the store; the next start prepares it again."
         )
+
+
+class _Mapped:
+    """The shards of a split as one array, memory-mapped."""
+
+    def __init__(self, files: list[Path], dtype: np.dtype) -> None:
+        self._shards = [np.memmap(file, dtype=dtype, mode="r") for file in files]
+        self._starts = np.cumsum([0] + [len(shard) for shard in self._shards], dtype=np.int64)
+        self._dtype = dtype
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The entries at the given positions, in their shape."""
+        flat = positions.ravel()
+        shard_of = np.searchsorted(self._starts, flat, side="right") - 1
+        found = np.empty(flat.shape, self._dtype)
+        for number in np.unique(shard_of):
+            _check_length(self._shards[number])
+            chosen = shard_of == number
+            found[chosen] = self._shards[number][flat[chosen] - self._starts[number]]
+        return found.reshape(positions.shape)
 
 
 class TokenStore:
@@ -130,8 +160,10 @@ class TokenStore:
         seal = record.pop("seal", None)
         if not whole or sha256_json(record) != seal:
             raise ValueError(f"{manifest} was altered (its seal does not match): delete the store and prepare it again")
-        if record.get("format") != FORMAT:
-            raise ValueError(f"{manifest} has format {record.get('format')!r}; this version reads format {FORMAT}")
+        if record.get("format") not in (FORMAT, WEIGHTED):
+            raise ValueError(
+                f"{manifest} has format {record.get('format')!r}; this version reads formats {FORMAT} and {WEIGHTED}"
+            )
         try:
             _check_record(record)
         except ValueError as error:
@@ -143,6 +175,9 @@ class TokenStore:
             _check_file(path / f"{split}.idx", 8 * (info["documents"] + 1), info["index_sha256"], verify)
             for shard in info["shards"]:
                 _check_file(path / shard["file"], shard["tokens"] * width, shard["sha256"], verify)
+                if record["format"] == WEIGHTED:
+                    weights = path / weights_file(shard["file"])
+                    _check_file(weights, shard["tokens"], shard["weights_sha256"], verify)
         return cls(path, record)
 
     @property
@@ -168,7 +203,7 @@ class TokenStore:
     def describe(self) -> dict[str, Any]:
         """A JSON-able description of the content: counts per split, vocabulary, corpus, digest."""
         counts = {
-            split: {key: info[key] for key in ("tokens", "documents", "text_bytes")}
+            split: {key: info[key] for key in ("tokens", "documents", "text_bytes", "weighted_tokens") if key in info}
             for split, info in self._record["splits"].items()
         }
         return {
@@ -194,23 +229,43 @@ class TokenStore:
     def text_bytes_per_token(self, split: str) -> float:
         """UTF-8 bytes of text per token, with document ends counted as tokens: bits per byte = bits per token / this.
 
+        Of a weighted store only tokens with weight count, and the text that they are.
+
         Raises:
           ValueError: the split is empty.
         """
-        if not self.num_tokens(split):
-            raise ValueError(f"the split {split!r} of {self.path} holds no token")
-        return float(self._split_record(split)["text_bytes"] / self.num_tokens(split))
+        info = self._split_record(split)
+        tokens = info["weighted_tokens"] if self.weighted else info["tokens"]
+        if not tokens:
+            raise ValueError(f"the split {split!r} of {self.path} holds no token that is trained on")
+        return float(info["text_bytes"] / tokens)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether each token has a weight, as in conversations, of which only answers are trained on."""
+        return bool(self._record["format"] == WEIGHTED)
 
     @functools.cached_property
-    def _shards(self) -> dict[str, tuple[list[np.memmap], np.ndarray]]:
-        """By split, its memory-mapped shards, and where each of them starts, followed by the end of the last."""
+    def _shards(self) -> dict[str, _Mapped]:
+        """By split, its tokens, memory-mapped."""
         dtype = np.dtype(self._record["dtype"])
-        mapped: dict[str, tuple[list[np.memmap], np.ndarray]] = {}
-        for split, info in self._record["splits"].items():
-            shards = [np.memmap(self.path / shard["file"], dtype=dtype, mode="r") for shard in info["shards"]]
-            starts = np.cumsum([0] + [shard["tokens"] for shard in info["shards"]], dtype=np.int64)
-            mapped[split] = (shards, starts)
-        return mapped
+        return {split: _Mapped(self._files(split), dtype) for split in self.splits}
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, _Mapped]:
+        """By split, the weights of its tokens, memory-mapped."""
+        return {
+            split: _Mapped([path.with_name(weights_file(path.name)) for path in self._files(split)], np.dtype(np.uint8))
+            for split in self.splits
+        }
+
+    def _files(self, split: str) -> list[Path]:
+        return [self.path / shard["file"] for shard in self._record["splits"][split]["shards"]]
+
+    def _check_positions(self, split: str, positions: np.ndarray) -> None:
+        total = self.num_tokens(split)
+        if positions.size and not (positions.min() >= 0 and positions.max() < total):
+            raise IndexError(f"positions {positions.min()} to {positions.max()} of {split!r}, which has {total} tokens")
 
     def tokens(self, split: str, positions: np.ndarray) -> np.ndarray:
         """The tokens at the given positions, int32, in the shape of `positions`.
@@ -219,18 +274,24 @@ class TokenStore:
           IndexError: a position outside [0, num_tokens).
           ValueError: a file has become shorter since the store was opened.
         """
-        total = self.num_tokens(split)
-        if positions.size and not (positions.min() >= 0 and positions.max() < total):
-            raise IndexError(f"positions {positions.min()} to {positions.max()} of {split!r}, which has {total} tokens")
-        shards, starts = self._shards[split]
-        flat = positions.ravel()
-        shard_of = np.searchsorted(starts, flat, side="right") - 1
-        found = np.empty(flat.shape, np.int32)
-        for number in np.unique(shard_of):
-            _check_length(shards[number])
-            chosen = shard_of == number
-            found[chosen] = shards[number][flat[chosen] - starts[number]]
-        return found.reshape(positions.shape)
+        self._check_positions(split, positions)
+        return self._shards[split].at(positions).astype(np.int32)
+
+    def weights(self, split: str, positions: np.ndarray) -> np.ndarray:
+        """The weights of the tokens at the given positions, float32; all 1 if the store has none.
+
+        Raises:
+          IndexError, ValueError: as `tokens`.
+        """
+        self._check_positions(split, positions)
+        if not self.weighted:
+            return np.ones(positions.shape, np.float32)
+        return self._weights[split].at(positions).astype(np.float32)
+
+    def document_numbers(self, split: str, positions: np.ndarray) -> np.ndarray:
+        """The number of the document that each position lies in, int64, in the shape of `positions`."""
+        self._check_positions(split, positions)
+        return np.searchsorted(self._indexes[split], positions, side="right") - 1
 
     @functools.cached_property
     def _indexes(self) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flm_jax.data.corpora import SPLITS
-from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, TokenStore, render
+from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, WEIGHTED, TokenStore, render, weights_file
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.data.vocabulary_files import spec_bytes
 from flm_jax.files import draft_of, naming, sha256_json, sync_write
@@ -47,43 +47,64 @@ def _remove_left(path: Path) -> None:
             os.close(lock)
 
 
+class _File:
+    """A file that is being written, and the sha256 of what it holds so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._sha = path, hashlib.sha256()
+        self._stream: BinaryIO = path.open("wb")
+
+    def write(self, content: bytes) -> None:
+        with naming(self.path):
+            self._stream.write(content)
+        self._sha.update(content)
+
+    def end(self) -> str:
+        """Closes the file; returns its sha256."""
+        with naming(self.path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())  # a rename may reach the disk before the content does
+            self._stream.close()
+        return self._sha.hexdigest()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk does not take what is still to be written
+            self._stream.close()
+
+
 class _Split:
     """One split that is being written: the open shard, and the records of the full ones."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, limit: int) -> None:
-        self.folder, self.name, self.dtype, self.limit = folder, name, dtype, limit
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, limit: int, weighted: bool) -> None:
+        self.folder, self.name, self.dtype, self.limit, self.weighted = folder, name, dtype, limit, weighted
         self.shards: list[dict[str, Any]] = []
         self.offsets = [0]
-        self.text_bytes = 0
-        self._file: BinaryIO | None = None
-        self._sha = hashlib.sha256()
+        self.text_bytes = self.weighted_tokens = 0
+        self._files: tuple[_File, ...] = ()  # of the open shard: tokens, and weights if the store has them
         self._tokens = 0
 
-    def append(self, tokens: np.ndarray, text_bytes: int) -> None:
+    def append(self, tokens: np.ndarray, text_bytes: int, weights: np.ndarray) -> None:
         self.offsets.append(self.offsets[-1] + len(tokens))
         self.text_bytes += text_bytes
+        self.weighted_tokens += int(weights.sum())
         while len(tokens):
-            if self._file is None:
-                self._file = (self.folder / f"{self.name}-{len(self.shards):05d}.bin").open("wb")
-                self._sha, self._tokens = hashlib.sha256(), 0
+            if not self._files:
+                shard = self.folder / f"{self.name}-{len(self.shards):05d}.bin"
+                paths = [shard, *([shard.with_name(weights_file(shard.name))] if self.weighted else [])]
+                self._files, self._tokens = tuple(map(_File, paths)), 0
             now, tokens = np.split(tokens, [self.limit - self._tokens])
-            content = now.astype(self.dtype).tobytes()
-            with naming(Path(self._file.name)):
-                self._file.write(content)
-            self._sha.update(content)
+            of_now, weights = np.split(weights, [self.limit - self._tokens])
+            for file, content in zip(self._files, (now.astype(self.dtype), of_now.astype(np.uint8)), strict=False):
+                file.write(content.tobytes())
             self._tokens += len(now)
             if self._tokens == self.limit:
                 self._end_shard()
 
     def _end_shard(self) -> None:
-        if self._file is not None:
-            name = Path(self._file.name).name
-            with naming(Path(self._file.name)):
-                self._file.flush()
-                os.fsync(self._file.fileno())  # a rename may reach the disk before the content does
-                self._file.close()
-            self._file = None
-            self.shards.append({"file": name, "tokens": self._tokens, "sha256": self._sha.hexdigest()})
+        if self._files:
+            sums = dict(zip(("sha256", "weights_sha256"), [file.end() for file in self._files], strict=False))
+            self.shards.append({"file": self._files[0].path.name, "tokens": self._tokens, **sums})
+            self._files = ()
 
     def finish(self) -> dict[str, Any]:
         self._end_shard()
@@ -93,14 +114,14 @@ class _Split:
             "tokens": self.offsets[-1],
             "documents": len(self.offsets) - 1,
             "text_bytes": self.text_bytes,
+            **({"weighted_tokens": self.weighted_tokens} if self.weighted else {}),
             "index_sha256": hashlib.sha256(index).hexdigest(),
             "shards": self.shards,
         }
 
     def abandon(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk does not take what is still to be written
-                self._file.close()
+        for file in self._files:
+            file.abandon()
 
 
 class StoreWriter:
@@ -113,6 +134,7 @@ class StoreWriter:
         corpus_digest: str,
         description: dict[str, Any],
         max_shard_tokens: int = 2**27,
+        weighted: bool = False,
     ) -> None:
         """Starts a store.
 
@@ -122,28 +144,30 @@ class StoreWriter:
           corpus_digest: identifies the documents.
           description: JSON-able, for people.
           max_shard_tokens: a shard is closed when it holds this many (2^27 tokens of 2 bytes are 256 MiB).
+          weighted: whether each token has a weight.
 
         Raises:
           ValueError: max_shard_tokens is below 1.
         """
         if max_shard_tokens < 1:
             raise ValueError(f"max_shard_tokens is {max_shard_tokens}: a shard holds at least 1 token")
-        self.path = Path(path).expanduser()
+        self.path, self._weighted = Path(path).expanduser(), weighted
         self._vocabulary, self._corpus_digest, self._description = vocabulary, corpus_digest, description
         self._dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
         _remove_left(self.path)
         self._draft = draft_of(self.path)
         self._draft.mkdir(parents=True)
         self._lock = _locked(self._draft)
-        self._splits = {name: _Split(self._draft, name, self._dtype, max_shard_tokens) for name in SPLITS}
+        self._splits = {name: _Split(self._draft, name, self._dtype, max_shard_tokens, weighted) for name in SPLITS}
 
-    def append(self, split: str, tokens: np.ndarray, text_bytes: int) -> None:
+    def append(self, split: str, tokens: np.ndarray, text_bytes: int, weights: np.ndarray | None = None) -> None:
         """Adds a document.
 
         Args:
           split: 'train' or 'heldout'.
-          tokens: its ids, integers (n,); the end of document is added if it is missing.
-          text_bytes: length of its text in UTF-8.
+          tokens: its ids, integers (n,); in a store without weights the end of document is added if it is missing.
+          text_bytes: length of its text in UTF-8; with weights, of the text that they choose.
+          weights: 0 or 1 (n,), in a weighted store; None: 1.
 
         Raises:
           ValueError: an unknown split, or an id outside the vocabulary.
@@ -157,9 +181,11 @@ class StoreWriter:
                 f"document {number} of {split!r} has ids from {tokens.min()} to "
                 f"{tokens.max()}; the vocabulary has {self._vocabulary.size}"
             )
-        if not tokens.size or tokens[-1] != self._vocabulary.eos_id:
+        if not self._weighted and (not tokens.size or tokens[-1] != self._vocabulary.eos_id):
             tokens = np.append(tokens, self._vocabulary.eos_id)
-        self._splits[split].append(tokens, text_bytes)
+        if weights is None:
+            weights = np.ones(len(tokens), np.uint8)
+        self._splits[split].append(tokens, text_bytes, weights)
 
     def close(self) -> TokenStore:
         """Moves the store to its place and opens it; if another process was first, opens the store of that process.
@@ -175,7 +201,7 @@ class StoreWriter:
         spec = spec_bytes(self._vocabulary)
         sync_write(self._draft / VOCABULARY_FILE, spec)
         record: dict[str, Any] = {
-            "format": FORMAT,
+            "format": WEIGHTED if self._weighted else FORMAT,
             "dtype": self._dtype.str,
             "vocabulary": {
                 "kind": self._vocabulary.kind,

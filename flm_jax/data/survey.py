@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from flm_jax.data.config import DataConfig
-from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, SeqioTask, TextFolder
+from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, SeqioTask, TextFolder, TokenCorpus
 from flm_jax.data.prepare import store_path
 from flm_jax.data.store import STORE_FILE, TokenStore
 from flm_jax.data.tfds import Tfds, check_tfds
-from flm_jax.data.train_vocabulary import Bytes, SentencePiece
+from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
 from flm_jax.data.vocabulary import ByteVocabulary
 
 # A corpus of files is read as a whole if it is not larger than this: a few seconds.
@@ -58,6 +58,8 @@ def survey(config: DataConfig) -> Survey:
         own = tasks.resolve(corpus).vocabulary
         return Survey(name, f"the task's own, {own.kind}", own.size, None, None, {}, "only preparing it tells")
     vocabulary, ids = _vocabulary(config)
+    if isinstance(corpus, TokenCorpus):
+        return Survey(name, vocabulary, ids, None, None, *_tokens(corpus, config))
     if isinstance(corpus, Tfds) and not corpus.is_prepared:
         check_tfds(corpus)
         return Survey(name, vocabulary, ids, None, None, {}, "the dataset is not prepared yet")
@@ -91,6 +93,28 @@ def _paths(corpus: Corpus) -> list[Path] | None:
     if isinstance(corpus, Jsonl):
         return [path for _, path in corpus.files()]
     return corpus.paths() if isinstance(corpus, TextFolder) else None
+
+
+def _tokens(corpus: TokenCorpus, config: DataConfig) -> tuple[dict[str, dict[str, int]], str, tuple[str, ...]]:
+    """Counts the documents of a corpus that writes its own tokens: `splits`, `unread` and `notes` of its survey."""
+    if isinstance(config.tokenised_by, SentencePiece):  # not trained yet, or not cheap to find
+        splits = {}
+        for split in SPLITS:
+            lengths = [len(text.encode()) for text in corpus.documents(split)]
+            splits[split] = {"documents": len(lengths), "text_bytes": sum(lengths)}
+        return splits, "", ()
+    found = corpus.tokenised(build_vocabulary(config.tokenised_by, corpus, config.cache_dir), config.context)
+    splits, notes = {}, []
+    for split in SPLITS:
+        rows = list(found.rows(split))
+        if not rows:
+            raise ValueError(f"the corpus has no document in its split {split!r}: {corpus.describe()}")
+        tokens = sum(len(row.tokens) for row in rows)
+        splits[split] = {"documents": len(rows), "text_bytes": sum(row.text_bytes for row in rows), "tokens": tokens}
+        trained = sum(int(row.weights.sum()) for row in rows)
+        windows = (tokens - 1) // config.context
+        notes.append(f"{split}: {windows:,} windows of {config.context}; {trained / tokens:.0%} of the tokens count.")
+    return splits, "", (*found.notes(), *notes)
 
 
 def _vocabulary(config: DataConfig) -> tuple[str, int | None]:
