@@ -139,8 +139,8 @@ class ResolvedStage:
       index: place in the recipe.
       stage: as the recipe gives it.
       lineage: its model, grown, and the growths that led to it.
-      newborn: whether the stage begins with the lineage's last growth, so that its masks rise and its new entries have
-        a learning rate of their own. False if it continues a model that has trained since its growth.
+      since_growth: steps between the lineage's last growth and the stage's first step: 0 if it begins with the growth,
+        more if it continues a model whose masks or rate of new entries still rise; None if nothing rises any more.
       restored: whether its first state is that of the checkpoint that the recipe starts with, rather than grown from
         it.
     """
@@ -148,7 +148,7 @@ class ResolvedStage:
     index: int
     stage: Stage
     lineage: Lineage
-    newborn: bool = True
+    since_growth: int | None = 0
     restored: bool = False
 
     @property
@@ -158,8 +158,8 @@ class ResolvedStage:
 
     @property
     def growth(self) -> Growth | None:
-        """The growth that the stage begins with, if any."""
-        return self.lineage.growth if self.newborn else None
+        """The growth that the stage begins with, or whose masks or rate of new entries still rise in it, if any."""
+        return None if self.since_growth is None else self.lineage.growth
 
     @property
     def grows(self) -> bool:
@@ -199,20 +199,21 @@ class ResolvedStage:
     @property
     def ramp_steps(self) -> int:
         """Steps at the start of the stage that run with masks."""
-        return self.lineage.ramp_steps if self.newborn else 0
+        return 0 if self.since_growth is None else max(self.lineage.ramp_steps - self.since_growth, 0)
 
 
 def begin(recipe: Recipe) -> tuple[SourceCheckpoint | None, tuple[ResolvedStage, ...]]:
     """The checkpoint that a recipe starts with, if any, and the recipe's resolved stages.
 
     Raises:
-      ValueError: as `resolve`, or a ramp of the checkpoint is not finished.
+      ValueError: as `resolve`, or the first stage grows from a checkpoint whose masks still rise.
       CheckpointError: as `read_source`.
     """
     if not recipe.start:
         return None, resolve(recipe)
     source = read_source(recipe.start)
-    source.check_settled(grows=bool(recipe.stages) and recipe.stages[0].growth is not None)
+    if recipe.stages and recipe.stages[0].growth is not None:
+        source.check_settled()
     return source, resolve(recipe, source)
 
 
@@ -274,10 +275,12 @@ def _continued(stage: Stage, source: SourceCheckpoint) -> ResolvedStage:
         raise ValueError(
             f"its model is not that of the checkpoint: {'; '.join(found)}. Take the same, or give the stage a Growth."
         )
-    # If the checkpoint has just grown, its masks and the rate of its new entries have yet to rise.
-    newborn = source.step == 0 and source.meta.newborn and source.lineage.growth is not None
+    # Of a checkpoint that has just grown, everything rises from here, even over no steps.
+    begins = source.step == 0 and source.lineage.growth is not None
+    since = source.meta.since_growth
+    since = since + source.step if since is not None and (source.rising or begins) else None
     lineage = dataclasses.replace(source.lineage, cfg=model)
-    return ResolvedStage(0, stage, lineage, newborn=newborn, restored=True)
+    return ResolvedStage(0, stage, lineage, since_growth=since, restored=True)
 
 
 def _lineage(stage: Stage, before: Lineage | None, name: str) -> Lineage:
@@ -292,8 +295,10 @@ def _lineage(stage: Stage, before: Lineage | None, name: str) -> Lineage:
 
 def _check_rising(found: ResolvedStage) -> None:
     check_continues(found.lineage)
-    if found.growth is not None and found.growth.rewarm_steps > found.steps:
-        raise ValueError(f"rewarm_steps={found.growth.rewarm_steps} is more than its {found.steps} steps.")
+    since = found.since_growth or 0
+    if found.growth is not None and found.growth.rewarm_steps - since > found.steps:
+        passed = f", {since} of them passed," if since else ""
+        raise ValueError(f"rewarm_steps={found.growth.rewarm_steps}{passed} is more than its {found.steps} steps.")
     if found.ramp_steps > found.steps:
         raise ValueError(
             f"its masks ramp over {found.ramp_steps} steps, delays included, of its {found.steps}: the ramp must "

@@ -41,8 +41,8 @@ class CheckpointMeta:
     Attributes:
       stage: the stage's name.
       lineage: the model and the growths that led to it.
-      newborn: whether the stage began with the lineage's last growth, so that masks and the rate of new entries count
-        from the stage's first step; False if the stage continued a model that had trained since its growth.
+      since_growth: steps between the lineage's last growth and the stage's first step, from which masks and the rate of
+        new entries go on to rise; None if the stage continued a model in which they no longer rise.
       provenance: what led to step 0; only in step 0.
       data: the training data's description of itself; after a growth, that of the data before it.
       history: measurements, growths and skipped steps of the run so far.
@@ -51,7 +51,7 @@ class CheckpointMeta:
 
     stage: str
     lineage: Lineage
-    newborn: bool = True
+    since_growth: int | None = 0
     provenance: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
     history: Mapping[str, Any] | None = None
@@ -60,12 +60,12 @@ class CheckpointMeta:
     @property
     def ramp_steps(self) -> int:
         """Steps at the start of the stage that run with masks."""
-        return self.lineage.ramp_steps if self.newborn else 0
+        return 0 if self.since_growth is None else max(self.lineage.ramp_steps - self.since_growth, 0)
 
     def record(self) -> dict[str, Any]:
         """The fields as JSON-able data."""
         cfg = as_dict(self.lineage.cfg)
-        lineage = self.lineage.record() + ([] if self.newborn else [{"model": cfg, "growth": None}])
+        lineage = self.lineage.record() + ([] if self.since_growth is not None else [{"model": cfg, "growth": None}])
         given = {"data": self.data, "history": self.history, "converted": self.converted}
         return {
             "stage": self.stage,
@@ -73,6 +73,7 @@ class CheckpointMeta:
             "lineage": lineage,
             "ramp_steps": self.ramp_steps,
             "provenance": self.provenance,
+            **({"since_growth": self.since_growth} if self.since_growth else {}),
             **{name: value for name, value in given.items() if value is not None},
         }
 
@@ -88,12 +89,13 @@ class CheckpointMeta:
             raise ValueError("it does not record its model and the growths that led to it")
         entries = field(record, "lineage", list, "it")
         lineage = Lineage.from_record(entries)
-        newborn = len(entries) == 1 or entries[-1]["growth"] is not None
+        rising = len(entries) == 1 or entries[-1]["growth"] is not None
+        since = check(record.get("since_growth", 0), int, "its since_growth") if rising else None
         rest = {
             name: check(record.get(name), (dict, type(None)), f"its {name}")
             for name in ("provenance", "data", "history", "converted")
         }
-        return cls(field(record, "stage", str, "it"), lineage, newborn, **rest)
+        return cls(field(record, "stage", str, "it"), lineage, since, **rest)
 
 
 def signature_texts(cfg: ModelConfig) -> dict[str, str]:
@@ -234,25 +236,30 @@ class SourceCheckpoint:
 
     def masks(self) -> Masks | None:
         """The masks of its own growth if they are still rising: the model must be run with them. None otherwise."""
-        return self.lineage.masks(self.step) if self.step < self.meta.ramp_steps else None
+        if self.step >= self.meta.ramp_steps:
+            return None
+        return self.lineage.masks(self.step + (self.meta.since_growth or 0))
 
-    def check_settled(self, grows: bool) -> None:
-        """Checks that no ramp of its own growth would be cut short.
+    @property
+    def rising(self) -> dict[str, int]:
+        """What of its own growth still rises, masks or the rate of new entries, and for how many steps from here."""
+        growth, since = self.lineage.growth, self.meta.since_growth
+        if growth is None or since is None:
+            return {}
+        ends = {"masks": self.lineage.ramp_steps, "new entries' rate": growth.rewarm_steps}
+        return {what: end - since - self.step for what, end in ends.items() if end > since + self.step}
 
-        Args:
-          grows: whether it grows next; otherwise it continues, and from step 0 all its ramps continue too.
+    def check_settled(self) -> None:
+        """Checks that nothing of its own growth still rises, so that it may grow again.
 
         Raises:
-          ValueError: its masks, or the rate of its new entries, are still rising.
+          ValueError: something does.
         """
-        growth = self.lineage.growth if self.meta.newborn else None
-        rising = {} if growth is None else {"masks": self.meta.ramp_steps, "new entries' rate": growth.rewarm_steps}
-        for what, steps in rising.items():
-            if self.step < steps and (self.step or grows):
-                raise ValueError(
-                    f"{self.directory} is at step {self.step}, and its {what} rise over {steps}: take a later "
-                    "checkpoint" + ("." if grows else ", or the grown one at step 0.")
-                )
+        for what, left in self.rising.items():
+            raise ValueError(
+                f"{self.directory} is at step {self.step}, and its {what} rise for {left} more steps: take a later "
+                "checkpoint."
+            )
 
 
 def model_of(checkpoint: str, changes: Mapping[str, Any] | None = None) -> ModelConfig:

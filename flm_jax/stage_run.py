@@ -254,7 +254,7 @@ class StageRun:
 
     def _save(self, step: int, state: TrainState, provenance: dict[str, Any] | None) -> None:
         about = {"provenance": provenance, "data": self.data.describe(), "history": self.history}
-        meta = CheckpointMeta(self.stage.name, self.stage.lineage, self.stage.newborn, **about).record()
+        meta = CheckpointMeta(self.stage.name, self.stage.lineage, self.stage.since_growth, **about).record()
         advice = "Read the data from a token store, with streamed=False."
         distributed.assert_equal("The data read so far", self.batches.mark(), advice)
         self.store.discard_after(step - 1)

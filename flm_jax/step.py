@@ -145,7 +145,7 @@ class StageProgram:
         """The growth masks after `step` steps; None from the end of the ramp on, so that programs have no masks."""
         if isinstance(step, int) and step >= self.stage.ramp_steps:
             return None
-        return self.stage.lineage.masks(step)
+        return self.stage.lineage.masks(step + (self.stage.since_growth or 0))
 
     def _paced(self, updates: Params, state: TrainState) -> Params:
         """The updates, with those of new entries scaled by their own rate if the growth is "asymmetric"."""
@@ -153,7 +153,7 @@ class StageProgram:
         if growth is None or growth.optimizer != "asymmetric":
             return updates
         count = optax.tree_utils.tree_get(state.opt_state, "count")
-        factor = rate_of_new(growth, state.step, count, cfg.b1, cfg.b2)
+        factor = rate_of_new(growth, state.step + (self.stage.since_growth or 0), count, cfg.b1, cfg.b2)
         return scale_new(updates, new_entries(self.stage.lineage), factor)
 
     def stepper(self, masked: bool) -> Any:

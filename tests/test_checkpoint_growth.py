@@ -160,14 +160,39 @@ def test_masks_are_still_to_ramp_after_a_growth_outside_and_a_kill_within_change
     assert training.train(recipe, RUN, tmp_path / "cut") is None
     monkeypatch.undo()
     assert training.train(recipe, RUN, tmp_path / "cut") == whole
-    with pytest.raises(ValueError, match="is at step 0, and its masks rise over 3: take a later checkpoint"):
+    with pytest.raises(ValueError, match="is at step 0, and its masks rise for 3 more steps: take a later"):
         grow_checkpoint(tmp_path / "grown", tmp_path / "twice", shape(embed=40, mlp=56, layers=3), Growth("zero"))
     with pytest.raises(ValueError, match="its masks ramp over 3 steps, delays included, of its 2"):
         short = dataclasses.replace(recipe, stages=(Stage("on", TARGET, 2, 8, FAST),))
         training.train(short, RUN, tmp_path / "short")
-    within = tmp_path / "whole" / "checkpoints" / "0_on" / "2"
-    with pytest.raises(ValueError, match="is at step 2, and its masks rise over 3: take a later"):
-        training.train(dataclasses.replace(recipe, start=str(within)), RUN, tmp_path / "within")
+
+
+def test_a_run_goes_on_from_the_middle_of_a_ramp(trained, data, tmp_path, monkeypatch):
+    """Masks rise on from where they were, over a kill too, and later programs read how far they are."""
+    grow_checkpoint(trained, tmp_path / "grown", TARGET, Growth("mask", ramp_steps=4), data=data)
+    recipe = recipe_of(data, Stage("on", TARGET, 6, 8, FAST), start=str(tmp_path / "grown"), eval_every=1)
+    every = dataclasses.replace(RUN, keep=9, checkpoint_every=1)
+    whole = training.train(recipe, every, tmp_path / "whole")
+    within = dataclasses.replace(recipe, start=str(tmp_path / "whole/checkpoints/0_on/1"))
+    tuned = training.train(within, every, tmp_path / "tuned")
+    assert tuned["evals"][0]["loss"] == whole["evals"][1]["loss"]
+    masks = {}
+    for name in ("whole", "tuned"):
+        records = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        masks[name] = [record["mask"] for record in records if "mask" in record]
+    np.testing.assert_allclose(masks["whole"], [0, 0.25, 0.5, 0.75, 1, 1])
+    np.testing.assert_allclose(masks["tuned"], [0.25, 0.5, 0.75, 1, 1, 1])
+    later = [read_source(tmp_path / f"tuned/checkpoints/0_on/{step}") for step in (0, 2, 3)]
+    assert [None if (m := s.masks()) is None else float(m.mlp_F.min()) for s in later] == [0.25, 0.75, None]
+    monkeypatch.setattr(training, "Interrupts", lambda: StopAfter(2))
+    assert training.train(within, RUN, tmp_path / "cut") is None
+    monkeypatch.undo()
+    assert training.train(within, RUN, tmp_path / "cut") == tuned
+    with pytest.raises(ValueError, match="is at step 2, and its masks rise for 1 more steps: take a later"):
+        later[1].check_settled()
+    short = dataclasses.replace(within, stages=(Stage("on", TARGET, 2, 8, FAST),))
+    with pytest.raises(ValueError, match="its masks ramp over 3 steps, delays included, of its 2"):
+        training.train(short, RUN, tmp_path / "short")
 
 
 def test_growing_by_distance_inside_a_run_survives_a_kill(data, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def grow_checkpoint(
     if workdir.exists() and any(workdir.iterdir()) and not (streamed and _begun(workdir, directory)):
         raise ValueError(f"{workdir} is not empty; grow into a new directory.")
     origin = read_source(source)
-    origin.check_settled(grows=True)
+    origin.check_settled()
     wanted = changed(origin.cfg, target, growth) if isinstance(target, Mapping) else target
     lineage = origin.lineage.grown(wanted, growth)
     if not lineage.outline:

@@ -235,7 +235,7 @@ def verify_checkpoints(
     before, after = read_source(source), read_source(target)
     if after.step != 0:
         raise CheckpointError(f"{after.directory} has trained since it grew: give step 0 of its stage.")
-    if not after.meta.newborn:
+    if after.meta.since_growth != 0:
         raise CheckpointError(f"{after.directory} goes on with a checkpoint of its own shape: nothing grew.")
     if after.lineage.growth is None:
         raise CheckpointError(f"{after.directory} did not grow from anything: it is an initialisation.")
