@@ -155,6 +155,9 @@ def configured(program: Callable[[], T]) -> T:
     Raises:
       ValueError: a value is missing, or does not fit its field.
     """
+    if missing := gin_reader.missing_macros():
+        bindings = " ".join(f"--gin_bindings=\"{name} = '...'\"" for name in missing)
+        raise ValueError(f"The gin file needs a value for {' and '.join(missing)}: add {bindings}")
     try:
         return program()
     except FieldError as error:

@@ -79,6 +79,17 @@ def raw_references(owner: str, field: str) -> list[str]:
     ]
 
 
+def missing_macros() -> list[str]:
+    """The names, in the order of their lines, that a file leaves for the command line: `name = %gin.REQUIRED`."""
+    return [
+        scope
+        for (scope, selector), parameters in gin.config._CONFIG.items()
+        if selector == MACRO
+        for reference in gin.config.iterate_references(list(parameters.values()))
+        if str(reference).strip("%@()").endswith("gin.REQUIRED")
+    ]
+
+
 def configurable_names() -> list[str]:
     """The names of everything that gin can bind."""
     return [name.rsplit(".", 1)[-1] for name, _ in gin.config._REGISTRY.items() if not name.startswith("gin.")]

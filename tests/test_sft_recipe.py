@@ -1,0 +1,68 @@
+"""The recipe of tuning, on a checkpoint in the middle of its ramp and to the end, as a user starts it."""
+
+import json
+from pathlib import Path
+
+import gin
+import pytest
+
+from flm_jax import train as training
+from flm_jax.chat.template import TELE_FLM
+from flm_jax.cli import configure
+from flm_jax.optimizer import schedule
+from flm_jax.source_checkpoint import read_source
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "gin_configs/sft/tele_flm_chat.gin"
+# Stage `second` of the golden run, within its ramp.
+BASE = next(path for path in sorted((ROOT / "tests/golden/run/checkpoints").glob("1_second/*")) if path.name != "0")
+
+
+def configured(*bindings: str):
+    gin.clear_config()
+    try:
+        configure.parse([RECIPE], bindings)
+        found = configure.configured(configure.train)
+        configure.check_used()
+        return found
+    finally:
+        gin.clear_config()
+
+
+def test_the_recipe_has_the_published_values():
+    recipe, _ = configured(f"base = '{BASE}'", "conversations = 'talks.jsonl'")
+    (stage,) = recipe.stages
+    rate = schedule(stage.optimizer, stage.steps)
+    assert float(rate(0)) == pytest.approx(2.7e-5)
+    assert float(rate(stage.steps)) == pytest.approx(1e-9, rel=1e-3)
+    assert (recipe.data.context, recipe.data.corpus.template) == (2048, "tele_flm")
+    assert recipe.data.vocabulary.path == str(BASE)
+    with pytest.raises(ValueError, match=r"needs a value for conversations: add --gin_bindings=\"conversations = '\.\.\.'"):
+        configured(f"base = '{BASE}'")
+
+
+@pytest.mark.integration
+def test_a_grown_model_is_tuned_in_the_middle_of_its_ramp(tmp_path):
+    source = read_source(BASE)
+    assert source.masks() is not None
+    left = source.rising["masks"]
+    talks = [{"instruction": f"Add {a} and 1.", "output": str(a + 1)} for a in range(40)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    recipe, run = configured(
+        f"base = '{BASE}'",
+        f"conversations = '{tmp_path / 'talks.jsonl'}'",
+        f"DataConfig.cache_dir = '{tmp_path / 'cache'}'",
+        "DataConfig.context = 64",
+        f"Stage.steps = {left + 4}",
+        "Stage.batch_size = 8",
+        "OptimizerConfig.learning_rate = 1e-2",
+        "Recipe.eval_windows = 4",
+        "Run.sample_tokens = 4",
+    )
+    report = training.train(recipe, run, tmp_path / "tuned")
+    losses = [e["loss"] for e in report["evals"]]
+    assert losses[-1] < losses[0]
+    tuned = read_source(tmp_path / "tuned")
+    assert tuned.masks() is None
+    assert tuned.meta.data["corpus"]["template"] == TELE_FLM.record()
+    assert tuned.vocabulary.digest == source.vocabulary.digest
