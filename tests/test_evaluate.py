@@ -14,7 +14,8 @@ from flm_jax.checkpoint import Checkpoints
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.data.vocabulary_files import to_files
 from flm_jax.evaluation import EvalRequest
-from flm_jax.evaluation.evaluate import LONGEST_BY_DEFAULT, continuation, evaluate_checkpoint, find_length
+from flm_jax.evaluation.evaluate import continuation, evaluate_checkpoint
+from flm_jax.evaluation.loaded import LONGEST_BY_DEFAULT, find_length
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
 from flm_jax.growth import Growth, Lineage, masks_at
 from flm_jax.source_checkpoint import CheckpointMeta, model_of, read_source
@@ -270,7 +271,8 @@ def test_evaluating_text_needs_neither_tensorflow_nor_lm_eval(converted, tmp_pat
 import sys
 for name in ("tensorflow", "seqio", "lm_eval", "torch", "transformers"):
     sys.modules[name] = None  # importing it now fails
-from flm_jax.evaluation.evaluate import LONGEST_BY_DEFAULT, EvalRequest, evaluate_checkpoint, find_length
+from flm_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
+from flm_jax.evaluation.loaded import LONGEST_BY_DEFAULT, find_length
 evaluate_checkpoint({str(converted)!r}, EvalRequest(text={str(tmp_path / "a.txt")!r}))
 try:
     evaluate_checkpoint({str(converted)!r}, EvalRequest(tasks=("x",)))

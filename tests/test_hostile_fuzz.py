@@ -29,7 +29,7 @@ from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.text import Jsonl
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
-from flm_jax.evaluation.evaluate import find_length
+from flm_jax.evaluation.loaded import find_length
 from flm_jax.files import sha256_json
 from flm_jax.growth import Growth
 from flm_jax.growth.lineage import Lineage

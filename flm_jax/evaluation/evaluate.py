@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: choice of tokenizer and context length, then bits per byte, continuation, lm-eval tasks."""
+"""Evaluates a checkpoint: bits per byte, continuation, lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,14 @@ import jax.numpy as jnp
 
 from flm_jax.config import ModelConfig
 from flm_jax.data.text import Jsonl, TextFolder, read_utf8
-from flm_jax.data.train_vocabulary import load_vocabulary
 from flm_jax.data.vocabulary import REPLACEMENT, Vocabulary
 from flm_jax.distributed import is_primary
-from flm_jax.evaluation.scoring import Scorer, bits_per_byte_of_text, check_vocabulary
+from flm_jax.evaluation.loaded import load_model
+from flm_jax.evaluation.scoring import bits_per_byte_of_text
 from flm_jax.generate import stream
 from flm_jax.model import Masks, Params
 from flm_jax.progress import count_bar
-from flm_jax.records.foreign_json import check, parse_json
-from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.source_checkpoint import CONFIG, SourceCheckpoint, read_source
-
-# Upper bound of the default context length, for models made for contexts that are too long to evaluate by default.
-LONGEST_BY_DEFAULT = 4096
+from flm_jax.sharding import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -44,8 +39,7 @@ class EvalRequest:
       tokenizer: another vocabulary than the checkpoint's own: a checkpoint, a directory with tokenizer.json, or a
         SentencePiece model file.
       batch_size: rows per batch, on all devices together.
-      max_length: the longest sequence that the model reads, in tokens; None: what the model was made for, at most
-        LONGEST_BY_DEFAULT.
+      max_length: the longest sequence that the model reads, in tokens; None: as `find_length`.
       dtype: what the model computes in; None: the dtype of the checkpoint's parameters.
     """
 
@@ -90,29 +84,12 @@ def evaluate_checkpoint(
     """
     if what.tasks:
         from flm_jax.evaluation import lm_eval_model  # first, so that a missing lm-eval is reported before any work
-    origin = read_source(checkpoint)
-    cfg = computed_in(origin.cfg, what.dtype)
-    vocabulary = origin.vocabulary if what.tokenizer is None else load_vocabulary(what.tokenizer)
-    if what.tokenizer is not None and (other := origin.other_vocabulary(vocabulary)):
-        say(other)
-    check_vocabulary(vocabulary, cfg.vocab)
-    length = what.max_length or find_length(origin)
-    placed = make_mesh(mesh)
-    with jax.set_mesh(placed):
-        params = origin.restore_params(placed)
-    masks = origin.masks()
-    found: dict[str, Any] = {
-        "checkpoint": str(origin.directory),
-        "step": origin.step,
-        "digest": origin.digest,
-        "tokenizer": {"kind": vocabulary.kind, "size": vocabulary.size, "digest": vocabulary.digest},
-        "max_length": length,
-        "dtype": cfg.compute_dtype,
-    }
-    say(
-        f"{origin.directory}: {vocabulary.kind} vocabulary of {vocabulary.size} ids, sequences of {length} tokens, "
-        f"computed in {cfg.compute_dtype}."
-    )
+    model = load_model(checkpoint, what.tokenizer, what.max_length, what.dtype, mesh)
+    if model.note:
+        say(model.note)
+    origin, cfg, params, masks, vocabulary, length, placed, _ = model
+    found = model.record()
+    say(model.sentence())
     if what.text is not None:
         texts = read_texts(what.text)
         with count_bar(what.text, "token") as bar:
@@ -130,20 +107,11 @@ def evaluate_checkpoint(
         with jax.set_mesh(placed):
             found["generated"] = _continue(cfg, params, masks, vocabulary, what, length, say, show)
     if what.tasks:
-        scorer = Scorer(cfg, params, placed, length, what.batch_size, masks)
-        model = lm_eval_model.LmEvalModel(scorer, vocabulary, progress=is_primary())
-        results = lm_eval_model.run_tasks(model, what.tasks, what.include_path, what.limit, what.num_fewshot)
+        adapter = lm_eval_model.LmEvalModel(model.scorer(what.batch_size), vocabulary, progress=is_primary())
+        results = lm_eval_model.run_tasks(adapter, what.tasks, what.include_path, what.limit, what.num_fewshot)
         found["lm_eval"] = lm_eval_model.record(results)
         say(lm_eval_model.table(results))
     return found
-
-
-def computed_in(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
-    """The model as it is evaluated: in `dtype`, or in the dtype of its parameters."""
-    chosen = dtype or cfg.param_dtype
-    # cuDNN's kernel takes halves only.
-    plain = cfg.attention == "cudnn" and jnp.dtype(chosen).itemsize > 2
-    return cfg.replace(compute_dtype=chosen, attention="plain" if plain else cfg.attention)
 
 
 def _continue(
@@ -190,24 +158,6 @@ def _continue(
 def continuation(whole: str, before: str) -> str:
     """What a decoded sequence adds to its beginning, which was decoded alone; they differ where a character was cut."""
     return whole[len(os.path.commonprefix([whole, before])) :]
-
-
-def find_length(origin: SourceCheckpoint) -> int:
-    """The context length that a checkpoint's model was made for, in tokens, at most LONGEST_BY_DEFAULT.
-
-    Raises:
-      ValueError: neither the checkpoint's config.json nor the record of its data has it.
-    """
-    config = parse_json(origin.files.get(CONFIG, b"{}"), f"{origin.directory}: {CONFIG}")
-    said = [config.get("max_position_embeddings"), origin.context]
-    where = f"{origin.directory}: the length that its model was made for"
-    length = max((n for n in said if n is not None and check(n, int, where)), default=None)
-    if length is None:
-        raise ValueError(
-            f"The context length of the model of {origin.directory} is not known: neither a config.json in the "
-            "checkpoint nor the recorded data of its run gives it; set --max_length."
-        )
-    return min(length, LONGEST_BY_DEFAULT)
 
 
 def read_texts(path: str | Path) -> Iterator[str]:

@@ -1,0 +1,132 @@
+"""A checkpoint's model, loaded to be evaluated: its vocabulary, its context length, the dtype that it computes in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flm_jax.config import ModelConfig
+from flm_jax.data.train_vocabulary import load_vocabulary
+from flm_jax.data.vocabulary import Vocabulary
+from flm_jax.evaluation.scoring import Scorer, check_vocabulary
+from flm_jax.model import Masks, Params
+from flm_jax.records.foreign_json import check, parse_json
+from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.source_checkpoint import CONFIG, SourceCheckpoint, read_source
+
+# Upper bound of the default context length, for models made for contexts that are too long to evaluate by default.
+LONGEST_BY_DEFAULT = 4096
+
+
+class LoadedModel(NamedTuple):
+    """A checkpoint's model on a mesh.
+
+    Attributes:
+      origin: the checkpoint.
+      cfg: the model, as it is computed.
+      params: its parameters.
+      masks: growth masks, during their ramp.
+      vocabulary: the checkpoint's own, or the one that was given.
+      length: the longest sequence that the model reads, in tokens.
+      mesh: where the parameters are.
+      note: a sentence if the vocabulary is not known to be the checkpoint's, else ''.
+    """
+
+    origin: SourceCheckpoint
+    cfg: ModelConfig
+    params: Params
+    masks: Masks | None
+    vocabulary: Vocabulary
+    length: int
+    mesh: Mesh
+    note: str
+
+    def scorer(self, rows: int) -> Scorer:
+        """What scores windows of tokens with the model, `rows` per batch."""
+        return Scorer(self.cfg, self.params, self.mesh, self.length, rows, self.masks)
+
+    def record(self) -> dict[str, Any]:
+        """What was evaluated, and how, JSON-able."""
+        return {
+            "checkpoint": str(self.origin.directory),
+            "step": self.origin.step,
+            "digest": self.origin.digest,
+            "tokenizer": {
+                "kind": self.vocabulary.kind,
+                "size": self.vocabulary.size,
+                "digest": self.vocabulary.digest,
+            },
+            "max_length": self.length,
+            "dtype": self.cfg.compute_dtype,
+        }
+
+    def sentence(self) -> str:
+        """The same in words."""
+        return (
+            f"{self.origin.directory}: {self.vocabulary.kind} vocabulary of {self.vocabulary.size} ids, sequences of "
+            f"{self.length} tokens, computed in {self.cfg.compute_dtype}."
+        )
+
+
+def load_model(
+    checkpoint: str | Path,
+    tokenizer: str | None = None,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    mesh: MeshConfig | None = None,
+) -> LoadedModel:
+    """Loads a checkpoint's model; every bit of its parameters is checked.
+
+    Args:
+      checkpoint: a step, a stage's directory or a work directory.
+      tokenizer: another vocabulary than the checkpoint's own: a checkpoint, a directory with tokenizer.json, or a
+        SentencePiece model file.
+      max_length: the longest sequence to read, in tokens; None: as `find_length`.
+      dtype: what to compute in; None: the dtype of the checkpoint's parameters.
+      mesh: how devices are laid out.
+
+    Raises:
+      ValueError: the vocabulary is not known or does not fit the model.
+      FileNotFoundError: there is nothing at `tokenizer`.
+      DamagedError: the checkpoint is not as it was saved.
+    """
+    origin = read_source(checkpoint)
+    cfg = computed_in(origin.cfg, dtype)
+    vocabulary = origin.vocabulary if tokenizer is None else load_vocabulary(tokenizer)
+    note = "" if tokenizer is None else origin.other_vocabulary(vocabulary)
+    check_vocabulary(vocabulary, cfg.vocab)
+    length = max_length or find_length(origin)
+    placed = make_mesh(mesh)
+    with jax.set_mesh(placed):
+        params = origin.restore_params(placed)
+    return LoadedModel(origin, cfg, params, origin.masks(), vocabulary, length, placed, note)
+
+
+def computed_in(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
+    """The model as it is evaluated: in `dtype`, or in the dtype of its parameters."""
+    chosen = dtype or cfg.param_dtype
+    # cuDNN's kernel takes halves only.
+    plain = cfg.attention == "cudnn" and jnp.dtype(chosen).itemsize > 2
+    return cfg.replace(compute_dtype=chosen, attention="plain" if plain else cfg.attention)
+
+
+def find_length(origin: SourceCheckpoint) -> int:
+    """The context length that a checkpoint's model was made for, in tokens, at most LONGEST_BY_DEFAULT.
+
+    Raises:
+      ValueError: neither the checkpoint's config.json nor the record of its data has it.
+    """
+    config = parse_json(origin.files.get(CONFIG, b"{}"), f"{origin.directory}: {CONFIG}")
+    said = [config.get("max_position_embeddings"), origin.context]
+    where = f"{origin.directory}: the length that its model was made for"
+    length = max((n for n in said if n is not None and check(n, int, where)), default=None)
+    if length is None:
+        raise ValueError(
+            f"The context length of the model of {origin.directory} is not known: neither a config.json in the "
+            "checkpoint nor the recorded data of its run gives it; set --max_length."
+        )
+    return min(length, LONGEST_BY_DEFAULT)
