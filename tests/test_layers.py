@@ -18,8 +18,8 @@ growth
 state
 checkpoint
 data
-chat
 source_checkpoint
+chat
 recipe
 step
 checkpoint_growth
