@@ -239,7 +239,12 @@ def make(output: Path, size: int, questions: int, seed: int) -> dict[str, int]:
             held.append(record(sample.turns, id=f"{domain}-{number}", domain=domain))
             continue
         whole = record(sample.turns)["messages"]
-        about = {"id": f"{domain}-{number}", "category": domain, "kind": sample.kind, "reference": sample.turns[-1][1]}
+        about: dict[str, Any] = {
+            "id": f"{domain}-{number}",
+            "category": domain,
+            "kind": sample.kind,
+            "reference": sample.turns[-1][1],
+        }
         if sample.choices:
             about["choices"] = sample.choices
         questioned.append({**about, "messages": whole[:-1]})

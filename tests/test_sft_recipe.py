@@ -37,7 +37,9 @@ def test_the_recipe_has_the_published_values():
     assert float(rate(stage.steps)) == pytest.approx(1e-9, rel=1e-3)
     assert (recipe.data.context, recipe.data.corpus.template) == (2048, "tele_flm")
     assert recipe.data.vocabulary.path == str(BASE)
-    with pytest.raises(ValueError, match=r"needs a value for conversations: add --gin_bindings=\"conversations = '\.\.\.'"):
+    with pytest.raises(
+        ValueError, match=r"needs a value for conversations: add --gin_bindings=\"conversations = '\.\.\.'"
+    ):
         configured(f"base = '{BASE}'")
 
 
