@@ -195,8 +195,9 @@ class Skipped:
       examples: the first few messages of each kind.
     """
 
-    def __init__(self, limit: int | None = 0, examples: int = 3) -> None:
-        self.limit = limit
+    def __init__(self, limit: int | None = 0, examples: int = 3, advice: str = "") -> None:
+        """Nothing is left out yet; `advice` says at the limit how to allow more."""
+        self.limit, self._advice = limit, advice
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self._kept = examples
@@ -214,7 +215,9 @@ class Skipped:
         total = sum(self.counts.values())
         if self.limit is not None and total > self.limit:
             raise ConversationError(
-                "too many faulty lines", f"{total}, more than the {self.limit} allowed", f"the last: {error}"
+                "too many faulty lines",
+                f"{total}, more than the {self.limit} allowed{self._advice}",
+                f"the last: {error}",
             ) from error
         if self.counts[error.reason] == 1:
             _log.warning("Left out: %s.", error)

@@ -31,6 +31,9 @@ from flm_jax.records import recorded
 from flm_jax.records.fields import Count, Name, one_of
 
 
+_ADVICE = " by Conversations.most_faulty"
+
+
 @dataclasses.dataclass(frozen=True)
 @recorded
 class Conversations:
@@ -83,7 +86,7 @@ class Conversations:
 
     @functools.cached_property
     def _border(self) -> int:
-        skipped = Skipped(self.most_faulty)
+        skipped = Skipped(self.most_faulty, advice=_ADVICE)
         contents = {_content(found) for found in read_conversations(self.path, skipped)}
         if not contents:
             raise ValueError(f"Conversations: {self.path} holds no conversation")
@@ -91,7 +94,7 @@ class Conversations:
 
     def documents(self, split: str) -> Iterator[str]:
         """Yields the text of each conversation, message after message, without a template."""
-        for found in self.conversations(split, Skipped(self.most_faulty)):
+        for found in self.conversations(split, Skipped(self.most_faulty, advice=_ADVICE)):
             yield "\n".join(message.content for message in found.messages) + "\n"
 
     def tokenised(self, vocabulary: Vocabulary, context: int) -> TokenisedConversations:
@@ -118,7 +121,7 @@ class TokenisedConversations:
 
     def __init__(self, corpus: Conversations, encoder: ChatEncoder, context: int) -> None:
         self._corpus, self._encoder, self._context = corpus, encoder, context
-        self.skipped, self.cut = Skipped(corpus.most_faulty), 0
+        self.skipped, self.cut = Skipped(corpus.most_faulty, advice=_ADVICE), 0
 
     def describe(self) -> dict[str, Any]:
         """The template itself, in the place of its name, and the length of windows."""
