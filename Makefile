@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo check test test-search test-slow test-smollm2 test-tpu lint format clean
+.PHONY: demo study-sft check test test-search test-slow test-smollm2 test-tpu lint format clean
 
 # pyproject.toml declares ranges, requirements.txt the versions that are tested.
 .venv/installed: requirements.txt pyproject.toml
@@ -15,6 +15,11 @@ WORKDIR ?= runs/demo
 
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=$(WORKDIR)
+
+# Tunes the first model of the demo on parts of a pool of conversations, chosen in different ways; see docs/sft_study.md.
+study-sft: .venv/installed
+	test -d $(WORKDIR)/checkpoints/0_52b_small || $(MAKE) demo
+	$(BIN)/python benchmarks/study_sft.py --base=$(WORKDIR)/checkpoints/0_52b_small --work=runs/study_sft --write=docs/sft_study.md
 
 # What to run while working: linters, types, and the tests without whole runs, subprocesses, TensorFlow or torch, property
 # tests on few examples.

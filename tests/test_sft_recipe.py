@@ -5,10 +5,12 @@ from pathlib import Path
 
 import gin
 import pytest
+import transformers
 
 from flm_jax import train as training
 from flm_jax.chat.template import TELE_FLM
 from flm_jax.cli import configure
+from flm_jax.convert.exporting import export_model
 from flm_jax.optimizer import schedule
 from flm_jax.source_checkpoint import read_source
 
@@ -68,3 +70,13 @@ def test_a_grown_model_is_tuned_in_the_middle_of_its_ramp(tmp_path):
     assert tuned.masks() is None
     assert tuned.meta.data["corpus"]["template"] == TELE_FLM.record()
     assert tuned.vocabulary.digest == source.vocabulary.digest
+    exported = export_model(tmp_path / "tuned", tmp_path / "exported")
+    assert "chat_template.jinja" in exported["files"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    talk = [{"role": "user", "content": "Add 1 and 1."}]
+    text = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert text == "<_user>Add 1 and 1.<_bot>"
+    assert theirs.apply_chat_template([*talk, {"role": "assistant", "content": "2"}], tokenize=False) == (
+        f"{text}2{theirs.eos_token}"
+    )
+    assert json.loads((tmp_path / "exported/config.json").read_text())["eos_token_id"] == tuned.vocabulary.eos_id

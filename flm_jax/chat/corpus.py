@@ -30,7 +30,6 @@ from flm_jax.files import sha256_file
 from flm_jax.records import recorded
 from flm_jax.records.fields import Count, Name, one_of
 
-
 _ADVICE = " by Conversations.most_faulty"
 
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flm_jax import costs
+from flm_jax.chat.checkpoint_template import chat_template_of
+from flm_jax.chat.template import ChatEncoder
 from flm_jax.checkpoint import blocks, checksum, manifest
 from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, read_manifest
 from flm_jax.config import ModelConfig
@@ -25,6 +27,7 @@ from flm_jax.convert.layout import parts, tensors
 from flm_jax.convert.pieces import block_checksum, cast, check_dtype, check_finite, in_parallel
 from flm_jax.convert.tensors import SHARD_BYTES, save
 from flm_jax.data import vocabulary_files
+from flm_jax.data.special import CHAT_TEMPLATE
 from flm_jax.data.vocabulary import TOKENIZER
 from flm_jax.files import atomic_write, missing_room
 from flm_jax.progress import byte_bar
@@ -83,6 +86,8 @@ def export_model(
     config = families.config_json(cfg, family, dtype, context, before)
     ids, files, fault = _tokenizer(origin, config)
     config |= ids
+    ids, chat = _chat(origin)
+    config, files = config | ids, {**files, **chat}
     planned = tensors(cfg, np.dtype(jnp.dtype(dtype)))
     needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in planned.values())
     made = not target.exists()
@@ -139,6 +144,18 @@ def _tokenizer(origin: SourceCheckpoint, config: Mapping[str, Any]) -> tuple[dic
         return ids, {**files, **tokenizer.tokenizer_files(vocabulary)}, ""
     except ValueError as error:
         return ids, files, f"{error}."
+
+
+def _chat(origin: SourceCheckpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Of a model that was tuned on conversations: the ids that end an answer, and the file with its chat template."""
+    corpus = (origin.meta.data or {}).get("corpus")
+    if origin.unknown_vocabulary or not (isinstance(corpus, Mapping) and corpus.get("template")):
+        return {}, {}
+    template = chat_template_of(origin)
+    stops = list(ChatEncoder(template, origin.vocabulary).stop_ids)
+    first = origin.vocabulary.eos_id
+    stops = [first, *(stop for stop in stops if stop != first)]
+    return {"eos_token_id": stops[0] if len(stops) == 1 else stops}, {CHAT_TEMPLATE: template.source.encode()}
 
 
 def _recorded(origin: SourceCheckpoint) -> Mapping[str, Any]:

@@ -1,0 +1,205 @@
+"""The page and the plot of `study_sft.py`, from the results of its arms."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import disk, sft_data
+
+Result = Mapping[str, Any]
+EQUAL = {"passes": "equal passes over each set", "steps": "equal optimizer steps"}
+SETS = ("all", "random", "longest", "selected")
+
+
+def accuracies(judged: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracy per category, and overall, of the report of `judge_answers`."""
+    (table,) = judged["tables"]
+    rows = {row["category"]: row["mean"] for row in table["categories"]}
+    return {**rows, "overall": table["overall"]["mean"]}
+
+
+def line(found: Result) -> str:
+    """One result in a line of text."""
+    if "answer_loss" not in found:
+        return f"rate {found['rate']:g}, own held-out loss {found['own_heldout_loss']:.4f}"
+    overall = found["accuracy"]["overall"]
+    return (
+        f"answers {found['answer_loss']:.3f} nats, {overall:.1%} right, text {found['bits_per_byte']:.3f} bits per byte"
+    )
+
+
+def _groups(results: Sequence[Result]) -> dict[tuple[str, str, int], list[Result]]:
+    """The results by what is equal, set and size; several seeds of a random set are one group."""
+    found: dict[tuple[str, str, int], list[Result]] = {}
+    for one in results:
+        found.setdefault((one["equal"], one["set"], one["size"]), []).append(one)
+    return found
+
+
+def _spread(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
+    """The mean; of several values also the least and the greatest."""
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({scale * min(values):.{digits}f} to {scale * max(values):.{digits}f})"
+
+
+def _table(results: Sequence[Result], equal: str) -> str:
+    domains = [name for name in results[0]["accuracy"] if name != "overall"]
+    head = ["set", "N", "steps", "passes", "answer loss", "right", *domains, "bits per byte"]
+    rows = [head, ["---"] * len(head)]
+    for (kind, name, size), found in _groups(results).items():
+        if name != "base" and kind != equal:
+            continue
+        accuracy = {d: [one["accuracy"][d] for one in found] for d in ("overall", *domains)}
+        rows.append(
+            [
+                name,
+                f"{size:,}" if size else "" if name == "base" else f"{found[0]['conversations']:,}",
+                "" if name == "base" else f"{statistics.mean(one['steps'] for one in found):.0f}",
+                "" if name == "base" else f"{statistics.mean(one['passes'] for one in found):.1f}",
+                _spread([one["answer_loss"] for one in found], 3),
+                _spread(accuracy["overall"], 1, 100),
+                *(f"{100 * statistics.mean(accuracy[d]):.0f}" for d in domains),
+                f"{statistics.mean(one['bits_per_byte'] for one in found):.3f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _verdict(results: Sequence[Result]) -> str:
+    """For each size, selected and longest against the random samples, in sentences that follow from the figures."""
+    groups, said = _groups(results), []
+    for (equal, name, size), found in groups.items():
+        if name not in ("selected", "longest"):
+            continue
+        random = groups[equal, "random", size]
+        mine, others = found[0]["accuracy"]["overall"], [one["accuracy"]["overall"] for one in random]
+        where = (
+            "above all random samples"
+            if mine > max(others)
+            else "below all random samples"
+            if mine < min(others)
+            else "within the random samples"
+        )
+        loss, losses = found[0]["answer_loss"], [one["answer_loss"] for one in random]
+        lower = "lower" if loss < min(losses) else "higher" if loss > max(losses) else "within theirs"
+        said.append(f"- {name}, N = {size:,}, {EQUAL[equal]}: accuracy {where}; answer loss {lower}.")
+    return "\n".join(said)
+
+
+PAGE = """# Which conversations to tune on: a study
+
+    {command}
+
+The base is {base}. The pool has {pool:,} conversations in five domains, made from the Python standard library and by
+computation (`benchmarks/sft_data.py`); of it {faults}. What is expected, from what is published (2410.09335): on small
+models, selected samples against random ones within noise, unless the pool has faults that selection removes; this pool
+has.
+
+- Sets: all of the pool; N random conversations, {seeds} samples, of which the tables show the mean and the range; the N
+  with the longest answers; N selected by `flm_jax.selection`: no duplicates, rules on the text, IFD under the base, no
+  two too similar in the base's hidden states, as many of each domain. 1 % of each set is held out for the run's own
+  curve.
+- Answer loss: nats per token of the answers of {heldout} conversations that are held out, about functions that the pool
+  does not mention. Right: per cent of {questions} questions, answered greedily and checked by exact rules; of
+  signatures and docstrings, the likeliest of four answers (25 per cent by chance). Bits per byte: of held-out plain
+  text that the base was trained on the like of; it rises by what is forgotten.
+- All arms have the same learning rate, {rate:g}: the best of {rates} for a random sample that no arm uses, by the loss
+  of its own held-out conversations ({losses}).
+
+## Equal passes over each set
+
+{passes}
+
+## Equal optimizer steps
+
+{steps}
+
+![Answer loss and accuracy against the number of conversations]({plot})
+
+## What came out
+
+{verdict}
+
+One run per set, but for random ones, and one pool: the ranges of the random samples say how much a difference means.
+{machine}.
+"""
+
+
+def page(
+    results: Sequence[Result], sweep: Sequence[Result], command: str, base: str, sizes: Mapping[str, int], plot: str
+) -> str:
+    """The page in Markdown.
+
+    Args:
+      results: of every arm.
+      sweep: of the learning rates.
+      command: that makes the page.
+      base: what was tuned, in words.
+      sizes: number of lines of the data's files, by name.
+      plot: file name of the plot.
+    """
+    best = min(sweep, key=lambda found: found["own_heldout_loss"])
+    return PAGE.format(
+        command=command,
+        base=base,
+        pool=sizes["pool"],
+        heldout=sizes["heldout"],
+        questions=sizes["questions"],
+        faults=", ".join(f"{share:.0%} {fault}" for fault, share in sft_data.FAULTS.items()),
+        seeds=len({one["seed"] for one in results if one["set"] == "random"}),
+        rate=best["rate"],
+        rates=", ".join(f"{found['rate']:g}" for found in sweep),
+        losses=", ".join(f"{found['own_heldout_loss']:.3f}" for found in sweep),
+        passes=_table(results, "passes"),
+        steps=_table(results, "steps"),
+        plot=plot,
+        verdict=_verdict(results),
+        machine=disk.machine(),
+    )
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draws answer loss and accuracy against the number of conversations, for both comparisons."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = dict(zip(SETS, ("#444444", "#1f77b4", "#ff7f0e", "#2ca02c"), strict=True))
+    measures = {
+        "answer loss, nats per token": lambda r: r["answer_loss"],
+        "right, %": lambda r: 100 * r["accuracy"]["overall"],
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey="row", layout="constrained")
+    (base,) = (one for one in results if one["set"] == "base")
+    for column, (equal, title) in enumerate(EQUAL.items()):
+        for row, (label, value) in enumerate(measures.items()):
+            axis = axes[row][column]
+            for name in SETS:
+                points = [one for one in results if one["equal"] == equal and one["set"] == name]
+                axis.plot(
+                    [one["conversations"] for one in points],
+                    [value(one) for one in points],
+                    linestyle="none",
+                    marker="o" if name == "random" else "D",
+                    label=name,
+                    color=colours[name],
+                    alpha=0.6 if name == "random" else 1.0,
+                )
+            axis.axhline(value(base), color="#bbbbbb", linestyle="--", label="base, not tuned")
+            axis.set_xscale("log")
+            axis.grid(alpha=0.3)
+            if row == 0:
+                axis.set_title(title)
+            else:
+                axis.set_xlabel("conversations")
+            if column == 0:
+                axis.set_ylabel(label)
+    axes[0][0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
