@@ -30,11 +30,6 @@ from typing import Any
 
 from absl import app, flags
 
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for the three files.", required=True)
-_POOL = flags.DEFINE_integer("pool", 12_000, "Conversations in the pool.", lower_bound=100)
-_QUESTIONS = flags.DEFINE_integer("questions", 40, "Questions per domain.", lower_bound=4)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of everything.")
-
 # Shares of the pool.
 FAULTS = {
     "twice": 0.10,
@@ -271,13 +266,23 @@ def make(output: Path, size: int, questions: int, seed: int) -> dict[str, int]:
     return {name: len(records) for name, records in files.items()}
 
 
+def define_flags() -> None:
+    """Defines the flags; other programs that make the same data have their own."""
+    flags.DEFINE_string("output", None, "Directory for the three files.", required=True)
+    flags.DEFINE_integer("pool", 12_000, "Conversations in the pool.", lower_bound=100)
+    flags.DEFINE_integer("questions", 40, "Questions per domain.", lower_bound=4)
+    flags.DEFINE_integer("seed", 0, "Seed of everything.")
+
+
 def main(argv: list[str]) -> None:
     """Writes the files and says how many lines each has."""
     del argv
-    output = Path(_OUTPUT.value).expanduser()
-    for name, count in make(output, _POOL.value, _QUESTIONS.value, _SEED.value).items():
+    given = flags.FLAGS
+    output = Path(given.output).expanduser()
+    for name, count in make(output, given.pool, given.questions, given.seed).items():
         print(f"{output / name}.jsonl: {count} lines")
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)
