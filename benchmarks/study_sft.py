@@ -40,7 +40,7 @@ _EPOCHS = flags.DEFINE_float("epochs", 3.0, "Passes over each set, where these a
 _STEPS = flags.DEFINE_integer("steps", 240, "Optimizer steps, where these are equal.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", 128, "Tokens per window.", lower_bound=8)
 _BATCH = flags.DEFINE_integer("batch", 8, "Windows per step.", lower_bound=1)
-_RATES = flags.DEFINE_list("rates", ["3e-4", "1e-3", "3e-3", "1e-2"], "Learning rates to choose from.")
+_RATES = flags.DEFINE_list("rates", ["1e-3", "3e-3", "1e-2", "3e-2"], "Learning rates to choose from.")
 _TEMPLATE = flags.DEFINE_string("template", "tele_flm", "The chat template; 'tokenizer': that of the base.")
 _WRITE = flags.DEFINE_string("write", None, "Write the page to this file, and the plot beside it.")
 _COMMAND = flags.DEFINE_string("command", "make study-sft", "The command that the page names.")
