@@ -18,13 +18,23 @@ from flm_jax.cli.configure import PACKAGE, check_used, configured, parse
 from flm_jax.cli.errors import fail, join, started
 from flm_jax.cli.flags import STOPPED
 from flm_jax.convert import exporting, importing
-from flm_jax.evaluation import EvalRequest
+from flm_jax.evaluation import EvalRequest, JudgeRequest
 from flm_jax.files import draft_of, write_json
 from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.topology import Topology
 from flm_jax.train import train
 
-__all__ = ["join", "run_evaluate", "run_export", "run_grow", "run_import", "run_plan", "run_train", "run_verify"]
+__all__ = [
+    "join",
+    "run_evaluate",
+    "run_export",
+    "run_grow",
+    "run_import",
+    "run_judge",
+    "run_plan",
+    "run_train",
+    "run_verify",
+]
 
 
 def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool) -> None:
@@ -172,6 +182,28 @@ def run_evaluate(
             fail(error)
         if json_file and distributed.is_primary():
             write_json(Path(json_file), found)
+
+
+def run_judge(
+    checkpoint: str | None,
+    asked: JudgeRequest,
+    json_file: str | None,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+) -> None:
+    """Judges answers, and prints the results; exits with status 1 if no answer could be judged."""
+    with started():
+        check_writable(json_file)
+        parse(gin_files, gin_bindings)
+        mesh = configured(configure.evaluate)
+        check_used()
+        found = evaluation.judge_answers(
+            None if checkpoint is None else chosen(checkpoint), asked, mesh, distributed.print0
+        )
+        if json_file and distributed.is_primary():
+            write_json(Path(json_file), found)
+        if not asked.dry_run and not found["judged"]:
+            raise ValueError("no answer could be judged; the reasons stand above, and the replies in calls.jsonl")
 
 
 def run_plan(

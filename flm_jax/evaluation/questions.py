@@ -188,8 +188,11 @@ def _messages(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
 
 def _choices(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
     choices = record.get("choices")
-    right = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
-    if not right or len(choices) < 2 or len(set(choices)) < len(choices):
+    if (
+        not isinstance(choices, list)
+        or not all(isinstance(c, str) and c.strip() for c in choices)
+        or len(set(choices)) < max(2, len(choices))
+    ):
         raise QuestionError(where, "no choices", f"{choices!r:.60} must be a list of two or more different texts")
     return tuple(choices)
 
