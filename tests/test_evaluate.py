@@ -6,11 +6,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from flm_jax.checkpoint import Checkpoints
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.data.vocabulary_files import to_files
 from flm_jax.evaluation import EvalRequest
@@ -18,26 +15,12 @@ from flm_jax.evaluation.evaluate import continuation, evaluate_checkpoint
 from flm_jax.evaluation.loaded import LONGEST_BY_DEFAULT, find_length
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
 from flm_jax.growth import Growth, Lineage, masks_at
-from flm_jax.source_checkpoint import CheckpointMeta, model_of, read_source
-from flm_jax.state import abstract_state
+from flm_jax.source_checkpoint import model_of, read_source
 from tests import small
 from tests.hub import TEXT, llama, write_tokenizer
-from tests.scores import EIGHT, ONE, mesh_of
+from tests.scores import EIGHT, ONE, mesh_of, saved
 
 pytestmark = pytest.mark.integration
-
-
-def saved(workdir, cfg, params, blobs, lineage=None, **about):
-    """A work directory with one checkpoint."""
-    lineage, mesh = lineage or Lineage(cfg), mesh_of(ONE)
-    with jax.set_mesh(mesh):
-        like = abstract_state(lineage, mesh)
-        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like).replace(params=params)
-        meta = CheckpointMeta("saved", lineage, **about).record()
-        with Checkpoints(workdir / "checkpoints" / "0_saved") as store:
-            store.save(0, state, meta=meta, blobs=blobs)
-            store.wait()
-    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +245,10 @@ def test_the_command_says_what_it_can_do_where_nothing_is_asked(tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 2 and "say what to evaluate: --lm_eval, --text or --generate" in done.stdout + done.stderr
+    assert (
+        done.returncode == 2
+        and "say what to evaluate: --lm_eval, --text, --generate or --prompts" in done.stdout + done.stderr
+    )
 
 
 def test_evaluating_text_needs_neither_tensorflow_nor_lm_eval(converted, tmp_path):
