@@ -159,13 +159,13 @@ def tune(arm: Arm, conversations: Path, work: Path) -> tuple[str, dict[str, Any]
 def measure(checkpoint: str, data: Path, work: Path, name: str) -> dict[str, Any]:
     """What is reported of a checkpoint: loss of held-out answers, accuracy per domain, bits per byte of plain text."""
     import jax
-    from flm_jax.evaluation.judged import JudgeRequest, judge_answers
 
     from flm_jax.chat.corpus import Conversations
     from flm_jax.data.batches import heldout_batches
     from flm_jax.data.config import DataConfig
     from flm_jax.data.source import StoreData, open_data, recorded_data
     from flm_jax.data.train_vocabulary import Pretrained
+    from flm_jax.evaluation.judged import JudgeRequest, judge_answers
     from flm_jax.loss import bits_per_byte, make_heldout_loss
     from flm_jax.sharding import MeshConfig, make_mesh
     from flm_jax.source_checkpoint import read_source

@@ -60,7 +60,9 @@ def _define() -> None:
     flags.DEFINE_float("timeout", 120.0, "Seconds until a call is given up.", lower_bound=0.001)
     flags.DEFINE_integer("max_calls", None, "The most requests to an endpoint, retries among them.", lower_bound=0)
     flags.DEFINE_bool("dry_run", False, "Say what would be judged and what it would cost, and stop.")
-    flags.DEFINE_integer("max_faulty", 0, "The most faulty lines of questions and answers to leave out.", lower_bound=0)
+    flags.DEFINE_integer(
+        "most_faulty", 0, "The most faulty lines of questions and answers to leave out.", lower_bound=0
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0)
 
 
@@ -101,7 +103,7 @@ def run(values: Any) -> None:
         timeout=values.timeout,
         max_calls=values.max_calls,
         dry_run=values.dry_run,
-        max_faulty=values.max_faulty,
+        most_faulty=values.most_faulty,
         seed=values.seed,
     )
     runs.run_judge(values.checkpoint, asked, values.json, values.gin_file, values.gin_bindings)

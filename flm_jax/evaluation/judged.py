@@ -68,7 +68,7 @@ class JudgeRequest:
       timeout: seconds until a request is given up.
       max_calls: the most requests; None: any number.
       dry_run: whether to stop before an answer is made or an endpoint is asked.
-      max_faulty: the most faulty lines of all files together that are left out; None: any number.
+      most_faulty: the most faulty lines of all files together that are left out; None: any number.
       seed: of the bootstrap.
       backoff: seconds before a first retry, about.
     """
@@ -94,7 +94,7 @@ class JudgeRequest:
     timeout: float = 120.0
     max_calls: int | None = None
     dry_run: bool = False
-    max_faulty: int | None = 0
+    most_faulty: int | None = 0
     seed: int = 0
     backoff: float = 1.0
 
@@ -122,7 +122,10 @@ def judge_answers(
     prompt = JudgePrompt.load(request.mode, request.judge_prompt) if kind == ENDPOINT else None
     config = _endpoint(request, target, url) if kind == ENDPOINT else None
     compares = kind == LIKELIHOOD or (kind == ENDPOINT and request.mode == PAIRWISE)
-    skipped, output = Skipped(request.max_faulty), Path(request.output).expanduser()
+    skipped, output = (
+        Skipped(request.most_faulty, advice="; --most_faulty allows more"),
+        Path(request.output).expanduser(),
+    )
     questions = read_questions(request.questions, skipped, compares and request.reference_answers is None)
     kinds = Counter(q.kind for q in questions)
     left_out = kinds[JUDGED] if kind == RULES else 0
