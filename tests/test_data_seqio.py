@@ -182,21 +182,6 @@ def test_the_seed_is_the_order(corpora, kind):
     assert not np.array_equal(first, other.next(50).inputs_BT)
 
 
-@pytest.mark.parametrize("kind", ["folder", "jsonl", "tfds"])
-def test_hosts_read_documents_of_their_own(corpora, kind):
-    vocabulary = build_vocabulary(Bytes(), corpora[kind], "")
-    source = tasks.resolve(corpora[kind], vocabulary)
-    _, seqio = reading.load_tensorflow()
-    seen = []
-    for host in range(3):
-        dataset = source.dataset("train", shard_info=seqio.ShardInfo(index=host, num_shards=3))
-        seen.append(Counter(bytes(example["targets"]) for example in dataset.as_numpy_iterator()))
-    everything = Counter(bytes(tokens) for tokens, _ in source.documents("train"))
-    assert sum(seen, Counter()) == everything and all(seen)
-    two = SeqioBatches(corpora[kind], vocabulary, "train", CONTEXT, 0, host=1, hosts=3)
-    assert two.next(6).inputs_BT.shape == (2, CONTEXT)
-
-
 def test_rows_of_a_stream_are_kept_and_all_of_it_is_read(corpora):
     vocabulary = build_vocabulary(Bytes(), corpora["folder"], "")
     whole, some = (SeqioBatches(corpora["folder"], vocabulary, "train", CONTEXT, 0) for _ in range(2))
@@ -209,8 +194,13 @@ def test_rows_of_a_stream_are_kept_and_all_of_it_is_read(corpora):
     assert again.mark() == some.mark()
     whole.next(6)
     assert again.mark() != whole.mark()
-    with pytest.raises(ValueError, match="host 0 of 2 reads documents of its own"):
-        SeqioBatches(corpora["folder"], vocabulary, "train", CONTEXT, 0, hosts=2).next(6, np.array([0]))
+    with pytest.raises(ValueError, match="rows 3 to 6 of a batch of 6 windows"):
+        some.next(6, np.array([3, 6]))
+
+
+def test_positions_that_version_0_1_0_saved_are_read(corpora):
+    stream = SeqioBatches(corpora["folder"], build_vocabulary(Bytes(), corpora["folder"], ""), "train", CONTEXT, 0)
+    assert json.loads(stream.state())["identity"]["host"] == "0 of 1"
 
 
 def test_a_stream_refuses(corpora):
@@ -219,7 +209,7 @@ def test_a_stream_refuses(corpora):
     for name, theirs in {
         "seed": SeqioBatches(corpus, vocabulary, "train", CONTEXT, 1),
         "split": SeqioBatches(corpus, vocabulary, "heldout", CONTEXT, 0),
-        "host": SeqioBatches(corpus, vocabulary, "train", CONTEXT, 0, host=1, hosts=2),
+        "context": SeqioBatches(corpus, vocabulary, "train", CONTEXT + 1, 0),
     }.items():
         with pytest.raises(ValueError, match=f"taken with {name} = "):
             stream.restore(theirs.state())
@@ -232,10 +222,11 @@ def test_a_stream_refuses(corpora):
     ):
         with pytest.raises(ValueError, match="data position"):
             stream.restore(json.dumps({**state, **broken}).encode())
-    with pytest.raises(ValueError, match="7 windows does not divide among 2 hosts"):
-        SeqioBatches(corpus, vocabulary, "train", CONTEXT, 0, host=1, hosts=2).next(7)
-    with pytest.raises(ValueError, match="gives host 40 of 41 no document"):
-        SeqioBatches(corpus, vocabulary, "train", CONTEXT, 0, host=40, hosts=41).next(41)
+    with pytest.raises(ValueError, match="a batch of 0 windows"):
+        stream.next(0)
+    stream._iterator = iter(())
+    with pytest.raises(ValueError, match="has no document to train on"):
+        stream.next(1)
     with pytest.raises(ValueError, match="needs a vocabulary"):
         SeqioBatches(corpus, None, "train", CONTEXT, 0)
 

@@ -1,7 +1,7 @@
 """Batches by position: which windows a batch holds is a pure function of seed and position.
 
-The position is the number of windows consumed so far, over all hosts. Nothing else needs saving, the batch size may
-change between calls, and any number of hosts together see the batches that one host would have seen.
+The position is the number of windows consumed so far, by all processes together. Nothing else needs saving, the batch
+size may change between calls, and any number of processes together see the batches that one would have seen.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TokenBatches(Protocol):
     """The interface between data and training: an endless stream of batches that can save its position."""
 
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
-        """This host's rows of the next global batch of `batch_size` windows; or only the given `rows` of it."""
+        """The next global batch of `batch_size` windows, or only the given `rows` of it."""
         ...
 
     def state(self) -> bytes:
@@ -96,24 +96,19 @@ def read_batch(store: TokenStore, split: str, windows: np.ndarray, context: int,
     return batch
 
 
-def host_rows(batch_size: int, host: int, hosts: int) -> slice:
-    """The rows of a global batch that one host reads.
+def check_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """The rows of a global batch that are asked for, int (n,); None stands for all of them.
 
     Raises:
-      ValueError: the batch does not divide among the hosts, or there is no such host.
+      ValueError: the batch has no window, or does not have these rows.
     """
-    if not 0 <= host < hosts:
-        raise ValueError(f"host {host} of {hosts}: hosts are numbered from 0 to {hosts - 1}")
-    if batch_size < 1 or batch_size % hosts:
-        raise ValueError(f"a global batch of {batch_size} windows does not divide among {hosts} hosts")
-    share = batch_size // hosts
-    return slice(host * share, (host + 1) * share)
-
-
-def check_rows(batch_size: int, rows: np.ndarray) -> None:
-    """Raises ValueError unless a batch of `batch_size` has all these rows."""
+    if batch_size < 1:
+        raise ValueError(f"a batch of {batch_size} windows: it must have at least 1")
+    if rows is None:
+        return np.arange(batch_size)
     if len(rows) and not 0 <= rows.min() <= rows.max() < batch_size:
         raise ValueError(f"rows {rows.min()} to {rows.max()} of a batch of {batch_size} windows")
+    return rows
 
 
 def pack_state(identity: dict[str, Any], **rest: Any) -> bytes:
@@ -144,7 +139,7 @@ def unpack_state(state: bytes, identity: dict[str, Any]) -> dict[str, Any]:
 class StoreBatches:
     """Endless shuffled batches from a store: every epoch holds each window once, in an order of its own."""
 
-    def __init__(self, store: TokenStore, split: str, context: int, seed: int, host: int = 0, hosts: int = 1) -> None:
+    def __init__(self, store: TokenStore, split: str, context: int, seed: int) -> None:
         """Starts at position 0.
 
         Args:
@@ -152,15 +147,11 @@ class StoreBatches:
           split: 'train' or 'heldout'.
           context: tokens per row.
           seed: of the order of windows.
-          host: this process's number.
-          hosts: how many share each global batch, in contiguous blocks of rows.
 
         Raises:
-          ValueError: the split has no window of this context, or there is no such host.
+          ValueError: the split has no window of this context.
         """
-        host_rows(hosts, host, hosts)
         self._store, self._split, self._context, self._seed = store, split, context, seed
-        self._host, self._hosts = host, hosts
         self._windows = store.num_windows(split, context)
         self.position = 0
 
@@ -179,19 +170,16 @@ class StoreBatches:
         return chosen
 
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
-        """This host's rows of the next global batch, (batch_size / hosts, context) each; no other rows are read.
+        """The next global batch, (batch_size, context) each, or the given rows of it; no other rows are read.
 
         Args:
           batch_size: windows of the global batch.
-          rows: int (n,), rows of the global batch to read instead of the host's block.
+          rows: int (n,), the rows of the global batch to return; None: all.
 
         Raises:
-          ValueError: batch_size does not divide among the hosts, or the batch has no such rows.
+          ValueError: batch_size is below 1, or the batch has no such rows.
         """
-        if rows is None:
-            block = host_rows(batch_size, self._host, self._hosts)
-            rows = np.arange(block.start, block.stop)
-        check_rows(batch_size, rows)
+        rows = check_rows(batch_size, rows)
         indices = self.order(self.position + rows)
         batch = read_batch(self._store, self._split, indices, self._context)
         self.position += batch_size
@@ -207,7 +195,7 @@ class StoreBatches:
         }
 
     def state(self) -> bytes:
-        """The position and the identity of the data; the same on every host, and valid for any number of hosts."""
+        """The position and the identity of the data; the same in every process, and valid for any number of them."""
         return pack_state(self._identity(), position=self.position)
 
     def mark(self) -> str:

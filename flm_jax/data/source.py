@@ -41,7 +41,7 @@ class Data(Protocol):
         """A sha256 (hex) that identifies the documents, their split and their tokens."""
         ...
 
-    def train(self, host: int = 0, hosts: int = 1) -> TokenBatches:
+    def train(self) -> TokenBatches:
         """A new stream of training batches, at its start."""
         ...
 
@@ -76,9 +76,9 @@ class StoreData:
         """See Data; the store's."""
         return self.store.digest
 
-    def train(self, host: int = 0, hosts: int = 1) -> StoreBatches:
-        """See Data; all hosts together read what one host would."""
-        return StoreBatches(self.store, "train", self._context, self._seed, host, hosts)
+    def train(self) -> StoreBatches:
+        """See Data."""
+        return StoreBatches(self.store, "train", self._context, self._seed)
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
         """See Data; spread evenly over the held-out split."""
@@ -113,13 +113,11 @@ class StreamData:
         """See Data; of corpus and vocabulary, because the tokens are never all read."""
         return sha256_json({"corpus": self._corpus.digest(), "vocabulary": self.vocabulary.digest})
 
-    def train(self, host: int = 0, hosts: int = 1) -> TokenBatches:
-        """See Data; each host reads its own documents."""
+    def train(self) -> TokenBatches:
+        """See Data."""
         from flm_jax.data import streaming
 
-        return streaming.SeqioBatches(
-            self._corpus, self.vocabulary, "train", self._context, self._seed, host=host, hosts=hosts
-        )
+        return streaming.SeqioBatches(self._corpus, self.vocabulary, "train", self._context, self._seed)
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
         """See Data; the first windows of the held-out documents."""

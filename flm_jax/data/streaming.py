@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax.data.batches import Batch, check_rows, host_rows, in_batches, make_batch, pack_state, unpack_state
+from flm_jax.data.batches import Batch, check_rows, in_batches, make_batch, pack_state, unpack_state
 from flm_jax.data.corpora import Corpus
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.tasks import Source, resolve
@@ -27,8 +27,8 @@ from flm_jax.data.vocabulary import Vocabulary
 class SeqioBatches:
     """Endless batches of a seqio task or mixture, read during training, that resume exactly.
 
-    Each host reads its own documents, so a position belongs to its host, and the number of hosts is part of the
-    identity of the data.
+    With several processes, each reads the whole stream and keeps the rows that it needs, so the order of the documents
+    and a saved position are the same for any number of processes.
     """
 
     def __init__(
@@ -39,8 +39,6 @@ class SeqioBatches:
         context: int,
         seed: int,
         shuffle_buffer: int | None = None,
-        host: int = 0,
-        hosts: int = 1,
     ) -> None:
         """Starts reading.
 
@@ -52,17 +50,14 @@ class SeqioBatches:
           seed: of the order of documents, and of a mixture's draws.
           shuffle_buffer: number of documents that seqio shuffles among; they are part of every saved position. None:
             the default of `tasks.register_task`; a SeqioTask keeps its own.
-          host: this process's number.
-          hosts: how many share each global batch.
 
         Raises:
-          ValueError: no such split, task or host.
+          ValueError: no such split or task.
         """
-        host_rows(hosts, host, hosts)
         if context < 1:
             raise ValueError(f"context is {context}: a window predicts at least 1 token")
         self._source = resolve(corpus, vocabulary, shuffle_buffer)
-        self._context, self._host, self._hosts = context, host, hosts
+        self._context = context
         self._eos_id = self._source.vocabulary.eos_id
         self._identity = {
             "kind": "stream",
@@ -72,55 +67,37 @@ class SeqioBatches:
             "context": context,
             "seed": seed,
             "shuffle_buffer": shuffle_buffer,
-            "host": f"{host} of {hosts}",
+            "host": "0 of 1",  # positions that were saved by version 0.1.0 hold it
         }
-        _, seqio = load_tensorflow()
-        self._dataset = self._source.dataset(
-            split,
-            shuffle=True,
-            seed=seed,
-            num_epochs=None,
-            shard_info=seqio.ShardInfo(index=host, num_shards=hosts) if hosts > 1 else None,
-        )
+        self._dataset = self._source.dataset(split, shuffle=True, seed=seed, num_epochs=None)
         self._iterator: Any = iter(self._dataset)
         self._rest = np.zeros(0, np.int32)
         self._seen = 0  # crc32 of all tokens so far
         self.position = 0
 
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
-        """This host's rows of the next global batch, (batch_size / hosts, context) each.
+        """The next global batch, (batch_size, context) each, or the given rows of it.
 
         Args:
-          batch_size: windows of the global batch.
-          rows: int (n,), the rows of the global batch to keep, which only a single host may choose; it still reads the
-            whole batch.
+          batch_size: windows of the global batch, which are all read.
+          rows: int (n,), the rows of the global batch to return; None: all.
 
         Raises:
-          ValueError: batch_size does not divide among the hosts, or the batch has no such rows; there is no document to
-            read; or rows are asked of one of several hosts, which read documents of their own.
+          ValueError: batch_size is below 1, the batch has no such rows, or there is no document to read.
         """
-        if rows is not None and self._hosts > 1:
-            raise ValueError(f"host {self._host} of {self._hosts} reads documents of its own, and has no other rows")
-        block = host_rows(batch_size, self._host, self._hosts)
-        number = block.stop - block.start
-        if rows is not None:
-            check_rows(batch_size, rows)
+        rows = check_rows(batch_size, rows)
         parts, length = [self._rest], len(self._rest)
-        while length < number * self._context + 1:
+        while length < batch_size * self._context + 1:
             example = next(self._iterator, None)
             if example is None:
-                raise ValueError(
-                    f"{self._source.task.name} gives host {self._host} of {self._hosts} no document: "
-                    "use fewer hosts or a larger corpus"
-                )
+                raise ValueError(f"{self._source.task.name} has no document to train on")
             parts.append(ended(example[self._source.feature].numpy(), self._eos_id))
             length += len(parts[-1])
         tokens = np.concatenate(parts)
-        self._seen = zlib.crc32(tokens[: number * self._context].tobytes(), self._seen)
-        self._rest = tokens[number * self._context :]
+        self._seen = zlib.crc32(tokens[: batch_size * self._context].tobytes(), self._seen)
+        self._rest = tokens[batch_size * self._context :]
         self.position += batch_size
-        windows = cut(tokens, number, self._context)
-        return make_batch(windows if rows is None else windows[rows], self._eos_id)
+        return make_batch(cut(tokens, batch_size, self._context)[rows], self._eos_id)
 
     def state(self) -> bytes:
         """The position as JSON bytes: tf.data's own checkpoint, and the rest of the document that is being cut.
@@ -143,7 +120,7 @@ class SeqioBatches:
         """Continues at a saved position.
 
         Raises:
-          ValueError: the state belongs to other data, another seed, context or host, or is not a state.
+          ValueError: the state belongs to other data, another seed or context, or is not a state.
         """
         record = unpack_state(state, self._identity)
         tf, _ = load_tensorflow()

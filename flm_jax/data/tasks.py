@@ -59,7 +59,7 @@ class Source:
 
         Args:
           split: 'train' or 'heldout'.
-          **options: for seqio: shuffle, seed, num_epochs, shard_info.
+          **options: for seqio: shuffle, seed, num_epochs.
         """
         check_split(split)
         self._check_has(split)
