@@ -65,8 +65,10 @@ def test_help_answers_without_jax(name):
     code = f"import sys; sys.argv = ['x', '--help']; from flm_jax.cli.{name} import main\n"
     code += "try:\n  main()\nfinally:\n  assert 'jax' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and "AssertionError" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "AssertionError" not in done.stderr, done.stderr
     assert f"experiments/{name}.py" in done.stdout
+    # A command of several lines can be copied.
+    assert name != "grow" or "--workdir=runs/copied \\\n      --gin_file=" in done.stdout
 
 
 CONFIGS = sorted(ROOT.glob("gin_configs/growth/*.gin"))

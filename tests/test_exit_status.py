@@ -11,6 +11,7 @@ import pytest
 
 from flm_jax.cli import runs
 from flm_jax.cli.flags import INTERRUPTED, STOPPED
+from tests.environment import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +31,27 @@ def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, mon
         gin.clear_config()
     assert found == status
     assert ("Run the same command to continue" in capsys.readouterr().out) == (result is None)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "said"),
+    [
+        ("train", ["--gin_fil=x"], "Unknown command line flag 'gin_fil'. Did you mean: gin_file ?"),
+        ("train", ["--gin_file=x", "--dry_run", "--process=a"], "flag --process=a: invalid literal"),
+        ("train", [], "give a recipe with --gin_file"),
+        ("train", ["x"], "unexpected argument 'x'"),
+        ("grow", ["--gin_file=x"], "give --source; give --workdir"),
+        ("evaluate", ["--checkpoint=x", "--text=x", "--batch_size=0"], "--batch_size=0"),
+        ("plan", ["--gin_file=x", "--topology=v5p-2000"], "nearest sizes are v5p-1920 and v5p-2048"),
+        ("bindings", ["--nope"], "Unknown command line flag 'nope'"),
+    ],
+)
+def test_wrong_flags_exit_with_2_and_say_what_is_wrong_first(program, arguments, said):
+    command = [sys.executable, f"experiments/{program}.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=as_user())
+    error, last = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, last) == (2, "", "--help lists the flags.")
+    assert error.startswith("error: ") and said in error
 
 
 @pytest.mark.parametrize("before", ["", "begun()\n  "], ids=["while it starts", "later"])

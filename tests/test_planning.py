@@ -162,7 +162,6 @@ def run_plan(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v5p-2000"], "nearest sizes are v5p-1920 and v5p-2048"),
         (["--topology=h100-8", "--gin_bindings=MeshConfig.tensor = 3"], "does not fit 8 devices"),
         (["--topology=v5p-128"], "64 devices"),
         (["--topology=2xv5p-1024", "--compiler=none"], "data=1 must be a multiple of the 2 slices"),

@@ -16,6 +16,8 @@ from typing import Any
 import gin
 from absl import app
 
+from flm_jax.cli.flags import parse
+
 # Shown as the default of a field that has none.
 REQUIRED = "required"
 
@@ -85,7 +87,7 @@ def run(argv: list[str]) -> None:
 def main() -> None:
     """Runs the program."""
     sys.modules["__main__"].__doc__ = __doc__
-    app.run(run)
+    app.run(run, flags_parser=parse)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -88,12 +89,27 @@ def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]
                 raise
             exit_interrupted()
 
-    app.run(main)
+    app.run(main, flags_parser=parse)
 
 
-def refuse(what: str) -> None:
-    """Prints the short help and a line about the flags, then exits with status 2."""
-    app.usage(shorthelp=True, detailed_error=what, exitcode=2)
+def parse(argv: list[str]) -> list[str]:
+    """The arguments that are not flags, after all flags have been set; wrong flags are refused.
+
+    Absl's own parser would exit with 1, also after --help.
+    """
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        missing = r"flag --(\w+)=None: Flag --\1 must have a value other than None\."
+        refuse("; ".join(re.sub(missing, r"give --\1", str(error)).splitlines()))
+    except SystemExit:  # --help has printed its text
+        sys.exit(0)
+
+
+def refuse(what: str) -> NoReturn:
+    """Prints what is wrong with the flags, and exits with status 2."""
+    print(f"error: {what}\n--help lists the flags.", file=sys.stderr)
+    sys.exit(2)
 
 
 def define_gin(example: str) -> None:

@@ -1,4 +1,4 @@
-"""Grow a checkpoint, optimizer state included, into a new work directory, and verify it.
+r"""Grow a checkpoint, optimizer state included, into a new work directory, and verify it.
 
   python experiments/grow.py --source=runs/demo/checkpoints/0_52b_small --workdir=runs/copied \
       --gin_file=gin_configs/growth/copy_small.gin

@@ -9,7 +9,6 @@ The train step and the growth of every stage are compiled for the same number of
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 from absl import flags
@@ -49,8 +48,7 @@ def run(values: Any) -> None:
     try:
         machine = topology(values.topology)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        refuse(str(error))
     # JAX reads both variables when it starts. A plan computes nothing, so it does not occupy a local accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
     if values.compiler != "tpu":
