@@ -12,6 +12,7 @@ from flm_jax import records
 from flm_jax.cli import bindings, configure, runs
 from flm_jax.config import small_52b
 from flm_jax.growth import Lineage
+from tests.environment import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
 SURFACE = ROOT / "tests/golden/bindings.txt"
@@ -64,7 +65,7 @@ def test_the_minimal_recipe_is_short_and_trains_and_grows_on_texts_of_ones_own(t
 def test_help_answers_without_jax(name):
     code = f"import sys; sys.argv = ['x', '--help']; from flm_jax.cli.{name} import main\n"
     code += "try:\n  main()\nfinally:\n  assert 'jax' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=as_user())
     assert done.returncode == 0 and "AssertionError" not in done.stderr, done.stderr
     assert f"experiments/{name}.py" in done.stdout
     # A command of several lines can be copied.

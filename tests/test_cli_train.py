@@ -11,10 +11,12 @@ import pytest
 
 from flm_jax.checkpoint import read_manifest
 from flm_jax.data.source import open_data
+from tests.environment import as_user
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILED = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 GIN = """
 train.recipe = @Recipe()
 train.run = @Run()
@@ -50,10 +52,6 @@ def command(gin_file: Path, workdir: Path, *bindings: str) -> list[str]:
     return [sys.executable, script, f"--gin_file={gin_file}", f"--workdir={workdir}", *extra]
 
 
-def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-
-
 @pytest.fixture(scope="session")
 def gin_file(data, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("gin") / "small.gin"
@@ -64,7 +62,9 @@ def gin_file(data, tmp_path_factory) -> Path:
 
 def test_killed_and_run_again_on_the_command_line_equals_never_killed(gin_file, tmp_path):
     """SIGTERM in the first stage saves and exits with 75; kill -9 inside the mask ramp; then to the end."""
-    env = environment()
+    # The four starts compile the same programs.
+    compiled = {name: os.environ[name] for name in COMPILED if name in os.environ}
+    env = {**as_user(), **compiled}
     whole = subprocess.run(command(gin_file, tmp_path / "whole"), env=env, capture_output=True, text=True, timeout=300)
     assert whole.returncode == 0, whole.stderr
     for wanted, number in (
@@ -112,7 +112,7 @@ def test_training_from_a_prepared_store_needs_no_tensorflow(gin_file, tmp_path):
     arguments[2] = f"--gin_file={small_file}"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments[1:]],
-        env=environment(),
+        env=as_user(),
         capture_output=True,
         text=True,
         timeout=200,
@@ -124,7 +124,10 @@ def test_training_from_a_prepared_store_needs_no_tensorflow(gin_file, tmp_path):
 def test_help_answers_at_once():
     since = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments/train.py"), "--helpshort"], capture_output=True, text=True
+        [sys.executable, str(ROOT / "experiments/train.py"), "--helpshort"],
+        env=as_user(),
+        capture_output=True,
+        text=True,
     )
     assert "--gin_file" in done.stdout
     assert "--dry_run" in done.stdout

@@ -238,19 +238,6 @@ def test_a_continuation_is_shown_while_it_is_made_with_its_spaces_and_within_the
         evaluate_checkpoint(run, dataclasses.replace(asked, prompt=text, max_length=2))
 
 
-def test_the_command_says_what_it_can_do_where_nothing_is_asked(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "experiments/evaluate.py", f"--checkpoint={tmp_path}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (
-        done.returncode == 2
-        and "say what to evaluate: --lm_eval, --text, --generate or --prompts" in done.stdout + done.stderr
-    )
-
-
 def test_evaluating_text_needs_neither_tensorflow_nor_lm_eval(converted, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     code = f"""

@@ -42,6 +42,7 @@ def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, mon
         ("train", ["x"], "unexpected argument 'x'"),
         ("grow", ["--gin_file=x"], "give --source; give --workdir"),
         ("evaluate", ["--checkpoint=x", "--text=x", "--batch_size=0"], "--batch_size=0"),
+        ("evaluate", ["--checkpoint=x"], "say what to evaluate: --lm_eval, --text or --generate"),
         ("plan", ["--gin_file=x", "--topology=v5p-2000"], "nearest sizes are v5p-1920 and v5p-2048"),
         ("bindings", ["--nope"], "Unknown command line flag 'nope'"),
     ],
@@ -69,7 +70,7 @@ def test_wrong_flags_exit_with_2_and_say_what_is_wrong_first(program, arguments,
 def test_an_interrupted_program_says_one_line(body, before):
     code = "import signal, sys\nsys.argv = ['x']\nfrom flm_jax.cli.flags import begun, launch\n"
     code += f"def run(_):\n  {before}{body}\nlaunch('', lambda: None, run)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=as_user())
     assert done.stdout == ""
     assert (done.returncode, done.stderr) == (INTERRUPTED, "Interrupted.\n")
 
@@ -80,7 +81,7 @@ def test_sigterm_ends_a_program_like_ctrl_c_and_lets_it_clean_up():
         "  try:\n    signal.raise_signal(signal.SIGTERM)\n  finally:\n    print('cleaned')\n"
         "launch('', lambda: None, run)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=as_user())
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "cleaned\n", "Interrupted.\n")
 
 
@@ -93,6 +94,7 @@ def test_ctrl_c_while_a_run_starts_says_one_line(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=as_user(),
         )
         time.sleep(delay)
         process.send_signal(signal.SIGINT)

@@ -1,7 +1,6 @@
 """Installation: what is imported is declared and pinned, and what works without the extra `data`."""
 
 import ast
-import os
 import subprocess
 import sys
 import tomllib
@@ -15,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 from flm_jax.cli import configure, errors
 from flm_jax.data.reading import load_tensorflow
+from tests.environment import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -117,7 +117,7 @@ def test_the_base_alone_trains_grows_verifies_converts_and_plans(data, tmp_path)
 
     open_data(data)  # the store is prepared here, where the data extra is installed
     python = tmp_path / "env" / "bin" / "python"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "PYTHON"))}
+    env = {name: value for name, value in as_user().items() if not name.startswith("PYTHON")}
 
     def call(*command, succeeds=True) -> str:
         done = subprocess.run([*map(str, command)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)

@@ -13,6 +13,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 
 from flm_jax.growth import REGISTRY
+from tests.environment import as_user
 
 pytestmark = pytest.mark.integration
 
@@ -61,12 +62,10 @@ def executed(tmp_path_factory):
         timeout=600,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
         patch.setenv("JUPYTER_RUNTIME_DIR", str(folder / "runtime"))
-        patch.delenv("XLA_FLAGS", raising=False)
-        patch.delenv("MPLBACKEND", raising=False)
-        client.execute()
+        environment = {**as_user(), "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}
+        environment.pop("MPLBACKEND", None)
+        client.execute(env=environment)
     return notebook
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 import warnings
@@ -24,6 +23,7 @@ from flm_jax.records import from_dict
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.state import abstract_state
 from flm_jax.step import StageProgram, make_grower, quietly_donated
+from tests.environment import as_user
 
 pytestmark = pytest.mark.integration
 
@@ -155,8 +155,7 @@ def test_saved_activations_follow_the_remat_policy():
 
 def run_plan(*arguments):
     command = [sys.executable, str(ROOT / "experiments/plan.py"), *arguments]
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=as_user())
 
 
 @pytest.mark.parametrize(
