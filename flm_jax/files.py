@@ -1,4 +1,4 @@
-"""Atomic writes of files, bounded reads, sha256 sums, and a check for room on the disk."""
+"""Atomic writes of files, bounded reads, sha256 sums, and checks that a folder can be written to and has room."""
 
 from __future__ import annotations
 
@@ -95,6 +95,31 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         draft.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Checks that files can be written into a folder, or that it can be made; leaves nothing behind.
+
+    Args:
+      folder: need not exist.
+      what: the setting that names it, for the message, such as '--workdir=runs/demo'.
+
+    Raises:
+      ValueError: it is no folder, or nothing can be written there.
+    """
+    folder = folder.expanduser().absolute()
+    found = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not found.is_dir():
+        raise ValueError(f"{what}: {found} is not a directory; give another one.")
+    # Permissions do not tell whether the disk was mounted for reading only, so a file is made.
+    draft = draft_of(found / "draft")
+    try:
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        # /proc answers that there is no such file, which would mislead.
+        reason = "" if error.errno == errno.ENOENT else f" ({error.strerror})"
+        raise ValueError(f"{what}: {found} cannot be written to{reason}; give another directory.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,12 +2,18 @@
 
 import json
 import os
+from pathlib import Path
 
+import gin
 import pytest
 
 from flm_jax.cli import errors, runs
+from flm_jax.data import prepare
 from flm_jax.data.reading import read_files, read_lines
 from flm_jax.data.text import SPLITS, Jsonl, TextFolder
+from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
 
 STRANGE = b"caf\xe9"  # Latin-1, and not UTF-8
 
@@ -52,9 +58,9 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
         ("/proc/x.json", "/proc cannot be written to"),  # not even as root
     ):
         with pytest.raises(ValueError, match=message):
-            runs.check_writable(str(path))
-    runs.check_writable(str(tmp_path / "x.json"))
-    runs.check_writable(str(tmp_path / "file"))
+            runs.check_json_file(str(path))
+    runs.check_json_file(str(tmp_path / "x.json"))
+    runs.check_json_file(str(tmp_path / "file"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -65,4 +71,37 @@ def test_evaluation_and_verification_look_at_the_place_first(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             run()
-        assert "--json=/proc/x.json: /proc cannot be written to" in capsys.readouterr().err
+        assert "--json=/proc/x.json: /proc cannot be written to; give another" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    recipe = f"{ROOT}/gin_configs/recipes/minimal.gin"
+    for path, said in (
+        (f"{tmp_path}/file", f"{tmp_path}/file is not a directory; give another one."),
+        (f"{tmp_path}/file/run", f"{tmp_path}/file is not a directory; give another one."),
+        ("/proc/x", "/proc cannot be written to; give another directory."),
+    ):
+        for flag, run in (
+            ("workdir", lambda path=path: runs.run_train([recipe], ["TextFolder.path = 'x'"], path, False)),
+            ("workdir", lambda path=path: runs.run_grow("absent", path, [], [])),
+            ("workdir", lambda path=path: runs.run_import("absent", path, None)),
+            ("to_hf", lambda path=path: runs.run_export("absent", path, None, None, 1)),
+        ):
+            gin.clear_config()
+            with pytest.raises(SystemExit):
+                run()
+            gin.clear_config()
+            assert capsys.readouterr().err == f"error: --{flag}={path}: {said}\n"
+
+
+@pytest.mark.parametrize("vocabulary", [Bytes(), SentencePiece(size=300)])
+def test_a_cache_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, vocabulary, monkeypatch):
+    (tmp_path / "a.txt").write_text("a text")
+    monkeypatch.setattr(prepare, "load_tensorflow", lambda: pytest.fail("TensorFlow was loaded"))
+    for function in (prepare.prepare, lambda corpus, config, cache: build_vocabulary(config, corpus, cache)):
+        if function is prepare.prepare or isinstance(vocabulary, SentencePiece):
+            with pytest.raises(
+                ValueError, match=r"^DataConfig.cache_dir = '/proc/c': /proc cannot be written to; give "
+            ):
+                function(TextFolder(str(tmp_path)), vocabulary, "/proc/c")

@@ -19,7 +19,7 @@ from flm_jax.cli.errors import fail, join, started
 from flm_jax.cli.flags import STOPPED
 from flm_jax.convert import exporting, importing
 from flm_jax.evaluation import EvalRequest, JudgeRequest
-from flm_jax.files import draft_of, write_json
+from flm_jax.files import check_writable, write_json
 from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.topology import Topology
 from flm_jax.train import train
@@ -51,6 +51,7 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
                 distributed.print0(section)
             return
         assert workdir is not None
+        check_directory("workdir", workdir)
         given = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
         if train(recipe, run, workdir, records=given) is not None:
             return
@@ -70,7 +71,7 @@ def chosen(checkpoint: str) -> str:
     return str(step)
 
 
-def check_writable(json_file: str | None) -> None:
+def check_json_file(json_file: str | None) -> None:
     """Refuses a --json that cannot be written, before anything is computed.
 
     Raises:
@@ -83,20 +84,24 @@ def check_writable(json_file: str | None) -> None:
         raise ValueError(f"--json={json_file} is a directory; give the name of a file.")
     if not path.parent.is_dir():
         raise ValueError(f"--json={json_file}: there is no directory {path.parent}.")
-    if not distributed.is_primary():
-        return
-    # Permissions do not tell whether the disk was mounted for reading only, so a file is made.
-    draft = draft_of(path)
-    try:
-        draft.touch()
-        draft.unlink()
-    except OSError as error:
-        raise ValueError(f"--json={json_file}: {path.parent} cannot be written to: {error.strerror}.") from error
+    if distributed.is_primary():
+        check_writable(path.parent, f"--json={json_file}")
+
+
+def check_directory(flag: str, directory: str) -> None:
+    """Refuses a directory that cannot be written to, before anything is computed.
+
+    Raises:
+      ValueError: it is a file, or cannot be written to or made.
+    """
+    if distributed.is_primary():
+        check_writable(Path(directory), f"--{flag}={directory}")
 
 
 def run_grow(source: str, workdir: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     """Grows a checkpoint into a new work directory, and prints its verification."""
     with started():
+        check_directory("workdir", workdir)
         parse(gin_files, gin_bindings)
         settings = configured(configure.grow)
         check_used()
@@ -111,7 +116,7 @@ def run_verify(
 ) -> None:
     """Verifies a grown checkpoint; exits with status 1 if a promise of its method does not hold."""
     with started():
-        check_writable(json_file)
+        check_json_file(json_file)
         parse(gin_files, gin_bindings)
         settings = configured(configure.verify)
         check_used()
@@ -126,6 +131,7 @@ def run_verify(
 def run_import(source: str, workdir: str, dtype: str | None) -> None:
     """Imports a Hugging Face model as a checkpoint, and prints what it is."""
     with started():
+        check_directory("workdir", workdir)
         found = importing.import_model(source, workdir, dtype)
     distributed.print0(
         f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters in {found['tensors']} "
@@ -141,6 +147,7 @@ def run_import(source: str, workdir: str, dtype: str | None) -> None:
 def run_export(workdir: str, target: str, architecture: str | None, dtype: str | None, shard_bytes: int) -> None:
     """Exports a checkpoint as a Hugging Face model, and prints what was written."""
     with started():
+        check_directory("to_hf", target)
         found = exporting.export_model(chosen(workdir), target, architecture, dtype, shard_bytes)
     folded = (
         f"multipliers and kept widths are folded into {found['folded']} kinds of parameters"
@@ -170,7 +177,7 @@ def run_evaluate(
 ) -> None:
     """Evaluates a checkpoint, and prints the results."""
     with started():
-        check_writable(json_file)
+        check_json_file(json_file)
         parse(gin_files, gin_bindings)
         mesh = configured(configure.evaluate)
         check_used()
@@ -217,7 +224,7 @@ def run_plan(
 ) -> None:
     """Prints the plan of a recipe for a machine, stage by stage; exits with status 1 if a stage does not fit."""
     with started():
-        check_writable(json_file)
+        check_json_file(json_file)
         parse(gin_files, gin_bindings)
         recipe, run = configured(configure.train)
         check_used()

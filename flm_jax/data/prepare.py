@@ -16,7 +16,7 @@ from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary, identity
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.distributed import print0
-from flm_jax.files import sha256_json
+from flm_jax.files import check_writable, sha256_json
 
 _log = logging.getLogger(__name__)
 
@@ -116,11 +116,12 @@ def _prepare_tokens(
 
 
 def _existing(path: Path) -> TokenStore | None:
-    """The store at a path, checked; None if there is none."""
+    """The store at a path, checked; None if there is none, and one can be made."""
     if (path / STORE_FILE).exists():
         return TokenStore.open(path)
     if path.exists():
         raise FileNotFoundError(f"{path} holds no {STORE_FILE}: delete the folder to prepare the store again")
+    check_writable(path.parent, f"DataConfig.cache_dir = {str(path.parent)!r}")
     return None
 
 

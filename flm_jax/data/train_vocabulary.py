@@ -29,7 +29,7 @@ from flm_jax.data.vocabulary import (
     Vocabulary,
 )
 from flm_jax.data.vocabulary_files import VocabularyError, from_files, from_spec
-from flm_jax.files import atomic_write, sha256_file
+from flm_jax.files import atomic_write, check_writable, sha256_file
 from flm_jax.records import recorded
 from flm_jax.records.fields import Count, Size, at_least
 from flm_jax.records.foreign_json import check, field, read_json
@@ -211,6 +211,7 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
         if sha256_file(model_path) != recorded:
             raise ValueError(f"{model_path} was altered: its sha256 is not the one in {record_path.name}; delete both")
         return SentencePieceVocabulary(model_path)
+    check_writable(model_path.parent, f"DataConfig.cache_dir = {str(cache_dir)!r}")
     text_corpus: TextCorpus = corpus  # type: ignore[assignment]  # every other corpus has documents
     model = train(config, text_corpus.documents("train"))
     vocabulary = SentencePieceVocabulary(model=model)
