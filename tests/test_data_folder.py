@@ -53,6 +53,17 @@ def test_what_does_not_match_is_said(tmp_path):
     assert said[1] == f"{tmp_path}: folders that are links are not entered: {tmp_path}/linked."
     with pytest.raises(FileNotFoundError, match=r"matches the pattern '\*\*/\*.tex'; it holds 3 \*.md, 2 \*.txt, 1"):
         TextFolder(str(tmp_path), "**/*.tex").paths()
+    with pytest.raises(FileNotFoundError, match=r"1 \*.rst, 1 other: bind TextFolder.pattern = '\*\*/\*.md'$"):
+        TextFolder(str(tmp_path), "**/*.tex").paths()
+    with pytest.raises(FileNotFoundError, match=r"no \*.jsonl file in .*; it holds 3 \*.md, 2 \*.txt"):
+        Jsonl(str(tmp_path)).files()
+    for name in ("d", "e.md"):
+        (tmp_path / "last" / name).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"matches the pattern '\*\*/\*.txt'$"):
+        TextFolder(str(tmp_path / "last")).paths()
+    (tmp_path / "last" / "f").write_text("text")
+    with pytest.raises(FileNotFoundError, match=r"holds 1 without an ending: bind TextFolder.pattern = '\*\*/\*'$"):
+        TextFolder(str(tmp_path / "last")).paths()
     with pytest.raises(ValueError, match="a pattern begins at the folder"):
         TextFolder(str(tmp_path), "/etc/*").paths()
 

@@ -108,6 +108,14 @@ def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch
     large = write_tokenizer(tmp_path / "large", size=310)
     assert "The tokenizer has 310 ids, and the model only 304" in refused(text, tokenizer=str(large))
     (tmp_path / "latin.txt").write_bytes(b"\xff")
+    (tmp_path / "notes").mkdir()
+    for name in ("a.md", "b.md", "c.rst"):
+        (tmp_path / "notes" / name).write_text("text")
+    folder = str(tmp_path / "notes")
+    assert refused(EvalRequest(text=folder)) == (
+        f"error: --text={folder}: a folder is read for *.txt; it holds 2 *.md, 1 *.rst: give one of the files, or a "
+        "*.jsonl.\n"
+    )
     assert "is not UTF-8 text" in refused(EvalRequest(text=str(tmp_path / "latin.txt")))
     assert "is not a folder" in refused(EvalRequest(("x",), str(tmp_path / "nowhere")))
 

@@ -211,7 +211,8 @@ class TextFolder(FileCorpus):
             (p for p in root.glob(self.pattern) if p.is_file()), key=lambda p: p.relative_to(root).as_posix()
         )
         if not paths:
-            others = f"; it holds {found}" if (found := _endings(_all_files(root))) else ""
+            counts = _counted(_all_files(root))
+            others = f"; it holds {_said(counts)}: bind TextFolder.pattern = '**/*{counts[0][0]}'" if counts else ""
             raise FileNotFoundError(f"TextFolder: no file in {root} matches the pattern {self.pattern!r}{others}")
         return paths
 
@@ -221,7 +222,7 @@ class TextFolder(FileCorpus):
         said = []
         if root.is_dir():
             matching = set(paths)
-            left = _endings(path for path in _all_files(root) if path not in matching)
+            left = _said(_counted(path for path in _all_files(root) if path not in matching))
             said.append(
                 f"{root}: {len(paths)} files match {self.pattern!r}" + (f"; left out: {left}." if left else ".")
             )
@@ -281,13 +282,22 @@ def _all_files(root: Path) -> Iterator[Path]:
     return (p for p in root.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(root).parts))
 
 
-def _endings(paths: Iterable[Path]) -> str:
-    """The three commonest endings of some files with their numbers, such as '12 *.md, 3 *.rst, 1 other'."""
+def endings(root: Path) -> str:
+    """What the files of a folder end with, such as '12 *.md, 3 *.rst, 1 other'; empty if there are none."""
+    return _said(_counted(_all_files(root)))
+
+
+def _counted(paths: Iterable[Path]) -> list[tuple[str, int]]:
+    """The endings of some files, '' where there is none, and how many files have each, commonest first."""
     counts = collections.Counter(path.suffix for path in paths)
-    commonest = sorted(counts.items(), key=lambda item: (-item[1], not item[0], item[0]))
-    said = [f"{n} {'*' + ending if ending else 'without an ending'}" for ending, n in commonest[:3]]
-    rest = sum(n for _, n in commonest[3:])
-    return ", ".join(said + ([f"{rest} others"] if rest else []))
+    return sorted(counts.items(), key=lambda item: (-item[1], not item[0], item[0]))
+
+
+def _said(counts: list[tuple[str, int]]) -> str:
+    """The three commonest endings as text, and how many files have others."""
+    said = [f"{n} {'*' + ending if ending else 'without an ending'}" for ending, n in counts[:3]]
+    rest = sum(n for _, n in counts[3:])
+    return ", ".join(said + ([f"{rest} other" + ("s" if rest > 1 else "")] if rest else []))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +322,8 @@ class Jsonl:
             raise FileNotFoundError(f"Jsonl: there is no file or folder {root}")
         paths = sorted(path for path in root.rglob("*.jsonl") if path.is_file())  # not pipes: reading would wait
         if not paths:
-            raise FileNotFoundError(f"Jsonl: no *.jsonl file in {root}")
+            found = endings(root)
+            raise FileNotFoundError(f"Jsonl: no *.jsonl file in {root}" + (f"; it holds {found}" if found else ""))
         return [(path.relative_to(root).as_posix(), path) for path in paths]
 
     def parse(self, line: bytes, where: str) -> str:

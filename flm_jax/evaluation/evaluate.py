@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flm_jax.config import ModelConfig
-from flm_jax.data.text import Jsonl, TextFolder, read_utf8
+from flm_jax.data.text import Jsonl, TextFolder, endings, read_utf8
 from flm_jax.data.vocabulary import REPLACEMENT, Vocabulary
 from flm_jax.distributed import is_primary
 from flm_jax.evaluation.loaded import load_model
@@ -169,7 +169,14 @@ def read_texts(path: str | Path) -> Iterator[str]:
     """
     root = Path(path).expanduser()
     if root.is_dir():
-        return (read_utf8(path).decode() for path in TextFolder(str(root)).paths())  # whole: nothing is held out
+        try:
+            paths = TextFolder(str(root)).paths()
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"--text={path}: a folder is read for *.txt; it holds {endings(root) or 'no files'}: give one of the "
+                "files, or a *.jsonl."
+            ) from None
+        return (read_utf8(path).decode() for path in paths)  # whole: nothing is held out
     if root.suffix == ".jsonl":
         return (text for _, text in Jsonl(str(root)).lines())
     if not root.is_file():
