@@ -175,7 +175,10 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
         distributed.print0(f"Continuing stage {program.stage.name!r} at step {restored.step}.")
         return program.stage.index, restored
     if damaged:
-        raise CheckpointError(f"No checkpoint of any stage can be restored: {'; '.join(damaged)}")
+        raise CheckpointError(
+            f"No checkpoint of any stage can be restored: {'; '.join(damaged)}. Restore one from a copy, or take a new "
+            "--workdir."
+        )
     return 0, None
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError
 from flm_jax.checkpoint.find import step_directory
+from flm_jax.cli import errors
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +60,24 @@ def test_what_is_no_complete_step_is_passed_over_and_named(run, caplog):
     (stage / "100").mkdir()
     (stage / "100/arrays").mkdir()
     assert step_directory(run) == stage / "60"
-    assert f"{stage}/99 is ignored: it is empty" in caplog.text
-    assert f"{stage}/100 is ignored: {stage}/100/manifest.json is missing" in caplog.text
+    assert f"{stage}/99 is passed over: it is empty" in caplog.text
+    assert f"{stage}/100 is passed over: {stage}/100/manifest.json is missing" in caplog.text
+    (stage / "60/meta.json").unlink()
+    assert step_directory(run) == stage / "40"
+    assert f"{stage}/60 is damaged and passed over: {stage}/60/meta.json cannot be read" in caplog.text
 
 
-def test_a_stage_without_a_complete_step_gives_way_to_the_one_before(run):
+def test_a_stage_without_a_complete_step_gives_way_to_the_one_before(run, capsys):
     for step in ("40", "60"):
         (run / "checkpoints/1_two" / step / "manifest.json").unlink()
     assert step_directory(run) == run / "checkpoints/0_one/60"
-    with pytest.raises(DamagedError, match="no step is complete: .*1_two/40, .*1_two/60"):
+    with pytest.raises(
+        DamagedError, match=r"no step is complete: .*1_two/40/manifest.json is missing; .*1_two/60/man.* is missing\.$"
+    ):
         step_directory(run / "checkpoints/1_two")
+    with pytest.raises(SystemExit), errors.started():
+        step_directory(run / "checkpoints/1_two")
+    assert capsys.readouterr().err.endswith("missing. Restore it from a copy, or give another step.\n")
     with pytest.raises(DamagedError, match=r"1_two/60 looks like a step, but its manifest.json is missing"):
         step_directory(run / "checkpoints/1_two/60")
 

@@ -33,7 +33,7 @@ class Steps:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.writing: str | None = None
-        self._ignored: set[tuple[str, str]] = set()
+        self._passed_over: set[tuple[str, str]] = set()
 
     def clear(self) -> None:
         """Removes what a killed run left unfinished."""
@@ -43,7 +43,7 @@ class Steps:
                 shutil.rmtree(entry)
 
     def scan(self) -> tuple[list[int], list[int]]:
-        """The steps that look complete, and those that do not but are not empty; logs each ignored entry once."""
+        """The steps that look complete, and those that do not but are not empty; logs each other entry once."""
         good, bad = [], []
         entries = self.directory.iterdir() if self.directory.is_dir() else ()
         for entry in sorted(entry for entry in entries if entry.is_dir()):
@@ -51,23 +51,25 @@ class Steps:
                 continue
             if not STEP.fullmatch(entry.name):
                 unfinished = LEFTOVER.fullmatch(entry.name)
-                self._ignore(
+                self._pass_over(
                     entry, "a save or deletion did not finish" if unfinished else "its name is not a step number"
                 )
             elif not any(entry.iterdir()):
-                self._ignore(entry, "it is empty")
-            elif faults := _structure(entry):
+                self._pass_over(entry, "it is empty")
+            elif faults := structure_faults(entry):
                 bad.append(int(entry.name))
-                self._ignore(entry, faults[0])
+                self._pass_over(entry, faults[0])
             else:
                 good.append(int(entry.name))
         return sorted(good), sorted(bad)
 
-    def _ignore(self, entry: Path, reason: str) -> None:
-        if (entry.name, reason) not in self._ignored:
-            self._ignored.add((entry.name, reason))
-            damaged = STEP.fullmatch(entry.name) and (entry / manifest.MANIFEST).exists()
-            _log.log(logging.ERROR if damaged else logging.WARNING, "%s is ignored: %s", entry, reason)
+    def _pass_over(self, entry: Path, reason: str) -> None:
+        if (entry.name, reason) not in self._passed_over:
+            self._passed_over.add((entry.name, reason))
+            if STEP.fullmatch(entry.name) and (entry / manifest.MANIFEST).exists():
+                _log.error("%s is damaged and passed over: %s", entry, reason)
+            else:
+                _log.warning("%s is passed over: %s", entry, reason)
 
     def delete(self, steps: Iterable[int]) -> None:
         """Deletes steps; each is renamed first, so that a half-deleted step does not pass for a step."""
@@ -93,7 +95,8 @@ def _check_path(directory: Path) -> None:
         )
 
 
-def _structure(step_dir: Path) -> list[str]:
+def structure_faults(step_dir: Path) -> list[str]:
+    """What is missing or has another size in a step's directory, a sentence for each; contents are not read."""
     try:
         return manifest.file_faults(step_dir, read_manifest(step_dir), contents=False)
     except CheckpointError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flm_jax.checkpoint.directory import Steps
+from flm_jax.checkpoint.directory import Steps, structure_faults
 from flm_jax.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, NoCheckpointError
 from flm_jax.records import RECIPE
 from flm_jax.records.foreign_json import check, field, read_json
@@ -37,7 +37,7 @@ def step_directory(path: str | Path) -> Path:
     if (path / MANIFEST).exists() or (path / MANIFEST).is_symlink():
         return path
     if (path / "arrays").is_dir():
-        raise DamagedError(f"{path} looks like a step, but its {MANIFEST} is missing; take another step.")
+        raise DamagedError(f"{path} looks like a step, but its {MANIFEST} is missing.")
     damaged: list[Path] = []
     for folder in reversed(_stages(path) if (path / STAGES).is_dir() else [path]):
         good, bad = Steps(folder).scan()
@@ -45,7 +45,8 @@ def step_directory(path: str | Path) -> Path:
             return folder / str(good[-1])
         damaged += [folder / str(step) for step in bad]
     if damaged:
-        raise DamagedError(f"{path}: no step is complete: {', '.join(map(str, damaged))}; see the log.")
+        found = [structure_faults(step)[0] for step in damaged[:3]] + ["..."] * (len(damaged) > 3)
+        raise DamagedError(f"{path}: no step is complete: {'; '.join(found)}.")
     raise NoCheckpointError(
         f"{path} holds no checkpoint: give a step, such as .../{STAGES}/0_first/800, a stage's directory, or a work "
         "directory."

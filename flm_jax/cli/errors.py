@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from flm_jax import distributed
-from flm_jax.checkpoint import CheckpointError
+from flm_jax.checkpoint import CheckpointError, DamagedError
 from flm_jax.cli.flags import begun, exit_interrupted, was_interrupted
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import GrowthError
@@ -74,6 +74,8 @@ def fail(error: BaseException) -> NoReturn:
         exit_interrupted()
     # gin appends the calls that it was in to the message; only the text before them is printed.
     text = " ".join(str(error).split("\n  In call to configurable")[0].split())
+    if isinstance(error, DamagedError):
+        text = f"{text.rstrip('.')}. Restore it from a copy, or give another step."
     print(f"error: {text}", file=sys.stderr)
     distributed.fail_together(text)
     sys.exit(1)
