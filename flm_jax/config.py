@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 
-from flm_jax.records import recorded
+from flm_jax.records import meant, recorded
 from flm_jax.records.fields import Limit, NonNegative, Positive, Size, at_least, one_of
 from flm_jax.signature import Signature
 
@@ -228,7 +228,8 @@ class ModelConfig:
         """
         known = [field.name for field in dataclasses.fields(self)]
         if unknown := sorted(set(changes) - set(known)):
-            raise ValueError(f"A model has no {', '.join(unknown)}; its fields are {', '.join(known)}.")
+            near = meant(unknown[0], known) or "."
+            raise ValueError(f"A model has no {', '.join(unknown)}; its fields are {', '.join(known)}{near}")
         heads, group = changes.get("heads", self.heads), self.heads // self.k_heads
         follow = {"kv_heads": heads // group} if heads != self.heads and heads % group == 0 else {}
         return self.replace(**{**follow, **changes})

@@ -35,6 +35,8 @@ def test_a_target_may_name_only_what_changes():
     assert grown_config(old, changed(old, dict(embed=30), Growth("mask")), Growth("mask")).norm_width is None
     with pytest.raises(ValueError, match="no width; its fields are embed, layers"):
         changed(old, dict(width=30), Growth())
+    with pytest.raises(ValueError, match="no layer; its fields are .*; did you mean 'layers'"):
+        changed(old, dict(layer=3), Growth())
 
 
 def test_head_dim_under_query_and_key_norms_grows_by_masks_only():
@@ -42,6 +44,8 @@ def test_head_dim_under_query_and_key_norms_grows_by_masks_only():
     old = small.config(qk_norm=True)
     with pytest.raises(ValueError, match="head_dim grows by 'zero'.*grow head_dim by 'mask'"):
         axis_maps(old, old.replace(head_dim=12), Growth("zero"))
+    with pytest.raises(ValueError, match="'copy' does not grow .*: bind Growth.methods = {'head_dim': 'mask'}"):
+        axis_maps(old, old.replace(head_dim=12), Growth("copy"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,16 @@ def test_a_plan_with_a_wrong_field_is_refused(fields, message):
     [
         (dict(mlp=60), Growth(method=None), r"Axis 'mlp' grows, but Growth gives it no method"),
         (dict(mlp=60), Growth("hypercloning"), "'mlp' by whole multiples, not from 40 to 60; take 'copy'"),
-        (dict(head_dim=12), Growth("copy"), "'copy' does not grow axis 'head_dim'.*these do: .*mask.*zero"),
+        (
+            dict(head_dim=12),
+            Growth("copy"),
+            "axis 'head_dim'; these do: .*mask, .*zero: bind Growth.methods = {'head_dim': 'zero'}",
+        ),
+        (
+            dict(head_dim=12, embed=30),
+            Growth("copy", methods={"embed": "zero"}),
+            "bind Growth.methods = {'embed': 'zero', 'head_dim': 'zero'}",
+        ),
         (
             dict(heads=4),
             Growth(methods={"heads": "copy"}),

@@ -60,24 +60,18 @@ def register(
     return enter
 
 
-def lookup(name: str, axis: str | None = None) -> Operator:
-    """The operator of this name, or of its alias, which must grow `axis` if one is given.
+def lookup(name: str) -> Operator:
+    """The operator of this name, or of its alias.
 
     Raises:
-      ValueError: there is no such operator, or it does not grow this axis.
+      ValueError: there is no such operator.
     """
     own = ALIASES.get(name, name)
     if own not in REGISTRY:
         known = ", ".join(sorted({*REGISTRY, *ALIASES}))
         near = meant(name, [*REGISTRY, *ALIASES]) or "."
         raise ValueError(f"Unknown growth operator {name!r}; the registry has {known}{near}")
-    operator = REGISTRY[own]
-    if axis is not None and KINDS[axis] not in operator.kinds:
-        others = ", ".join(sorted(n for n, o in REGISTRY.items() if KINDS[axis] in o.kinds))
-        raise ValueError(
-            f"Growth operator {name!r} does not grow axis {axis!r} ({KINDS[axis].value}); these do: {others}."
-        )
-    return operator
+    return REGISTRY[own]
 
 
 @register(

@@ -120,11 +120,7 @@ def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, A
     spans["kv_heads"], spans["heads"] = _heads(old, new)
     spans["head_dim"] = _rotary_pairs(old.h_dim, new.h_dim)
     spans["layers"] = depth.place(old.layers, new.layers, growth.depth)
-    maps = {
-        axis: operators.lookup(growth.method_of(axis), axis).map(spans[axis])
-        for axis in AXES
-        if spans[axis].new != spans[axis].old
-    }
+    maps = {axis: _operator(growth, axis, new).map(spans[axis]) for axis in AXES if spans[axis].new != spans[axis].old}
     if new.qk_norm and "head_dim" in maps and not maps["head_dim"].masked:
         operator = operators.lookup(growth.method_of("head_dim"))
         if operator.preserving:
@@ -139,6 +135,24 @@ def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, A
             "copies of its key head, with the same sources and shares. Grow both by one of the two."
         )
     return maps
+
+
+def _operator(growth: Growth, axis: str, new: ModelConfig) -> operators.Operator:
+    """The operator that grows an axis.
+
+    Raises:
+      ValueError: the axis has no method, or one that does not grow it.
+    """
+    name, kind = growth.method_of(axis), KINDS[axis]
+    operator = operators.lookup(name)
+    if kind not in operator.kinds:
+        able = ", ".join(sorted(other.name for other in operators.REGISTRY.values() if kind in other.kinds))
+        right = "mask" if axis == "head_dim" and new.qk_norm else "zero"
+        raise ValueError(
+            f"Growth operator {name!r} does not grow axis {axis!r}; these do: {able}: bind "
+            f"Growth.methods = {dict(growth.methods) | {axis: right}}."
+        )
+    return operator
 
 
 def outline_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, AxisMap]:
