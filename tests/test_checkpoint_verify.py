@@ -1,5 +1,6 @@
 """Files that are damaged for real: what verifying names, and what restoring refuses and falls back to."""
 
+import json
 import logging
 import os
 import random
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flm_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, NoCheckpointError, verify
+from flm_jax.cli import runs
 from tests.checkpoints import ABSTRACT, LOGGER, assert_same, flip, flip_value, numpy_state, state_at
 
 # Orbax leaves tasks behind when a read or a write fails, and Python complains when it collects them.
@@ -27,11 +29,24 @@ DAMAGE = {
 
 
 def test_verify(two_steps):
-    report = verify(two_steps, 1)
-    assert report.ok and (report.step, report.leaves) == (1, 7) and "intact" in str(report)
-    assert verify(two_steps).step == 2
-    with pytest.raises(NoCheckpointError, match="step 5"):
-        verify(two_steps, 5)
+    report = verify(two_steps / "1")
+    assert report.ok and report.leaves == 7 and "bytes are as they were saved" in str(report)
+    with pytest.raises(NoCheckpointError, match="/5 is no directory"):
+        verify(two_steps / "5")
+
+
+def test_the_program_checks_one_checkpoint(damaged, tmp_path, capsys):
+    """Of a stage or a work directory, the newest step."""
+    runs.run_verify_checkpoint(str(damaged), None)
+    assert f"its newest step is {damaged}/2\n{damaged}/2: 7 leaves and " in capsys.readouterr().out
+    flip_value(damaged / "2")
+    with pytest.raises(SystemExit) as stop:
+        runs.run_verify_checkpoint(str(damaged / "2"), str(tmp_path / "found.json"))
+    assert stop.value.code == 1
+    said = f"{damaged}/2: the values of params/w have changed"
+    assert capsys.readouterr().out == f"{damaged}/2 is DAMAGED:\n  {said}\n"
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["ok"], found["problems"], found["leaves"]) == (False, [said], 7)
 
 
 @pytest.mark.battery
@@ -55,15 +70,14 @@ def test_every_file_damaged(damaged, kind, caplog):
         assert restored.blobs == {"vocab.model": bytes([1] * 9)}
         told = [record for record in caplog.records if record.name == LOGGER]
         assert len(told) == 1 and path.name in told[0].getMessage(), (path, told)
-        report = verify(damaged)
-        assert report.step == 2 and not report.ok
+        assert not verify(damaged / "2").ok
         path.write_bytes(content)
-    assert verify(damaged).ok
+    assert verify(damaged / "2").ok
 
 
 def test_a_changed_value_names_the_leaf_and_the_step_can_be_saved_again(damaged, caplog):
     flip_value(damaged / "2")
-    assert verify(damaged).problems == (f"{damaged / '2'}: the values of params/w have changed",)
+    assert verify(damaged / "2").problems == (f"{damaged / '2'}: the values of params/w have changed",)
     with Checkpoints(damaged, keep=1) as checkpoints:
         with pytest.raises(DamagedError, match="params/w"):
             checkpoints.restore(ABSTRACT, 2)

@@ -44,6 +44,8 @@ def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, mon
         ("evaluate", ["--checkpoint=x", "--text=x", "--batch_size=0"], "--batch_size=0"),
         ("evaluate", ["--checkpoint=x"], "say what to evaluate: --lm_eval, --text, --generate or --prompts"),
         ("plan", ["--gin_file=x", "--topology=v5p-2000"], "nearest sizes are v5p-1920 and v5p-2048"),
+        ("verify", ["--source=x"], "give --source and --target, or --checkpoint"),
+        ("verify", ["--source=x", "--checkpoint=x"], "--checkpoint stands alone, or with --json"),
         ("bindings", ["--nope"], "Unknown command line flag 'nope'"),
     ],
 )

@@ -57,7 +57,7 @@ def rewrite(step_dir, name, content):
 
 def refused_everywhere(directory, match):
     """Step 2 is refused by every reader and named by `verify`; who asks for none in particular gets step 1."""
-    report = verify(directory, 2)
+    report = verify(directory / "2")
     assert report.problems
     with pytest.raises(AssertionError, match=match):
         raise AssertionError(str(report))
@@ -70,7 +70,7 @@ def refused_everywhere(directory, match):
 
 
 def test_what_was_saved_is_read(copy):
-    assert verify(copy, 2).ok
+    assert verify(copy / "2").ok
     with Checkpoints(copy, read_only=True) as checkpoints:
         found = checkpoints.restore(ABSTRACT)
     assert (found.step, found.blobs) == (2, {"tokenizer.json": TOKENIZER, "data": b"7"})
@@ -132,7 +132,7 @@ def test_a_folder_that_is_a_link_is_refused(copy):
     (copy / "2" / "blobs").symlink_to(copy.parent / "elsewhere")
     with pytest.raises(DamagedError, match="blobs is a link, or no folder"):
         _ = read_source(copy / "2").files
-    assert not verify(copy, 2).ok
+    assert not verify(copy / "2").ok
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", ".DS_Store", "sub"])

@@ -110,7 +110,7 @@ def test_streamed_is_in_memory_bit_for_bit(name, source, tmp_path):
     target, growth = PLANS[name]
     record = stream(source, tmp_path / "grown", target, growth)
     assert checksums(tmp_path / "grown") == in_memory(source, target, growth)
-    assert verify(step(tmp_path / "grown").parent).ok
+    assert verify(step(tmp_path / "grown")).ok
     read = record["verification"]["streamed"]["source"]["leaves"]
     assert read == (12 if growth.optimizer == "fresh" else 37)
     assert json.loads((tmp_path / "grown" / "growth.json").read_text())["source_digest"] == read_source(source).digest
@@ -282,4 +282,4 @@ def test_on_the_command_line(source, tmp_path, capsys):
     )
     gin.clear_config()
     assert "all with the checksums of the source" in capsys.readouterr().out
-    assert verify(step(tmp_path / "grown").parent).ok
+    assert verify(step(tmp_path / "grown")).ok

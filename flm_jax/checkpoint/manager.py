@@ -251,17 +251,7 @@ class Checkpoints:
         """The steps whose files are all complete, oldest first; logs each other entry once."""
         return self._steps.scan()[0]
 
-    def latest(self) -> int | None:
-        """The newest of `steps`, or None.
-
-        It is None also if every checkpoint is damaged: a program that would then start from scratch should call
-        `restore` instead, and start only on NoCheckpointError.
-        """
-        return max(self.steps(), default=None)
-
-    def restore(
-        self, abstract: PyTree, step: int | str | None = None, *, partial: bool = False, unverified: bool = False
-    ) -> Restored:
+    def restore(self, abstract: PyTree, step: int | str | None = None, *, partial: bool = False) -> Restored:
         """Restores a checkpoint onto any mesh, and checks every bit of it.
 
         Args:
@@ -270,7 +260,6 @@ class Checkpoints:
           step: which one, or the name of a directory that a step was copied to; None: the newest undamaged one, and
             each newer, damaged step is logged as an error.
           partial: the checkpoint may hold more leaves than are requested; only the requested ones are read.
-          unverified: with an explicit step, reads a directory that has no manifest, and therefore no checksums.
 
         Returns:
           The state, and the meta and blobs that were saved with it.
@@ -284,13 +273,11 @@ class Checkpoints:
         wanted = {path: orbax_io.target(path, leaf) for path, leaf in leaf_paths(abstract).items()}
         if step is not None:
             name = step if isinstance(step, str) else str(operator.index(step))
-            return self._restore(abstract, wanted, name, partial, unverified)
-        if unverified:
-            raise CheckpointError("unverified=True needs an explicit step")
+            return self._restore(abstract, wanted, name, partial)
         good, bad = distributed.from_primary("scan", self._steps.scan)
         for candidate in reversed(good):
             try:
-                return self._restore(abstract, wanted, str(candidate), partial, False)
+                return self._restore(abstract, wanted, str(candidate), partial)
             except DamagedError as error:
                 self._refused.add(candidate)
                 bad.append(candidate)
@@ -357,24 +344,13 @@ class Checkpoints:
             _log.warning("%s: old checkpoints could not be deleted: %s", self.directory, error)
 
     def _restore(
-        self,
-        abstract: PyTree,
-        wanted: Mapping[str, jax.ShapeDtypeStruct],
-        name: str,
-        partial: bool,
-        unverified: bool,
+        self, abstract: PyTree, wanted: Mapping[str, jax.ShapeDtypeStruct], name: str, partial: bool
     ) -> Restored:
         step_dir = self.directory / name
         with self._together("manifest"):
             if not step_dir.is_dir():
                 raise NoCheckpointError(f"{self.directory} holds no step {name}, it holds {self.steps()}")
-            if (step_dir / manifest.MANIFEST).exists():
-                saved = read_manifest(step_dir)
-            elif unverified:
-                _log.error("%s has no manifest and is read UNVERIFIED: a damaged value would not be seen", step_dir)
-                saved = orbax_io.unverified_manifest(self._orbax, step_dir)
-            else:
-                raise DamagedError(f"{step_dir} has no {manifest.MANIFEST}; unverified=True reads it without any check")
+            saved = read_manifest(step_dir)
             manifest.compare(saved.leaves, wanted, where=str(step_dir), partial=partial)
             # Files need to be checked by one process only; each process checks its own part of the values below.
             if self._primary and (faults := manifest.file_faults(step_dir, saved, contents=True)):

@@ -13,17 +13,11 @@ import orbax.checkpoint as ocp
 from flm_jax.checkpoint import checksum
 from flm_jax.checkpoint.manifest import (
     ARRAYS,
-    BLOB,
-    BLOBS,
-    META,
     CheckpointError,
     DamagedError,
-    Leaf,
     Manifest,
     check_dtype,
     describe,
-    describe_file,
-    leaf_paths,
 )
 
 
@@ -115,23 +109,3 @@ def wrong_leaves(manifest: Manifest, arrays: Mapping[str, jax.Array]) -> list[st
     with jax.transfer_guard("allow"):
         found = checksum.digests({path: checksum.of(array) for path, array in known.items()})
     return [path for path in known if found[path] != manifest.leaves[path].checksum]
-
-
-def unverified_manifest(orbax: ocp.AsyncCheckpointer, step_dir: Path) -> Manifest:
-    """A manifest for a directory that has none, from orbax's own metadata: shapes and dtypes, but no checksums."""
-    try:
-        tree = orbax.metadata(step_dir / ARRAYS).item_metadata.tree
-        leaves = {
-            path.replace("%2E", ".").replace("%25", "%"): Leaf(tuple(leaf.shape), np.dtype(leaf.dtype).name, "", "")
-            for path, leaf in leaf_paths(tree).items()
-        }
-    except Exception as error:
-        raise DamagedError(f"{step_dir / ARRAYS} cannot be read: {error}") from error
-    blobs = [path for path in (step_dir / BLOBS).glob("*") if BLOB.fullmatch(path.name)]
-    every = (step_dir / META, *blobs, *(step_dir / ARRAYS).rglob("*"))
-    files = [path for path in every if path.is_file() and not path.is_symlink()]
-    return Manifest(
-        int(step_dir.name),
-        leaves,
-        {str(path.relative_to(step_dir)): describe_file(path, hashed=False) for path in files},
-    )

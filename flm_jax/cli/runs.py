@@ -11,6 +11,7 @@ from pathlib import Path
 import gin
 
 from flm_jax import checkpoint_growth, costs, distributed, evaluation
+from flm_jax.checkpoint import verify
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.cli import configure
@@ -34,6 +35,7 @@ __all__ = [
     "run_plan",
     "run_train",
     "run_verify",
+    "run_verify_checkpoint",
 ]
 
 
@@ -125,6 +127,18 @@ def run_verify(
         if json_file and distributed.is_primary():
             write_json(Path(json_file), found)
     if not found["holds"]:
+        sys.exit(1)
+
+
+def run_verify_checkpoint(checkpoint: str, json_file: str | None) -> None:
+    """Checks every byte of a checkpoint; exits with status 1 if it is not as it was saved."""
+    with started():
+        check_json_file(json_file)
+        found = verify(chosen(checkpoint))
+        distributed.print0(str(found))
+        if json_file and distributed.is_primary():
+            write_json(Path(json_file), found.record())
+    if not found.ok:
         sys.exit(1)
 
 
