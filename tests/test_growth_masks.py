@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from flm_jax.growth import (
-    Growth,
-    mask_flags,
-    masks_at,
-)
+from flm_jax.growth import Growth, masks_at
 from flm_jax.growth import masks as growth_masks
 from flm_jax.growth.lineage import Lineage, lineage_of
 from tests import small
@@ -25,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cheap_draws")
 def test_masks_change_nothing_at_the_end_of_the_ramp_and_ever_more_before_it():
     growth = Growth(method="mask", ramp_steps=100)
     old, params, new, grown = grow_pair(GROWN, growth)
-    assert set(mask_flags(old, new, growth)) == {"embed", "heads", "head_dim", "mlp", "layers"}
+    assert set(lineage_of(old, new, growth).mask_flags) == {"embed", "heads", "head_dim", "mlp", "layers"}
     at = [logits(new, grown, masks_at(old, new, growth, step)) for step in (0, 1, 10, 50, 100)]
     assert relative(at[-1], logits(new, grown)) < 1e-5
     distances = [relative(at[0], x) for x in at]

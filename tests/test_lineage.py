@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from flm_jax.growth import Growth, Lineage, axis_maps, grow_optimizer, mask_flags, masks_at, promises
+from flm_jax.growth import Growth, Lineage, axis_maps, grow_optimizer, masks_at
 from flm_jax.growth.grow import grow_opt_state, grow_params
 from tests import small
 
@@ -56,10 +56,7 @@ def test_before_distances_are_measured_shapes_are_known_and_values_are_refused()
 def test_the_functions_of_configurations_are_the_properties():
     growth = Growth("mask", ramp_steps=4)
     lineage = Lineage(OLD).grown(WIDE, growth)
-    assert promises(OLD, WIDE, growth) == lineage.preserving
     assert axis_maps(OLD, WIDE, growth).keys() == lineage.maps.keys()
-    flags = mask_flags(OLD, WIDE, growth)
-    assert all((flags[axis] == fresh).all() for axis, fresh in lineage.mask_flags.items())
     for mine, theirs in zip(
         jax.tree.leaves(lineage.masks(2)), jax.tree.leaves(masks_at(OLD, WIDE, growth, 2)), strict=True
     ):

@@ -8,7 +8,7 @@
 """
 
 from flm_jax.growth.grow import grow, grow_moments, grow_optimizer
-from flm_jax.growth.lineage import Lineage, mask_flags, masks_at, promises
+from flm_jax.growth.lineage import Lineage, masks_at
 from flm_jax.growth.masks import Ramp
 from flm_jax.growth.operators import REGISTRY, Operator, register
 from flm_jax.growth.plan import Growth, axis_maps, grown_config
@@ -28,8 +28,6 @@ __all__ = [
     "grow_moments",
     "grow_optimizer",
     "grown_config",
-    "mask_flags",
     "masks_at",
-    "promises",
     "register",
 ]

@@ -4,6 +4,14 @@ The same functions serve arrays on one device, arrays on a mesh (under jit, with
 
     big = grown_config(small, target, Growth(method="zero"))
     params = grow(params, small, big, Growth(method="zero"), jax.random.key(0))
+
+Two functions grow parameters, and two grow an optimizer's state:
+
+- `grow` and `grow_optimizer` take the configurations before and after one growth, for use outside a run;
+- `grow_params` and `grow_opt_state` take the `Lineage` of the grown model, as a run and a checkpoint record it.
+
+`grow` calls `grow_params` with the lineage of that one growth. `grow_optimizer` must be told the rescalings in which
+AdamW's moments are stored (`exact_adamw`); `grow_opt_state` finds them from the lineage.
 """
 
 from __future__ import annotations

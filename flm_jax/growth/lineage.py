@@ -246,16 +246,6 @@ def lineage_of(old: ModelConfig, new: ModelConfig, growth: Growth) -> Lineage:
     return Lineage(new, growth, Lineage(old))
 
 
-def promises(old: ModelConfig, new: ModelConfig, growth: Growth) -> bool:
-    """See `Lineage.preserving`."""
-    return lineage_of(old, new, growth).preserving
-
-
-def mask_flags(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, np.ndarray]:
-    """See `Lineage.mask_flags`."""
-    return lineage_of(old, new, growth).mask_flags
-
-
 def masks_at(old: ModelConfig, new: ModelConfig, growth: Growth, step: int | jax.Array) -> Masks | None:
     """See `Lineage.masks`."""
     return lineage_of(old, new, growth).masks(step)
