@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """Raised when too many consecutive steps were not finite, or when the loss has left all bounds."""
+    """Raised when too many consecutive steps were not finite, or when the loss exceeds `Run.max_loss`."""
 
 
 def stage_program(recipe: Recipe, run: Run, stage: ResolvedStage) -> StageProgram:
@@ -60,17 +60,17 @@ class StageRun:
         store: Checkpoints,
         history: dict[str, list[Any]],
         position: bytes | None,
-        origin: SourceCheckpoint | None,
+        source: SourceCheckpoint | None,
     ) -> None:
         self.recipe, self.settings, self.workdir, self.data, self.stages = recipe, run, workdir, data, stages
-        self.store, self.history, self.origin = store, history, origin
+        self.store, self.history, self.source = store, history, source
         self.program = stage_program(recipe, run, stages[index])
         self.mesh: Mesh = self.program.mesh
         self.batches: TokenBatches = data.train()
         if position is not None:
             self.batches.restore(position)
         stage, context = stages[index], recipe.data.context
-        self.files = to_files(data.vocabulary) if origin is None else origin.files_with(data.vocabulary)
+        self.files = to_files(data.vocabulary) if source is None else source.files_with(data.vocabulary)
         self.heldout_loss = make_heldout_loss(stage.cfg, self.mesh, recipe.loss_chunks)
         self.flops_per_token = costs.train_flops_per_token(stage.cfg, context)
         before = Totals(0, 0, 0)
@@ -95,9 +95,9 @@ class StageRun:
         if state is None:
             state = self.program.initialiser()(key)
         elif self.stage.restored:
-            assert self.origin is not None
+            assert self.source is not None
             state = state.replace(step=jax.numpy.zeros_like(state.step))
-            provenance |= {"start": self.origin.digest}
+            provenance |= {"start": self.source.digest}
         else:
             state, record = self._grow(state, key)
             provenance |= record
@@ -130,13 +130,13 @@ class StageRun:
         found = verify_growth(lineage, before, grown, text, self.mesh, self.recipe.tolerance, chunks)
         if not found["holds"]:
             raise GrowthError(f"The growth does not preserve what its method promises: {failures_text(found)}")
-        source = self._grown_from()
+        step = self._grown_from()
         record = GrowthRecord.of(
             stage.name,
             lineage,
             found,
-            source=f"{source.parent.name}/{source.name}",
-            source_digest=distributed.from_primary("source", lambda: read_manifest(source).state_digest),
+            source=f"{step.parent.name}/{step.name}",
+            source_digest=distributed.from_primary("source", lambda: read_manifest(step).state_digest),
             seed=self.recipe.seed,
             distances=distances,
         )
@@ -147,8 +147,8 @@ class StageRun:
     def _grown_from(self) -> Path:
         """The checkpoint step that the stage grew from: the last of the stage before, or the recipe's start."""
         if self.stage.index == 0:
-            assert self.origin is not None
-            return self.origin.directory
+            assert self.source is not None
+            return self.source.directory
         before = self.stage.index - 1, self.recipe.stages[self.stage.index - 1]
         return self.store.directory.parent / f"{before[0]}_{before[1].name}" / str(before[1].steps)
 

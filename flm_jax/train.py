@@ -82,10 +82,10 @@ def train(
     distributed.check_joined()
     workdir = Path(workdir).expanduser()
     with distributed.together("recipe"):
-        origin, stages = begin(recipe)
+        source, stages = begin(recipe)
         check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
-        if origin is not None:
-            distributed.print0(f"The run starts with {origin.directory}.")
+        if source is not None:
+            distributed.print0(f"The run starts with {source.directory}.")
         run.check(recipe)
         programs = [stage_program(recipe, run, stage) for stage in stages]
         for program in programs:
@@ -100,12 +100,12 @@ def train(
                 check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         data = open_data(recipe.data)
         check_vocabulary(stages, data.vocabulary.size)
-        if origin is not None and (other := origin.other_vocabulary(data.vocabulary)):
+        if source is not None and (other := source.other_vocabulary(data.vocabulary)):
             distributed.print0(other)
         # The path of the data may change between starts, its contents may not.
         identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
         identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
-        identity |= {} if origin is None else {"start": origin.digest}
+        identity |= {} if source is None else {"start": source.digest}
         with distributed.together("data"):
             check_identity(workdir, DATA, identity, "other data or another start")
         stores = [
@@ -125,14 +125,14 @@ def train(
         if restored is not None:
             where = stores[first].directory / str(restored.step)
             state, (history, position) = restored.state, report.read_run(restored.meta, restored.blobs, where)
-        elif origin is not None:
-            state = origin.restore(programs[0].mesh)
+        elif source is not None:
+            state = source.restore(programs[0].mesh)
         del restored  # or it would keep the restored arrays in memory for the whole run
         interrupts = stack.enter_context(Interrupts())
         for index in range(first, len(stages)):
             # The lineage of this stage needs the layer placement that earlier growths by distance have measured.
-            stages = _placed(recipe, origin, history)
-            worker = StageRun(recipe, run, workdir, data, stages, index, stores[index], history, position, origin)
+            stages = _placed(recipe, source, history)
+            worker = StageRun(recipe, run, workdir, data, stages, index, stores[index], history, position, source)
             with jax.set_mesh(worker.mesh):
                 if begins or index > first:
                     state = worker.start(state)
@@ -152,11 +152,11 @@ def train(
         return result
 
 
-def _placed(recipe: Recipe, origin: SourceCheckpoint | None, history: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
+def _placed(recipe: Recipe, source: SourceCheckpoint | None, history: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
     """The stages, with new layers placed as the growths of this run so far have placed them."""
     placed = {record["stage"]: GrowthRecord.from_record(record).growth for record in history["growths"]}
     stages = [dataclasses.replace(stage, growth=placed.get(stage.name, stage.growth)) for stage in recipe.stages]
-    return resolve(dataclasses.replace(recipe, stages=tuple(stages)), origin)
+    return resolve(dataclasses.replace(recipe, stages=tuple(stages)), source)
 
 
 def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[int, Restored | None]:

@@ -79,26 +79,26 @@ def grow_checkpoint(
     directory = workdir / STAGES / stage_directory(0, STAGE)
     if workdir.exists() and any(workdir.iterdir()) and not (streamed and _begun(workdir, directory)):
         raise ValueError(f"{workdir} is not empty; grow into a new directory.")
-    origin = read_source(source)
-    origin.check_settled()
-    wanted = changed(origin.cfg, target, growth) if isinstance(target, Mapping) else target
-    lineage = origin.lineage.grown(wanted, growth)
+    checkpoint = read_source(source)
+    checkpoint.check_settled()
+    wanted = changed(checkpoint.cfg, target, growth) if isinstance(target, Mapping) else target
+    lineage = checkpoint.lineage.grown(wanted, growth)
     if not lineage.outline:
         raise ValueError(
-            f"Nothing grows: the checkpoint has the target's shape already, {costs.shape_line(origin.cfg)}."
+            f"Nothing grows: the checkpoint has the target's shape already, {costs.shape_line(checkpoint.cfg)}."
         )
 
-    if origin.unknown_vocabulary:
-        print0(f"The grown checkpoint will hold no vocabulary. {origin.unknown_vocabulary}")
+    if checkpoint.unknown_vocabulary:
+        print0(f"The grown checkpoint will hold no vocabulary. {checkpoint.unknown_vocabulary}")
 
     def describe(lineage: Lineage, distances: tuple[float, ...], found: Mapping[str, Any]) -> GrowthRecord:
-        fields = dict(source=str(origin.directory), source_digest=origin.digest, seed=seed, distances=distances)
+        fields = dict(source=str(checkpoint.directory), source_digest=checkpoint.digest, seed=seed, distances=distances)
         return GrowthRecord.of(STAGE, lineage, found, **fields)
 
     if streamed:
-        record = _grow_streamed(origin, lineage, directory, seed, chunk_bytes, describe, workdir)
+        record = _grow_streamed(checkpoint, lineage, directory, seed, chunk_bytes, describe, workdir)
     else:
-        record = _grow_in_memory(origin, lineage, directory, seed, mesh, data, tolerance, describe)
+        record = _grow_in_memory(checkpoint, lineage, directory, seed, mesh, data, tolerance, describe)
     write_identity(workdir, RECORD, record.record())
     for name, text in (records or {}).items():
         write_record(workdir, name, text)
@@ -115,7 +115,7 @@ def _begun(workdir: Path, directory: Path) -> bool:
 
 
 def _grow_streamed(
-    origin: SourceCheckpoint,
+    source: SourceCheckpoint,
     lineage: Lineage,
     directory: Path,
     seed: int,
@@ -131,15 +131,15 @@ def _grow_streamed(
         )
 
     def described(verified: Mapping[str, Any]) -> GrowthRecord:
-        command = f"python experiments/verify.py --source={origin.directory} --target={workdir}"
+        command = f"python experiments/verify.py --source={source.directory} --target={workdir}"
         run = {"models": "not run: they may not fit in memory; where they do, run the command", "command": command}
         method = {"method": lineage.last_growth.name, "preserving": lineage.preserving}
         return describe(lineage, (), {**method, "streamed": verified, **run})
 
     def meta(verified: Mapping[str, Any]) -> Mapping[str, Any]:
-        return CheckpointMeta(STAGE, lineage, provenance=described(verified).record(), data=origin.meta.data).record()
+        return CheckpointMeta(STAGE, lineage, provenance=described(verified).record(), data=source.meta.data).record()
 
-    return described(grow_streamed(origin, lineage, directory, seed, meta, chunk_bytes))
+    return described(grow_streamed(source, lineage, directory, seed, meta, chunk_bytes))
 
 
 def memory_warning(old: ModelConfig, new: ModelConfig, trained: bool, free: int | None) -> str | None:
@@ -175,7 +175,7 @@ def free_memory() -> int | None:
 
 
 def _grow_in_memory(
-    origin: SourceCheckpoint,
+    source: SourceCheckpoint,
     lineage: Lineage,
     directory: Path,
     seed: int,
@@ -185,28 +185,28 @@ def _grow_in_memory(
     describe: Describe,
 ) -> GrowthRecord:
     placed = make_mesh(mesh)
-    if warning := memory_warning(origin.cfg, lineage.cfg, origin.trained, free_memory()):
+    if warning := memory_warning(source.cfg, lineage.cfg, source.trained, free_memory()):
         print0(warning)
-    text = verification_text(origin, data, placed)
+    text = verification_text(source, data, placed)
     names = ("reading the source", "running it", "growing it", "running the grown model", "saving it")
     with jax.set_mesh(placed), phases(*names) as begin:
         begin()
-        state = origin.restore(placed, optimizer=False)
+        state = source.restore(placed, optimizer=False)
         begin()
         batch = put_batch(text.few, placed)
         lineage, distances = settle(lineage, state.params, batch.inputs_BT, batch.segments_BT)
         CheckpointMeta(STAGE, lineage).record()  # Refuses a ramp that does not fit, before anything is grown.
         before = observe_before(lineage, state.params, text, placed)
         begin()
-        grown = make_grower(lineage, placed, weights=not origin.trained)(state, jax.random.key(seed))
+        grown = make_grower(lineage, placed, weights=not source.trained)(state, jax.random.key(seed))
         begin()
         found = verify_growth(lineage, before, grown, text, placed, tolerance)
         record = describe(lineage, distances, found)
         if not found["holds"]:
             raise CheckpointError(f"The growth does not hold, and nothing was written: {failures_text(found)}")
         begin()
-        meta = CheckpointMeta(STAGE, lineage, provenance=record.record(), data=origin.meta.data).record()
-        blobs = origin.files_with(None)
+        meta = CheckpointMeta(STAGE, lineage, provenance=record.record(), data=source.meta.data).record()
+        blobs = source.files_with(None)
         with Checkpoints(directory) as checkpoints:
             checkpoints.save(0, kept(grown), signatures=signature_texts(lineage.cfg), meta=meta, blobs=blobs)
             checkpoints.wait()

@@ -69,7 +69,7 @@ def finish(directory: Path) -> None:
 
 
 def grow_streamed(
-    origin: SourceCheckpoint,
+    source: SourceCheckpoint,
     lineage: Lineage,
     directory: Path,
     seed: int,
@@ -79,7 +79,7 @@ def grow_streamed(
     """Grows a checkpoint into step 0 of a directory, or resumes such a growth where it was killed.
 
     Args:
-      origin: the checkpoint that grows; it is only read.
+      source: the checkpoint that grows; it is only read.
       lineage: of the grown model.
       directory: of the target's checkpoints.
       seed: for drawn entries.
@@ -99,29 +99,29 @@ def grow_streamed(
         raise ValueError(f"chunk_bytes={chunk_bytes} must be positive.")
     if jax.process_count() > 1:
         raise ValueError("A streamed growth runs in one process; grow in memory on several, or run it on one host.")
-    return _Pass(origin, lineage, directory, seed, chunk_bytes).run(meta)
+    return _Pass(source, lineage, directory, seed, chunk_bytes).run(meta)
 
 
 class _Pass:
     def __init__(
-        self, origin: SourceCheckpoint, lineage: Lineage, directory: Path, seed: int, chunk_bytes: int
+        self, source: SourceCheckpoint, lineage: Lineage, directory: Path, seed: int, chunk_bytes: int
     ) -> None:
-        self.origin, self.lineage, self.directory = origin, lineage, directory
+        self.source, self.lineage, self.directory = source, lineage, directory
         self.key = jax.random.key(seed)
         self.partial = directory / "0.growing"
         self.arrays = self.partial / "arrays"
         self.journal = Journal(directory / "0.growing.jsonl")
-        one, weights = make_mesh(devices=jax.devices()[:1]), not origin.trained
-        states = abstract_state(origin.lineage, one, weights), abstract_state(lineage, one, weights)
+        one, weights = make_mesh(devices=jax.devices()[:1]), not source.trained
+        states = abstract_state(source.lineage, one, weights), abstract_state(lineage, one, weights)
         self.jobs, self.kept = jobs(lineage, states, chunk_bytes)
         wanted, self.target = map(leaf_paths, states)
-        self.manifest = read_manifest(origin.directory)
-        manifest.compare(self.manifest.leaves, wanted, where=str(origin.directory))
+        self.manifest = read_manifest(source.directory)
+        manifest.compare(self.manifest.leaves, wanted, where=str(source.directory))
         self.read = {j.source for j in self.jobs if j.source} | {path for path in self.kept.values() if path}
         self.wanted = {path: leaf for path, leaf in wanted.items() if path in self.read}
         layout = [(job.path, job.rows, job.chunks) for job in self.jobs]
-        ancestry = origin.meta.record()["lineage"]
-        identity = [origin.digest, ancestry, as_dict(lineage.cfg), as_dict(lineage.growth), seed, layout]
+        ancestry = source.meta.record()["lineage"]
+        identity = [source.digest, ancestry, as_dict(lineage.cfg), as_dict(lineage.growth), seed, layout]
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def run(self, meta: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
@@ -132,9 +132,9 @@ class _Pass:
                     if self.journal.resume(self.identity):
                         return self._verified()
                     raise ValueError(f"{self.directory} holds another grown checkpoint; take another --workdir.")
-                if faults := manifest.file_faults(self.origin.directory, self.manifest, contents=True):
+                if faults := manifest.file_faults(self.source.directory, self.manifest, contents=True):
                     raise DamagedError("; ".join(faults[:3]))
-                self.leaves = blocks.open_leaves(self.origin.directory / "arrays", self.wanted)
+                self.leaves = blocks.open_leaves(self.source.directory / "arrays", self.wanted)
                 self._check_kept()
                 self._open()
                 written = self._stream()
@@ -167,7 +167,7 @@ class _Pass:
 
     def _check(self, path: str, found: Any) -> None:
         if checksum.digest(found) != self.manifest.leaves[path].checksum:
-            raise DamagedError(f"{self.origin.directory}: the values of {path} have changed")
+            raise DamagedError(f"{self.source.directory}: the values of {path} have changed")
 
     def _open(self) -> None:
         """Resumes what is there, or starts from scratch."""
@@ -361,7 +361,7 @@ class _Pass:
         }
         verified = self._verified()
         on_disk = {self.arrays / blocks.key_of(job.path) for job in self.jobs}
-        commit_step(self.partial, 0, leaves, small_files(meta(verified), self.origin.files_with(None)), on_disk)
+        commit_step(self.partial, 0, leaves, small_files(meta(verified), self.source.files_with(None)), on_disk)
         return verified
 
     def _verified(self) -> dict[str, Any]:

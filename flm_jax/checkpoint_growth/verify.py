@@ -64,7 +64,7 @@ def heldout_text(data: Data, mesh: Mesh, windows: int = 32) -> VerificationText:
     return VerificationText(f"held-out text, digest {data.digest[:12]}", few, tuple(data.heldout(rows, windows)))
 
 
-def verification_text(origin: SourceCheckpoint, data: DataConfig | None, mesh: Mesh) -> VerificationText:
+def verification_text(source: SourceCheckpoint, data: DataConfig | None, mesh: Mesh) -> VerificationText:
     """Verification text for a checkpoint.
 
     It is held-out text of `data`, if given; else of the token store that the checkpoint records, if it is still there;
@@ -73,16 +73,16 @@ def verification_text(origin: SourceCheckpoint, data: DataConfig | None, mesh: M
     Raises:
       ValueError: `data` has another vocabulary than the checkpoint, or more tokens than its model.
     """
-    vocab = origin.cfg.vocab
+    vocab = source.cfg.vocab
     if data is not None:
         opened = open_data(data)
         if opened.vocabulary.size > vocab:
             raise ValueError(f"the data's vocabulary has {opened.vocabulary.size} tokens, the model only {vocab}.")
-        if not origin.unknown_vocabulary and (other := origin.other_vocabulary(opened.vocabulary)):
+        if not source.unknown_vocabulary and (other := source.other_vocabulary(opened.vocabulary)):
             raise ValueError(other)
         return heldout_text(opened, mesh)
     try:
-        return heldout_text(recorded_data(origin.meta.data), mesh)
+        return heldout_text(recorded_data(source.meta.data), mesh)
     except LookupError as error:
         why = str(error)
     rows = few_rows(mesh)
