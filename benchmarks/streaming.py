@@ -148,6 +148,8 @@ grows parameters and Adam's moments from disk to disk, block by block. A block i
 leaf, of at most `grow.chunk_bytes` ({chunk_mib} MiB), or one row if a row is larger. The result is equal to that of a
 growth in memory, bit for bit: every leaf, the manifest's checksums, the state's digest.
 
+(`DataConfig.streamed` is another thing: seqio reads the texts during training, without a token store.)
+
 - If the growth is killed, the same command resumes it. The file `0.growing.jsonl` beside the target lists the blocks
   that are on disk, with their checksums. It is valid for one source, plan, seed and block size; if any of them changes,
   the growth starts again. The target gets its final name only when it is complete on disk.

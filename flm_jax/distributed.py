@@ -138,7 +138,7 @@ def joined() -> bool:
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, the primary process, which prints and writes files."""
+    """Whether this is process 0, the primary one, which prints and writes files."""
     return bool(jax.process_index() == 0)
 
 

@@ -34,7 +34,7 @@ class Totals(NamedTuple):
 
 
 class MetricsLog:
-    """The measurements of a run, in metrics.jsonl and in TensorBoard events, in the primary process.
+    """The measurements of a run, in metrics.jsonl and in TensorBoard events, in process 0.
 
     Steps, tokens and FLOPs count over all stages, so stages follow each other on every axis. Each line of metrics.jsonl
     is an object with `kind` ("train", "heldout", "growth", "save" or "skip"), `stage`, `stage_step`, `step`, `tokens`,
@@ -150,7 +150,7 @@ def _reopened(path: Path, step: int) -> Any:
 
 
 class Progress:
-    """A progress bar with ETA, loss and tokens per second for one stage, in the primary process."""
+    """A progress bar with ETA, loss and tokens per second for one stage, in process 0."""
 
     def __init__(self, metrics: MetricsLog, name: str, steps: int, start: int) -> None:
         """Opens the bar at step `start`.

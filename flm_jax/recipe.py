@@ -35,7 +35,7 @@ class Stage:
       name: for reports and directories.
       model: the model's configuration.
       steps: optimizer steps.
-      batch_size: windows per step, over all hosts.
+      batch_size: windows per step, in all processes together.
       optimizer: the optimizer's configuration.
       growth: how the model grows from that of the stage before; None for the first stage, which is initialised, or
         continues with the model of `Recipe.start`.
@@ -178,7 +178,7 @@ class ResolvedStage:
 
     @property
     def batch_size(self) -> int:
-        """Windows per step, over all hosts."""
+        """Windows per step, in all processes together."""
         return self.stage.batch_size
 
     @property

@@ -16,7 +16,7 @@ A checkpoint holds everything that an exact resume needs: state, data position, 
 
 With several processes, every process runs this code, each with its own rows of every batch. All decisions depend on
 values that are equal in all processes or are broadcast from one (see `flm_jax.distributed`). Every process writes its
-part of the arrays; everything else is written and printed by the first process only.
+part of the arrays; everything else is written and printed by process 0 only.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ complete; a step that is deleted is first renamed to `100.deleted`. This module 
 checks no values, takes any directory with a number for a name as a step, restores into other shapes and dtypes unless
 it is told the right ones, and continues after a save has failed.
 
-Several processes write one checkpoint together, on a file system that all of them see. The primary process writes
+Several processes write one checkpoint together, on a file system that all of them see. Process 0 writes
 everything but the arrays, holds the lock, commits, deletes, and decides which step is restored. All processes must call
 each method that writes or restores; an error in one of them is raised in all.
 """

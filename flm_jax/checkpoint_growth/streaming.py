@@ -98,7 +98,7 @@ def grow_streamed(
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes={chunk_bytes} must be positive.")
     if jax.process_count() > 1:
-        raise ValueError("A streamed growth runs in one process; grow in memory on several, or run it on one host.")
+        raise ValueError("A streamed growth runs in one process: start one, or grow in memory in several.")
     return _Pass(source, lineage, directory, seed, chunk_bytes).run(meta)
 
 

@@ -20,7 +20,8 @@ class DataConfig:
       vocabulary: how they are tokenised; a SeqioTask has its own vocabulary instead. None: the vocabulary of
         `Recipe.start`, or without a start `SentencePiece`.
       context: tokens per row.
-      streamed: whether seqio reads documents during training, instead of a token store.
+      streamed: whether seqio reads and tokenises documents during training, without a token store. (`grow.streamed` is
+        another thing: a growth from disk to disk.)
       seed: of the order.
       cache_dir: where stores and vocabularies are kept.
     """

@@ -40,7 +40,7 @@ def prepare(
     """Opens the store of a corpus; makes it first if it does not exist.
 
     Every document is read once, in a fixed order. For a seqio mixture the store holds each task's documents once:
-    mixing rates apply only when it is streamed.
+    mixing rates apply only with `DataConfig.streamed`.
 
     Args:
       corpus: any of `corpora`.
@@ -74,7 +74,7 @@ def prepare(
     load_tensorflow()  # if it is missing, the error comes before a vocabulary is trained
     source = tasks.resolve(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
     if source.is_mixture:
-        _log.warning("the store holds each task of a mixture once; its rates act only with streamed=True")
+        _log.warning("the store holds each task of a mixture once; its rates act only with DataConfig.streamed = True")
     with StoreWriter(path, source.vocabulary, corpus.digest(), corpus.describe(), max_shard_tokens) as writer:
         for split in SPLITS:
             hidden = None if progress else True  # None: hidden where there is no terminal

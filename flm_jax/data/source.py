@@ -149,7 +149,8 @@ def open_data(config: DataConfig, progress: bool = True) -> Data:
       progress: show a progress bar on a terminal while preparing.
 
     Returns:
-      Data in a store, opened without TensorFlow if the store exists; or, if streamed, data read by seqio.
+      Data in a store, opened without TensorFlow if the store exists; or, with `DataConfig.streamed`, data
+      that seqio reads during training.
 
     Raises:
       ValueError, FileNotFoundError: as `prepare` and `build_vocabulary` raise them.
