@@ -214,10 +214,11 @@ def run_judge(
 ) -> None:
     """Judges answers, and prints the results; exits with status 1 if no answer could be judged."""
     with started():
-        check_writable(json_file)
+        check_json(json_file)
         parse(gin_files, gin_bindings)
         mesh = configured(configure.evaluate)
         check_used()
+        check_directory("output", asked.output)
         found = evaluation.judge_answers(
             None if checkpoint is None else chosen(checkpoint), asked, mesh, distributed.print0
         )

@@ -213,7 +213,7 @@ def _of_checkpoint(
     model = load_model(checkpoint, request.tokenizer, request.max_length, request.dtype, mesh)
     if model.note:
         say(model.note)
-    template = chat_template_of(model.origin, request.template, model.vocabulary)
+    template = chat_template_of(model.source, request.template, model.vocabulary)
     say(f"{model.sentence()} Template {template.name}; answers of at most {request.tokens} tokens.")
     encoder = ChatEncoder(template, model.vocabulary)
     return answers_of(model, encoder, questions, request.tokens, request.batch_size, output)
@@ -237,7 +237,7 @@ def _by_likelihood(
     say: Callable[[str], None],
 ) -> list[Judgement]:
     model = load_model(checkpoint, dtype=request.dtype, mesh=mesh)
-    template = chat_template_of(model.origin, request.judge_template, model.vocabulary)
+    template = chat_template_of(model.source, request.judge_template, model.vocabulary)
     say(f"Judge: {model.sentence()} Conversations are written by the template {template.name}.")
     scorer, encoder = model.scorer(request.batch_size), ChatEncoder(template, model.vocabulary)
     with count_bar("likelihoods", "answer") as bar:

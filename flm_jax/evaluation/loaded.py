@@ -26,7 +26,7 @@ class LoadedModel(NamedTuple):
     """A checkpoint's model on a mesh.
 
     Attributes:
-      origin: the checkpoint.
+      source: the checkpoint.
       cfg: the model, as it is computed.
       params: its parameters.
       masks: growth masks, during their ramp.
@@ -36,7 +36,7 @@ class LoadedModel(NamedTuple):
       note: a sentence if the vocabulary is not known to be the checkpoint's, else ''.
     """
 
-    origin: SourceCheckpoint
+    source: SourceCheckpoint
     cfg: ModelConfig
     params: Params
     masks: Masks | None
@@ -52,9 +52,9 @@ class LoadedModel(NamedTuple):
     def record(self) -> dict[str, Any]:
         """What was evaluated, and how, JSON-able."""
         return {
-            "checkpoint": str(self.origin.directory),
-            "step": self.origin.step,
-            "digest": self.origin.digest,
+            "checkpoint": str(self.source.directory),
+            "step": self.source.step,
+            "digest": self.source.digest,
             "tokenizer": {
                 "kind": self.vocabulary.kind,
                 "size": self.vocabulary.size,
@@ -67,7 +67,7 @@ class LoadedModel(NamedTuple):
     def sentence(self) -> str:
         """The same in words."""
         return (
-            f"{self.origin.directory}: {self.vocabulary.kind} vocabulary of {self.vocabulary.size} ids, sequences of "
+            f"{self.source.directory}: {self.vocabulary.kind} vocabulary of {self.vocabulary.size} ids, sequences of "
             f"{self.length} tokens, computed in {self.cfg.compute_dtype}."
         )
 
@@ -94,16 +94,16 @@ def load_model(
       FileNotFoundError: there is nothing at `tokenizer`.
       DamagedError: the checkpoint is not as it was saved.
     """
-    origin = read_source(checkpoint)
-    cfg = computed_in(origin.cfg, dtype)
-    vocabulary = origin.vocabulary if tokenizer is None else load_vocabulary(tokenizer)
-    note = "" if tokenizer is None else origin.other_vocabulary(vocabulary)
+    source = read_source(checkpoint)
+    cfg = computed_in(source.cfg, dtype)
+    vocabulary = source.vocabulary if tokenizer is None else load_vocabulary(tokenizer)
+    note = "" if tokenizer is None else source.other_vocabulary(vocabulary)
     check_vocabulary(vocabulary, cfg.vocab)
-    length = max_length or find_length(origin)
+    length = max_length or find_length(source)
     placed = make_mesh(mesh)
     with jax.set_mesh(placed):
-        params = origin.restore_params(placed)
-    return LoadedModel(origin, cfg, params, origin.masks(), vocabulary, length, placed, note)
+        params = source.restore_params(placed)
+    return LoadedModel(source, cfg, params, source.masks(), vocabulary, length, placed, note)
 
 
 def computed_in(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
@@ -114,19 +114,19 @@ def computed_in(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
     return cfg.replace(compute_dtype=chosen, attention="plain" if plain else cfg.attention)
 
 
-def find_length(origin: SourceCheckpoint) -> int:
+def find_length(source: SourceCheckpoint) -> int:
     """The context length that a checkpoint's model was made for, in tokens, at most LONGEST_BY_DEFAULT.
 
     Raises:
       ValueError: neither the checkpoint's config.json nor the record of its data has it.
     """
-    config = parse_json(origin.files.get(CONFIG, b"{}"), f"{origin.directory}: {CONFIG}")
-    said = [config.get("max_position_embeddings"), origin.context]
-    where = f"{origin.directory}: the length that its model was made for"
+    config = parse_json(source.files.get(CONFIG, b"{}"), f"{source.directory}: {CONFIG}")
+    said = [config.get("max_position_embeddings"), source.context]
+    where = f"{source.directory}: the length that its model was made for"
     length = max((n for n in said if n is not None and check(n, int, where)), default=None)
     if length is None:
         raise ValueError(
-            f"The context length of the model of {origin.directory} is not known: neither a config.json in the "
+            f"The context length of the model of {source.directory} is not known: neither a config.json in the "
             "checkpoint nor the recorded data of its run gives it; set --max_length."
         )
     return min(length, LONGEST_BY_DEFAULT)
