@@ -181,11 +181,12 @@ def test_what_is_kept_is_not_asked_again_and_what_failed_is(tmp_path):
         fails.clear()
         again = asked(judge(server.url), path)
         assert [j.own for j in again] == [7.0, 7.0] and sorted(server.asked.values()) == [1, 2]
-        assert judge(server.url).left(KeptLines(path, "key").records) == []
-        # Another prompt, model or setting is another call.
-        assert len(judge(server.url, options={"temperature": 1}).left(KeptLines(path, "key").records)) == 2
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(r["id"], r["part"], r["verdict"]) for r in lines] == [("1", "own", 7.0), ("2", "own", 7.0)]
+        with KeptLines(path, "key") as lines:
+            assert judge(server.url).left(lines.records) == []
+            # Another prompt, model or setting is another call.
+            assert len(judge(server.url, options={"temperature": 1}).left(lines.records)) == 2
+    found = sorted((r["id"], r["part"], r["verdict"]) for r in map(json.loads, path.read_text().splitlines()))
+    assert found == [("1", "own", 7.0), ("2", "own", 7.0)]
 
 
 def test_calls_that_were_never_sent_are_not_kept(tmp_path):
