@@ -214,7 +214,7 @@ def run_judge(
 ) -> None:
     """Judges answers, and prints the results; exits with status 1 if no answer could be judged."""
     with started():
-        check_json(json_file)
+        check_json_file(json_file)
         parse(gin_files, gin_bindings)
         mesh = configured(configure.evaluate)
         check_used()
