@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from flm_jax.records.foreign_json import JsonError, parse_json
 
@@ -40,12 +40,17 @@ class ConversationError(ValueError):
     """A line is no conversation that can be trained on; the message names file and line.
 
     Attributes:
+      where: file:line.
       reason: the kind of fault, in a few words; faults are counted by it.
+      detail: what was found, and what would be right.
     """
 
     def __init__(self, where: str, reason: str, detail: str = "") -> None:
         super().__init__(f"{where}: {reason}{f': {detail}' if detail else ''}")
-        self.reason = reason
+        self.where, self.reason, self.detail = where, reason, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it can pass between processes
+        return type(self), (self.where, self.reason, self.detail)
 
 
 @dataclass(frozen=True)
@@ -291,27 +296,53 @@ class _Zstd(io.RawIOBase):
         return count
 
 
+class Line(NamedTuple):
+    """A line of a file.
+
+    Attributes:
+      number: of the line, from 1.
+      offset: bytes of the file's content, decompressed, before it.
+      content: its bytes, line end included.
+    """
+
+    number: int
+    offset: int
+    content: bytes
+
+
+def file_lines(file: Path) -> Iterator[Line]:
+    """Yields the lines of a file that are not blank.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ConversationError: a compressed file is damaged or cut short, or a line is longer than LINE_BYTES.
+    """
+    number = offset = 0
+    try:
+        with open_lines(file) as stream:
+            while line := stream.readline(LINE_BYTES + 1):
+                number += 1
+                if len(line) > LINE_BYTES:
+                    raise ConversationError(f"{file}:{number}", "a line too long", f"over {LINE_BYTES} bytes")
+                if line.strip():
+                    yield Line(number, offset, line)
+                offset += len(line)
+    except (EOFError, OSError, _zstd_error()) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ConversationError(f"{file}:{number + 1}", "the file is damaged or cut short", str(error)) from error
+
+
 def read_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
     """Yields file:line and the bytes of each line that is not blank.
 
     Raises:
       FileNotFoundError: as `files`.
-      ConversationError: a compressed file is damaged or cut short, or a line is longer than LINE_BYTES.
+      ConversationError: as `file_lines`.
     """
     for _, file in files(path):
-        number = 0
-        try:
-            with open_lines(file) as stream:
-                while line := stream.readline(LINE_BYTES + 1):
-                    number += 1
-                    if len(line) > LINE_BYTES:
-                        raise ConversationError(f"{file}:{number}", "a line too long", f"over {LINE_BYTES} bytes")
-                    if line.strip():
-                        yield f"{file}:{number}", line
-        except (EOFError, OSError, _zstd_error()) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ConversationError(f"{file}:{number + 1}", "the file is damaged or cut short", str(error)) from error
+        for line in file_lines(file):
+            yield f"{file}:{line.number}", line.content
 
 
 def _zstd_error() -> type[BaseException]:
