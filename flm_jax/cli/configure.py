@@ -21,6 +21,7 @@ from flm_jax.growth import Growth
 from flm_jax.recipe import Recipe, Run
 from flm_jax.records import FieldError, meant
 from flm_jax.records.fields import NonNegative, Seed, Size, fitted, hints, says
+from flm_jax.selection.config import Selection
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import model_of
 
@@ -149,6 +150,13 @@ def evaluate(mesh: MeshConfig | None = None) -> MeshConfig | None:
     return found
 
 
+@gin.configurable(module="flm_jax")
+def select_sft(selection: Selection = gin.REQUIRED) -> Selection:
+    """The selection of `experiments/select_sft.py`, from gin."""
+    found: Selection = fitted(select_sft, dict(selection=selection))["selection"]
+    return found
+
+
 def configured(program: Callable[[], T]) -> T:
     """The result of a gin configurable; what gin says of wrong or missing values is put into a sentence.
 
@@ -199,4 +207,4 @@ def _lacking(name: str, quoted: str, scope: str) -> str:
     return f"{full} lacks {', '.join(missing)}: bind {right}.{near}"
 
 
-PROGRAMS = ("train", "grow", "verify", "evaluate")
+PROGRAMS = ("train", "grow", "verify", "evaluate", "select_sft")

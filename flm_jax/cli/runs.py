@@ -23,6 +23,7 @@ from flm_jax.evaluation import EvalRequest, JudgeRequest
 from flm_jax.files import check_writable, write_json
 from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.topology import Topology
+from flm_jax.selection.select import select
 from flm_jax.train import train
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "run_import",
     "run_judge",
     "run_plan",
+    "run_select",
     "run_train",
     "run_verify",
     "run_verify_checkpoint",
@@ -268,6 +270,25 @@ def run_plan(
             }
             write_json(Path(json_file), found)
     if not all(record["fits"] for record in records):
+        sys.exit(1)
+
+
+def run_select(
+    gin_files: Sequence[str], gin_bindings: Sequence[str], inputs: Sequence[str], output: str, steps: str | None
+) -> None:
+    """Selects conversations from a pool, and prints what each step leaves; exits with status 1 if nothing is left."""
+    with started():
+        parse(gin_files, gin_bindings)
+        selection = configured(configure.select_sft)
+        check_used()
+        try:
+            found = select(selection, inputs, output, steps, functools.partial(print, flush=True))
+        except ImportError as error:  # what decompresses is no part of the base installation
+            fail(error)
+        asked = found["selection"]["count"]
+        if found["chosen"] < asked:
+            print(f"{asked:,} were asked for, and the pool has no more: see what fell out in {output}/report.md.")
+    if not found["chosen"]:
         sys.exit(1)
 
 
