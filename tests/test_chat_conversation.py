@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 
 import pytest
 
@@ -134,3 +135,19 @@ def test_answers_and_lines():
     assert found.answers == ("Two.", "É.")
     assert json.loads(found.line()) == found.record()
     assert "É" in found.line()
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_lines_know_their_number_and_the_bytes_before_them(ending, tmp_path):
+    content = '{"é": 1}\n\n  \r\n{"b": 2}\n{"c": 3}'.encode()
+    path = tmp_path / f"pool.jsonl{ending}"
+    path.write_bytes(gzip.compress(content) if ending else content)
+    found = list(conversation.file_lines(path))
+    assert [line.number for line in found] == [1, 4, 5]
+    assert [content[line.offset :][: len(line.content)] for line in found] == [line.content for line in found]
+
+
+def test_a_fault_passes_between_processes():
+    error = ConversationError("f:1", "no answer", "no turn is the assistant's")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.where, again.reason) == (str(error), "f:1", "no answer")

@@ -15,6 +15,8 @@ def unit(rows):
 def test_ranking_keeps_the_order_of_the_pool_among_equals():
     assert choose.ranking(np.array([1, 3, 3, 2]), True).tolist() == [1, 2, 3, 0]
     assert choose.ranking(np.array([1, 3, 3, 1]), False).tolist() == [0, 3, 1, 2]
+    many = np.arange(1000) % 2
+    assert choose.ranking(many, False).tolist() == [*range(0, 1000, 2), *range(1, 1000, 2)]
 
 
 def test_a_precut_takes_the_longest_of_each_group():

@@ -93,7 +93,7 @@ def test_signatures_estimate_the_share_of_common_shingles(pairs):
         # The deviation of a mean of 128 draws.
         assert np.std(error) < 1.15 * np.sqrt(np.mean(exact * (1 - exact)) / 128) + 0.004
     strangers = near.similarity(near.short(signature[:-1:2]), near.short(np.roll(signature[::2], 1, axis=0)))
-    assert abs(strangers.mean()) < 0.01
+    assert abs(strangers.mean()) < 0.002  # agreement by chance is taken off
 
 
 def test_datasketch_estimates_the_same(pairs):

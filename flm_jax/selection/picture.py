@@ -62,7 +62,8 @@ def draw(
         plot.scatter(at[own, 0], at[own, 1], s=7, alpha=0.6, linewidths=0, label=label, color=colour)
     plot.set_xlabel(f"first principal component, {shares[0]:.0%} of the variance")
     plot.set_ylabel(f"second, {shares[1]:.0%}")
-    plot.set_title(f"{sum(counts):,} chosen conversations by domain")
+    shown = "" if len(chosen) == sum(counts) else f" ({len(chosen):,} are shown)"
+    plot.set_title(f"{sum(counts):,} chosen conversations by domain{shown}")
     plot.legend(markerscale=3, fontsize="small", loc="best")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120, metadata={"Software": None})

@@ -48,7 +48,7 @@ def cut(text: str, most: int) -> str:
 def shown(conversation: Conversation) -> str:
     """A conversation on one line of readable length."""
     turns = [f"{m.role}: {cut(m.content, _TURN)}" for m in conversation.messages]
-    return cut(" | ".join(turns if len(turns) <= 3 else [*turns[:2], turns[-1]]), _TEXT)
+    return cut(" | ".join(turns if len(turns) <= 3 else [*turns[:2], "...", turns[-1]]), _TEXT)
 
 
 def quantiles(scores: np.ndarray) -> dict[str, float]:
