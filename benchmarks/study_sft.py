@@ -109,7 +109,7 @@ def _selected(arm: Arm, pool: Path, work: Path, base: str, template: str) -> Pat
         score=SampleScore("ifd"),
         domains=Domains(fractions={domain: 1 / len(domains) for domain in domains}),
         base=ScoringBase(base, template=template),
-        faulty_lines=None,
+        most_faulty=None,
     )
     output = work / "selections" / str(arm.size)
     select(selection, [pool], output, work / "selections" / "steps", print)

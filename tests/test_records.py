@@ -26,9 +26,10 @@ GIVEN = {
     "Tfds": dict(name="a"),
     "SeqioTask": dict(name="a"),
     "Pretrained": dict(path="a"),
+    "ScoringBase": dict(checkpoint="runs/base"),
 }
 # Where a thing lies is no part of what it is: these records cannot be read back alone.
-NOT_RECORDED = {"Conversations", "TextFolder", "Jsonl", "Pretrained"}
+NOT_RECORDED = {"Conversations", "TextFolder", "Jsonl", "Pretrained", "ScoringBase"}
 
 
 def made(cls):

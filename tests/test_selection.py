@@ -36,7 +36,7 @@ from tests.test_evaluate import saved
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = np.array([f"{a}{b}{c}" for a in "bdgkp" for b in "aeiou" for c in ("ne", "lo", "ster", "mic", "rant")])
 RESULTS = ("selected.jsonl", "report.json", "report.md", "selection.png")
-ONE = Selection(count=40, processes=1, faulty_lines=5, diversity=Diversity(width=64, sample=50))
+ONE = Selection(count=40, processes=1, most_faulty=5, diversity=Diversity(width=64, sample=50))
 
 
 def sentence(rng, count=30):
@@ -212,8 +212,8 @@ REFUSED = [
     (dict(domains=Domains(fractions={"maths": 0.5, "cod": 0.5})), r"names 'cod'.*; did you mean 'code'"),
     (dict(domains=Domains(field="", fractions={"cod": 0.5})), r"did you mean 'code'"),
     (
-        dict(faulty_lines=0),
-        r"faulty lines: 1, more than the 0 allowed: the last: .*b.jsonl.gz:31: a broken.*Selection.faulty_lines",
+        dict(most_faulty=0),
+        r"faulty lines: 1, more than the 0 allowed by Selection.most_faulty: the last: .*b.jsonl.gz:31: a broken",
     ),
 ]
 
@@ -237,7 +237,7 @@ def test_pools_that_hold_nothing_or_would_hold_the_results_are_refused(pool, tmp
     with pytest.raises(ValueError, match="would become part of the pool"):
         select(ONE, [pool], pool / "out")
     (tmp_path / "all.jsonl").write_text("{}\n" * 9)
-    with pytest.raises(ConversationError, match=r"too many faulty lines: 6, more than the 5 .*all.jsonl:6"):
+    with pytest.raises(ConversationError, match=r"too many faulty lines: 6, more than the 5 allowed by .*all.jsonl:6"):
         select(ONE, [tmp_path / "all.jsonl"], tmp_path / "out3")
 
 

@@ -43,6 +43,8 @@ CASES = [
         talk(QUESTION, f"{ANSWER}\n```python\nprint(1)\n```"),
     ),
     ("repetition", talk(QUESTION, LONG[:900] + "I am sure. " * 100), talk(QUESTION, LONG)),
+    ("repetition", talk(QUESTION, "Paris, of course. " * 6), talk(QUESTION, "Paris, of course. " * 2 + "So it is.")),
+    ("repetition", talk(QUESTION, ANSWER + " no" * 300), talk(QUESTION, " ".join(map(str, range(100))))),
     (
         "refusal",
         talk(QUESTION, "As an AI language model, I have no opinion on capitals."),

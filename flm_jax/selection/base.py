@@ -15,11 +15,11 @@ from flm_jax.chat.template import ChatEncoder, Encoded, find_template
 from flm_jax.config import ModelConfig
 from flm_jax.data.train_vocabulary import load_vocabulary
 from flm_jax.data.vocabulary_files import VocabularyError
-from flm_jax.evaluation.evaluate import computed_in, find_length
+from flm_jax.evaluation.loaded import find_length, load_model
 from flm_jax.evaluation.scoring import Scorer, Window, check_vocabulary
 from flm_jax.model import Masks, Params, Transformer
 from flm_jax.selection.config import ScoringBase
-from flm_jax.sharding import make_mesh, put_batch, replicated
+from flm_jax.sharding import put_batch, replicated
 from flm_jax.source_checkpoint import read_source
 
 
@@ -51,16 +51,15 @@ class Base:
           CheckpointError: there is no checkpoint.
           TemplateError: the template cannot be used.
         """
-        self._source = read_source(config.checkpoint)
-        self._config = config
+        source, self._config = read_source(config.checkpoint), config
         try:
-            vocabulary = load_vocabulary(config.tokenizer) if config.tokenizer else self._source.vocabulary
+            vocabulary = load_vocabulary(config.tokenizer) if config.tokenizer else source.vocabulary
         except VocabularyError as error:
             raise VocabularyError(f"{error}, for a selection by ScoringBase.tokenizer") from error
-        check_vocabulary(vocabulary, self._source.cfg.vocab)
+        check_vocabulary(vocabulary, source.cfg.vocab)
         self.encoder = ChatEncoder(find_template(config.template, vocabulary), vocabulary)
-        self.context = config.max_length or find_length(self._source)
-        self.digest = f"{self._source.digest} {vocabulary.digest}"
+        self.context = config.max_length or find_length(source)
+        self.digest = f"{source.digest} {vocabulary.digest}"
 
     @functools.cached_property
     def scorer(self) -> Scorer:
@@ -69,11 +68,8 @@ class Base:
         Raises:
           DamagedError: they are not as they were saved.
         """
-        mesh = make_mesh(self._config.mesh)
-        with jax.set_mesh(mesh):
-            params = self._source.restore_params(mesh)
-        cfg = computed_in(self._source.cfg, self._config.dtype or None)
-        return Scorer(cfg, params, mesh, self.context, self._config.rows, self._source.masks())
+        c = self._config
+        return load_model(c.checkpoint, c.tokenizer or None, self.context, c.dtype or None, c.mesh).scorer(c.rows)
 
     def encode(self, conversation: Conversation) -> Encoded | None:
         """A conversation as tokens, cut to what the model reads; None if the template refuses it."""

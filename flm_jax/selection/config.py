@@ -46,8 +46,8 @@ class TextRules:
         devanagari, thai. The language within a script is not looked at.
       least_known: the share of letters that must be of these scripts.
       least_letters: the share of letters and digits among the characters of the answers that are not spaces.
-      least_compressed: a stretch of 1,000 bytes of an answer that is compressed to less than this share of its size
-        is a loop.
+      least_compressed: a stretch of at most 1,000 bytes of an answer that is compressed to 30 bytes and less than this
+        share of its size is a loop.
     """
 
     off: tuple[str, ...] = ()
@@ -166,7 +166,7 @@ class Selection:
       domains: how many come from each domain.
       diversity: how similar two of them may be.
       base: the checkpoint for scores and features; None: only length and hashed features are possible.
-      faulty_lines: the most lines that may be left out because they are no conversations; None: any number.
+      most_faulty: the most lines that may be left out because they are no conversations; None: any number.
       processes: how many processes read the pool; 0: one per core. The result does not depend on it.
     """
 
@@ -178,5 +178,5 @@ class Selection:
     domains: Domains = dataclasses.field(default_factory=Domains)
     diversity: Diversity = dataclasses.field(default_factory=Diversity)
     base: ScoringBase | None = None
-    faulty_lines: Count | None = dataclasses.field(default=1000, metadata={"identity": False})
+    most_faulty: Count | None = dataclasses.field(default=1000, metadata={"identity": False})
     processes: Count = dataclasses.field(default=0, metadata={"identity": False})

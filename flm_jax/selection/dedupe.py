@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flm_jax.chat.conversation import ConversationError, Skipped
+from flm_jax.chat.conversation import Skipped
 from flm_jax.progress import count_bar, phases
 from flm_jax.selection import near
 from flm_jax.selection.config import Duplicates
@@ -19,6 +19,7 @@ from flm_jax.selection.work import hash_batch
 
 # How many messages about faulty lines the report shows, per kind of fault.
 EXAMPLES = 10
+ADVICE = " by Selection.most_faulty"
 STAYS, EXACT, NEAR = range(3)
 _BANDS = tuple(f"band{number:02}" for number in range(near.BANDS))
 
@@ -42,10 +43,11 @@ def index(base: Path, pool: Sequence[PoolFile], near_too: bool, faulty: int | No
         _check_faults(step, faulty)
         return step
     step.clear()
-    skipped, count = Skipped(faulty, EXAMPLES), 0
+    skipped, count = Skipped(faulty, EXAMPLES, ADVICE), 0
     with step.columns("places", "texts", "short", *_BANDS) as files, count_bar("reading", " lines") as bar:
         for batch, found in processes.map(functools.partial(hash_batch, near_too=near_too), batches(pool)):
-            _count(skipped, found.faults)
+            for fault in found.faults:
+                skipped.add(fault)
             files["places"].write(batch.places[found.good].tobytes())
             files["texts"].write(found.texts.tobytes())
             files["short"].write(found.short.tobytes())
@@ -60,26 +62,11 @@ def index(base: Path, pool: Sequence[PoolFile], near_too: bool, faulty: int | No
     return step
 
 
-def _count(skipped: Skipped, faults: Sequence[ConversationError]) -> None:
-    """Counts faulty lines.
-
-    Raises:
-      ConversationError: there are more than are allowed; the message says where that is set.
-    """
-    for fault in faults:
-        try:
-            skipped.add(fault)
-        except ConversationError as error:
-            raise ConversationError(
-                error.where, error.reason, f"{error.detail}; Selection.faulty_lines allows more"
-            ) from error
-
-
 def _check_faults(step: Step, faulty: int | None) -> None:
     """Refuses an index that was made with more faulty lines than are allowed now."""
     total = sum(fault["count"] for fault in step.facts()["faults"].values())
     if faulty is not None and total > faulty:
-        raise ValueError(f"the pool has {total} faulty lines, more than the {faulty} of Selection.faulty_lines")
+        raise ValueError(f"the pool has {total} faulty lines, more than the {faulty} allowed{ADVICE}")
 
 
 def duplicates(base: Path, indexed: Step, config: Duplicates) -> Step:

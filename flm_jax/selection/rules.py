@@ -165,19 +165,27 @@ def code_fence(conversation: Conversation, rules: TextRules) -> bool:
     return any(len(_FENCE.findall(answer)) % 2 for answer in conversation.answers)
 
 
-_WINDOW, _SHORTEST = 1000, 200
+# A loop is compressed to its first round and a few bytes; of a short text that alone is more than the share allows.
+_WINDOW, _FIRST_ROUND = 1000, 30
+_ROUNDS = 6
 
 
-@register("repetition", "a loop: 1,000 bytes that compress to less than TextRules.least_compressed")
+def _in_rounds(words: list[str]) -> bool:
+    """Whether a text is the same few words, at least six times; the last round may be cut short."""
+    return any(words[period:] == words[:-period] for period in range(1, len(words) // _ROUNDS + 1))
+
+
+@register("repetition", "a loop: the same words six times, or 1,000 bytes that compress to nearly nothing")
 def repetition(conversation: Conversation, rules: TextRules) -> bool:
-    """Whether a stretch of an answer repeats itself."""
+    """Whether an answer, or a stretch of it, repeats itself."""
     for answer in conversation.answers:
         content = answer.encode()
-        if len(content) < _SHORTEST:
-            continue
+        if len(content) < _WINDOW and _in_rounds(answer.split()):
+            return True
         starts = [*range(0, len(content) - _WINDOW, _WINDOW), max(0, len(content) - _WINDOW)]
         for piece in (content[start : start + _WINDOW] for start in starts):
-            if len(zlib.compress(piece, 1)) < rules.least_compressed * len(piece):
+            most = rules.least_compressed * len(piece) + _FIRST_ROUND
+            if len(piece) > 2 * most and len(zlib.compress(piece, 1)) < most:
                 return True
     return False
 

@@ -116,7 +116,7 @@ def _select(
         since = now
 
     with Processes(selection.processes) as processes:
-        indexed = dedupe.index(base, pool, selection.duplicates.near, selection.faulty_lines, processes)
+        indexed = dedupe.index(base, pool, selection.duplicates.near, selection.most_faulty, processes)
         faulty = sum(fault["count"] for fault in indexed.facts()["faults"].values())
         done(f"read {indexed.facts()['conversations']:,} conversations, {faulty:,} faulty lines")
         kinds = dedupe.duplicates(base, indexed, selection.duplicates)
