@@ -89,14 +89,14 @@ class Outcome(NamedTuple):
         stays, places = self.kinds.array("stays"), dedupe.places(self.indexed)
         texts = self.samples(np.concatenate([report.spread(numbers) for _, _, _, numbers in fallen]))
         faults = self.indexed.facts()["faults"]
-        rows = [Fallen("reading", reason, "", fault["count"], []) for reason, fault in sorted(faults.items())]
+        rows = [Fallen("reading", reason, fault["count"]) for reason, fault in sorted(faults.items())]
         samples: dict[str, list[dict[str, str]]] = {}
-        for step, reason, meaning, numbers in fallen:
+        for step, reason, _, numbers in fallen:
             chosen = [dict(texts[number]) for number in report.spread(numbers).tolist()]
             if step == "duplicates":
                 for number, sample in zip(report.spread(numbers).tolist(), chosen, strict=True):
                     sample["stays"] = self.where(places[stays[number]])
-            rows.append(Fallen(step, reason, meaning, len(numbers), chosen))
+            rows.append(Fallen(step, reason, len(numbers)))
             if chosen:
                 samples[reason] = chosen
         lines = len(stays) + sum(fault["count"] for fault in faults.values())

@@ -14,21 +14,11 @@ _TURN, _TEXT = 160, 480
 
 
 class Fallen(NamedTuple):
-    """What fell out for one reason.
-
-    Attributes:
-      step: of the selection.
-      reason: in words.
-      meaning: what the reason means; '' where it says so itself.
-      number: how many.
-      samples: where some of them stand, and how they read.
-    """
+    """How many fell out at a step, for one reason."""
 
     step: str
     reason: str
-    meaning: str
     number: int
-    samples: list[dict[str, str]]
 
 
 def spread(numbers: np.ndarray) -> np.ndarray:

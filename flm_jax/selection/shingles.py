@@ -81,7 +81,7 @@ def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mixed(x: np.ndarray) -> np.ndarray:
-    """uint64 of the same shape, each bit of which depends on every bit of its entry (the finaliser of splitmix64)."""
+    """Hashes, uint64 of the same shape, in which every bit depends on all bits of an entry (splitmix64's last step)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
