@@ -43,6 +43,7 @@ CASES = [
         talk(QUESTION, f"{ANSWER}\n```python\nprint(1)\n```"),
     ),
     ("repetition", talk(QUESTION, LONG[:900] + "I am sure. " * 100), talk(QUESTION, LONG)),
+    ("repetition", talk(QUESTION, "16 16 16 16 16 16 16"), talk(QUESTION, "16 17 16 17 16 17 16 17 18")),
     ("repetition", talk(QUESTION, "Paris, of course. " * 6), talk(QUESTION, "Paris, of course. " * 2 + "So it is.")),
     ("repetition", talk(QUESTION, ANSWER + " no" * 300), talk(QUESTION, " ".join(map(str, range(100))))),
     (

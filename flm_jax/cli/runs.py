@@ -278,6 +278,7 @@ def run_select(
 ) -> None:
     """Selects conversations from a pool, and prints what each step leaves; exits with status 1 if nothing is left."""
     with started():
+        check_directory("output", output)
         parse(gin_files, gin_bindings)
         selection = configured(configure.select_sft)
         check_used()
