@@ -19,23 +19,70 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flm_jax.config import ModelConfig
-from flm_jax.sharding import mesh_axes, spec
+from flm_jax.sharding import constrain, mesh_axes, spec
+
+# The axes of the cache's arrays.
+KEYS = ("layers", "batch", "kv_heads", "head_dim", "history")
+VALUES = ("layers", "batch", "kv_heads", "history", "head_dim")
 
 
 class Cache(NamedTuple):
-    """The key-value cache: keys and values of the positions seen so far.
+    """The key-value cache: keys and values of the positions seen so far, in slots that all rows fill at the same time.
+
+    Both products of attention read it in the order in which it lies, without a transposed copy. It is carried through
+    the scan over layers, so that new entries are written in place.
 
     Attributes:
-      key_LBSKH: rotated keys, one slice per layer.
-      value_LBSKH: values.
-      length: () int32, how many of the S positions are filled.
-      start_B: int32, the first position of each row that is not padding; None: no row has padding.
+      key_LBKHS: rotated keys.
+      value_LBKSH: values.
+      length: () int32, how many of the S slots are filled.
+      start_B: int32, the slot of each row's position 0; slots before it are padding. None: no row has padding.
     """
 
-    key_LBSKH: jax.Array
-    value_LBSKH: jax.Array
+    key_LBKHS: jax.Array
+    value_LBKSH: jax.Array
     length: jax.Array
     start_B: jax.Array | None = None
+
+
+def empty_cache(cfg: ModelConfig, batch: int, slots: int, start_B: jax.Array | None = None) -> Cache:
+    """An empty cache with so many slots, in the compute dtype."""
+    shape = (cfg.layers, batch, cfg.k_heads)
+    keys, values = (jnp.zeros((*shape, *rest), cfg.compute) for rest in ((cfg.h_dim, slots), (slots, cfg.h_dim)))
+    return Cache(constrain(keys, *KEYS), constrain(values, *VALUES), jnp.zeros((), jnp.int32), start_B)
+
+
+def append(cache: Cache, layer: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Cache:
+    """The cache with the keys and values of T more positions in one layer; `length` stays."""
+    keys = jnp.transpose(k_BTKH, (0, 2, 3, 1))[None].astype(cache.key_LBKHS.dtype)
+    values = jnp.transpose(v_BTKH, (0, 2, 1, 3))[None].astype(cache.value_LBKSH.dtype)
+    zero = jnp.zeros((), jnp.int32)
+    keys = jax.lax.dynamic_update_slice(cache.key_LBKHS, keys, (layer, zero, zero, zero, cache.length))
+    values = jax.lax.dynamic_update_slice(cache.value_LBKSH, values, (layer, zero, zero, cache.length, zero))
+    return cache._replace(key_LBKHS=constrain(keys, *KEYS), value_LBKSH=constrain(values, *VALUES))
+
+
+def cached_mask(cache: Cache, slots_1T: jax.Array, sliding_window: int | None = None) -> jax.Array:
+    """The mask, (B or 1, T, S) bool: the query in a slot sees slots up to its own, from its row's start on."""
+    keys_1S = jnp.arange(cache.key_LBKHS.shape[-1], dtype=jnp.int32)[None]
+    alike = jnp.zeros_like(slots_1T), jnp.zeros_like(keys_1S)
+    mask_BTS = attention_mask(slots_1T, keys_1S, *alike, sliding_window)
+    return mask_BTS if cache.start_B is None else mask_BTS & (keys_1S >= cache.start_B[:, None])[:, None]
+
+
+def attend_cached(q_BTNH: jax.Array, cache: Cache, layer: jax.Array, mask_BTS: jax.Array, width: float) -> jax.Array:
+    """Masked attention of queries (B, T, N, H) to one layer of the cache, (B, T, N, H); as `attend` computes it."""
+    B, T, N, H = q_BTNH.shape
+    k_BKHS, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in cache[:2])
+    K, S = k_BKHS.shape[1], k_BKHS.shape[3]
+    # The G = N / K queries of a key head are X = G T rows of one product.
+    q_BKXH = jnp.transpose(q_BTNH.reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4)).reshape(B, K, -1, H)
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    scores_BKXS = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS, preferred_element_type=wide) * (width**-0.5)
+    seen = jnp.broadcast_to(mask_BTS[:, None, None], (mask_BTS.shape[0], K, N // K, T, S)).reshape(-1, K, N // K * T, S)
+    weights_BKXS = jax.nn.softmax(jnp.where(seen, scores_BKXS, jnp.finfo(wide).min), axis=-1).astype(v_BKSH.dtype)
+    o_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights_BKXS, v_BKSH)
+    return jnp.transpose(o_BKXH.reshape(B, K, N // K, T, H), (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 
 def rotary_frequencies(cfg: ModelConfig) -> jax.Array:
@@ -87,7 +134,7 @@ def attend(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
-    segments_BT: jax.Array | None,
+    segments_BT: jax.Array,
     width: float,
     kernel: str,
     sliding_window: int | None = None,
@@ -100,7 +147,6 @@ def attend(
       v_BSKH: values.
       mask_BTS: bool, (B or 1, T, S).
       segments_BT: int32, (B or 1, T), document numbers; splash builds its mask from them: causal within a document.
-        None: keys come from a cache, and the plain kernel is used whatever `kernel` says.
       width: the head width in the scores' scale.
       kernel: "plain"; "cudnn" (`jax.nn.dot_product_attention` on NVIDIA GPUs, bf16 or fp16); "splash" (TPUs); "auto".
       sliding_window: how many positions a query sees, as in `mask_BTS`; splash builds its mask from it.
@@ -109,7 +155,7 @@ def attend(
       (B, T, N, H), in the dtype of `v`.
     """
     plain = functools.partial(_plain, width=width)
-    if kernel == "plain" or segments_BT is None:
+    if kernel == "plain":
         return plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
     splash_kernel = functools.partial(_splash, width=width, sliding_window=sliding_window)
     chosen = {"cudnn": functools.partial(_cudnn, width=width), "splash": splash_kernel}

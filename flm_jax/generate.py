@@ -9,18 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flm_jax.attention import Cache
+from flm_jax.attention import Cache, empty_cache
 from flm_jax.config import ModelConfig
 from flm_jax.distributed import fetch
 from flm_jax.model import Masks, Params, Transformer
-from flm_jax.sharding import constrain
-
-
-def empty_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache for `length` positions, in the compute dtype."""
-    shape = (cfg.layers, batch, length, cfg.k_heads, cfg.h_dim)
-    empty = constrain(jnp.zeros(shape, cfg.compute), "layers", "batch", "history", "kv_heads", "head_dim")
-    return Cache(empty, empty, jnp.zeros((), jnp.int32))
 
 
 def _choose(logits_BV: jax.Array, key: jax.Array, temperature: float) -> jax.Array:
@@ -41,8 +33,7 @@ def _first(
     start_B: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
     """The token (B,) after each prompt, and a cache for `length` positions that holds the prompt."""
-    # Rotary positions are relative, so the start of a prompt in its row changes the result only by rounding.
-    cache = empty_cache(cfg, prompt_BT.shape[0], length)._replace(start_B=start_B)
+    cache = empty_cache(cfg, prompt_BT.shape[0], length, start_B)
     out: Any = Transformer(cfg).apply({"params": params}, prompt_BT, masks=masks, cache=cache)
     return _choose(out[0][:, -1], key, temperature), out[1]
 

@@ -20,7 +20,18 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from flm_jax.attention import ATTENDED, Cache, attend, attention_mask, rotary_frequencies, rotary_tables, rotate
+from flm_jax.attention import (
+    ATTENDED,
+    Cache,
+    append,
+    attend,
+    attend_cached,
+    attention_mask,
+    cached_mask,
+    rotary_frequencies,
+    rotary_tables,
+    rotate,
+)
 from flm_jax.config import ModelConfig
 from flm_jax.sharding import constrain, fitting_spec, mesh_axes
 from flm_jax.signature import Declared, Signature, draw
@@ -53,9 +64,8 @@ class Shared(NamedTuple):
 
     rotary: tuple[jax.Array, jax.Array]
     mask_BTS: jax.Array
-    segments_BT: jax.Array | None
+    segments_BT: jax.Array
     masks: Masks
-    cache_length: jax.Array | None
 
 
 # Rank promotion is an error in the tests, so all broadcasting goes through the next two functions.
@@ -158,8 +168,10 @@ class Attention(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, cache: Any, shared: Shared) -> tuple[jax.Array, Any]:
-        """(B, T, D) -> (B, T, D), and this layer's slice of the cache with the new keys and values, or None."""
+    def __call__(
+        self, x_BTD: jax.Array, cache: Cache | None, layer: jax.Array | None, shared: Shared
+    ) -> tuple[jax.Array, Cache | None]:
+        """(B, T, D) -> (B, T, D), and the cache with the keys and values of these positions in this layer, or None."""
         cfg = self.cfg
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, parameter(self, cfg, "query", "embed -> heads head_dim"))
         k_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "key", "embed -> kv_heads head_dim*"))
@@ -175,17 +187,16 @@ class Attention(nn.Module):
         q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "time", "heads", "head_dim"), "query")
         k_BSKH = constrain(rotate(k_BSKH, shared.rotary), "batch", "time", "kv_heads", "head_dim")
         k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "key"), checkpoint_name(v_BSKH, "value")
-        if cache is not None:
-            start: Any = (0, shared.cache_length, 0, 0)
-            k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH.astype(cache[0].dtype), start)
-            v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), start)
-            cache = (k_BSKH, v_BSKH)
-        o_BTNH = attend(
-            *(q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, shared.segments_BT),
-            width=cfg.effective_head_width,
-            kernel=cfg.attention,
-            sliding_window=cfg.sliding_window,
-        )
+        if cache is None or layer is None:
+            o_BTNH = attend(
+                *(q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, shared.segments_BT),
+                width=cfg.effective_head_width,
+                kernel=cfg.attention,
+                sliding_window=cfg.sliding_window,
+            )
+        else:
+            cache = append(cache, layer, k_BSKH, v_BSKH)
+            o_BTNH = attend_cached(q_BTNH, cache, layer, shared.mask_BTS, cfg.effective_head_width)
         o_BTNH = masked(o_BTNH, shared.masks.head_dim_H)
         if shared.masks.heads_N is not None:
             o_BTNH = masked(o_BTNH, shared.masks.heads_N[:, None])
@@ -215,10 +226,13 @@ class Block(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, layer_mask: Any, cache: Any, shared: Shared) -> tuple[jax.Array, Any]:
-        """One step of the scan over layers: the carry is the residual stream, the scanned input this layer's cache."""
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None], layer_mask: Any, layer: Any, shared: Shared
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        """One step of the scan over layers: the residual stream and the cache are carried, masks and index scanned."""
+        x_BTD, cache = carry
         attended_BTD, cache = Attention(self.cfg, name="attention")(
-            RMSNorm(self.cfg, name="attention_norm")(x_BTD, shared.masks), cache, shared
+            RMSNorm(self.cfg, name="attention_norm")(x_BTD, shared.masks), cache, layer, shared
         )
         y_BTD = x_BTD + attended_BTD
         y_BTD = y_BTD + Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(y_BTD, shared.masks), shared.masks)
@@ -228,7 +242,7 @@ class Block(nn.Module):
             y_BTD = jnp.where(m < 1, x_BTD + m * (y_BTD - x_BTD), y_BTD)
         y_BTD = constrain(y_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "hidden_BTD", y_BTD)
-        return y_BTD, cache
+        return (y_BTD, cache), None
 
 
 # The products that each remat policy saves for the backward pass, by their checkpoint names; the rest is recomputed.
@@ -261,7 +275,6 @@ class Transformer(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
-            out_axes=0,
             length=cfg.layers,
             unroll=cfg.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -287,27 +300,22 @@ class Transformer(nn.Module):
         """
         cfg, masks = self.cfg, masks or Masks()
         time = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        layer_cache: Any = None
-        length, segments_1T = None, None
+        layers_L, segments_1T = None, jnp.zeros_like(time) if segments_BT is None else segments_BT
         if cache is None:
-            segments_1T = jnp.zeros_like(time) if segments_BT is None else segments_BT
             positions, mask_BTS = time, attention_mask(time, time, segments_1T, segments_1T, cfg.sliding_window)
         else:
-            length, layer_cache = cache.length, (cache.key_LBSKH, cache.value_LBSKH)
-            positions = time + length
-            keys_1S = jnp.arange(cache.key_LBSKH.shape[2], dtype=jnp.int32)[None]
-            alike = jnp.zeros_like(positions), jnp.zeros_like(keys_1S)
-            mask_BTS = attention_mask(positions, keys_1S, *alike, cfg.sliding_window)
+            layers_L, slots = jnp.arange(cfg.layers, dtype=jnp.int32), time + cache.length
+            positions, mask_BTS = slots, cached_mask(cache, slots, cfg.sliding_window)
             if cache.start_B is not None:
-                mask_BTS = mask_BTS & (keys_1S >= cache.start_B[:, None])[:, None]
+                positions = slots - cache.start_B[:, None]
         rotary = rotary_tables(positions, rotary_frequencies(cfg))
         x_BTD = masked(look_up(self.embedding_VD, tokens_BT) * cfg.input_mult, masks.embed_D)
         x_BTD = constrain(x_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "embedded_BTD", x_BTD)
-        shared = Shared(rotary, mask_BTS, segments_1T, masks, length)
-        x_BTD, layer_cache = self.blocks(x_BTD, masks.layers_L, layer_cache, shared)
+        shared = Shared(rotary, mask_BTS, segments_1T, masks)
+        (x_BTD, cache), _ = self.blocks((x_BTD, cache), masks.layers_L, layers_L, shared)
         if cache is not None:
-            cache = Cache(layer_cache[0], layer_cache[1], cache.length + tokens_BT.shape[1], cache.start_B)
+            cache = cache._replace(length=cache.length + tokens_BT.shape[1])
         return self.final_norm(x_BTD, masks), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

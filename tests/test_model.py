@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flm_jax import model
+from flm_jax.attention import empty_cache
 from flm_jax.config import small_52b
-from flm_jax.generate import empty_cache
 from flm_jax.loss import loss_sum
 from tests import reference, small
 
@@ -75,13 +75,12 @@ def test_scan_equals_a_python_loop_over_blocks():
     shared = model.Shared(
         model.rotary_tables(jnp.arange(10)[None], model.rotary_frequencies(cfg)),
         model.attention_mask(*[jnp.arange(10)[None]] * 2, *[jnp.zeros((1, 10), int)] * 2),
-        None,
+        jnp.zeros((1, 10), int),
         model.Masks(),
-        None,
     )
     for layer in range(cfg.layers):
         block = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
-        x, _ = model.Block(one).apply({"params": block}, x, None, None, shared)
+        (x, _), _ = model.Block(one).apply({"params": block}, (x, None), None, None, shared)
     hidden = model.RMSNorm(one).apply({"params": params["final_norm"]}, x, model.Masks())
     logits = hidden @ params["head"] * cfg.logits_mult
     np.testing.assert_allclose(small.apply(cfg, params, tokens), logits, rtol=1e-5, atol=1e-6)
@@ -132,7 +131,7 @@ def test_a_token_at_a_time_through_the_cache_equals_all_at_once():
 def test_what_lies_before_a_prompt_changes_no_logit():
     cfg = small.config(heads=4, kv_heads=2)
     params, tokens = small.params(cfg), small.tokens((2, 9))
-    cache = empty_cache(cfg, 2, 9)._replace(start_B=jnp.array([0, 4], jnp.int32))
+    cache = empty_cache(cfg, 2, 9, jnp.array([0, 4], jnp.int32))
     logits, after = jax.jit(model.Transformer(cfg).apply)({"params": params}, tokens, cache=cache)
     np.testing.assert_array_equal(after.start_B, cache.start_B)
     np.testing.assert_allclose(logits[0], small.apply(cfg, params, tokens[:1])[0], rtol=1e-4, atol=1e-5)
