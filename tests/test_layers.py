@@ -13,13 +13,13 @@ signature
 config sharding
 attention
 model
-loss generate costs optimizer
+loss costs optimizer
 growth
 state
 checkpoint
 data
 source_checkpoint
-chat
+chat generation
 recipe
 step
 checkpoint_growth

@@ -10,7 +10,6 @@ import pytest
 
 from flm_jax import model
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
-from flm_jax.evaluation import lm_eval_model
 from flm_jax.evaluation.scoring import Scorer, Window, bits_per_byte_of_text
 from flm_jax.sharding import param_shardings
 from tests import small
@@ -130,19 +129,15 @@ def test_generation_is_that_of_hflm(pair, on_eight):
     assert on_eight.generate_until(asked) == expected
 
 
-def test_generation_stops_at_an_end_and_goes_on_after_a_look(pair, monkeypatch):
-    """Short rounds change nothing; an end that the model writes is one, and so is a special token that a task names."""
-
+def test_generation_stops_at_an_end_and_at_a_special_token_that_a_task_names(pair, monkeypatch):
     _, ours = pair
-    asked = requests(("It grows", {"until": [], "max_gen_toks": 20}), ("12", {"until": [], "max_gen_toks": 11}))
-    expected = ours.generate_until(asked)
-    monkeypatch.setattr(lm_eval_model, "FIRST_STEPS", 2)
-    assert ours.generate_until(asked) == expected
+    asked = requests(("It grows", {"until": [], "max_gen_toks": 20}))
+    (expected,) = ours.generate_until(asked)
     ((first,),) = likeliest(ours, [ours.tok_encode("It grows")[-7:]], 1)
     with monkeypatch.context() as patch:
         patch.setattr(ours, "_special", dataclasses.replace(ours._special, stop_ids=(first,)))
-        assert ours.generate_until(asked)[0] == ""
-    assert ours.generate_until(asked)[0] == expected[0] != ""
+        assert ours.generate_until(asked) == [""]
+    assert ours.generate_until(asked) == [expected] != [""]
     # Were that token special, and named by a task: it is not written out, and stops all the same.
     encode, decode = ours.vocabulary.encode, ours.vocabulary.decode
     monkeypatch.setattr(ours.vocabulary, "encode", lambda text: [first] if text == "<halt>" else encode(text))
@@ -161,13 +156,18 @@ def test_sampling_has_a_seed_and_a_temperature(pair):
     assert one == same != other
     greedy = requests(("It", {"until": [], "max_gen_toks": 8}))
     assert ours.generate_until(greedy) != one
+    # Of one token nothing is left to sample; 0 tokens stand for all of them, as in transformers.
+    for top_k, same in ((1, ours.generate_until(greedy)), (0, one)):
+        filtered = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 3.0, "top_k": top_k}
+        assert ours.generate_until(requests(("It", filtered))) == same
 
 
 def test_what_a_task_may_not_ask_is_said(pair):
     _, ours = pair
     for asked, message in (
         ({"num_beams": 4}, "generate with num_beams; supported are"),
-        ({"do_sample": True, "temperature": 1.0, "top_p": 0.9}, "generate with top_p"),
+        ({"do_sample": True, "temperature": 1.0, "typical_p": 0.9}, "generate with typical_p"),
+        ({"do_sample": True, "top_p": 7.0}, "Sampling.top_p = 7.0: use a number, greater than 0 and at most 1"),
         ({"max_gen_toks": CONTEXT}, "asks for 40 generated tokens, but the model's context is 40"),
     ):
         with pytest.raises(ValueError, match=message):

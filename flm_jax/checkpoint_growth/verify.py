@@ -20,7 +20,7 @@ from flm_jax.data.batches import Batch
 from flm_jax.data.config import DataConfig
 from flm_jax.data.source import Data, open_data, recorded_data
 from flm_jax.distributed import fetch
-from flm_jax.generate import generate
+from flm_jax.generation.decode import continued
 from flm_jax.growth.diagnostics import copies_apart, dead_slices, fresh_entries
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.verify import Observed, judge, observe
@@ -190,8 +190,8 @@ def _loss(cfg: Any, params: Params, text: VerificationText, mesh: Mesh, chunks: 
 
 def _greedy(cfg: Any, params: Params, tokens_BT: jax.Array, masks: Masks | None) -> np.ndarray:
     """Greedy continuations of the first tokens of each row, in at least float32."""
-    prompt_BT, key = tokens_BT[:, :PROMPT_TOKENS], jax.random.key(0)
-    found: np.ndarray = fetch(generate(cfg.for_comparison, params, prompt_BT, GREEDY_TOKENS, key, 0.0, masks))
+    prompt_BT = tokens_BT[:, :PROMPT_TOKENS]
+    found: np.ndarray = fetch(continued(cfg.for_comparison, params, prompt_BT, GREEDY_TOKENS, masks=masks))
     return found
 
 

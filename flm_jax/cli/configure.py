@@ -17,6 +17,7 @@ from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
 from flm_jax.cli import gin_reader
 from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
+from flm_jax.generation import Sampling
 from flm_jax.growth import Growth
 from flm_jax.recipe import Recipe, Run
 from flm_jax.records import FieldError, meant
@@ -151,6 +152,12 @@ def evaluate(mesh: MeshConfig | None = None) -> MeshConfig | None:
 
 
 @gin.configurable(module="flm_jax")
+def generate(mesh: MeshConfig | None = None, sampling: Sampling | None = None) -> dict[str, Any]:
+    """The mesh and the sampling of `experiments/generate.py`, from gin; its flags override fields of the sampling."""
+    return fitted(generate, dict(mesh=mesh, sampling=sampling))
+
+
+@gin.configurable(module="flm_jax")
 def select_sft(selection: Selection = gin.REQUIRED) -> Selection:
     """The selection of `experiments/select_sft.py`, from gin."""
     found: Selection = fitted(select_sft, dict(selection=selection))["selection"]
@@ -207,4 +214,4 @@ def _lacking(name: str, quoted: str, scope: str) -> str:
     return f"{full} lacks {', '.join(missing)}: bind {right}.{near}"
 
 
-PROGRAMS = ("train", "grow", "verify", "evaluate", "select_sft")
+PROGRAMS = ("train", "grow", "verify", "evaluate", "generate", "select_sft")

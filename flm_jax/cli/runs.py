@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gin
@@ -20,9 +21,12 @@ from flm_jax.cli.errors import fail, join, started
 from flm_jax.cli.flags import STOPPED
 from flm_jax.convert import exporting, importing
 from flm_jax.evaluation import EvalRequest, JudgeRequest
+from flm_jax.evaluation.loaded import load_model
 from flm_jax.files import check_writable, write_json
+from flm_jax.generation import GenerateRequest, Sampling, prompts
 from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.topology import Topology
+from flm_jax.records import as_dict
 from flm_jax.selection.select import select
 from flm_jax.train import train
 
@@ -30,6 +34,7 @@ __all__ = [
     "join",
     "run_evaluate",
     "run_export",
+    "run_generate",
     "run_grow",
     "run_import",
     "run_judge",
@@ -63,15 +68,15 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
     sys.exit(STOPPED)
 
 
-def chosen(checkpoint: str) -> str:
-    """The step that a path stands for, which is printed if it is not the path itself.
+def chosen(checkpoint: str, say: Callable[[str], None] = distributed.print0) -> str:
+    """The step that a path stands for, which is said if it is not the path itself.
 
     Raises:
       CheckpointError: there is none, or it cannot be told which.
     """
     step = step_directory(checkpoint)
     if step != Path(checkpoint).expanduser().absolute():
-        distributed.print0(f"{checkpoint}: its newest step is {step}")
+        say(f"{checkpoint}: its newest step is {step}")
     return str(step)
 
 
@@ -228,6 +233,45 @@ def run_judge(
             write_json(Path(json_file), found)
         if not asked.dry_run and not found["judged"]:
             raise ValueError("no answer could be judged; the reasons stand above, and the replies in calls.jsonl")
+
+
+def run_generate(
+    checkpoint: str,
+    asked: GenerateRequest,
+    json_file: str | None,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+) -> None:
+    """Answers a prompt, which is shown while it is made, or a file of prompts; says its speed on stderr."""
+    with started():
+        check_json_file(json_file)
+        parse(gin_files, gin_bindings)
+        settings = configured(configure.generate)
+        check_used()
+        sampling = dataclasses.replace(settings["sampling"] or Sampling(), **asked.sampling)
+        given = None if asked.prompts is None else prompts.read_prompts(asked.prompts)
+        model = load_model(chosen(checkpoint, say), asked.tokenizer, asked.max_length, asked.dtype, settings["mesh"])
+        for line in (model.note, model.sentence()):
+            say(line)
+        generator = model.generator(asked.batch_size)
+        found = {**model.record(), "sampling": as_dict(sampling)}
+        limits = model.length, asked.max_tokens, sampling, asked.stops
+        if given is None:
+            assert asked.prompt is not None
+            show = functools.partial(distributed.print0, end="")
+            found["answers"] = [prompts.continue_prompt(generator, asked.prompt, *limits, say, show)]
+            speed = generator.speed
+        else:
+            speed = prompts.answer_prompts(generator, given, *limits, asked.output, distributed.print0)
+        say(f"{speed}.")
+        if json_file and distributed.is_primary():
+            write_json(Path(json_file), {**found, "speed": speed.record()})
+
+
+def say(text: str) -> None:
+    """Prints a line to stderr, in process 0 only: the answers have stdout for themselves."""
+    if text and distributed.is_primary():
+        print(text, file=sys.stderr, flush=True)
 
 
 def run_plan(

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
+from flm_jax import generation
 from flm_jax.chat.conversation import ConversationError
 from flm_jax.chat.template import ChatEncoder
-from flm_jax.distributed import from_primary, is_primary
+from flm_jax.distributed import from_primary
 from flm_jax.evaluation.answers import Answer, from_record
-from flm_jax.evaluation.kept import KeptLines
 from flm_jax.evaluation.likelihood import choice_log_probs
 from flm_jax.evaluation.loaded import LoadedModel
 from flm_jax.evaluation.questions import CHOICE, Question
 from flm_jax.files import sha256_json, write_json
-from flm_jax.generate import generate
 from flm_jax.progress import count_bar
 from flm_jax.records import differences
 from flm_jax.records.foreign_json import read_json
-from flm_jax.sharding import put_batch
+from flm_jax.records.kept import kept_by_all
 
 ANSWERS, MADE_BY = "answers.jsonl", "answered_by.json"
-# Tokens to generate before it is checked which rows are done; the number doubles after every check.
-FIRST_STEPS = 32
 
 
 def answers_of(
@@ -50,17 +45,8 @@ def answers_of(
     """
     made = {**model.record(), "template": encoder.template.record(), "tokens": tokens}
     from_primary("answers' origin", lambda: _check_made(output, made))
-    with _kept(output / ANSWERS) as (kept, keep), count_bar("answers", "question", len(questions)) as bar:
+    with kept_by_all(output / ANSWERS, "id") as (kept, keep), count_bar("answers", "question", len(questions)) as bar:
         return answer_questions(model, encoder, questions, tokens, rows, kept, keep, bar.update), made
-
-
-@contextlib.contextmanager
-def _kept(path: Path) -> Iterator[tuple[dict[str, dict[str, Any]], Callable[[dict[str, Any]], None]]]:
-    """What a file keeps, and a function that adds to it; only process 0 writes, and all have what it has read."""
-    with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(KeptLines(path, "id")) if is_primary() else None
-        records = from_primary("answers kept", lambda: dict(lines.records) if lines else {})
-        yield records, lines.append if lines else lambda _: None
 
 
 def _check_made(output: Path, made: Mapping[str, Any]) -> None:
@@ -173,14 +159,6 @@ def answer_questions(
     return {q.id: from_record(records[q.id], f"the answer to {q.id}") for q in questions}
 
 
-class Written(NamedTuple):
-    """An answer that was generated: its tokens and text without what ends it, and whether it came to its end."""
-
-    ids: list[int]
-    text: str
-    ended: bool
-
-
 def answer_all(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
@@ -188,10 +166,8 @@ def answer_all(
     stop_texts: Sequence[str],
     tokens: int,
     rows: int,
-) -> Iterator[tuple[int, Written]]:
-    """Yields the number of each prompt and its likeliest continuation, batch after batch, the longest prompts first.
-
-    The one place that generates answers.
+) -> Iterator[tuple[int, generation.Answer]]:
+    """The number of each prompt and its likeliest continuation, batch after batch, the longest prompts first.
 
     Args:
       model: the model.
@@ -201,45 +177,5 @@ def answer_all(
       tokens: the most tokens of an answer; prompt and answer have at most `model.length`.
       rows: rows per batch.
     """
-    scorer = model.scorer(rows)
-    for numbers in scorer.batches([len(prompt) for prompt in prompts]):
-        found: dict[int, Written] = {}
-        texts = {number: list(prompts[number]) for number in numbers}
-        steps = FIRST_STEPS
-        while left := [number for number in numbers if number not in found]:
-            length = scorer.bucket(max(len(texts[number]) for number in left))
-            prompt_BT = np.zeros((scorer.rows, length), np.int32)
-            start_B = np.full(scorer.rows, length - 1, np.int32)
-            for row, number in enumerate(left):
-                text = texts[number]
-                prompt_BT[row, length - len(text) :], start_B[row] = text, length - len(text)
-            with jax.set_mesh(model.mesh):
-                out = generate(
-                    model.cfg,
-                    model.params,
-                    put_batch(prompt_BT, model.mesh),
-                    min(steps, tokens),
-                    jax.random.key(0),
-                    0.0,
-                    model.masks,
-                    start_B,
-                )
-                out_BS = jax.device_get(out)
-            for number, new in zip(left, out_BS[: len(left)].tolist(), strict=True):
-                texts[number] += new
-                begin = len(prompts[number])
-                most = min(tokens, model.length - begin)
-                written = _cut(texts[number][begin : begin + most], model, stop_ids, stop_texts)
-                if written.ended or len(texts[number]) - begin >= most:
-                    found[number] = written
-            steps *= 2
-        yield from found.items()
-
-
-def _cut(ids: list[int], model: LoadedModel, stop_ids: Collection[int], stop_texts: Sequence[str]) -> Written:
-    """The tokens up to what ends an answer, if anything does."""
-    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    # A model may have more rows than the vocabulary has ids.
-    text = model.vocabulary.decode(token for token in ids[:end] if token < model.vocabulary.size)
-    ends = [at for stop in stop_texts if (at := text.find(stop)) >= 0]
-    return Written(ids[:end], text[: min(ends, default=len(text))], end is not None or bool(ends))
+    most = [min(tokens, model.length - len(prompt)) for prompt in prompts]
+    return model.generator(rows).answers(prompts, max_tokens=most, stops=stop_texts, ends=stop_ids, in_context=False)

@@ -12,10 +12,10 @@ from flm_jax.evaluation.chat_request import EndpointConfig
 from flm_jax.evaluation.endpoint import Endpoint, Outcome
 from flm_jax.evaluation.judge_prompt import PAIRWISE, SCORE, TIE, A, B, JudgePrompt
 from flm_jax.evaluation.judges import SCORES, WINS, Judgement, missing_answer, opponents
-from flm_jax.evaluation.kept import KeptLines
 from flm_jax.evaluation.questions import JUDGED, Question
 from flm_jax.files import sha256_json
 from flm_jax.progress import count_bar
+from flm_jax.records.kept import KeptLines
 
 
 class Call(NamedTuple):

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from flm_jax.config import ModelConfig
 from flm_jax.data.text import Jsonl, TextFolder, endings, read_utf8
-from flm_jax.data.vocabulary import REPLACEMENT, Vocabulary
 from flm_jax.distributed import is_primary
 from flm_jax.evaluation.loaded import load_model
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
-from flm_jax.generate import stream
-from flm_jax.model import Masks, Params
+from flm_jax.generation.prompts import continue_prompt
 from flm_jax.progress import count_bar
 from flm_jax.sharding import MeshConfig
 
@@ -104,60 +97,14 @@ def evaluate_checkpoint(
             f"{score.documents} documents, {score.tokens} tokens, {score.bytes} bytes."
         )
     if what.prompt is not None:
-        with jax.set_mesh(placed):
-            found["generated"] = _continue(cfg, params, masks, vocabulary, what, length, say, show)
+        generator = model.generator()
+        found["generated"] = continue_prompt(generator, what.prompt, length, what.tokens, say=say, show=show)
     if what.tasks:
         adapter = lm_eval_model.LmEvalModel(model.scorer(what.batch_size), vocabulary, progress=is_primary())
         results = lm_eval_model.run_tasks(adapter, what.tasks, what.include_path, what.limit, what.num_fewshot)
         found["lm_eval"] = lm_eval_model.record(results)
         say(lm_eval_model.table(results))
     return found
-
-
-def _continue(
-    cfg: ModelConfig,
-    params: Params,
-    masks: Masks | None,
-    vocabulary: Vocabulary,
-    what: EvalRequest,
-    length: int,
-    say: Callable[[str], None],
-    show: Callable[[str], None],
-) -> dict[str, Any]:
-    """The likeliest continuation of the prompt, shown while it is made: its text and tokens."""
-    assert what.prompt is not None
-    ids = list(vocabulary.special.begin) + vocabulary.encode(what.prompt) or [vocabulary.special.prefix_id]
-    room = length - len(ids)
-    if room < 1:
-        raise ValueError(
-            f"The prompt has {len(ids)} tokens, and the model reads {length}: shorten it, or set --max_length."
-        )
-    if room < what.tokens:
-        say(f"The continuation ends after {room} tokens, where the sequence has {length}; --max_length sets this.")
-    # A token's text may depend on those before it, so the whole is decoded each time, and what is new is shown.
-    before = vocabulary.decode(ids)
-    new: list[int] = []
-    shown = ""
-    show(what.prompt)
-    prompt_1T, tokens = jnp.asarray([ids], jnp.int32), min(room, what.tokens)
-    for piece in stream(cfg, params, prompt_1T, tokens, jax.random.key(0), 0.0, masks):
-        end = next((i for i, token in enumerate(piece) if token in vocabulary.special.stop_ids), None)
-        new += piece[:end]
-        text = continuation(vocabulary.decode(ids + new), before)
-        # The last characters may change with the next token, as when one character has several tokens.
-        ready = text if end is not None or not text.endswith(REPLACEMENT) else shown
-        show(ready[len(shown) :])
-        shown = ready
-        if end is not None:
-            break
-    text = continuation(vocabulary.decode(ids + new), before)
-    show(text[len(shown) :] + "\n")
-    return {"prompt": what.prompt, "text": text, "tokens": new}
-
-
-def continuation(whole: str, before: str) -> str:
-    """What a decoded sequence adds to its beginning, which was decoded alone; they differ where a character was cut."""
-    return whole[len(os.path.commonprefix([whole, before])) :]
 
 
 def read_texts(path: str | Path) -> Iterator[str]:

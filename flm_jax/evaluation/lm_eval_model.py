@@ -10,18 +10,14 @@ import difflib
 import fnmatch
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from tqdm import tqdm
 
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.evaluation.scoring import Scorer, Window, check_vocabulary, rolling_windows
-from flm_jax.generate import generate
-from flm_jax.sharding import put_batch
+from flm_jax.generation import Generator, Sampling
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -31,19 +27,6 @@ except ImportError as error:
 
 # The keys of lm-eval's results that `record` keeps; the others describe the machine.
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval_version")
-# Tokens to generate before checking which requests are done; the number doubles after every check.
-FIRST_STEPS = 32
-
-
-@dataclass
-class _Continuation:
-    """One generation request: its prompt, and the tokens generated so far."""
-
-    prompt: list[int]
-    most: int
-    stops: list[str]
-    tokens: list[int] = field(default_factory=list)
-    done: bool = False
 
 
 class LmEvalModel(TemplateLM):
@@ -67,7 +50,8 @@ class LmEvalModel(TemplateLM):
         super().__init__()
         check_vocabulary(vocabulary, scorer.cfg.vocab)
         self.scorer, self.vocabulary, self._special = scorer, vocabulary, vocabulary.special
-        self._key, self._progress = jax.random.key(seed), progress
+        self._seed, self._progress = seed, progress
+        self._generator = Generator(scorer.cfg, scorer.params, vocabulary, scorer.mesh, scorer.masks, scorer.rows)
 
     @property
     def eot_token_id(self) -> int:
@@ -138,8 +122,8 @@ class LmEvalModel(TemplateLM):
         """The continuation of each context, until a stop sequence, the end of the document, or the token limit.
 
         Raises:
-          ValueError: a task asks for a method that is not implemented (beams, nucleus sampling), or for more tokens
-            than fit into the model's context.
+          ValueError: a task asks for a method that is not implemented, such as beams, or for more tokens than fit
+            into the model's context.
         """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -148,71 +132,56 @@ class LmEvalModel(TemplateLM):
         with tqdm(total=len(requests), desc="generating", disable=self._hidden(disable_tqdm)) as bar:
             for numbers in groups.values():
                 asked = requests[numbers[0]].args[1]
-                texts = self._generate([requests[i].args[0] for i in numbers], asked, bar)
+                texts = self._generate([requests[i].args[0] for i in numbers], numbers, asked, bar)
                 for i, text in zip(numbers, texts, strict=True):
                     found[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return found
 
-    def _generate(self, contexts: Sequence[str], asked: dict[str, Any], bar: Any) -> list[str]:
-        """The continuations of contexts that have the same generation settings `asked`."""
+    def _generate(self, contexts: Sequence[str], numbers: Sequence[int], asked: dict[str, Any], bar: Any) -> list[str]:
+        """The continuations of contexts that have the same settings `asked`; `numbers` are for their random numbers."""
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
         stops = [stop for stop in handle_stop_sequences(wanted.pop("until"), eos=self._special.eos) if stop]
         most = wanted.pop("max_gen_toks")
-        temperature = float(wanted.pop("temperature", 0.0)) * bool(wanted.pop("do_sample"))
-        harmless = {"num_beams": 1} | ({} if temperature else {"top_p": None, "top_k": None})
-        unknown = [name for name, x in wanted.items() if name not in harmless or harmless[name] not in (None, x)]
-        if unknown:
-            raise ValueError(
-                f"A task asks to generate with {', '.join(sorted(unknown))}; supported are until, max_gen_toks, "
-                "do_sample and temperature."
-            )
+        sampling = self._sampling(wanted)
         if not 0 < most < self.max_length:
             raise ValueError(
                 f"A task asks for {most} generated tokens, but the model's context is {self.max_length} tokens, prompt "
                 "included: raise --max_length, or set max_gen_toks in the task."
             )
-        rows = []
-        for context in contexts:
-            prompt = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
-            rows.append(_Continuation(prompt, most, stops))
+        room = self.max_length - most
+        prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         # Decoding omits special tokens, so a stop sequence that is a special token is recognised by its id.
         alone = [self.vocabulary.encode(stop) for stop in stops]
-        ids = {*self._special.stop_ids, *(i[0] for i in alone if len(i) == 1 and not self.vocabulary.decode(i))}
-        steps, left = FIRST_STEPS, rows
-        while left:
-            for numbers in self.scorer.batches([len(row.prompt) + len(row.tokens) for row in left]):
-                self._extend([left[i] for i in numbers], min(steps, most), temperature, ids)
-            bar.update(sum(row.done for row in left))
-            steps, left = 2 * steps, [row for row in left if not row.done]
-        texts = [self._written(row.tokens) for row in rows]
+        ends = [*self._special.stop_ids, *(i[0] for i in alone if len(i) == 1 and not self.vocabulary.decode(i))]
+        texts = [""] * len(prompts)
+        size = self.vocabulary.size
+        given = (prompts, sampling, most, stops, ends, numbers)
+        for i, answer in self._generator.answers(*given, in_context=False):
+            # A model may have more rows than the tokenizer has ids; HFLM omits such tokens too.
+            texts[i] = self.vocabulary.decode(token for token in answer.ids if token < size)
+            bar.update()
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
-    def _written(self, tokens: list[int]) -> str:
-        # A model may have more rows than the tokenizer has ids; HFLM omits such tokens too.
-        return self.vocabulary.decode(token for token in tokens if token < self.vocabulary.size)
+    def _sampling(self, wanted: dict[str, Any]) -> Sampling:
+        """How a task wants tokens to be chosen, from the rest of its settings.
 
-    def _extend(self, rows: list[_Continuation], steps: int, temperature: float, stop_ids: set[int]) -> None:
-        """Generates up to `steps` more tokens for a batch, computing its cache again, and marks rows that are done."""
-        scorer = self.scorer
-        texts = [row.prompt + row.tokens for row in rows]
-        length = scorer.bucket(max(map(len, texts)))
-        prompt_BT = np.zeros((scorer.rows, length), np.int32)
-        start_B = np.full(scorer.rows, length - 1, np.int32)
-        for i, text in enumerate(texts):
-            prompt_BT[i, length - len(text) :], start_B[i] = text, length - len(text)
-        self._key, key = jax.random.split(self._key)
-        with jax.set_mesh(scorer.mesh):
-            placed = put_batch(prompt_BT, scorer.mesh)
-            out_BS = jax.device_get(
-                generate(scorer.cfg, scorer.params, placed, steps, key, temperature, scorer.masks, start_B)
+        Raises:
+          ValueError: it wants something that is not implemented, or a value that makes no sense.
+        """
+        sampled = bool(wanted.pop("do_sample"))
+        given = {name: wanted.pop(name, None) for name in ("temperature", "top_k", "top_p", "min_p")}
+        penalty = wanted.pop("repetition_penalty", None) or 1.0
+        if unknown := [name for name, value in wanted.items() if not (name == "num_beams" and value in (None, 1))]:
+            raise ValueError(
+                f"A task asks to generate with {', '.join(sorted(unknown))}; supported are until, max_gen_toks, "
+                "do_sample, temperature, top_k, top_p, min_p and repetition_penalty."
             )
-        for row, new in zip(rows, out_BS[: len(rows)].tolist(), strict=True):
-            row.tokens = (row.tokens + new)[: row.most]
-            end = next((i for i, token in enumerate(row.tokens) if token in stop_ids), None)
-            row.tokens = row.tokens[:end]
-            written = self._written(row.tokens)
-            row.done = end is not None or len(row.tokens) >= row.most or any(stop in written for stop in row.stops)
+        if not sampled:
+            return Sampling(repetition_penalty=penalty)
+        # As in transformers, top_k = 0 and an absent filter keep all tokens.
+        chosen = {name: value for name, value in given.items() if value is not None and (name, value) != ("top_k", 0)}
+        return Sampling(**{"temperature": 1.0, **chosen}, repetition_penalty=penalty, seed=self._seed)
 
 
 def run_tasks(

@@ -13,6 +13,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.data.train_vocabulary import load_vocabulary
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.evaluation.scoring import Scorer, check_vocabulary
+from flm_jax.generation import Generator
 from flm_jax.model import Masks, Params
 from flm_jax.records.foreign_json import check, parse_json
 from flm_jax.sharding import MeshConfig, make_mesh
@@ -48,6 +49,10 @@ class LoadedModel(NamedTuple):
     def scorer(self, rows: int) -> Scorer:
         """What scores windows of tokens with the model, `rows` per batch."""
         return Scorer(self.cfg, self.params, self.mesh, self.length, rows, self.masks)
+
+    def generator(self, rows: int = 16) -> Generator:
+        """What answers prompts with the model, `rows` per batch."""
+        return Generator(self.cfg, self.params, self.vocabulary, self.mesh, self.masks, rows)
 
     def record(self) -> dict[str, Any]:
         """What was evaluated, and how, JSON-able."""

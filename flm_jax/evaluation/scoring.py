@@ -40,7 +40,7 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """A model on a mesh that scores windows of tokens; `flm_jax.evaluation.lm_eval_model` also generates with it.
+    """A model on a mesh that scores windows of tokens; `flm_jax.generation` generates.
 
     Attributes:
       context: the longest sequence that the model reads, in tokens.

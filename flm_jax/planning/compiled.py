@@ -16,11 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from flm_jax import costs
 from flm_jax.data.batches import Batch
-from flm_jax.generate import generate
+from flm_jax.generation import Sampling
+from flm_jax.generation.decode import continued
 from flm_jax.planning import hlo
 from flm_jax.planning.topology import Topology
 from flm_jax.recipe import Recipe, ResolvedStage
-from flm_jax.sharding import replicated, spec
+from flm_jax.sharding import spec
 from flm_jax.state import abstract_state
 from flm_jax.step import StageProgram, make_grower, parameter_growers, quietly_donated
 
@@ -98,10 +99,8 @@ def decoding(program: StageProgram, rows: int, context: int, tokens: int = 64) -
     mesh, cfg = program.mesh, program.stage.cfg
     where = NamedSharding(mesh, spec(("batch", "time")))
     prompt = jax.ShapeDtypeStruct((rows, context - tokens), jnp.int32, sharding=where)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     with jax.set_mesh(mesh):
-        return generate.lower(cfg, program.abstract_state.params, prompt, tokens, key, 0.7)
+        return continued.lower(cfg, program.abstract_state.params, prompt, tokens, Sampling(temperature=0.7))
 
 
 def parameter_growth(program: StageProgram, topology: Topology | None) -> dict[str, Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from flm_jax.distributed import from_primary, is_primary
 from flm_jax.files import atomic_write, naming
 from flm_jax.records.foreign_json import field, parse_json
 
@@ -92,3 +94,12 @@ class KeptLines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def kept_by_all(path: Path, key: str) -> Iterator[tuple[dict[str, dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+    """What a file keeps, and a function that adds to it; only process 0 writes, and all have what it has read."""
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(KeptLines(path, key)) if is_primary() else None
+        records = from_primary("lines kept", lambda: dict(lines.records) if lines else {})
+        yield records, lines.append if lines else lambda _: None
