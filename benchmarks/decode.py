@@ -1,0 +1,269 @@
+"""Decoding speed compared with transformers and with the bandwidth of memory, on a real model; the page docs/decode.md.
+
+  make test-smollm2                                              (once: it installs the weights)
+  python benchmarks/decode.py --write=docs/decode.md [--json=FILE] [--dir=DIR]
+
+SmolLM2-135M-Instruct in float32, greedy, with as many threads for each program as there are cores. Every round times
+the two programs and the floor one after the other, so that other load on the machine affects all of them alike; the
+results are medians of the rounds' ratios. Times are those of the steps after the first token of each answer. The floor
+is the time to read the parameters and the filled part of the cache once per step, at the rate at which NumPy reads the
+same parameters, in the same round. The exit status is 1 if the two programs do not write the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+_WRITE = flags.DEFINE_string("write", None, "Write the page to this file.")
+_JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
+_DIR = flags.DEFINE_string("dir", None, "Directory for model and checkpoint; by default a temporary directory.")
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Number of rounds.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 48, "Tokens per answer.", lower_bound=2)
+
+TEXT = "The capital of France is"
+# Rows of the batch, and tokens of each prompt.
+CASES = ((1, 5), (16, 5), (1, 900))
+# What the speed on a CPU is held to, at batch 1: times the speed of transformers, and fraction of the floor's speed.
+AIMS = (1.5, 0.6)
+
+
+def opened(base: Path) -> tuple[Any, Any]:
+    """The model of transformers, and ours, opened from a checkpoint that was imported from it."""
+    import torch
+    import transformers
+
+    from benchmarks.real_model import unpack
+    from flm_jax.convert.importing import import_model
+    from flm_jax.evaluation.loaded import load_model
+
+    if not (base / "smollm2").exists():
+        unpack(base / "smollm2")
+    if not (base / "checkpoint").exists():
+        import_model(base / "smollm2", base / "checkpoint")
+    torch.set_num_threads(cores())
+    given: Any = dict(dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base / "smollm2", **given).eval()
+    return theirs, load_model(base / "checkpoint")
+
+
+def cores() -> int:
+    """The number of cores that this process may use; XLA has as many threads."""
+    return len(os.sched_getaffinity(0))
+
+
+class Clock:
+    """A logits processor of transformers that notes when each step of `generate` has its logits."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        """Returns the logits as they are."""
+        del ids
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def their_steps(model: Any, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
+    """Seconds per step after the first, and the new tokens."""
+    import torch
+    from transformers import LogitsProcessorList
+
+    clock, ids = Clock(), torch.tensor(prompts)
+    given: Any = dict(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=tokens)
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), logits_processor=LogitsProcessorList([clock]), **given
+        )
+    return (clock.times[-1] - clock.times[0]) / (tokens - 1), out[:, ids.shape[1] :].tolist()
+
+
+def our_steps(generator: Any, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
+    """Seconds per step after the first, and the new tokens."""
+    answers = generator.generate(prompts, max_tokens=tokens, ends=())
+    return generator.speed.seconds / (tokens - 1), [answer.ids for answer in answers]
+
+
+def streamed_steps(generator: Any, prompt: list[int], tokens: int) -> float:
+    """Seconds per step after the first, one call of the program per token."""
+    for _ in generator.stream(prompt, max_tokens=tokens, ends=()):
+        pass
+    return float(generator.speed.seconds / (tokens - 1))
+
+
+def reading_seconds(arrays: list[Any]) -> float:
+    """Seconds to read the arrays once with as many threads as there are cores, by NumPy's dot product."""
+    count = cores()
+
+    def part(thread: int) -> None:
+        for x in arrays:
+            mine = x[thread * len(x) // count : (thread + 1) * len(x) // count]
+            mine.dot(mine)
+
+    threads = [threading.Thread(target=part, args=(i,)) for i in range(count)]
+    since = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - since
+
+
+def measured(theirs: Any, ours: Any, rows: int, length: int, rounds: int, tokens: int) -> dict[str, Any]:
+    """The figures of one case."""
+    import jax
+    import numpy as np
+
+    generator = ours.generator(rows)
+    ids = generator.prompt_ids(TEXT)
+    prompts = [(ids * length)[-length:] for _ in range(rows)]
+    arrays = [np.asarray(x).reshape(-1) for x in jax.tree.leaves(ours.params)]
+    param_bytes, cfg = sum(x.nbytes for x in arrays), ours.cfg
+    cache_bytes = rows * (length + tokens / 2) * 2 * cfg.layers * cfg.k_heads * cfg.h_dim * cfg.compute.itemsize
+    times: dict[str, list[float]] = {"floor": [], "ours": [], "theirs": [], "streamed": []}
+    same = True
+    for number in range(rounds + 1):
+        floor = min(reading_seconds(arrays) for _ in range(3)) * (param_bytes + cache_bytes) / param_bytes
+        mine, our_ids = our_steps(generator, prompts, tokens)
+        other, their_ids = their_steps(theirs, prompts, tokens)
+        streamed = streamed_steps(generator, prompts[0], tokens) if rows == 1 else mine
+        same &= our_ids == their_ids
+        if number:  # the first round warms up
+            for name, seconds in (("floor", floor), ("ours", mine), ("theirs", other), ("streamed", streamed)):
+                times[name].append(seconds)
+
+    def ratio(above: str, below: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+    return {
+        "rows": rows,
+        "prompt_tokens": length,
+        "tokens": tokens,
+        "rounds": rounds,
+        "bytes_per_step": param_bytes + cache_bytes,
+        "seconds_per_step": {name: statistics.median(seconds) for name, seconds in times.items()},
+        "times_theirs": ratio("theirs", "ours"),
+        "of_floor": ratio("floor", "ours"),
+        "streamed": ratio("ours", "streamed"),
+        "same_tokens": same,
+    }
+
+
+PAGE = """# Decoding
+
+How fast `flm-generate` writes text, compared with `generate` of transformers and with the bandwidth of memory. This
+page was written by
+
+    make test-smollm2 && .venv/bin/python benchmarks/decode.py --write=docs/decode.md
+
+{hardware}. SmolLM2-135M-Instruct ({params}), float32, {threads} threads each, greedy, {tokens} tokens per
+answer. Each of {rounds} rounds times the floor, flm_jax and transformers one after the other; speeds are medians, and
+ratios are medians of the rounds' ratios. Only the steps after an answer's first token are timed: neither compilation
+nor the prompts. {same} {load}
+
+{rows}
+
+The floor is the time in which NumPy, with as many threads, reads the bytes that a step must read: every parameter, and
+the filled part of the cache. "Of the floor" is the floor's time divided by that of flm_jax. "Streamed" is the speed of
+one call per token, as where text is shown while it is made, relative to several tokens per call.
+
+{verdict}
+
+## What decides the speed
+
+- The cache is carried through the scan over layers and written in place, and both products of attention read it in the
+  order in which it lies: keys as (head_dim, positions), values as (positions, head_dim). With the cache as input and
+  output of the scan, XLA copies all of it in every step.
+- At batch 1 the products are matrix times vector, which XLA's CPU backend divides among threads if they are large; each
+  layer's weights are sliced out of the stacked array first, into the processor's cache. Weights as an array per layer,
+  with the layers unrolled, were no faster at batch 1, and compiled for twice to three times as long.
+- At batch 16 a step is bound by arithmetic, not by memory.
+- Sampling finds the border of top-k and top-p bit by bit, in 32 passes over the logits each, instead of sorting them.
+"""
+
+
+def page(found: list[dict[str, Any]], params: int, hardware: str) -> str:
+    """The page in Markdown."""
+    from flm_jax import costs
+
+    columns = ("batch", "prompt", "flm_jax", "transformers", "times transformers", "floor", "of the floor", "streamed")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for case in found:
+        speed = {name: case["rows"] / seconds for name, seconds in case["seconds_per_step"].items()}
+        streamed = f"{case['streamed']:.2f}" if case["rows"] == 1 else ""
+        rows.append(
+            f"| {case['rows']} | {case['prompt_tokens']} tokens | {speed['ours']:.1f} tokens/s "
+            f"| {speed['theirs']:.1f} tokens/s | {case['times_theirs']:.2f} | {speed['floor']:.1f} tokens/s "
+            f"| {case['of_floor']:.2f} | {streamed} |"
+        )
+    first = found[0]
+    same = all(case["same_tokens"] for case in found)
+    return PAGE.format(
+        hardware=hardware,
+        params=costs.count(params) + " parameters",
+        threads=cores(),
+        tokens=first["tokens"],
+        rounds=first["rounds"],
+        same="Both write the same tokens." if same else "The two do not write the same tokens in every case.",
+        load=f"The machine's load was {os.getloadavg()[1]:.1f} on average over the last five minutes.",
+        rows="\n".join(rows),
+        verdict=verdict(first),
+    )
+
+
+def verdict(case: dict[str, Any]) -> str:
+    """Whether the aims hold at batch 1, as sentences."""
+    met = [case["times_theirs"] >= AIMS[0], case["of_floor"] >= AIMS[1]]
+    says = [
+        f"at least {AIMS[0]} times the speed of transformers ({case['times_theirs']:.2f})",
+        f"at least {AIMS[1]} of the floor ({case['of_floor']:.2f})",
+    ]
+    lines = [
+        f"At batch 1 the aim of {aim} is {'met' if right else '**not met**'}."
+        for aim, right in zip(says, met, strict=True)
+    ]
+    return " ".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Measures, and writes the page."""
+    if len(argv) > 1:
+        app.usage(shorthelp=True, detailed_error=f"unexpected argument {argv[1]!r}", exitcode=2)
+    from benchmarks.disk import machine
+
+    logging.set_verbosity(logging.ERROR)  # orbax logs a lot
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(_DIR.value or temporary)
+        base.mkdir(parents=True, exist_ok=True)
+        theirs, ours = opened(base)
+        found = []
+        for rows, length in CASES:
+            found.append(measured(theirs, ours, rows, length, _ROUNDS.value, _TOKENS.value))
+            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    params = sum(value.numel() for value in theirs.parameters())
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
+    text = page(found, params, machine())
+    if _WRITE.value:
+        Path(_WRITE.value).write_text(text)
+    else:
+        print(text)
+    if not all(case["same_tokens"] for case in found):
+        raise SystemExit("the two programs do not write the same tokens")
+
+
+if __name__ == "__main__":
+    app.run(main)
