@@ -1,5 +1,6 @@
 """The program that generates: a prompt is continued, files are answered line by line and go on where they were left."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from flm_jax.cli import runs
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.data.vocabulary_files import to_files
 from flm_jax.generation import GenerateRequest, Generator
-from flm_jax.generation.prompts import answer_prompts, read_prompts
+from flm_jax.generation.prompts import answer_prompts, as_they_are, read_prompts
 from tests import small
 from tests.scores import ONE, mesh_of, saved
 
@@ -86,7 +87,7 @@ def test_an_output_is_a_file_in_a_folder_that_exists(tmp_path):
     generator = Generator(small.shape(), None, ByteVocabulary(), mesh_of(ONE))
     for path in (tmp_path, tmp_path / "nowhere" / "x.jsonl"):
         with pytest.raises(ValueError, match="give the name of a file in a folder that exists"):
-            answer_prompts(generator, [{"prompt": "a"}], 64, 8, output=path)
+            answer_prompts(generator, as_they_are(generator), [{"prompt": "a"}], 64, 8, output=path)
 
 
 def test_prompts_are_the_lines_of_a_file(tmp_path):
@@ -135,3 +136,39 @@ def test_the_command_takes_a_prompt_from_stdin_and_refuses_two(checkpoint):
     ):
         done = command(*arguments)
         assert done.returncode == 2 and message in done.stdout + done.stderr
+
+
+@pytest.mark.integration
+def test_a_prompt_in_a_conversation_is_asked_by_its_template(checkpoint, tmp_path, capsys, monkeypatch):
+    seen = []
+    generate = Generator.generate
+    monkeypatch.setattr(
+        Generator, "generate", lambda self, ids, *a, **k: seen.extend(map(list, ids)) or generate(self, ids, *a, **k)
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    prompts.write_text(json.dumps({"prompt": "One?"}) + "\n" + json.dumps({"messages": turns}) + "\n")
+    asked = dict(prompts=str(prompts), max_tokens=4, chat=True, template="tele_flm")
+    launched(checkpoint, **asked, system="S")
+    texts = [ByteVocabulary().decode(ids) for ids in seen]
+    assert texts == ["S<_user>One?<_bot>", "S<_user>a<_bot>b<_user>c<_bot>"]
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(answer["tokens"]) <= 4 for answer in answers] == [True, True]
+    with pytest.raises(SystemExit):
+        launched(checkpoint, **{**asked, "template": None})
+    assert "give --template" in capsys.readouterr().err
+    prompts.write_text(json.dumps({"messages": turns[:2]}) + "\n")
+    with pytest.raises(SystemExit):
+        launched(checkpoint, **asked)
+    assert "roles out of order" in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_a_conversation_is_held_on_stdin(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One?\n/retry\n/reset\n<_bot>\n/quit\nnever\n"))
+    launched(checkpoint, chat=True, template="tele_flm", max_tokens=6, sampling=dict(temperature=2.0))
+    shown = capsys.readouterr().out
+    assert shown.count("tokens per second") >= 1
+    assert "[a new conversation]" in shown
+    assert "contains a marker: '<_bot>'" in shown
+    assert shown.rstrip().endswith("which the template itself writes]")

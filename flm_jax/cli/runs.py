@@ -12,10 +12,12 @@ from pathlib import Path
 import gin
 
 from flm_jax import checkpoint_growth, costs, distributed, evaluation
+from flm_jax.chat.checkpoint_template import chat_template_of
+from flm_jax.chat.template import ChatEncoder
 from flm_jax.checkpoint import verify
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint_growth.text import verification_lines
-from flm_jax.cli import configure
+from flm_jax.cli import chat, configure
 from flm_jax.cli.configure import PACKAGE, check_used, configured, parse
 from flm_jax.cli.errors import fail, join, started
 from flm_jax.cli.flags import STOPPED
@@ -242,27 +244,39 @@ def run_generate(
     gin_files: Sequence[str],
     gin_bindings: Sequence[str],
 ) -> None:
-    """Answers a prompt, which is shown while it is made, or a file of prompts; says its speed on stderr."""
+    """Answers a prompt, which is shown while it is made, or a file of prompts, or what is said in a conversation.
+
+    What there is to say, the speed included, goes to stderr.
+    """
     with started():
         check_json_file(json_file)
         parse(gin_files, gin_bindings)
         settings = configured(configure.generate)
         check_used()
-        sampling = dataclasses.replace(settings["sampling"] or Sampling(), **asked.sampling)
-        given = None if asked.prompts is None else prompts.read_prompts(asked.prompts)
+        sampling = settings["sampling"] or (chat.SAMPLING if asked.chat else Sampling())
+        sampling = dataclasses.replace(sampling, **asked.sampling)
+        given = None if asked.prompts is None else prompts.read_prompts(asked.prompts, asked.chat)
         model = load_model(chosen(checkpoint, say), asked.tokenizer, asked.max_length, asked.dtype, settings["mesh"])
         for line in (model.note, model.sentence()):
             say(line)
-        generator = model.generator(asked.batch_size)
+        alone = asked.prompts is None
+        generator = model.generator(1 if alone else asked.batch_size)
+        asking = prompts.as_they_are(generator, asked.stops)
+        if asked.chat:
+            encoder = ChatEncoder(chat_template_of(model.source, asked.template, model.vocabulary), model.vocabulary)
+            asking = chat.in_conversation(encoder, asked.system, asked.stops)
+            if alone and asked.prompt is None:
+                chat.hold(generator, encoder, model.length, asked.max_tokens, sampling, asked.stops, asked.system)
+                return
         found = {**model.record(), "sampling": as_dict(sampling)}
-        limits = model.length, asked.max_tokens, sampling, asked.stops
+        limits = model.length, asked.max_tokens, sampling
         if given is None:
             assert asked.prompt is not None
             show = functools.partial(distributed.print0, end="")
-            found["answers"] = [prompts.continue_prompt(generator, asked.prompt, *limits, say, show)]
+            found["answers"] = [prompts.continue_prompt(generator, asking, asked.prompt, *limits, say, show)]
             speed = generator.speed
         else:
-            speed = prompts.answer_prompts(generator, given, *limits, asked.output, distributed.print0)
+            speed = prompts.answer_prompts(generator, asking, given, *limits, asked.output, distributed.print0)
         say(f"{speed}.")
         if json_file and distributed.is_primary():
             write_json(Path(json_file), {**found, "speed": speed.record()})

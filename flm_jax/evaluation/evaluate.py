@@ -12,7 +12,7 @@ from flm_jax.data.text import Jsonl, TextFolder, endings, read_utf8
 from flm_jax.distributed import is_primary
 from flm_jax.evaluation.loaded import load_model
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
-from flm_jax.generation.prompts import continue_prompt
+from flm_jax.generation.prompts import as_they_are, continue_prompt
 from flm_jax.progress import count_bar
 from flm_jax.sharding import MeshConfig
 
@@ -98,7 +98,9 @@ def evaluate_checkpoint(
         )
     if what.prompt is not None:
         generator = model.generator()
-        found["generated"] = continue_prompt(generator, what.prompt, length, what.tokens, say=say, show=show)
+        found["generated"] = continue_prompt(
+            generator, as_they_are(generator), what.prompt, length, what.tokens, say=say, show=show
+        )
     if what.tasks:
         adapter = lm_eval_model.LmEvalModel(model.scorer(what.batch_size), vocabulary, progress=is_primary())
         results = lm_eval_model.run_tasks(adapter, what.tasks, what.include_path, what.limit, what.num_fewshot)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flm_jax.data.text import read_utf8
 from flm_jax.files import sha256_json
@@ -20,6 +20,20 @@ from flm_jax.records.kept import kept_by_all
 
 # The field of an answer that says to which prompt, at which place of its file, with which settings.
 KEY = "key"
+
+
+class Asking(NamedTuple):
+    """How prompts are put to a model: continued as they are, or answered within a chat template.
+
+    Attributes:
+      ids: the tokens of a prompt's record.
+      ends: ids that end an answer; None: those of the vocabulary.
+      stops: texts that end an answer.
+    """
+
+    ids: Callable[[Mapping[str, Any]], list[int]]
+    ends: Sequence[int] | None = None
+    stops: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,9 @@ class GenerateRequest:
       max_length: the longest sequence that the model reads, in tokens.
       dtype: what the model computes in.
       batch_size: prompts per batch, on all devices together.
+      chat: whether prompts are what a user says in a conversation; without any, one is held in the terminal.
+      template: of a conversation; None: the one that the checkpoint was tuned with.
+      system: the system turn of a conversation; '': none.
     """
 
     prompt: str | None = None
@@ -49,15 +66,23 @@ class GenerateRequest:
     max_length: int | None = None
     dtype: str | None = None
     batch_size: int = 16
+    chat: bool = False
+    template: str | None = None
+    system: str = ""
+
+
+def as_they_are(generator: Generator, stops: Sequence[str] = ()) -> Asking:
+    """Prompts are texts to continue."""
+    return Asking(lambda record: generator.prompt_ids(record["prompt"]), None, stops)
 
 
 def continue_prompt(
     generator: Generator,
+    asking: Asking,
     prompt: str,
     length: int,
     tokens: int,
     sampling: Sampling = GREEDY,
-    stops: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
     show: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -65,18 +90,18 @@ def continue_prompt(
 
     Args:
       generator: the model.
+      asking: how the prompt is put to it.
       prompt: the text.
       length: the longest sequence that the model reads, in tokens.
       tokens: the length of the continuation at most; it ends earlier where prompt and continuation have `length`.
       sampling: how tokens are chosen.
-      stops: texts that end it.
       say: called with what there is to say about it, in lines.
       show: called with the prompt, then with each piece of the continuation while it is made, then with a line end.
 
     Raises:
       ValueError: the prompt does not fit into the model's context.
     """
-    ids = generator.prompt_ids(prompt)
+    ids = asking.ids({"prompt": prompt})
     room = length - len(ids)
     if room < 1:
         raise ValueError(
@@ -86,7 +111,7 @@ def continue_prompt(
         say(f"The answer ends after {room} tokens, where the sequence has {length}; --max_length sets this.")
     show(prompt)
     answer = None
-    for piece in generator.stream(ids, sampling, min(room, tokens), stops):
+    for piece in generator.stream(ids, sampling, min(room, tokens), asking.stops, asking.ends):
         show(piece.text)
         answer = piece.answer
     show("\n")
@@ -98,10 +123,14 @@ def _record(answer: Answer) -> dict[str, Any]:
     return {"text": answer.text, "tokens": answer.ids, "reason": answer.reason}
 
 
-def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+def read_prompts(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
     """The prompts of a file, as objects with the field "prompt": the lines of *.jsonl, or of any other file as texts.
 
     Empty lines are left out.
+
+    Args:
+      path: the file.
+      chat: whether an object may have the turns of a conversation, "messages", instead.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -116,6 +145,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     else:
         found = [parse_json(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
         for number, record in enumerate(found, 1):
+            if chat and "messages" in record:
+                continue
             foreign_json.field(record, "prompt", str, f"prompt {number} of {file}")
     if not found:
         raise ValueError(f"{file} holds no prompt.")
@@ -124,11 +155,11 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 def answer_prompts(
     generator: Generator,
+    asking: Asking,
     prompts: Sequence[Mapping[str, Any]],
     length: int,
     tokens: int,
     sampling: Sampling = GREEDY,
-    stops: Sequence[str] = (),
     output: str | Path | None = None,
     show: Callable[[str], None] = lambda _: None,
 ) -> Speed:
@@ -138,25 +169,25 @@ def answer_prompts(
 
     Args:
       generator: the model.
+      asking: how prompts are put to it.
       prompts: objects with the field "prompt"; an answer holds their other fields too.
       length: the longest sequence that the model reads, in tokens.
       tokens: the length of an answer at most; it ends earlier where prompt and answer have `length`.
       sampling: how tokens are chosen.
-      stops: texts that end an answer.
       output: the file that each batch's answers are added to once it is done; prompts that it answers are skipped.
       show: without `output`, called with each answer as a line of JSON.
 
     Raises:
       ValueError: a prompt does not fit into the model's context, or `output` has other answers.
     """
-    ids = [generator.prompt_ids(record["prompt"]) for record in prompts]
+    ids = [asking.ids(record) for record in prompts]
     if long := [(number, len(prompt)) for number, prompt in enumerate(ids, 1) if len(prompt) >= length]:
         raise ValueError(
             f"Prompt {long[0][0]} has {long[0][1]} tokens, and the model reads {length}: shorten it, or set "
             "--max_length."
         )
-    how = [as_dict(sampling), tokens, length, list(stops)]
-    keys = [sha256_json([number, dict(record), how])[:16] for number, record in enumerate(prompts)]
+    how = [as_dict(sampling), tokens, length, list(asking.stops), list(asking.ends or ())]
+    keys = [sha256_json([number, dict(record), ids[number], how])[:16] for number, record in enumerate(prompts)]
     total = Speed()
     with _kept(output, show) as (known, keep), count_bar("answers", "prompt", len(prompts)) as bar:
         if others := known - set(keys):
@@ -169,7 +200,7 @@ def answer_prompts(
         for start in range(0, len(left), generator.rows):
             batch = left[start : start + generator.rows]
             most = [min(tokens, length - len(ids[i])) for i in batch]
-            answers = generator.generate([ids[i] for i in batch], sampling, most, stops, numbers=batch)
+            answers = generator.generate([ids[i] for i in batch], sampling, most, asking.stops, asking.ends, batch)
             for i, answer in zip(batch, answers, strict=True):
                 keep({**prompts[i], **_record(answer), KEY: keys[i]})
             total = total.plus(generator.speed)
