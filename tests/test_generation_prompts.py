@@ -132,6 +132,7 @@ def test_the_command_takes_a_prompt_from_stdin_and_refuses_two(checkpoint):
     assert "tokens per second" in done.stderr
     for arguments, message in (
         (("--prompt=a", "--prompts=b"), "give --prompt or --prompts, not both"),
+        (("--distributed",), "several processes do not share a stdin"),
         (("--output=a",), "--output is for the answers to --prompts"),
     ):
         done = command(*arguments)

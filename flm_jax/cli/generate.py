@@ -84,6 +84,8 @@ def run(values: Any) -> None:
     if prompt is None and values.prompts is None and not values.chat:
         if sys.stdin is None or sys.stdin.isatty():
             refuse("say what to continue: --prompt, --prompts, or a text on stdin")
+        if values.coordinator is not None or values.distributed:
+            refuse("several processes do not share a stdin: give --prompt or --prompts")
         prompt = sys.stdin.read().removesuffix("\n")
     from flm_jax.cli import runs  # Imported here, so that --help is fast.
     from flm_jax.generation import GenerateRequest
