@@ -122,6 +122,7 @@ def test_weights_lie_on_targets_and_attention_stays_within_a_conversation(store)
         assert segments[0] == 0
         for start in starts:
             assert VOCABULARY.decode(inputs[start : start + 7]) == "<_user>"
+    assert sum(segments[-1] + 1 for segments in batch.segments_BT) == store.num_documents("train")
     ends = batch.targets_BT[batch.weights_BT > 0] == VOCABULARY.eos_id
     assert ends.sum() == sum(1 + i % 3 for i in range(60)) - held_answers(store)
 
@@ -213,6 +214,17 @@ def test_a_system_turn_and_the_last_answer_alone(tmp_path):
     rows = [row for split in ("train", "heldout") for row in corpus.tokenised(VOCABULARY, CONTEXT).rows(split)]
     texts = {VOCABULARY.decode(row.tokens): VOCABULARY.decode(row.tokens[row.weights > 0]) for row in rows}
     assert texts["Be brief.<_user>q<_bot>one<_user>q<_bot>two"] == "two"
+
+
+def test_the_first_token_of_a_conversation_is_not_trained_on(tmp_path):
+    """A template may leave questions out; then nothing precedes the answer that it could be predicted from."""
+    (tmp_path / "answers.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    corpus = Conversations(str(write(tmp_path / "p.jsonl", pool(10))), template=str(tmp_path / "answers.jinja"))
+    for row in corpus.tokenised(VOCABULARY, CONTEXT).rows("train"):
+        assert row.weights[0] == 0
+        assert row.weights[1] == 1
 
 
 def test_the_store_depends_on_template_context_and_content_but_not_on_the_folder(tmp_path):

@@ -77,6 +77,15 @@ def test_the_oldest_turns_leave_where_the_context_is_full(model):
         session(model, context=20)
 
 
+@pytest.mark.parametrize("context", range(60, 120, 7))
+def test_what_is_shown_to_the_model_begins_with_a_question(context):
+    found = Model()
+    held = session(found, context=context, system="S")
+    typed(held, "first", "a longer question", "third")
+    assert all(prompt.startswith("S<_user>") for prompt in found.prompts)
+    assert all(prompt.count("<_user>") == prompt.count("<_bot>") for prompt in found.prompts)
+
+
 def test_a_stopped_answer_keeps_what_was_said():
     def stopped(ids):
         yield "half"
