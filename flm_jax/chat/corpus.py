@@ -28,7 +28,7 @@ from flm_jax.data.text import Percent, check_split, describe_fields, heldout_bor
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.files import sha256_file
 from flm_jax.records import recorded
-from flm_jax.records.fields import Count, Name, one_of
+from flm_jax.records.fields import Count, one_of
 
 _ADVICE = " by Conversations.most_faulty"
 
@@ -51,7 +51,7 @@ class Conversations:
     """
 
     path: str = dataclasses.field(metadata={"identity": False})
-    template: Name = "tele_flm"
+    template: str = "tele_flm"
     answers: Annotated[str, one_of(ANSWERS)] = "all"
     system: str = ""
     most_faulty: Count = 0
