@@ -95,10 +95,10 @@ def test_prompts_are_the_lines_of_a_file(tmp_path):
     assert [record["prompt"] for record in read_prompts(tmp_path / "a.txt")] == ["One é", " two ", "\u2028three"]
     (tmp_path / "a.jsonl").write_text('{"prompt": "x\\ny", "id": 3}\n\n')
     assert read_prompts(tmp_path / "a.jsonl") == [{"prompt": "x\ny", "id": 3}]
-    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "x"}\n\n{"text": "x"}\n')
     (tmp_path / "c.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n')
     (tmp_path / "d.txt").write_text("\n \n")
-    for name, message in (("b.jsonl", "prompt 1 of .*b.jsonl"), ("c.jsonl", "c.jsonl:2"), ("d.txt", "no prompt")):
+    for name, message in (("b.jsonl", "b.jsonl:3"), ("c.jsonl", "c.jsonl:2"), ("d.txt", "no prompt")):
         with pytest.raises(ValueError, match=message):
             read_prompts(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="there is no file of prompts"):
@@ -158,10 +158,13 @@ def test_a_prompt_in_a_conversation_is_asked_by_its_template(checkpoint, tmp_pat
     with pytest.raises(SystemExit):
         launched(checkpoint, **{**asked, "template": None})
     assert "give --template" in capsys.readouterr().err
-    prompts.write_text(json.dumps({"messages": turns[:2]}) + "\n")
+    prompts.write_text(json.dumps({"prompt": "One?"}) + "\n" + json.dumps({"messages": turns[:2]}) + "\n")
     with pytest.raises(SystemExit):
         launched(checkpoint, **asked)
-    assert "roles out of order" in capsys.readouterr().err
+    assert (
+        "error: Prompt 2: the conversation: roles out of order: the last turn is the assistant's"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.integration
@@ -173,3 +176,8 @@ def test_a_conversation_is_held_on_stdin(checkpoint, capsys, monkeypatch):
     assert "[a new conversation]" in shown
     assert "contains a marker: '<_bot>'" in shown
     assert shown.rstrip().endswith("which the template itself writes]")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One?\n"))
+    launched(checkpoint, chat=True, template="tele_flm")
+    shown = capsys.readouterr()
+    assert "Answers end after 32 tokens, half of the context; --max_tokens sets this." in shown.err
+    assert "tokens per second" in shown.out

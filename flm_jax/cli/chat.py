@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flm_jax.chat.conversation import ASSISTANT, SYSTEM, USER, Message, parse
+from flm_jax.chat.conversation import ASSISTANT, SYSTEM, USER, ConversationError, Message, parse
 from flm_jax.chat.session import Session, talk
 from flm_jax.chat.template import ChatEncoder
 from flm_jax.generation import Generator, Sampling
@@ -31,6 +31,10 @@ def in_conversation(encoder: ChatEncoder, system: str, stops: Sequence[str]) -> 
         where = "the conversation"
         if "messages" in record:
             given = field(record, "messages", list, where)
+            if given and isinstance(given[-1], dict) and given[-1].get("role") == ASSISTANT:
+                raise ConversationError(
+                    where, "roles out of order", "the last turn is the assistant's and should be the user's"
+                )
             # With an answer at its end it is a conversation, whose form is checked elsewhere.
             whole = parse({"messages": [*given, {"role": ASSISTANT, "content": "an answer"}]}, where)
             turns = list(whole.messages[:-1])
@@ -52,7 +56,13 @@ def hold(
     stops: Sequence[str],
     system: str,
 ) -> None:
-    """Holds a conversation on stdin and stdout until it ends; /help lists its commands."""
+    """Holds a conversation on stdin and stdout until it ends; /help lists its commands.
+
+    Answers as long as the context would leave no room for a question: they then get half of it, and stderr says so.
+    """
+    if tokens >= context:
+        tokens = context // 2
+        print(f"Answers end after {tokens} tokens, half of the context; --max_tokens sets this.", file=sys.stderr)
     asking = in_conversation(encoder, system, stops)
     answered = 0
 

@@ -143,11 +143,12 @@ def read_prompts(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
     if file.suffix != ".jsonl":
         found = [{"prompt": line.rstrip("\r")} for line in lines if line.strip()]
     else:
-        found = [parse_json(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-        for number, record in enumerate(found, 1):
-            if chat and "messages" in record:
-                continue
-            foreign_json.field(record, "prompt", str, f"prompt {number} of {file}")
+        found = []
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                found.append(record := parse_json(line, where := f"{file}:{number}"))
+                if not (chat and "messages" in record):
+                    foreign_json.field(record, "prompt", str, where)
     if not found:
         raise ValueError(f"{file} holds no prompt.")
     return found
@@ -178,9 +179,10 @@ def answer_prompts(
       show: without `output`, called with each answer as a line of JSON.
 
     Raises:
-      ValueError: a prompt does not fit into the model's context, or `output` has other answers.
+      ValueError: a prompt is none that can be asked, or does not fit into the model's context; or `output` has other
+        answers.
     """
-    ids = [asking.ids(record) for record in prompts]
+    ids = [_ids(asking, record, number) for number, record in enumerate(prompts, 1)]
     if long := [(number, len(prompt)) for number, prompt in enumerate(ids, 1) if len(prompt) >= length]:
         raise ValueError(
             f"Prompt {long[0][0]} has {long[0][1]} tokens, and the model reads {length}: shorten it, or set "
@@ -206,6 +208,14 @@ def answer_prompts(
             total = total.plus(generator.speed)
             bar.update(len(batch))
     return total
+
+
+def _ids(asking: Asking, record: Mapping[str, Any], number: int) -> list[int]:
+    """The tokens of a prompt; errors say which one it is."""
+    try:
+        return asking.ids(record)
+    except ValueError as error:
+        raise ValueError(f"Prompt {number}: {error}") from error
 
 
 @contextlib.contextmanager
