@@ -103,7 +103,7 @@ def find_template(name: str, vocabulary: Vocabulary) -> Template:
       vocabulary: what to tokenise with.
 
     Raises:
-      TemplateError: there is no such template, or it is no jinja2.
+      TemplateError: there is no such template, or its file is not UTF-8 text.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -117,7 +117,10 @@ def find_template(name: str, vocabulary: Vocabulary) -> Template:
     path = Path(name).expanduser()
     if not path.is_file():
         raise TemplateError(f"there is no template {name!r}: it must be {', '.join(BUILT_IN)}, {OWN} or a jinja2 file")
-    return Template(path.name, read_bounded(path, MOST_BYTES).decode())
+    try:
+        return Template(path.name, read_bounded(path, MOST_BYTES).decode())
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"the template {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,7 @@ class ChatEncoder:
     def _markers(self) -> tuple[str, ...]:
         """Markup that no special token is part of, and that a user could therefore write."""
         known = [m for m in self.template.markers if not self._is_token(m)]
-        if self.template.name in BUILT_IN:
+        if self.template == BUILT_IN.get(self.template.name):  # a file may have such a name too
             return tuple(known)
         probe = [Message(role, "x") for role in (SYSTEM, USER, ASSISTANT, USER)]
         try:
