@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from flm_jax.data.config import DataConfig
-from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, SeqioTask, TokenCorpus
+from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, SeqioTask, TokenCorpus, TokenisedCorpus
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.store import FORMAT, STORE_FILE, WEIGHTED, TokenStore
 from flm_jax.data.store_writer import StoreWriter
@@ -26,6 +26,14 @@ def store_path(corpus: Corpus, vocabulary_config: VocabularyConfig, cache_dir: s
     # A seqio task has its own vocabulary.
     vocabulary = [] if isinstance(corpus, SeqioTask) else identity(vocabulary_config)
     key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), vocabulary]).encode()).hexdigest()
+    return Path(cache_dir).expanduser() / f"{type(corpus).__name__.lower()}-{key[:16]}"
+
+
+def token_store_path(
+    corpus: TokenCorpus, vocabulary: Vocabulary, tokenised: TokenisedCorpus, cache_dir: str | Path
+) -> Path:
+    """As `store_path`, for a corpus that writes its own tokens."""
+    key = sha256_json([WEIGHTED, corpus.digest(), vocabulary.digest, tokenised.describe()])
     return Path(cache_dir).expanduser() / f"{type(corpus).__name__.lower()}-{key[:16]}"
 
 
@@ -93,8 +101,7 @@ def _prepare_tokens(
 ) -> TokenStore:
     """As `prepare`, for a corpus that writes its own tokens; without TensorFlow."""
     found = corpus.tokenised(vocabulary, context)
-    key = sha256_json([WEIGHTED, corpus.digest(), vocabulary.digest, found.describe()])
-    path = Path(cache_dir).expanduser() / f"{type(corpus).__name__.lower()}-{key[:16]}"
+    path = token_store_path(corpus, vocabulary, found, cache_dir)
     if (store := _existing(path)) is not None:
         return store
     from tqdm import tqdm

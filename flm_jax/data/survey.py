@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, SeqioTask, TextFolder, TokenCorpus
-from flm_jax.data.prepare import store_path
+from flm_jax.data.prepare import store_path, token_store_path
 from flm_jax.data.store import STORE_FILE, TokenStore
 from flm_jax.data.tfds import Tfds, check_tfds
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
@@ -59,7 +59,7 @@ def survey(config: DataConfig) -> Survey:
         return Survey(name, f"the task's own, {own.kind}", own.size, None, None, {}, "only preparing it tells")
     vocabulary, ids = _vocabulary(config)
     if isinstance(corpus, TokenCorpus):
-        return Survey(name, vocabulary, ids, None, None, *_tokens(corpus, config))
+        return Survey(name, vocabulary, ids, *_tokens(corpus, config))
     if isinstance(corpus, Tfds) and not corpus.is_prepared:
         check_tfds(corpus)
         return Survey(name, vocabulary, ids, None, None, {}, "the dataset is not prepared yet")
@@ -95,26 +95,32 @@ def _paths(corpus: Corpus) -> list[Path] | None:
     return corpus.paths() if isinstance(corpus, TextFolder) else None
 
 
-def _tokens(corpus: TokenCorpus, config: DataConfig) -> tuple[dict[str, dict[str, int]], str, tuple[str, ...]]:
-    """Counts the documents of a corpus that writes its own tokens: `splits`, `unread` and `notes` of its survey."""
+def _tokens(
+    corpus: TokenCorpus, config: DataConfig
+) -> tuple[Path | None, None, dict[str, dict[str, int]], str, tuple[str, ...]]:
+    """The survey of a corpus that writes its own tokens, from `store` on."""
     if isinstance(config.tokenised_by, SentencePiece):  # not trained yet, or not cheap to find
         splits = {}
         for split in SPLITS:
             lengths = [len(text.encode()) for text in corpus.documents(split)]
             splits[split] = {"documents": len(lengths), "text_bytes": sum(lengths)}
-        return splits, "", ()
-    found = corpus.tokenised(build_vocabulary(config.tokenised_by, corpus, config.cache_dir), config.context)
+        return None, None, splits, "", ()
+    vocabulary = build_vocabulary(config.tokenised_by, corpus, config.cache_dir)
+    found = corpus.tokenised(vocabulary, config.context)
+    path = token_store_path(corpus, vocabulary, found, config.cache_dir)
     splits, notes = {}, []
     for split in SPLITS:
         rows = list(found.rows(split))
         if not rows:
-            raise ValueError(f"the corpus has no document in its split {split!r}: {corpus.describe()}")
+            notes = found.notes() or [str(corpus.describe())]
+            raise ValueError(f"the corpus has no document in its split {split!r}: {' '.join(notes)}")
         tokens = sum(len(row.tokens) for row in rows)
         splits[split] = {"documents": len(rows), "text_bytes": sum(row.text_bytes for row in rows), "tokens": tokens}
         trained = sum(int(row.weights.sum()) for row in rows)
         windows = (tokens - 1) // config.context
         notes.append(f"{split}: {windows:,} windows of {config.context}; {trained / tokens:.0%} of the tokens count.")
-    return splits, "", (*found.notes(), *notes)
+    store = path if (path / STORE_FILE).is_file() else None
+    return store, None, splits, "", (*found.notes(), *notes)
 
 
 def _vocabulary(config: DataConfig) -> tuple[str, int | None]:
