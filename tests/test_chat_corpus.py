@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_cut_by_whole_exchanges_or_named(tmp_path):
     ]
 
 
-def test_a_broken_line_counts_once_and_up_to_a_limit(tmp_path):
+def test_a_broken_line_counts_once_and_up_to_a_limit(tmp_path, caplog):
     path = write(tmp_path / "p.jsonl", [*pool(20), "{", talk("q")])
     with pytest.raises(
         ConversationError, match=r"more than the 0 allowed by Conversations.most_faulty.*p\.jsonl:21: a broken line"
@@ -197,6 +197,13 @@ def test_a_broken_line_counts_once_and_up_to_a_limit(tmp_path):
     found = Conversations(str(path), most_faulty=2).tokenised(VOCABULARY, CONTEXT)
     assert sum(1 for split in ("train", "heldout") for _ in found.rows(split)) == 20
     assert sum(found.skipped.counts.values()) == 2
+    assert [message.split("p.jsonl:")[1][:2] for message in caplog.messages] == ["21", "22"], "each is said once"
+
+
+def test_one_conversation_cannot_be_trained_on_and_held_out(tmp_path):
+    path = write(tmp_path / "p.jsonl", [talk("q", "a")] * 3)
+    with pytest.raises(ValueError, match=r"p\.jsonl holds one conversation only, copies not counted; it takes two"):
+        survey(DataConfig(Conversations(str(path)), Bytes(), CONTEXT))
 
 
 def test_equal_conversations_are_held_out_together(tmp_path):
@@ -255,4 +262,8 @@ def test_a_survey_counts_windows_and_what_is_trained_on(tmp_path):
     text = survey_text(survey(DataConfig(Conversations(str(path)), Bytes(), CONTEXT)))
     assert "train: " in text
     assert f"windows of {CONTEXT};" in text
+    config = DataConfig(Conversations(str(path)), Bytes(), CONTEXT, cache_dir=str(tmp_path / "cache"))
+    assert survey(config).store is None
+    prepared = open_data(config, progress=False).store.path
+    assert survey(config).store == prepared
     assert "documents" in survey_text(survey(DataConfig(Conversations(str(path)), SentencePiece(size=272), CONTEXT)))

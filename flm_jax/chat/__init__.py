@@ -1,1 +1,1 @@
-"""Conversations: reading them from files, templates that write them as tokens, packing them into training rows."""
+"""Conversations: read from files, written as tokens by templates, packed into windows, held in a terminal."""

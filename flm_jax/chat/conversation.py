@@ -200,15 +200,15 @@ class Skipped:
       examples: the first few messages of each kind.
     """
 
-    def __init__(self, limit: int | None = 0, examples: int = 3, advice: str = "") -> None:
-        """Nothing is left out yet; `advice` says at the limit how to allow more."""
-        self.limit, self._advice = limit, advice
+    def __init__(self, limit: int | None = 0, examples: int = 3, advice: str = "", quiet: bool = False) -> None:
+        """Nothing is left out yet; `advice` says at the limit how to allow more; `quiet`: without log messages."""
+        self.limit, self._advice, self._quiet = limit, advice, quiet
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self._kept = examples
 
     def add(self, error: ConversationError) -> None:
-        """Counts a fault; the first of each kind is also logged.
+        """Counts a fault; the first of each kind is also logged, unless this is quiet.
 
         Raises:
           ConversationError: there are more faults than the limit.
@@ -224,7 +224,7 @@ class Skipped:
                 f"{total}, more than the {self.limit} allowed{self._advice}",
                 f"the last: {error}",
             ) from error
-        if self.counts[error.reason] == 1:
+        if self.counts[error.reason] == 1 and not self._quiet:
             _log.warning("Left out: %s.", error)
 
     def summary(self) -> str:

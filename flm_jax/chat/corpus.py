@@ -73,7 +73,7 @@ class Conversations:
         Raises:
           FileNotFoundError: there is no such file.
           ConversationError: more lines are faulty than `skipped` allows.
-          ValueError: an unknown split, or no conversation at all.
+          ValueError: an unknown split, or fewer than two different conversations.
         """
         check_split(split)
         border = self._border
@@ -85,10 +85,15 @@ class Conversations:
 
     @functools.cached_property
     def _border(self) -> int:
-        skipped = Skipped(self.most_faulty, advice=_ADVICE)
+        skipped = Skipped(self.most_faulty, advice=_ADVICE, quiet=True)  # reading a split tells of them
         contents = {_content(found) for found in read_conversations(self.path, skipped)}
         if not contents:
             raise ValueError(f"Conversations: {self.path} holds no conversation")
+        if len(contents) == 1:
+            raise ValueError(
+                f"Conversations: {self.path} holds one conversation only, copies not counted; it takes two, one to "
+                "train on and one to hold out"
+            )
         return heldout_border(contents, self.heldout_percent)
 
     def documents(self, split: str) -> Iterator[str]:
@@ -143,7 +148,7 @@ class TokenisedConversations:
 
     def _encoded(self, split: str) -> Iterator[Document]:
         # Faulty lines are the same for both splits, and counted with the first; what does not fit is of one split.
-        unread = Skipped(None)
+        unread = Skipped(None, quiet=True)
         for found in self._corpus.conversations(split, self.skipped if split == "train" else unread):
             try:
                 yield self._document(found)
