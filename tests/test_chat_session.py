@@ -64,6 +64,16 @@ def test_an_answer_is_given_again(model):
     assert [m.content for m in found.messages] == ["One?", "answer 2"]
 
 
+def test_a_question_without_an_answer_is_asked_again_and_nothing_before_it_is_lost():
+    answers = iter(["one", "", "", "two"])
+    found = session(lambda ids: iter([next(answers)]))
+    typed(found, "One?", "Two?", "/retry")
+    assert [m.content for m in found.messages] == ["One?", "one"]
+    typed(found, "/retry")
+    assert [m.content for m in found.messages] == ["One?", "one", "Two?", "two"]
+    assert typed(found, "/reset", "/retry").endswith("[there is no question yet]\n")
+
+
 def test_the_oldest_turns_leave_where_the_context_is_full(model):
     found = session(model, context=80, system="S")
     shown = typed(found, *("question"[:6] * 2,) * 3)

@@ -49,6 +49,8 @@ class Session:
         self._encoder, self._answer, self._room = encoder, answer, context - max_tokens
         self.messages: list[Message] = []
         self.dropped = 0
+        self._question: str | None = None  # the last one, also where its answer was empty
+        self._kept = False  # whether the last messages are that question and its answer
         self.begin(system)
 
     def begin(self, system: str | None = None) -> None:
@@ -56,17 +58,19 @@ class Session:
         kept = self.messages[:1] if self.messages and self.messages[0].role == SYSTEM else []
         if system is not None:
             kept = [Message(SYSTEM, system)] if system.strip() else []
-        self.messages, self.dropped = kept, 0
+        self.messages, self.dropped, self._question, self._kept = kept, 0, None, False
 
     def ask(self, text: str) -> Iterator[str]:
         """Yields the answer to a message, piece by piece, and keeps both; what was yielded is kept if it is stopped.
+
+        An exchange with an empty answer is not kept, but `again` returns its question.
 
         Raises:
           ConversationError: the message contains a marker of the template, or is longer than the context.
         """
         asked = [*self.messages, Message(USER, text)]
         prompt, dropped = self._prompt(asked)
-        self.dropped = dropped
+        self.dropped, self._question, self._kept = dropped, text, False
         said: list[str] = []
         try:
             for piece in self._answer(prompt):
@@ -74,15 +78,13 @@ class Session:
                 yield piece
         finally:
             if answer := "".join(said):
-                self.messages = [*asked, Message(ASSISTANT, answer)]
+                self.messages, self._kept = [*asked, Message(ASSISTANT, answer)], True
 
     def again(self) -> str | None:
         """Takes the last exchange back, and returns its question; None: there is none."""
-        if not self.messages or self.messages[-1].role != ASSISTANT:
-            return None
-        question = self.messages[-2].content
-        self.messages = self.messages[:-2]
-        return question
+        if self._kept:
+            self.messages, self._kept = self.messages[:-2], False
+        return self._question
 
     def _prompt(self, messages: list[Message]) -> tuple[list[int], int]:
         """The tokens of the turns that fit, the newest last, and how many older ones do not."""
