@@ -346,3 +346,18 @@ def test_a_file_that_is_truncated_while_it_is_read_is_named(tmp_path):
     os.truncate(file, 0)
     with pytest.raises(ValueError, match=rf"{file} had 396 bytes when it was opened and has 0 now"):
         store.tokens("train", np.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("weighted", "weights", "message"),
+    [
+        (True, [1, 0], "must have a weight of 0 or 1 for each of its 3 tokens"),
+        (True, [0, 1, 2], "must have a weight of 0 or 1"),
+        (False, [0, 1, 1], "has weights, and the store was begun without"),
+    ],
+)
+def test_weights_are_those_of_the_tokens(tmp_path, weighted, weights, message):
+    with StoreWriter(tmp_path / "store", ByteVocabulary(), "digest", {}, weighted=weighted) as writer:
+        with pytest.raises(ValueError, match=message):
+            writer.append("train", np.array([5, 6, 7]), 3, np.array(weights))
+        writer.abandon()

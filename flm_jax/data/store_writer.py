@@ -170,7 +170,8 @@ class StoreWriter:
           weights: 0 or 1 (n,), in a weighted store; None: 1.
 
         Raises:
-          ValueError: an unknown split, or an id outside the vocabulary.
+          ValueError: an unknown split, an id outside the vocabulary, weights in a store that has none, or weights that
+            are not 0 or 1 for each token.
         """
         if split not in self._splits:
             raise ValueError(f"there is no split {split!r}: a store has {' and '.join(self._splits)}")
@@ -185,6 +186,12 @@ class StoreWriter:
             tokens = np.append(tokens, self._vocabulary.eos_id)
         if weights is None:
             weights = np.ones(len(tokens), np.uint8)
+        elif not self._weighted:
+            raise ValueError(f"a document of {split!r} has weights, and the store was begun without")
+        elif weights.shape != tokens.shape or not np.isin(weights, (0, 1)).all():
+            raise ValueError(
+                f"a document of {split!r} must have a weight of 0 or 1 for each of its {len(tokens)} tokens"
+            )
         self._splits[split].append(tokens, text_bytes, weights)
 
     def close(self) -> TokenStore:
