@@ -41,7 +41,7 @@ class Template:
     """A chat template.
 
     Attributes:
-      name: for messages.
+      name: for errors and reports.
       source: the template, in jinja2.
       end: the text that ends an answer; '': the first special token after an answer.
       markers: what a message must not contain, besides special tokens, which are harmless there.

@@ -67,7 +67,7 @@ class Document(NamedTuple):
     Attributes:
       tokens: int32 (n,).
       weights: uint8 (n,), 1 for tokens that are trained on.
-      text_bytes: UTF-8 bytes of the text that these tokens are.
+      text_bytes: UTF-8 bytes of the text that is trained on.
     """
 
     tokens: np.ndarray
