@@ -91,6 +91,8 @@ class CheckpointMeta:
         lineage = Lineage.from_record(entries)
         rising = len(entries) == 1 or entries[-1]["growth"] is not None
         since = check(record.get("since_growth", 0), int, "its since_growth") if rising else None
+        if since is not None and since < 0:
+            raise ValueError(f"its since_growth is {since}: it counts steps")
         rest = {
             name: check(record.get(name), (dict, type(None)), f"its {name}")
             for name in ("provenance", "data", "history", "converted")

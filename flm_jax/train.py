@@ -32,6 +32,8 @@ import jax
 import numpy as np
 
 from flm_jax import costs, distributed, report
+from flm_jax.chat.conversation import USER, Message
+from flm_jax.chat.template import ChatEncoder, Template
 from flm_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -184,8 +186,13 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
 
 
 def _sample(stage: ResolvedStage, state: TrainState, data: Data, run: Run, seed: int) -> str:
-    """The prompt `run.prompt` and its continuation by the last model."""
-    ids = data.vocabulary.encode(run.prompt)
+    """The prompt `run.prompt` and its continuation by the last model; of conversations, a question and its answer."""
+    template = data.describe()["corpus"].get("template")
+    if isinstance(template, Mapping):
+        encoder = ChatEncoder(Template.from_record(template), data.vocabulary)
+        ids = encoder.prompt([Message(USER, run.prompt)])
+    else:
+        ids = data.vocabulary.encode(run.prompt)
     prompt = np.asarray([ids or [data.vocabulary.eos_id]], np.int32)
     how = Sampling(temperature=0.7, seed=seed)
     tokens = continued(stage.cfg, state.params, prompt, run.sample_tokens, how)

@@ -83,7 +83,9 @@ def test_a_fault_is_named_by_file_and_line_and_counted(line, tmp_path):
 
 def test_too_many_faults_stop_the_reading(tmp_path):
     path = write(tmp_path / "pool.jsonl", [OPENAI, *["{"] * 5])
-    with pytest.raises(ConversationError, match=r"3, more than the 2 allowed: the last: .*pool.jsonl:4"):
+    with pytest.raises(
+        ConversationError, match=r"3 lines are left out, more than the 2 allowed; the last: .*pool.jsonl:4"
+    ):
         list(read_conversations(path, Skipped(limit=2)))
     skipped = Skipped(limit=None)
     assert len(list(read_conversations(path, skipped))) == 1

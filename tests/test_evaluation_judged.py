@@ -331,3 +331,11 @@ def test_flags_that_do_not_go_together(given):
     command = [sys.executable, "experiments/evaluate.py", *given.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2 and FLAGS[given] in done.stdout + done.stderr
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    (tmp_path / "report.md").write_text("of a selection")
+    request = JudgeRequest(questions=str(tmp_path / "none.jsonl"), output=str(tmp_path), answers="x")
+    with pytest.raises(ValueError, match="holds 'report.md' and no judged answers: give a new or empty directory"):
+        judge_answers(None, request)
+    assert (tmp_path / "report.md").read_text() == "of a selection"

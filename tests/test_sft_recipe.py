@@ -64,6 +64,7 @@ def test_a_grown_model_is_tuned_in_the_middle_of_its_ramp(tmp_path):
         "Run.sample_tokens = 4",
     )
     report = training.train(recipe, run, tmp_path / "tuned")
+    assert "What can you do?" in (tmp_path / "tuned/report.md").read_text()
     losses = [e["loss"] for e in report["evals"]]
     assert losses[-1] < losses[0]
     tuned = read_source(tmp_path / "tuned")

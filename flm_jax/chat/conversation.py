@@ -53,6 +53,14 @@ class ConversationError(ValueError):
         return type(self), (self.where, self.reason, self.detail)
 
 
+class TooManyError(ConversationError):
+    """More lines are faulty than are allowed; the message holds the last fault."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        ValueError.__init__(self, message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation.
@@ -219,11 +227,12 @@ class Skipped:
             shown.append(str(error))
         total = sum(self.counts.values())
         if self.limit is not None and total > self.limit:
-            raise ConversationError(
-                "too many faulty lines",
-                f"{total}, more than the {self.limit} allowed{self._advice}",
-                f"the last: {error}",
-            ) from error
+            said = f"{error}; none may be left out{self._advice}"
+            if total > 1:
+                said = (
+                    f"{total} lines are left out, more than the {self.limit} allowed{self._advice}; the last: {error}"
+                )
+            raise TooManyError(said, error.reason) from error
         if self.counts[error.reason] == 1 and not self._quiet:
             _log.warning("Left out: %s.", error)
 
@@ -328,7 +337,7 @@ def file_lines(file: Path) -> Iterator[Line]:
                     yield Line(number, offset, line)
                 offset += len(line)
     except (EOFError, OSError, _zstd_error()) as error:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a missing permission
             raise
         raise ConversationError(f"{file}:{number + 1}", "the file is damaged or cut short", str(error)) from error
 

@@ -58,8 +58,11 @@ class Conversations:
     heldout_percent: Percent = 5.0
 
     def digest(self) -> str:
-        """The sha256 over the fields, and names and contents of the files; their folder does not count."""
-        fields = {key: value for key, value in describe_fields(self).items() if key != "path"}
+        """The sha256 over the fields, and names and contents of the files; where they lie does not count.
+
+        Nor does the template's name, as a store is also identified by the template itself (`describe`).
+        """
+        fields = {key: value for key, value in describe_fields(self).items() if key not in ("path", "template")}
         content = [[name, sha256_file(path)] for name, path in files(self.path)]
         return hashlib.sha256(json.dumps([fields, content]).encode()).hexdigest()
 

@@ -13,7 +13,7 @@ from flm_jax.chat.checkpoint_template import chat_template_of
 from flm_jax.chat.conversation import Skipped
 from flm_jax.chat.template import ChatEncoder
 from flm_jax.distributed import is_primary
-from flm_jax.evaluation.answering import ANSWERS, answers_of
+from flm_jax.evaluation.answering import ANSWERS, MADE_BY, answers_of
 from flm_jax.evaluation.answers import Answer, read_answers
 from flm_jax.evaluation.api_key import ApiKey
 from flm_jax.evaluation.chat_request import EndpointConfig
@@ -126,6 +126,7 @@ def judge_answers(
         Skipped(request.most_faulty, advice="; --most_faulty allows more"),
         Path(request.output).expanduser(),
     )
+    _check_output(output)
     questions = read_questions(request.questions, skipped, compares and request.reference_answers is None)
     kinds = Counter(q.kind for q in questions)
     left_out = kinds[JUDGED] if kind == RULES else 0
@@ -178,6 +179,19 @@ def judge_answers(
     say(f"\n{as_text(report, found_tables)}\n")
     say(f"Written to {output}: {', '.join(_written(output))}.")
     return report
+
+
+def _check_output(output: Path) -> None:
+    """Refuses a directory that holds something else than judged answers.
+
+    Raises:
+      ValueError: it does.
+    """
+    held = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if held and not held & {ANSWERS, CALLS, VERDICTS, MADE_BY}:
+        raise ValueError(
+            f"--output={output} holds {sorted(held)[0]!r} and no judged answers: give a new or empty directory"
+        )
 
 
 def _written(output: Path) -> list[str]:
