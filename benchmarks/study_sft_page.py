@@ -58,7 +58,7 @@ def _table(results: Sequence[Result], equal: str) -> str:
         rows.append(
             [
                 name,
-                f"{size:,}" if size else "" if name == "base" else f"{found[0]['conversations']:,}",
+                "" if name == "base" else f"{f'{size:,}' if size else 'all'} ({found[0]['conversations']:,})",
                 "" if name == "base" else f"{statistics.mean(one['steps'] for one in found):.0f}",
                 "" if name == "base" else f"{statistics.mean(one['passes'] for one in found):.1f}",
                 _spread([one["answer_loss"] for one in found], 3),
@@ -88,6 +88,15 @@ def _verdict(results: Sequence[Result]) -> str:
         loss, losses = found[0]["answer_loss"], [one["answer_loss"] for one in random]
         lower = "lower" if loss < min(losses) else "higher" if loss > max(losses) else "within theirs"
         said.append(f"- {name}, N = {size:,}, {EQUAL[equal]}: accuracy {where}; answer loss {lower}.")
+    tuned = [one for one in results if one["set"] != "base"]
+    best = max(tuned, key=lambda one: one["accuracy"]["overall"])
+    least = min(tuned, key=lambda one: one["bits_per_byte"])
+    said.append(
+        f"- Most right: {best['set']}, {best['conversations']:,} conversations, {EQUAL[best['equal']]}, with "
+        f"{100 * best['accuracy']['overall']:.1f} per cent. Least forgotten: {least['set']}, "
+        f"{least['conversations']:,} conversations, {EQUAL[least['equal']]}, with "
+        f"{least['bits_per_byte']:.3f} bits per byte."
+    )
     return "\n".join(said)
 
 
@@ -95,10 +104,12 @@ PAGE = """# Which conversations to tune on: a study
 
     {command}
 
-The base is {base}. The pool has {pool:,} conversations in five domains, made from the Python standard library and by
-computation (`benchmarks/sft_data.py`); of it {faults}. What is expected, from what is published (2410.09335): on small
-models, selected samples against random ones within noise, unless the pool has faults that selection removes; this pool
-has.
+The base is {base}.
+The pool has {pool:,} conversations in five domains, made from the Python standard library and by computation
+(`benchmarks/sft_data.py`), with faults as real pools have them:
+{faults}.
+What was expected before the first run, from what is published (2410.09335): on small models, selected samples within
+the noise of random ones, or above it, since this pool has faults that selection removes.
 
 - Sets: all of the pool; N random conversations, {seeds} samples, of which the tables show the mean and the range; the N
   with the longest answers; N selected by `flm_jax.selection`: no duplicates, rules on the text, IFD under the base, no
@@ -108,8 +119,10 @@ has.
   does not mention. Right: per cent of {questions} questions, answered greedily and checked by exact rules; of
   signatures and docstrings, the likeliest of four answers (25 per cent by chance). Bits per byte: of held-out plain
   text that the base was trained on the like of; it rises by what is forgotten.
-- All arms have the same learning rate, {rate:g}: the best of {rates} for a random sample that no arm uses, by the loss
-  of its own held-out conversations ({losses}).
+- All arms have the same learning rate, {rate:g}: the best of {rates}
+  for a random sample that no arm uses, by the loss of its own held-out conversations ({losses}).
+- N is what was asked for; in brackets what a set holds, without what is held out or does not fit. Selection finds fewer
+  where the rest is too similar to what it has.
 
 ## Equal passes over each set
 
@@ -126,6 +139,10 @@ has.
 {verdict}
 
 One run per set, but for random ones, and one pool: the ranges of the random samples say how much a difference means.
+The paper says "less is more" of a strong base; a base of this size is not one, and has most to learn from more data.
+Selected for it were first the conversations with the highest IFD below 1, whose answers depend least on their
+questions, broken-off answers among them; and most others fell out as too similar to a chosen one, although a skill such
+as adding needs many alike.
 {machine}.
 """
 
