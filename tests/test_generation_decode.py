@@ -54,12 +54,15 @@ def test_padded_prompts_and_single_tokens_have_the_logits_of_the_whole_forward_p
             np.testing.assert_allclose(logits[row, 0], whole[row, length + ahead], rtol=1e-4, atol=1e-4)
 
 
-def greedy(cfg, params, prompt, steps, masks=None):
-    """Token by token, what the whole forward pass holds for likeliest."""
+def greedy(cfg, params, prompt, steps, penalty=1.0):
+    """Token by token, what the whole forward pass holds for likeliest, with a penalty on what the row holds already."""
     row = list(prompt)
     for _ in range(steps):
         padded = np.pad(np.array([row], np.int32), ((0, 0), (0, 24 - len(row))))
-        row.append(int(np.argmax(small.apply(cfg, params, padded, None, masks)[0, len(row) - 1])))
+        logits = np.array(small.apply(cfg, params, padded)[0, len(row) - 1])
+        for token in set(row):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        row.append(int(np.argmax(logits)))
     return row[len(prompt) :]
 
 
@@ -78,6 +81,22 @@ def test_greedy_takes_the_likeliest_token_each_time(mesh, grouped):
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
         found = continued(cfg, params, prompt_BT, 5, start_B=start_B)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_the_penalty_is_for_tokens_of_the_prompt_and_of_the_answer(grouped):
+    cfg, params, prompts, unpenalised = grouped
+    prompt_BT, start_B = decode.padded(prompts, 3)
+    found = continued(cfg, params, prompt_BT, 9, Sampling(repetition_penalty=4.0), start_B=start_B)
+    expected = [greedy(cfg, params, prompt, 9, 4.0) for prompt in prompts]
+    np.testing.assert_array_equal(found, expected)
+    assert [row[:5] for row in expected] != unpenalised
+    # Padding is no token of a prompt, though it is written as token 0.
+    sampling = Sampling(repetition_penalty=4.0)
+    given = (sampling.keys(jnp.arange(3, dtype=jnp.uint32)), sampling.values, None)
+    rows = decode.read(cfg, params, prompt_BT, start_B, *given, slots=64, form=sampling.form)
+    assert [set(np.flatnonzero(seen)) for seen in rows.seen_BV] == [
+        {*prompt, row[0]} for prompt, row in zip(prompts, expected, strict=True)
+    ]
 
 
 def test_a_row_ends_at_an_end_and_the_loop_with_the_last_row(grouped):
