@@ -163,7 +163,8 @@ def measure(checkpoint: str, data: Path, work: Path, name: str) -> dict[str, Any
     from flm_jax.chat.corpus import Conversations
     from flm_jax.data.batches import heldout_batches
     from flm_jax.data.config import DataConfig
-    from flm_jax.data.source import StoreData, open_data, recorded_data
+    from flm_jax.data.corpora import StandardLibrary
+    from flm_jax.data.source import Data, StoreData, open_data, recorded_data
     from flm_jax.data.train_vocabulary import Pretrained
     from flm_jax.evaluation.judged import JudgeRequest, judge_answers
     from flm_jax.loss import bits_per_byte, make_heldout_loss
@@ -179,8 +180,12 @@ def measure(checkpoint: str, data: Path, work: Path, name: str) -> dict[str, Any
     loss = make_heldout_loss(source.cfg, mesh)
     splits = (heldout_batches(found.store, _CONTEXT.value, 8, 10**6, split) for split in found.store.splits)
     answers = loss(params, itertools.chain(*splits), source.masks())
-    record = read_source(_BASE.value).meta.data
-    plain = recorded_data(record)
+    plain: Data
+    try:
+        plain = recorded_data(read_source(_BASE.value).meta.data)
+    except LookupError:  # of a base that was converted, nothing is recorded
+        library = DataConfig(StandardLibrary(), Pretrained(_BASE.value), _CONTEXT.value, cache_dir=str(work / "cache"))
+        plain = open_data(library)
     text = loss(params, plain.heldout(8, 256), source.masks())
     request = JudgeRequest(
         str(data / "questions.jsonl"), str(work / "answers" / name), template=_TEMPLATE.value, tokens=40, batch_size=32
