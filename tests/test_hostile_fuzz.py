@@ -123,7 +123,7 @@ def step(tmp_path_factory):
     # As version 0.1.0 wrote it, without a vocabulary among the blobs.
     about = {"context": 16, "digest": "d", "store": "/nowhere", "vocabulary": ByteVocabulary().spec()}
     about["corpus"] = {"kind": "TextFolder", "path": "/nowhere", "pattern": "*", "heldout_percent": 5.0}
-    meta = CheckpointMeta("s", lineage, True, {"source_digest": "d"}, about, history, config).record()
+    meta = CheckpointMeta("s", lineage, 0, {"source_digest": "d"}, about, history, config).record()
     directory = tmp_path_factory.mktemp("fuzzed") / "0_s"
     with Checkpoints(directory) as checkpoints:
         blobs = {"config.json": json.dumps(config).encode(), "data": b"{}"}
@@ -166,18 +166,18 @@ def test_manifests(step, tmp_path):
 
 def use(path, export):
     """What the programs do with a checkpoint's record, before and besides its arrays."""
-    origin = read_source(path)
-    origin.masks()
-    find_length(origin)
-    origin.unknown_vocabulary  # noqa: B018 - reads it, or says why it cannot
+    source = read_source(path)
+    source.masks()
+    find_length(source)
+    source.unknown_vocabulary  # noqa: B018 - reads it, or says why it cannot
     with contextlib.suppress(LookupError):
-        recorded_data(origin.meta.data)
-    read_history(origin.meta.record())
-    before = origin.meta.converted or _recorded(origin)
+        recorded_data(source.meta.data)
+    read_history(source.meta.record())
+    before = source.meta.converted or _recorded(source)
     families.architectures(before, "it")
     if export:
-        family, _, cfg = _plain(origin.cfg, None, before)
-        families.config_json(cfg, family, "float32", origin.context, before)
+        family, _, cfg = _plain(source.cfg, None, before)
+        families.config_json(cfg, family, "float32", source.context, before)
 
 
 def test_records_of_checkpoints(step, tmp_path):
