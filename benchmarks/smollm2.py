@@ -100,9 +100,9 @@ def ours(workdir: Path, folder: Path) -> list[Any]:
     from flm_jax.source_checkpoint import read_source
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    origin, mesh = read_source(workdir), make_mesh(None, devices=jax.devices()[:1])
+    source, mesh = read_source(workdir), make_mesh(None, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        params, cfg = origin.restore(mesh).params, origin.cfg.for_comparison
+        params, cfg = source.restore(mesh).params, source.cfg.for_comparison
         forward = jax.jit(model.apply, static_argnums=0)
         return [
             np.asarray(forward(cfg, params, jnp.asarray([tokenizer(prompt)["input_ids"]], jnp.int32))[0])

@@ -150,10 +150,10 @@ def loaded(folder):
 
 def read(workdir):
     """The configuration and the parameters of a checkpoint, on one device."""
-    origin = read_source(workdir)
+    source = read_source(workdir)
     mesh = make_mesh(None, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return origin.cfg, origin.restore(mesh).params
+        return source.cfg, source.restore(mesh).params
 
 
 def our_logits(workdir, tokens):

@@ -80,11 +80,11 @@ def test_depth_by_distance_is_measured_and_recorded(copied):
 
 def resaved(grown: Path, target: Path, change) -> Path:
     """The checkpoint with other values, saved as properly as the first."""
-    origin, mesh = read_source(grown), make_mesh(MeshConfig(), jax.devices()[:1])
+    source, mesh = read_source(grown), make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = change(origin.restore(mesh))
+        state = change(source.restore(mesh))
         with Checkpoints(target / "checkpoints" / "0_grown") as store:
-            store.save(0, state, signatures={}, meta=origin.meta.record(), blobs={})
+            store.save(0, state, signatures={}, meta=source.meta.record(), blobs={})
             store.wait()
     return target
 

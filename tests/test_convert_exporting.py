@@ -86,10 +86,10 @@ def test_a_converted_checkpoint_grows_by_the_launchers_way_in_memory_and_streame
         grow_checkpoint(
             base / "checkpoint", tmp_path / f"{streamed}", GROWN["Qwen2, tied"], Growth(), streamed=streamed
         )
-        origin = read_source(tmp_path / f"{streamed}")
-        assert not origin.trained
-        assert origin.files == read_source(base / "checkpoint").files
-        digests.append(origin.digest)
+        source = read_source(tmp_path / f"{streamed}")
+        assert not source.trained
+        assert source.files == read_source(base / "checkpoint").files
+        digests.append(source.digest)
     assert digests[0] == digests[1]
     assert verify_checkpoints(base / "checkpoint", tmp_path / "True")["holds"]
     export_model(tmp_path / "True", tmp_path / "out")
@@ -101,10 +101,10 @@ def test_while_masks_rise_nothing_is_written_out(imported, tmp_path):
     plan = Growth("zero", methods={"head_dim": "mask"}, ramp_steps=4)
     cfg = read(base / "checkpoint")[0]
     new = grown_config(cfg, changed(cfg, dict(head_dim=20), plan), plan)
-    origin = read_source(keep(tmp_path, new, small.params(new), before=cfg, growth=plan))
-    assert origin.meta.ramp_steps == 4
+    source = read_source(keep(tmp_path, new, small.params(new), before=cfg, growth=plan))
+    assert source.meta.ramp_steps == 4
     with pytest.raises(ValueError, match="masks rise over 4 steps: take a later checkpoint"):
-        export_model(origin.directory, tmp_path / "out")
+        export_model(source.directory, tmp_path / "out")
 
 
 def ours(tmp_path, **fields):
@@ -241,11 +241,11 @@ def test_training_goes_on_from_a_converted_model_and_its_result_is_theirs(data, 
     result = training.train(recipe_of(tokenised, *stages, start=start), RUN, tmp_path / "run")
     assert result["growths"][0]["max_rel_logit_diff"] < 1e-5
     assert (tmp_path / "run" / "loss.png").is_file()
-    origin = read_source(tmp_path / "run")
-    assert origin.trained
-    assert origin.files == read_source(start).files
+    source = read_source(tmp_path / "run")
+    assert source.trained
+    assert source.files == read_source(start).files
     # Trained on other tokens, its ids would mean other texts to the tokenizer that it came with.
-    assert sorted(origin.files_with(ByteVocabulary())) == ["config.json", "vocabulary.json"]
+    assert sorted(source.files_with(ByteVocabulary())) == ["config.json", "vocabulary.json"]
     export_model(tmp_path / "run", tmp_path / "out")
     again = loaded(tmp_path / "out")
     assert relative(our_logits(tmp_path / "run", TOKENS), logits_of(again, TOKENS)) < 1e-5

@@ -170,17 +170,17 @@ def test_a_checkpoints_tokenizer_is_a_vocabulary_to_train_with(converted):
 
 
 def test_a_model_that_could_read_very_much_does_so_where_it_is_asked_to():
-    def origin(trained=None, **said):
+    def source(trained=None, **said):
         files = {"config.json": json.dumps(said).encode()} if said else {}
         return SimpleNamespace(directory="runs/some/0", files=files, context=trained)
 
-    assert find_length(origin(max_position_embeddings=1024)) == 1024
-    assert find_length(origin(max_position_embeddings=131_072)) == LONGEST_BY_DEFAULT
+    assert find_length(source(max_position_embeddings=1024)) == 1024
+    assert find_length(source(max_position_embeddings=131_072)) == LONGEST_BY_DEFAULT
     # A run may have trained it to read more than it did when it came.
-    assert find_length(origin(128, max_position_embeddings=64)) == 128
-    assert find_length(origin(128)) == 128
+    assert find_length(source(128, max_position_embeddings=64)) == 128
+    assert find_length(source(128)) == 128
     with pytest.raises(ValueError, match="The context length of the model of runs/some/0 is not known"):
-        find_length(origin())
+        find_length(source())
 
 
 def test_a_model_in_a_ramp_is_what_its_masks_let_through(tmp_path):

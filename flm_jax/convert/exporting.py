@@ -73,20 +73,20 @@ def export_model(
         raise ValueError(f"{target} is a file; export into a new directory.")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; export into a new directory.")
-    origin = read_source(source)
-    if origin.step < origin.meta.ramp_steps:
+    checkpoint = read_source(source)
+    if checkpoint.step < checkpoint.meta.ramp_steps:
         raise ValueError(
-            f"{origin.directory} is at step {origin.step}, and its masks rise over {origin.meta.ramp_steps} steps: "
-            "take a later checkpoint, because other programs do not support masks."
+            f"{checkpoint.directory} is at step {checkpoint.step}, and its masks rise over "
+            f"{checkpoint.meta.ramp_steps} steps: take a later checkpoint, because other programs do not support masks."
         )
-    before = origin.meta.converted or _recorded(origin)
-    family, by, cfg = _plain(origin.cfg, architecture, before)
+    before = checkpoint.meta.converted or _recorded(checkpoint)
+    family, by, cfg = _plain(checkpoint.cfg, architecture, before)
     dtype = check_dtype(dtype or cfg.param_dtype)
-    context = origin.context
+    context = checkpoint.context
     config = families.config_json(cfg, family, dtype, context, before)
-    ids, files, fault = _tokenizer(origin, config)
+    ids, files, fault = _tokenizer(checkpoint, config)
     config |= ids
-    ids, chat = _chat(origin)
+    ids, chat = _chat(checkpoint)
     config, files = config | ids, {**files, **chat}
     planned = tensors(cfg, np.dtype(jnp.dtype(dtype)))
     needed = sum(math.prod(like.shape) * like.dtype.itemsize for like in planned.values())
@@ -96,7 +96,7 @@ def export_model(
         if missing := missing_room(target, needed):
             raise CheckpointError(f"{missing}.")
         with byte_bar(needed, 0, "converting") as shown:
-            save(target, planned, _filler(origin, by, shown.update), shard_bytes)
+            save(target, planned, _filler(checkpoint, by, shown.update), shard_bytes)
         for name, content in files.items():
             atomic_write(target / name, content)
         atomic_write(target / families.CONFIG, json.dumps(config, indent=2) + "\n")
@@ -109,7 +109,7 @@ def export_model(
         raise
     leaves = jax.tree.leaves(by)
     return {
-        "source": str(origin.directory),
+        "source": str(checkpoint.directory),
         "architecture": family.architecture,
         "model": costs.shape_line(cfg),
         "params": costs.param_count(cfg),
@@ -123,19 +123,19 @@ def export_model(
     }
 
 
-def _tokenizer(origin: SourceCheckpoint, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes], str]:
+def _tokenizer(source: SourceCheckpoint, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes], str]:
     """The ids of special tokens to set in config.json, the files beside it, and why there is no tokenizer.json, if so.
 
     A tokenizer that is used as it was imported is written as it came, and ids that config.json has stay. Others are
     written with the ids that the model was trained with.
     """
-    files = {name: origin.files[name] for name in FILES if name in origin.files and name != families.CONFIG}
-    if origin.unknown_vocabulary:
-        return {}, files, origin.unknown_vocabulary
-    vocabulary, where = origin.vocabulary, str(origin.directory)
+    files = {name: source.files[name] for name in FILES if name in source.files and name != families.CONFIG}
+    if source.unknown_vocabulary:
+        return {}, files, source.unknown_vocabulary
+    vocabulary, where = source.vocabulary, str(source.directory)
     ids = tokenizer.special_ids(vocabulary)
     try:
-        came = vocabulary_files.from_files({**files, families.CONFIG: origin.files.get(families.CONFIG, b"{}")}, where)
+        came = vocabulary_files.from_files({**files, families.CONFIG: source.files.get(families.CONFIG, b"{}")}, where)
     except vocabulary_files.VocabularyError:
         came = None
     if came is not None and (came.digest, came.special) == (vocabulary.digest, vocabulary.special):
@@ -146,22 +146,22 @@ def _tokenizer(origin: SourceCheckpoint, config: Mapping[str, Any]) -> tuple[dic
         return ids, files, f"{error}."
 
 
-def _chat(origin: SourceCheckpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _chat(source: SourceCheckpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Of a model that was tuned on conversations: the ids that end an answer, and the file with its chat template."""
-    corpus = (origin.meta.data or {}).get("corpus")
-    if origin.unknown_vocabulary or not (isinstance(corpus, Mapping) and corpus.get("template")):
+    corpus = (source.meta.data or {}).get("corpus")
+    if source.unknown_vocabulary or not (isinstance(corpus, Mapping) and corpus.get("template")):
         return {}, {}
-    template = chat_template_of(origin)
-    stops = list(ChatEncoder(template, origin.vocabulary).stop_ids)
-    first = origin.vocabulary.eos_id
+    template = chat_template_of(source)
+    stops = list(ChatEncoder(template, source.vocabulary).stop_ids)
+    first = source.vocabulary.eos_id
     stops = [first, *(stop for stop in stops if stop != first)]
     return {"eos_token_id": stops[0] if len(stops) == 1 else stops}, {CHAT_TEMPLATE: template.source.encode()}
 
 
-def _recorded(origin: SourceCheckpoint) -> Mapping[str, Any]:
+def _recorded(source: SourceCheckpoint) -> Mapping[str, Any]:
     """The config.json that the weights were imported with, before any growth or training; empty if there was none."""
-    text = origin.files.get(families.CONFIG)
-    found: dict[str, Any] = parse_json(text, f"{origin.directory}: {families.CONFIG}") if text else {}
+    text = source.files.get(families.CONFIG)
+    found: dict[str, Any] = parse_json(text, f"{source.directory}: {families.CONFIG}") if text else {}
     return found
 
 
@@ -174,26 +174,26 @@ def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]
     return families.choose(plain, architecture or (own if keeps else None), before), by, plain
 
 
-def _filler(origin: SourceCheckpoint, by: Any, show: Callable[[int], Any]) -> Callable[[str, np.ndarray], None]:
+def _filler(source: SourceCheckpoint, by: Any, show: Callable[[int], Any]) -> Callable[[str, np.ndarray], None]:
     """A function for `tensors.save` that reads the tensor with a given name into an array.
 
     It verifies the checksum of a parameter after its last layer, so the layers must be asked for in order.
 
     Args:
-      origin: the checkpoint.
+      source: the checkpoint.
       by: tree of the factors of the parameters.
       show: called with the bytes of each range of rows that was read.
 
     Raises:
       DamagedError: the checkpoint is not as it was saved; the returned function raises it too.
     """
-    saved = read_manifest(origin.directory)
-    every = list(parts(origin.cfg))
+    saved = read_manifest(source.directory)
+    every = list(parts(source.cfg))
     wanted = {f"params/{p.path}": jax.ShapeDtypeStruct(p.whole, p.dtype) for p in every}
-    manifest.compare(saved.leaves, wanted, where=str(origin.directory), partial=True)
-    if faults := manifest.file_faults(origin.directory, saved, contents=True):
+    manifest.compare(saved.leaves, wanted, where=str(source.directory), partial=True)
+    if faults := manifest.file_faults(source.directory, saved, contents=True):
         raise DamagedError("; ".join(faults[:3]))
-    leaves = blocks.open_leaves(origin.directory / "arrays", wanted)
+    leaves = blocks.open_leaves(source.directory / "arrays", wanted)
     sums: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
     sources = {
         part.name(lead): (part, lead, factor)
@@ -210,7 +210,7 @@ def _filler(origin: SourceCheckpoint, by: Any, show: Callable[[int], Any]) -> Ca
         def read(first: int) -> tuple[np.ndarray, int]:
             block = np.empty((min(run, size - first), *part.shape[1:]), part.dtype)
             leaves[path].read(lead, first, block)
-            check_finite(block, name, f"{origin.directory}, {path}")
+            check_finite(block, name, f"{source.directory}, {path}")
             lanes = block_checksum(part, block, lead, first, 0)
             if factor != 1:
                 block = block.astype(np.float32) * np.float32(factor)
@@ -221,6 +221,6 @@ def _filler(origin: SourceCheckpoint, by: Any, show: Callable[[int], Any]) -> Ca
             sums[path] = checksum.add(sums[path], lanes)
             show(nbytes)
         if lead == part.leads[-1] and checksum.digest(sums[path]) != saved.leaves[path].checksum:
-            raise DamagedError(f"{origin.directory}: the values of {path} have changed")
+            raise DamagedError(f"{source.directory}: the values of {path} have changed")
 
     return fill

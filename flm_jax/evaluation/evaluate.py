@@ -80,7 +80,7 @@ def evaluate_checkpoint(
     model = load_model(checkpoint, what.tokenizer, what.max_length, what.dtype, mesh)
     if model.note:
         say(model.note)
-    origin, cfg, params, masks, vocabulary, length, placed, _ = model
+    source, cfg, params, masks, vocabulary, length, placed, _ = model
     found = model.record()
     say(model.sentence())
     if what.text is not None:
@@ -90,7 +90,7 @@ def evaluate_checkpoint(
                 cfg, params, vocabulary, texts, length, placed, what.batch_size, masks, told=bar.update
             )
         if not math.isfinite(score.nats):
-            raise ValueError(f"The loss of {origin.directory} on {what.text} is not finite: its weights are damaged.")
+            raise ValueError(f"The loss of {source.directory} on {what.text} is not finite: its weights are damaged.")
         found["text"] = {"path": what.text, **score._asdict(), "bits_per_byte": score.bits_per_byte}
         say(
             f"{what.text}: {score.bits_per_byte:.4f} bits per byte; {score.nats / score.tokens:.4f} nats per token, "
