@@ -172,7 +172,7 @@ PAGE = """# Decoding
 How fast `flm-generate` writes text, compared with `generate` of transformers and with the bandwidth of memory. This
 page was written by
 
-    make test-smollm2 && .venv/bin/python benchmarks/decode.py --write=docs/decode.md
+    make test-smollm2 && .venv/bin/python benchmarks/decode.py --rounds={rounds} --tokens={asked} --write=docs/decode.md
 
 {hardware}. SmolLM2-135M-Instruct ({params}), float32, {threads} threads each, greedy, {tokens} tokens per
 answer. Each of {rounds} rounds times the floor, flm_jax and transformers one after the other. Only the steps after an
@@ -244,6 +244,7 @@ def page(found: list[dict[str, Any]], params: int, hardware: str) -> str:
         threads=cores(),
         tokens=first["tokens"],
         rounds=first["rounds"],
+        asked=_TOKENS.value,
         same="Both write the same tokens." if same else "The two do not write the same tokens in every case.",
         load=f"The machine's load was {os.getloadavg()[1]:.1f} on average over the last five minutes.",
         rows="\n".join(rows),
