@@ -13,6 +13,7 @@ than 99 % of the exact copies are found.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -84,7 +85,7 @@ def line(turns: list[tuple[str, str]], style: int) -> bytes:
 def jaccard(pairs: list[tuple[str, str]]) -> list[float]:
     """The exact share of common shingles of pairs of normalised texts."""
     found = shingles.shingles(shingles.tokens([text for pair in pairs for text in pair]))
-    sets = [set(found.hashes[a:b].tolist()) for a, b in zip(found.starts, found.starts[1:], strict=False)]
+    sets = [set(found.hashes[a:b].tolist()) for a, b in itertools.pairwise(found.starts)]
     return [len(a & b) / len(a | b) for a, b in zip(sets[::2], sets[1::2], strict=True)]
 
 
@@ -143,8 +144,7 @@ def make_pool(folder: Path, count: int) -> dict[str, list[Any]]:
     for number in range(FILES):
         path = folder / f"{number:02}.jsonl{'.gz' if number == FILES - 1 else ''}"
         with gzip.open(path, "wb", 1) if path.suffix == ".gz" else path.open("wb") as file:
-            for _, content in zip(range(per_file if number < FILES - 1 else 2 * count), lines, strict=False):
-                file.write(content)
+            file.writelines(itertools.islice(lines, per_file if number < FILES - 1 else None))
     return truth
 
 

@@ -39,6 +39,7 @@ FAULTS = {
     "repeats itself": 0.02,
     "wrong": 0.05,
 }
+BROKEN_OFF = "The answer to this is, as far as one can say without"
 Turns = list[tuple[str, str]]
 
 
@@ -202,7 +203,7 @@ def spoiled(turns: Turns, fault: str, rng: random.Random) -> Turns:
             else [(f"{question} Please.", answer)]
         )
     if fault == "breaks off":
-        answer = "The answer to this is, as far as one can say without"
+        answer = BROKEN_OFF
     elif fault == "refuses":
         answer = "As an AI language model, I cannot answer this."
     elif fault == "repeats itself":

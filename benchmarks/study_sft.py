@@ -256,8 +256,26 @@ def main(argv: list[str]) -> None:
     page = Path(_WRITE.value) if _WRITE.value else work / "study.md"
     picture = page.with_suffix(".png")
     study_sft_page.plot(results, picture)
-    page.write_text(study_sft_page.page(results, sweep, _COMMAND.value, base(), lines, picture.name))
+    page.write_text(
+        study_sft_page.page(results, sweep, _COMMAND.value, base(), lines, picture.name, selections(sizes, data, work))
+    )
     print(f"{page}\n{picture}")
+
+
+def selections(sizes: list[int], data: Path, work: Path) -> list[str]:
+    """A line about each selection."""
+
+    def answers(path: Path) -> list[str]:
+        return [json.loads(line)["messages"][-1]["content"] for line in path.read_text().splitlines()]
+
+    found = {size: work / "selections" / str(size) for size in sizes}
+    pool = answers(data / "pool.jsonl")
+    return [
+        study_sft_page.selection_line(
+            size, json.loads((folder / "report.json").read_text()), answers(folder / "selected.jsonl"), pool
+        )
+        for size, folder in found.items()
+    ]
 
 
 def base() -> str:

@@ -31,6 +31,17 @@ def line(found: Result) -> str:
     )
 
 
+def selection_line(asked: int, report: Mapping[str, Any], answers: Sequence[str], pool: Sequence[str]) -> str:
+    """A line about a selection: what it holds and what fell out, from its report and from the last answers of both."""
+    (similar,) = (step for step in report["steps"] if step["reason"] == "too similar")
+    broken, in_pool = (found.count(sft_data.BROKEN_OFF) / len(found) for found in (answers, pool))
+    scored = similar["out"] + similar["left"]
+    return (
+        f"- of {asked:,} asked for {report['chosen']:,}; {similar['out']:,} of {scored:,} conversations with a score fell "
+        f"out as too similar to a chosen one; {broken:.1%} of the chosen break off, {in_pool:.1%} of the pool."
+    )
+
+
 def _groups(results: Sequence[Result]) -> dict[tuple[str, str, int], list[Result]]:
     """The results by what is equal, set and size; several seeds of a random set are one group."""
     found: dict[tuple[str, str, int], list[Result]] = {}
@@ -139,16 +150,22 @@ the noise of random ones, or above it, since this pool has faults that selection
 {verdict}
 
 One run per set, but for random ones, and one pool: the ranges of the random samples say how much a difference means.
-The paper says "less is more" of a strong base; a base of this size is not one, and has most to learn from more data.
-Selected for it were first the conversations with the highest IFD below 1, whose answers depend least on their
-questions, broken-off answers among them; and most others fell out as too similar to a chosen one, although a skill such
-as adding needs many alike.
+The paper says "less is more" of a strong base, which this one is not. What was selected:
+
+{selections}
+
 {machine}.
 """
 
 
 def page(
-    results: Sequence[Result], sweep: Sequence[Result], command: str, base: str, sizes: Mapping[str, int], plot: str
+    results: Sequence[Result],
+    sweep: Sequence[Result],
+    command: str,
+    base: str,
+    sizes: Mapping[str, int],
+    plot: str,
+    selections: Sequence[str],
 ) -> str:
     """The page in Markdown.
 
@@ -159,6 +176,7 @@ def page(
       base: what was tuned, in words.
       sizes: number of lines of the data's files, by name.
       plot: file name of the plot.
+      selections: a line about each selection, see `selection_line`.
     """
     best = min(sweep, key=lambda found: found["own_heldout_loss"])
     return PAGE.format(
@@ -176,6 +194,7 @@ def page(
         steps=_table(results, "steps"),
         plot=plot,
         verdict=_verdict(results),
+        selections="\n".join(selections),
         machine=disk.machine(),
     )
 

@@ -67,7 +67,7 @@ def test_packing_keeps_every_document_whole_within_a_window(given_, most_open):
     assert not weights[tokens == 3].any()
     assert sum(d.text_bytes for d in packed) == sum(d.text_bytes for d in given_)
     starts = np.cumsum([0, *(len(d.tokens) for d in packed)])
-    for start, document in zip(starts, packed, strict=False):
+    for start, document in zip(starts[:-1], packed, strict=True):
         size = int((document.tokens != 3).sum())
         (original,) = (d for d in given_ if d.tokens[0] == document.tokens[0])
         assert size == len(original.tokens)

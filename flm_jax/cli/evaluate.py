@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from flm_jax.cli import judge_flags
-from flm_jax.cli.flags import define_gin, define_json, define_processes, launch, process_flags, refuse
+from flm_jax.cli.flags import define_gin, define_json, define_model, define_processes, launch, process_flags, refuse
 
 
 def define() -> None:
@@ -38,22 +38,7 @@ def define() -> None:
     flags.DEFINE_integer(
         "tokens", None, "Number of tokens of the continuation (64), or the most of an answer (512).", lower_bound=1
     )
-    flags.DEFINE_string(
-        "tokenizer",
-        None,
-        "The vocabulary to use instead of the checkpoint's own: another checkpoint, a directory with tokenizer.json, "
-        "or a SentencePiece model file.",
-    )
-    flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16", "float16"], "What to compute in; by default the dtype of the checkpoint."
-    )
-    flags.DEFINE_integer("batch_size", 8, "Rows per batch, on all devices together.", lower_bound=1)
-    flags.DEFINE_integer(
-        "max_length",
-        None,
-        "Longest sequence that the model reads, in tokens; by default what it was made for, at most 4096.",
-        lower_bound=2,
-    )
+    define_model("Rows", batch_size=8)
     judge_flags.define()
 
 

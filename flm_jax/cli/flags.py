@@ -123,6 +123,26 @@ def define_json() -> None:
     flags.DEFINE_string("json", None, "Write the results to this file, as JSON.")
 
 
+def define_model(rows: str, batch_size: int) -> None:
+    """Defines the flags that say how a checkpoint's model is opened, and how many `rows` it computes at a time."""
+    flags.DEFINE_string(
+        "tokenizer",
+        None,
+        "The vocabulary to use instead of the checkpoint's own: another checkpoint, a directory with tokenizer.json, "
+        "or a SentencePiece model file.",
+    )
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16", "float16"], "What to compute in; by default the dtype of the checkpoint."
+    )
+    flags.DEFINE_integer("batch_size", batch_size, f"{rows} per batch, on all devices together.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_length",
+        None,
+        "Longest sequence that the model reads, in tokens; by default what it was made for, at most 4096.",
+        lower_bound=2,
+    )
+
+
 def define_processes() -> None:
     """Defines the flags with which several processes find each other."""
     flags.DEFINE_string("coordinator", None, "With several processes: host:port of process 0.")

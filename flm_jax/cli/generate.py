@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import flags
 
-from flm_jax.cli.flags import define_gin, define_json, define_processes, launch, process_flags, refuse
+from flm_jax.cli.flags import define_gin, define_json, define_model, define_processes, launch, process_flags, refuse
 
 # The flags that are fields of `Sampling`.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -54,22 +54,7 @@ def define() -> None:
     flags.DEFINE_float("min_p", None, "Sample among tokens of at least this fraction of the largest probability.")
     flags.DEFINE_float("repetition_penalty", None, "Makes tokens of prompt and answer less likely if above 1.")
     flags.DEFINE_integer("seed", None, "Of the random numbers.")
-    flags.DEFINE_string(
-        "tokenizer",
-        None,
-        "The vocabulary to use instead of the checkpoint's own: another checkpoint, a directory with tokenizer.json, "
-        "or a SentencePiece model file.",
-    )
-    flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16", "float16"], "What to compute in; by default the dtype of the checkpoint."
-    )
-    flags.DEFINE_integer("batch_size", 16, "Prompts per batch, on all devices together.", lower_bound=1)
-    flags.DEFINE_integer(
-        "max_length",
-        None,
-        "Longest sequence that the model reads, in tokens; by default what it was made for, at most 4096.",
-        lower_bound=2,
-    )
+    define_model("Prompts", batch_size=16)
 
 
 def run(values: Any) -> None:

@@ -80,7 +80,8 @@ class _Split:
         self.shards: list[dict[str, Any]] = []
         self.offsets = [0]
         self.text_bytes = self.weighted_tokens = 0
-        self._files: tuple[_File, ...] = ()  # of the open shard: tokens, and weights if the store has them
+        # Of the open shard, by the field of its record with their sha256: tokens, and weights if the store has them.
+        self._files: dict[str, _File] = {}
         self._tokens = 0
 
     def append(self, tokens: np.ndarray, text_bytes: int, weights: np.ndarray) -> None:
@@ -90,21 +91,23 @@ class _Split:
         while len(tokens):
             if not self._files:
                 shard = self.folder / f"{self.name}-{len(self.shards):05d}.bin"
-                paths = [shard, *([shard.with_name(weights_file(shard.name))] if self.weighted else [])]
-                self._files, self._tokens = tuple(map(_File, paths)), 0
+                self._files, self._tokens = {"sha256": _File(shard)}, 0
+                if self.weighted:
+                    self._files["weights_sha256"] = _File(shard.with_name(weights_file(shard.name)))
             now, tokens = np.split(tokens, [self.limit - self._tokens])
             of_now, weights = np.split(weights, [self.limit - self._tokens])
-            for file, content in zip(self._files, (now.astype(self.dtype), of_now.astype(np.uint8)), strict=False):
-                file.write(content.tobytes())
+            content = {"sha256": now.astype(self.dtype), "weights_sha256": of_now.astype(np.uint8)}
+            for name, file in self._files.items():
+                file.write(content[name].tobytes())
             self._tokens += len(now)
             if self._tokens == self.limit:
                 self._end_shard()
 
     def _end_shard(self) -> None:
         if self._files:
-            sums = dict(zip(("sha256", "weights_sha256"), [file.end() for file in self._files], strict=False))
-            self.shards.append({"file": self._files[0].path.name, "tokens": self._tokens, **sums})
-            self._files = ()
+            sums = {name: file.end() for name, file in self._files.items()}
+            self.shards.append({"file": self._files["sha256"].path.name, "tokens": self._tokens, **sums})
+            self._files = {}
 
     def finish(self) -> dict[str, Any]:
         self._end_shard()
@@ -120,7 +123,7 @@ class _Split:
         }
 
     def abandon(self) -> None:
-        for file in self._files:
+        for file in self._files.values():
             file.abandon()
 
 

@@ -216,7 +216,8 @@ class Generator:
             batch = order[start : start + self.rows]
             chosen = [rows[i] for i in batch]
             for tokens_BM in self._tokens(chosen, sampling, MOST_WITH_STOPS if stops else decode.MOST):
-                for row, tokens in zip(chosen, tokens_BM.tolist(), strict=False):
+                # A batch is filled up with rows that belong to no prompt.
+                for row, tokens in zip(chosen, tokens_BM[: len(chosen)].tolist(), strict=True):
                     for token in tokens:
                         if row.answer is None and token != decode.ENDED:
                             row.push(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -246,8 +247,6 @@ def echo(conversation: Conversation, rules: TextRules) -> bool:
     """Whether an answer is its question."""
     del rules
     pairs: Sequence[tuple[str, str]] = [
-        (a.content, b.content)
-        for a, b in zip(conversation.messages, conversation.messages[1:], strict=False)
-        if b.role == ASSISTANT
+        (a.content, b.content) for a, b in itertools.pairwise(conversation.messages) if b.role == ASSISTANT
     ]
     return any(question.split() == answer.split() for question, answer in pairs)
