@@ -37,8 +37,8 @@ def selection_line(asked: int, report: Mapping[str, Any], answers: Sequence[str]
     broken, in_pool = (found.count(sft_data.BROKEN_OFF) / len(found) for found in (answers, pool))
     scored = similar["out"] + similar["left"]
     return (
-        f"- of {asked:,} asked for {report['chosen']:,}; {similar['out']:,} of {scored:,} conversations with a score fell "
-        f"out as too similar to a chosen one; {broken:.1%} of the chosen break off, {in_pool:.1%} of the pool."
+        f"- of {asked:,} asked for {report['chosen']:,}; {similar['out']:,} of {scored:,} conversations with a score "
+        f"fell out as too similar to a chosen one; {broken:.1%} of the chosen break off, {in_pool:.1%} of the pool."
     )
 
 
