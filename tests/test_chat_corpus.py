@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flm_jax.chat.conversation import ConversationError, Message
+from flm_jax.chat import conversation
+from flm_jax.chat.conversation import Message
 from flm_jax.chat.corpus import Conversations
-from flm_jax.chat.packing import pack
+from flm_jax.chat.packing import Packer
 from flm_jax.chat.template import TELE_FLM, ChatEncoder
 from flm_jax.data.batches import StoreBatches, heldout_batches, read_batch
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import Document
+from flm_jax.data.json_lines import LineError
 from flm_jax.data.prepare import prepare
 from flm_jax.data.source import open_data
 from flm_jax.data.store import TokenStore
@@ -37,6 +39,13 @@ def talk(*texts, **fields):
 def write(path, records):
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
     return path
+
+
+def pack(documents, context, pad_id, *most_open):
+    packer = Packer(context, pad_id, *most_open)
+    for document in documents:
+        yield from packer.add(document)
+    yield from packer.close()
 
 
 def pool(count):
@@ -175,27 +184,27 @@ def test_prompts_get_no_gradient_and_answers_do():
 def test_what_does_not_fit_is_cut_by_whole_exchanges_or_named(tmp_path):
     long = "x" * 80
     path = write(tmp_path / "p.jsonl", [talk("a", "b", long, long), talk(long, long), *pool(10)])
-    with pytest.raises(ConversationError, match=r"p\.jsonl:2: longer than the context: up to its first answer it has"):
+    with pytest.raises(LineError, match=r"p\.jsonl:2: longer than the context: up to its first answer it has"):
         prepare(Conversations(str(path)), Bytes(), tmp_path / "cache", progress=False, context=CONTEXT)
     corpus = Conversations(str(path), most_faulty=1)
     found = corpus.tokenised(VOCABULARY, CONTEXT)
-    texts = [VOCABULARY.decode(d.tokens) for split in ("train", "heldout") for d in found.rows(split)]
+    texts = [VOCABULARY.decode(document.tokens) for _, document in found.documents()]
     assert "<_user>a<_bot>b" in texts
     assert (found.cut, found.skipped.counts) == (1, {"longer than the context": 1})
     assert found.notes() == [
-        "1 lines left out: 1 longer than the context",
-        "1 conversations are longer than 96 tokens: their last turns were left out.",
+        "1 line left out: longer than the context (1)",
+        "1 conversation was longer than 96 tokens, and lost the turns at the end.",
     ]
 
 
 def test_a_broken_line_counts_once_and_up_to_a_limit(tmp_path, caplog):
     path = write(tmp_path / "p.jsonl", [*pool(20), "{", talk("q")])
     with pytest.raises(
-        ConversationError, match=r"p\.jsonl:21: a broken line.*; none may be left out by Conversations.most_faulty"
+        LineError, match=r"p\.jsonl:21: a broken line.*; none may be left out by Conversations.most_faulty"
     ):
         prepare(Conversations(str(path)), Bytes(), tmp_path / "cache", progress=False, context=CONTEXT)
     found = Conversations(str(path), most_faulty=2).tokenised(VOCABULARY, CONTEXT)
-    assert sum(1 for split in ("train", "heldout") for _ in found.rows(split)) == 20
+    assert len(list(found.documents())) == 20
     assert sum(found.skipped.counts.values()) == 2
     assert [message.split("p.jsonl:")[1][:2] for message in caplog.messages] == ["21", "22"], "each is said once"
 
@@ -218,8 +227,8 @@ def test_equal_conversations_are_held_out_together(tmp_path):
 def test_a_system_turn_and_the_last_answer_alone(tmp_path):
     path = write(tmp_path / "p.jsonl", [talk("q", "one", "q", "two"), *pool(9)])
     corpus = Conversations(str(path), system="Be brief.", answers="last")
-    rows = [row for split in ("train", "heldout") for row in corpus.tokenised(VOCABULARY, CONTEXT).rows(split)]
-    texts = {VOCABULARY.decode(row.tokens): VOCABULARY.decode(row.tokens[row.weights > 0]) for row in rows}
+    found = [document for _, document in corpus.tokenised(VOCABULARY, CONTEXT).documents()]
+    texts = {VOCABULARY.decode(d.tokens): VOCABULARY.decode(d.tokens[d.weights > 0]) for d in found}
     assert texts["Be brief.<_user>q<_bot>one<_user>q<_bot>two"] == "two"
 
 
@@ -229,9 +238,9 @@ def test_the_first_token_of_a_conversation_is_not_trained_on(tmp_path):
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     corpus = Conversations(str(write(tmp_path / "p.jsonl", pool(10))), template=str(tmp_path / "answers.jinja"))
-    for row in corpus.tokenised(VOCABULARY, CONTEXT).rows("train"):
-        assert row.weights[0] == 0
-        assert row.weights[1] == 1
+    for _, document in corpus.tokenised(VOCABULARY, CONTEXT).documents():
+        assert document.weights[0] == 0
+        assert document.weights[1] == 1
 
 
 def test_the_store_depends_on_template_context_and_content_but_not_on_the_folder(tmp_path):
@@ -261,9 +270,27 @@ def test_a_survey_counts_windows_and_what_is_trained_on(tmp_path):
     path = write(tmp_path / "p.jsonl", pool(60))
     text = survey_text(survey(DataConfig(Conversations(str(path)), Bytes(), CONTEXT)))
     assert "train: " in text
-    assert f"windows of {CONTEXT};" in text
+    assert f"windows of {CONTEXT} tokens; " in text
     config = DataConfig(Conversations(str(path)), Bytes(), CONTEXT, cache_dir=str(tmp_path / "cache"))
     assert survey(config).store is None
+    before = survey(config)
     prepared = open_data(config, progress=False).store.path
-    assert survey(config).store == prepared
+    after = survey(config)
+    assert after.store == prepared
+    assert (after.splits, after.notes) == (before.splits, before.notes), "read from the store, and the same"
     assert "documents" in survey_text(survey(DataConfig(Conversations(str(path)), SentencePiece(size=272), CONTEXT)))
+
+
+def test_a_pool_is_parsed_twice_while_it_is_prepared_and_holds_out_the_same_conversations(tmp_path, monkeypatch):
+    parsed = []
+    parse = conversation.parse
+    monkeypatch.setattr(conversation, "parse", lambda *given: parsed.append(1) or parse(*given))
+    path = write(tmp_path / "p.jsonl", pool(60))
+    corpus = Conversations(str(path), heldout_percent=20)
+    prepared = prepare(corpus, Bytes(), tmp_path / "cache", progress=False, context=CONTEXT)
+    assert len(parsed) == 2 * 60
+    texts = set(corpus.documents("heldout"))
+    assert prepared.num_documents("heldout") == len(texts) < 30
+    parsed.clear()
+    survey(DataConfig(corpus, Bytes(), CONTEXT, cache_dir=str(tmp_path / "cache")))
+    assert not parsed, "a survey reads the store where there is one"

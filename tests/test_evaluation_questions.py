@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from flm_jax.chat.conversation import ConversationError, Message, Skipped
+from flm_jax.chat.conversation import Message
+from flm_jax.data.json_lines import LineError, Skipped
 from flm_jax.evaluation.questions import Question, parse_question, read_questions
 
 OURS = {"id": "7", "category": "maths", "question": "One and one?", "reference": "2", "kind": "numeric"}
@@ -73,26 +74,26 @@ def test_faults_are_counted_and_name_file_and_line(tmp_path, reason):
     skipped = Skipped(1)
     assert [q.id for q in read_questions(path, skipped)] == ["first", "third"]
     assert dict(skipped.counts) == {reason.strip(): 1}
-    with pytest.raises(ConversationError, match=f"(?s)f.jsonl:2: {reason.strip()}.*{detail}"):
+    with pytest.raises(LineError, match=f"(?s)f.jsonl:2: {reason.strip()}.*{detail}"):
         read_questions(path, Skipped(0))
 
 
 def test_an_id_twice_names_both_lines(tmp_path):
     path = write(tmp_path / "f.jsonl", OURS, {**OURS, "id": 7})
-    with pytest.raises(ConversationError, match="f.jsonl:2: an id twice: '7' is also that of .*f.jsonl:1"):
+    with pytest.raises(LineError, match="f.jsonl:2: an id twice: '7' is also that of .*f.jsonl:1"):
         read_questions(path, Skipped(0))
 
 
 def test_a_judge_that_compares_needs_references(tmp_path):
     path = write(tmp_path / "f.jsonl", OURS, {**OURS, "id": 8, "kind": "judged", "reference": None})
     assert len(read_questions(path, Skipped(0))) == 2
-    with pytest.raises(ConversationError, match="f.jsonl:2: no reference.*--reference_answers"):
+    with pytest.raises(LineError, match="f.jsonl:2: no reference.*--reference_answers"):
         read_questions(path, Skipped(0), with_reference=True)
 
 
 def test_compressed_and_empty_files(tmp_path):
     assert len(read_questions(write(tmp_path / "f.jsonl.gz", OURS), Skipped(0))) == 1
-    with pytest.raises(ValueError, match=r"f.jsonl holds no question; 1 lines left out: 1 no category"):
+    with pytest.raises(ValueError, match=r"f.jsonl holds no question; 1 line left out: no category \(1\)"):
         read_questions(write(tmp_path / "f.jsonl", {}), Skipped(None))
     with pytest.raises(FileNotFoundError):
         read_questions(tmp_path / "nowhere.jsonl", Skipped(0))

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from flm_jax.chat.conversation import ConversationError, parse
+from flm_jax.chat.conversation import parse
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.cli import runs
+from flm_jax.data.json_lines import LineError
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.data.vocabulary_files import VocabularyError, to_files
 from flm_jax.model import Transformer
@@ -237,7 +238,7 @@ def test_pools_that_hold_nothing_or_would_hold_the_results_are_refused(pool, tmp
     with pytest.raises(ValueError, match="would become part of the pool"):
         select(ONE, [pool], pool / "out")
     (tmp_path / "all.jsonl").write_text("{}\n" * 9)
-    with pytest.raises(ConversationError, match=r"6 lines are left out, more than the 5 allowed by .*all.jsonl:6"):
+    with pytest.raises(LineError, match=r"6 lines are left out, more than the 5 allowed by .*all.jsonl:6"):
         select(ONE, [tmp_path / "all.jsonl"], tmp_path / "out3")
 
 

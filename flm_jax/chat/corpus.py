@@ -17,17 +17,16 @@ from flm_jax.chat.conversation import (
     Conversation,
     ConversationError,
     Message,
-    Skipped,
-    files,
     read_conversations,
 )
-from flm_jax.chat.packing import pack
+from flm_jax.chat.packing import Packer
 from flm_jax.chat.template import ANSWERS, ChatEncoder, find_template
 from flm_jax.data.corpora import Document
-from flm_jax.data.text import Percent, check_split, describe_fields, heldout_border, name_hash
+from flm_jax.data.json_lines import Skipped, files
+from flm_jax.data.text import SPLITS, Percent, border_within, check_split, describe_fields, hash_range, name_hash
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.files import sha256_file
-from flm_jax.records import recorded
+from flm_jax.records import counted, recorded
 from flm_jax.records.fields import Count, one_of
 
 _ADVICE = " by Conversations.most_faulty"
@@ -70,39 +69,40 @@ class Conversations:
         """The kind and fields of the corpus."""
         return describe_fields(self)
 
-    def conversations(self, split: str, skipped: Skipped) -> Iterator[Conversation]:
-        """Yields the conversations of one split in order, with a system turn if there is to be one.
+    def conversations(self, skipped: Skipped) -> Iterator[tuple[str, Conversation]]:
+        """Yields split and turns of each conversation in order, with a system turn if there is to be one.
 
         Raises:
           FileNotFoundError: there is no such file.
-          ConversationError: more lines are faulty than `skipped` allows.
-          ValueError: an unknown split, or fewer than two different conversations.
+          LineError: more lines are faulty than `skipped` allows.
+          ValueError: there are fewer than two different conversations.
         """
-        check_split(split)
         border = self._border
         for found in read_conversations(self.path, skipped):
-            if (name_hash(_content(found)) < border) == (split == "heldout"):
-                if self.system and found.messages[0].role != SYSTEM:
-                    found = dataclasses.replace(found, messages=(Message(SYSTEM, self.system), *found.messages))
-                yield found
+            split = "heldout" if name_hash(_content(found)) < border else "train"
+            if self.system and found.messages[0].role != SYSTEM:
+                found = dataclasses.replace(found, messages=(Message(SYSTEM, self.system), *found.messages))
+            yield split, found
 
     @functools.cached_property
     def _border(self) -> int:
         skipped = Skipped(self.most_faulty, advice=_ADVICE, quiet=True)  # reading a split tells of them
-        contents = {_content(found) for found in read_conversations(self.path, skipped)}
-        if not contents:
+        hashes = hash_range(_content(found) for found in read_conversations(self.path, skipped))
+        if hashes is None:
             raise ValueError(f"Conversations: {self.path} holds no conversation")
-        if len(contents) == 1:
+        if hashes[0] == hashes[1]:
             raise ValueError(
                 f"Conversations: {self.path} holds one conversation only, copies not counted; it takes two, one to "
                 "train on and one to hold out"
             )
-        return heldout_border(contents, self.heldout_percent)
+        return border_within(hashes, self.heldout_percent)
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yields the text of each conversation, message after message, without a template."""
-        for found in self.conversations(split, Skipped(self.most_faulty, advice=_ADVICE)):
-            yield "\n".join(message.content for message in found.messages) + "\n"
+        """Yields the text of each conversation of one split, message after message, without a template."""
+        check_split(split)
+        for side, found in self.conversations(Skipped(self.most_faulty, advice=_ADVICE)):
+            if side == split:
+                yield "\n".join(message.content for message in found.messages) + "\n"
 
     def tokenised(self, vocabulary: Vocabulary, context: int) -> TokenisedConversations:
         """The corpus with a vocabulary, for windows of `context` tokens.
@@ -122,7 +122,7 @@ class TokenisedConversations:
     """`Conversations` with a vocabulary and a length of windows.
 
     Attributes:
-      skipped: what was left out, of all splits read so far.
+      skipped: what was left out.
       cut: how many conversations lost their last turns.
     """
 
@@ -134,29 +134,34 @@ class TokenisedConversations:
         """The template itself, in the place of its name, and the length of windows."""
         return {"template": self._encoder.template.record(), "context": self._context}
 
-    def rows(self, split: str) -> Iterator[Document]:
-        """The conversations of one split as tokens, packed into windows.
+    def documents(self) -> Iterator[tuple[str, Document]]:
+        """Yields split and tokens of each conversation, those of a split in the order of its packed windows.
+
+        Both splits come from one pass over the files: to read and to parse them takes longer than anything else here.
 
         Raises:
-          ConversationError: more are left out than `most_faulty`.
+          LineError: more lines are left out than `most_faulty`.
         """
         pad = self._encoder.vocabulary.special.pad_id
         pad = self._encoder.vocabulary.eos_id if pad is None else pad
-        return pack(self._encoded(split), self._context, pad)
+        packers = {split: Packer(self._context, pad) for split in SPLITS}
+        for split, found in self._corpus.conversations(self.skipped):
+            try:
+                document = self._document(found)
+            except ConversationError as error:
+                self.skipped.add(error)
+                continue
+            for packed in packers[split].add(document):
+                yield split, packed
+        for split, packer in packers.items():
+            for packed in packer.close():
+                yield split, packed
 
     def notes(self) -> list[str]:
         """What was left out, and how many conversations were cut."""
-        cut = f"{self.cut} conversations are longer than {self._context} tokens: their last turns were left out."
+        long = counted(self.cut, "conversation was", "conversations were")
+        cut = f"{long} longer than {self._context} tokens, and lost the turns at the end."
         return [note for note in (self.skipped.summary(), cut if self.cut else "") if note]
-
-    def _encoded(self, split: str) -> Iterator[Document]:
-        # Faulty lines are the same for both splits, and counted with the first; what does not fit is of one split.
-        unread = Skipped(None, quiet=True)
-        for found in self._corpus.conversations(split, self.skipped if split == "train" else unread):
-            try:
-                yield self._document(found)
-            except ConversationError as error:
-                self.skipped.add(error)
 
     def _document(self, found: Conversation) -> Document:
         messages, where = found.messages, found.where

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,46 +12,60 @@ from flm_jax.data.corpora import Document
 OPEN = 64
 
 
-def pack(documents: Iterable[Document], context: int, pad_id: int, most_open: int = OPEN) -> Iterator[Document]:
-    """Yields the documents in the order of the windows that they are put into; the last of a window is padded.
+class Packer:
+    """Puts documents into windows, and returns them window by window; it holds the open windows only.
 
-    Each document goes into the first open window that has room for it. Where none has and `most_open` are open, the
-    fullest is closed. The last window is followed by one token of padding, as a window's last target is the first
-    token of the next one.
-
-    Args:
-      documents: each of at most `context` tokens; the first token of each has no weight, since nothing precedes it.
-      context: tokens per window.
-      pad_id: what fills windows up, without weight.
-      most_open: how many windows are open at the same time.
-
-    Raises:
-      ValueError: a document is empty or longer than a window, or its first token has weight.
+    Each document goes into the first open window that has room for it. Where none has and as many are open as may be,
+    the fullest is closed.
     """
-    windows: list[tuple[int, list[Document]]] = []  # tokens of room, content
-    for document in documents:
+
+    def __init__(self, context: int, pad_id: int, most_open: int = OPEN) -> None:
+        """Begins without windows.
+
+        Args:
+          context: tokens per window.
+          pad_id: what fills windows up, without weight.
+          most_open: how many windows are open at the same time.
+        """
+        self._context, self._pad_id, self._most_open = context, pad_id, most_open
+        self._windows: list[tuple[int, list[Document]]] = []  # tokens of room, content
+
+    def add(self, document: Document) -> Iterator[Document]:
+        """Yields the documents of the window that is closed for this one, if one is; the last of them is padded.
+
+        Args:
+          document: of at most `context` tokens; the first has no weight, since nothing precedes it.
+
+        Raises:
+          ValueError: the document is empty or longer than a window, or its first token has weight.
+        """
         size = len(document.tokens)
-        if not 0 < size <= context:
-            raise ValueError(f"a document of {size} tokens does not fit into windows of {context}")
+        if not 0 < size <= self._context:
+            raise ValueError(f"a document of {size} tokens does not fit into windows of {self._context}")
         if document.weights[0]:
             raise ValueError("the first token of a document has weight, and there is nothing to predict it from")
-        place = next((i for i, (room, _) in enumerate(windows) if room >= size), None)
+        place = next((i for i, (room, _) in enumerate(self._windows) if room >= size), None)
         if place is None:
-            if len(windows) == most_open:
-                fullest = min(range(len(windows)), key=lambda i: windows[i][0])
-                yield from _closed(windows.pop(fullest), pad_id)
-            windows.append((context, []))
-            place = len(windows) - 1
-        room, content = windows[place]
-        windows[place] = (room - size, [*content, document])
-    while windows:
-        room, content = windows.pop(0)
-        yield from _closed((room if windows else room + 1, content), pad_id)
+            if len(self._windows) == self._most_open:
+                fullest = min(range(len(self._windows)), key=lambda i: self._windows[i][0])
+                yield from self._closed(self._windows.pop(fullest))
+            self._windows.append((self._context, []))
+            place = len(self._windows) - 1
+        room, content = self._windows[place]
+        self._windows[place] = (room - size, [*content, document])
 
+    def close(self) -> Iterator[Document]:
+        """Yields the documents of the windows that are open.
 
-def _closed(window: tuple[int, list[Document]], pad_id: int) -> Iterator[Document]:
-    room, content = window
-    yield from content[:-1]
-    tokens, weights, text_bytes = content[-1]
-    padding = np.full(room, pad_id, np.int32)
-    yield Document(np.append(tokens, padding), np.append(weights, np.zeros(room, np.uint8)), text_bytes)
+        The last window is followed by one token of padding, as a window's last target is the first token of the next.
+        """
+        while self._windows:
+            room, content = self._windows.pop(0)
+            yield from self._closed((room if self._windows else room + 1, content))
+
+    def _closed(self, window: tuple[int, list[Document]]) -> Iterator[Document]:
+        room, content = window
+        yield from content[:-1]
+        tokens, weights, text_bytes = content[-1]
+        padding = np.full(room, self._pad_id, np.int32)
+        yield Document(np.append(tokens, padding), np.append(weights, np.zeros(room, np.uint8)), text_bytes)

@@ -89,14 +89,14 @@ class TokenCorpus(Corpus, Protocol):
 
 
 class TokenisedCorpus(Protocol):
-    """A `TokenCorpus` with a vocabulary and a length of windows."""
+    """A `TokenCorpus` with a vocabulary and a length of windows; one pass over it gives the documents of all splits."""
 
     def describe(self) -> dict[str, Any]:
         """What else than the corpus and the vocabulary its tokens follow from, JSON-able."""
         ...
 
-    def rows(self, split: str) -> Iterator[Document]:
-        """The documents of one split; together they fill whole windows."""
+    def documents(self) -> Iterator[tuple[str, Document]]:
+        """Split and tokens of each document, those of a split in a fixed order; together they fill whole windows."""
         ...
 
     def notes(self) -> list[str]:

@@ -109,11 +109,10 @@ def _prepare_tokens(
     began, hidden = time.monotonic(), None if progress else True
     about = {**corpus.describe(), **found.describe()}
     with StoreWriter(path, vocabulary, corpus.digest(), about, shard, weighted=True) as writer:
-        for split in SPLITS:
-            with tqdm(desc=f"tokenising {split}", unit=" documents", disable=hidden) as bar:
-                for document in found.rows(split):
-                    writer.append(split, document.tokens, document.text_bytes, document.weights)
-                    bar.update()
+        with tqdm(desc="tokenising", unit=" documents", disable=hidden) as bar:
+            for split, document in found.documents():
+                writer.append(split, document.tokens, document.text_bytes, document.weights)
+                bar.update()
         store = writer.close()
     if progress:
         for note in found.notes():

@@ -5,6 +5,7 @@ A killed run leaves no store, only the hidden folder, which nothing reads and th
 
 from __future__ import annotations
 
+import array
 import contextlib
 import fcntl
 import glob
@@ -78,7 +79,7 @@ class _Split:
     def __init__(self, folder: Path, name: str, dtype: np.dtype, limit: int, weighted: bool) -> None:
         self.folder, self.name, self.dtype, self.limit, self.weighted = folder, name, dtype, limit, weighted
         self.shards: list[dict[str, Any]] = []
-        self.offsets = [0]
+        self.offsets = array.array("Q", [0])  # 8 bytes a document
         self.text_bytes = self.weighted_tokens = 0
         # Of the open shard, by the field of its record with their sha256: tokens, and weights if the store has them.
         self._files: dict[str, _File] = {}

@@ -12,6 +12,7 @@ from flm_jax.data.store import STORE_FILE, TokenStore
 from flm_jax.data.tfds import Tfds, check_tfds
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
 from flm_jax.data.vocabulary import ByteVocabulary
+from flm_jax.records import counted
 
 # A corpus of files is read as a whole if it is not larger than this: a few seconds.
 READ_BYTES = 500_000_000
@@ -108,19 +109,25 @@ def _tokens(
     vocabulary = build_vocabulary(config.tokenised_by, corpus, config.cache_dir)
     found = corpus.tokenised(vocabulary, config.context)
     path = token_store_path(corpus, vocabulary, found, config.cache_dir)
-    splits, notes = {}, []
-    for split in SPLITS:
-        rows = list(found.rows(split))
-        if not rows:
-            notes = found.notes() or [str(corpus.describe())]
-            raise ValueError(f"the corpus has no document in its split {split!r}: {' '.join(notes)}")
-        tokens = sum(len(row.tokens) for row in rows)
-        splits[split] = {"documents": len(rows), "text_bytes": sum(row.text_bytes for row in rows), "tokens": tokens}
-        trained = sum(int(row.weights.sum()) for row in rows)
-        windows = (tokens - 1) // config.context
-        notes.append(f"{split}: {windows:,} windows of {config.context}; {trained / tokens:.0%} of the tokens count.")
     store = path if (path / STORE_FILE).is_file() else None
-    return store, None, splits, "", (*found.notes(), *notes)
+    if store:
+        splits = TokenStore.open(path, verify=False).describe()["splits"]
+    else:
+        splits = {split: dict.fromkeys(("documents", "text_bytes", "tokens", "weighted_tokens"), 0) for split in SPLITS}
+        for split, document in found.documents():
+            of_it = (1, document.text_bytes, len(document.tokens), int(document.weights.sum()))
+            for name, number in zip(splits[split], of_it, strict=True):
+                splits[split][name] += number
+    notes = found.notes()
+    for split, counts in splits.items():
+        if not counts["documents"]:
+            raise ValueError(
+                f"the corpus has no document in its split {split!r}: {' '.join(notes) or corpus.describe()}"
+            )
+        windows = counted((counts["tokens"] - 1) // config.context, "window")
+        trained = counts["weighted_tokens"] / counts["tokens"]
+        notes.append(f"{split}: {windows} of {config.context} tokens; {trained:.0%} of the tokens are trained on.")
+    return store, None, splits, "", tuple(notes)
 
 
 def _vocabulary(config: DataConfig) -> tuple[str, int | None]:
@@ -135,13 +142,14 @@ def _vocabulary(config: DataConfig) -> tuple[str, int | None]:
 
 def survey_text(found: Survey) -> str:
     """A survey as text."""
-    lines = [f"Data: {found.corpus}" + (f", {found.files} files" if found.files is not None else "")]
+    lines = [f"Data: {found.corpus}" + (f", {counted(found.files, 'file')}" if found.files is not None else "")]
     if found.splits:
         train, heldout = (found.splits[split] for split in SPLITS)
         share = heldout["documents"] / (train["documents"] + heldout["documents"])
         for what, split, end in (("to train on", train, ""), ("held out", heldout, f" ({share:.1%} of the documents)")):
             tokens = f", {split['tokens']:,} tokens" if "tokens" in split else ""
-            lines.append(f"  {what}: {split['documents']:,} documents, {split['text_bytes']:,} bytes{tokens}{end}")
+            size = f"{counted(split['documents'], 'document')}, {counted(split['text_bytes'], 'byte')}"
+            lines.append(f"  {what}: {size}{tokens}{end}")
     else:
         lines.append(f"  documents were not counted: {found.unread}")
     lines += [f"  {note}" for note in found.notes]

@@ -7,7 +7,6 @@ the folder moves.
 from __future__ import annotations
 
 import abc
-import collections
 import dataclasses
 import hashlib
 import json
@@ -17,7 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from flm_jax.records import recorded
+from flm_jax.data.folders import all_files, count_endings, find_files, in_words
+from flm_jax.data.json_lines import is_text
+from flm_jax.records import counted, recorded
 from flm_jax.records.fields import Limit
 from flm_jax.records.foreign_json import parse_json
 
@@ -55,12 +56,24 @@ def heldout_border(names: Iterable[str], percent: float) -> int:
     Raises:
       ValueError: percent is out of range.
     """
+    return border_within(hash_range(names), percent)
+
+
+def hash_range(names: Iterable[str]) -> tuple[int, int] | None:
+    """The lowest and the highest `name_hash` of some names, which are not kept; None: there is no name."""
+    lowest, highest = 2**64, -1
+    for hashed in map(name_hash, names):
+        lowest, highest = min(lowest, hashed), max(highest, hashed)
+    return None if highest < 0 else (lowest, highest)
+
+
+def border_within(hashes: tuple[int, int] | None, percent: float) -> int:
+    """As `heldout_border`, of the `hash_range` of the names."""
     if not 0 < percent < 100:
         raise ValueError(f"heldout_percent is {percent}: a held-out side needs a share between 0 and 100")
-    hashes = sorted(map(name_hash, names))
     border = int(percent / 100 * 2**64)
-    if len(hashes) > 1:
-        border = min(max(border, hashes[0] + 1), hashes[-1])
+    if hashes is not None and hashes[0] < hashes[1]:
+        border = min(max(border, hashes[0] + 1), hashes[1])
     return border
 
 
@@ -211,8 +224,8 @@ class TextFolder(FileCorpus):
             (p for p in root.glob(self.pattern) if p.is_file()), key=lambda p: p.relative_to(root).as_posix()
         )
         if not paths:
-            counts = _counted(_all_files(root))
-            others = f"; it holds {_said(counts)}: bind TextFolder.pattern = '**/*{counts[0][0]}'" if counts else ""
+            counts = count_endings(all_files(root))
+            others = f"; it holds {in_words(counts)}: bind TextFolder.pattern = '**/*{counts[0][0]}'" if counts else ""
             raise FileNotFoundError(f"TextFolder: no file in {root} matches the pattern {self.pattern!r}{others}")
         return paths
 
@@ -222,9 +235,10 @@ class TextFolder(FileCorpus):
         said = []
         if root.is_dir():
             matching = set(paths)
-            left = _said(_counted(path for path in _all_files(root) if path not in matching))
+            left = in_words(count_endings(path for path in all_files(root) if path not in matching))
             said.append(
-                f"{root}: {len(paths)} files match {self.pattern!r}" + (f"; left out: {left}." if left else ".")
+                f"{root}: {counted(len(paths), 'file matches', 'files match')} {self.pattern!r}"
+                + (f"; left out: {left}." if left else ".")
             )
             if links := [path for path in root.rglob("*") if path.is_symlink() and path.is_dir()]:
                 said.append(f"{root}: folders that are links are not entered: {', '.join(map(str, links[:3]))}.")
@@ -277,29 +291,6 @@ def read_utf8(path: Path) -> bytes:
     return text
 
 
-def _all_files(root: Path) -> Iterator[Path]:
-    """The files in a folder and its subfolders; hidden ones, and those of hidden folders, are left out."""
-    return (p for p in root.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(root).parts))
-
-
-def endings(root: Path) -> str:
-    """What the files of a folder end with, such as '12 *.md, 3 *.rst, 1 other'; empty if there are none."""
-    return _said(_counted(_all_files(root)))
-
-
-def _counted(paths: Iterable[Path]) -> list[tuple[str, int]]:
-    """The endings of some files, '' where there is none, and how many files have each, commonest first."""
-    counts = collections.Counter(path.suffix for path in paths)
-    return sorted(counts.items(), key=lambda item: (-item[1], not item[0], item[0]))
-
-
-def _said(counts: list[tuple[str, int]]) -> str:
-    """The three commonest endings as text, and how many files have others."""
-    said = [f"{n} {'*' + ending if ending else 'without an ending'}" for ending, n in counts[:3]]
-    rest = sum(n for _, n in counts[3:])
-    return ", ".join(said + ([f"{rest} other" + ("s" if rest > 1 else "")] if rest else []))
-
-
 @dataclasses.dataclass(frozen=True)
 @recorded
 class Jsonl:
@@ -315,16 +306,7 @@ class Jsonl:
         Raises:
           FileNotFoundError: there is no such file or folder, or the folder has no *.jsonl files.
         """
-        root = Path(self.path).expanduser()
-        if root.is_file():
-            return [(root.name, root)]
-        if not root.is_dir():
-            raise FileNotFoundError(f"Jsonl: there is no file or folder {root}")
-        paths = sorted(path for path in root.rglob("*.jsonl") if path.is_file())  # not pipes: reading would wait
-        if not paths:
-            found = endings(root)
-            raise FileNotFoundError(f"Jsonl: no *.jsonl file in {root}" + (f"; it holds {found}" if found else ""))
-        return [(path.relative_to(root).as_posix(), path) for path in paths]
+        return find_files(self.path, (".jsonl",))
 
     def parse(self, line: bytes, where: str) -> str:
         """The document on one line; '' for a blank line or an empty document.
@@ -346,10 +328,8 @@ class Jsonl:
         text = record[self.field]
         if not isinstance(text, str):
             raise ValueError(f"{where}: the field {self.field!r} is {type(text).__name__}, and should be text")
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # "\ud800" is valid JSON, but not text
-            raise ValueError(f"{where}: the field {self.field!r} holds half of a surrogate pair") from None
+        if not is_text(text):
+            raise ValueError(f"{where}: the field {self.field!r} holds half of a surrogate pair")
         return text
 
     def lines(self) -> Iterator[tuple[str, str]]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flm_jax.chat.conversation import ConversationError, Skipped, read_lines
+from flm_jax.data.json_lines import LineError, Skipped, parse_object, read_lines
 from flm_jax.evaluation.questions import Question, QuestionError, identifier
-from flm_jax.records.foreign_json import JsonError, parse_json
 
 # The fields in which other programs keep an answer.
 _TEXTS = ("answer", "output", "response")
@@ -62,7 +61,7 @@ def read_answers(path: str | Path, questions: Sequence[Question], skipped: Skipp
 
     Raises:
       FileNotFoundError: there is no such file.
-      ConversationError: more lines are faulty than `skipped` allows, or the file is damaged.
+      LineError: more lines are faulty than `skipped` allows, or the file is damaged.
       ValueError: none of the questions has an answer there.
     """
     known = {question.id: question for question in questions}
@@ -70,7 +69,7 @@ def read_answers(path: str | Path, questions: Sequence[Question], skipped: Skipp
     others: set[str] = set()
     for where, line in read_lines(path):
         try:
-            record = _object(line, where)
+            record = parse_object(line, where)
             name = identifier(record, where)
             if name in found:
                 raise QuestionError(where, "an id twice", f"{name!r} has been answered on a line before")
@@ -81,7 +80,7 @@ def read_answers(path: str | Path, questions: Sequence[Question], skipped: Skipp
             chosen = [i for i in (answer.choice, answer.choice_per_byte) if i is not None]
             if any(i >= len(known[name].choices) for i in chosen):
                 raise QuestionError(where, "no answer", f"{name!r} has only {len(known[name].choices)} choices")
-        except ConversationError as error:
+        except LineError as error:
             skipped.add(error)
             continue
         found[name] = answer
@@ -90,12 +89,4 @@ def read_answers(path: str | Path, questions: Sequence[Question], skipped: Skipp
             f"{path} answers none of the {len(known)} questions"
             + (f"; it has answers to others, such as {min(others)!r:.40}" if others else "")
         )
-    return found
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = parse_json(line, where, finite=False)
-    except JsonError as error:
-        raise QuestionError(where, "a broken line", str(error).removeprefix(f"{where} ")) from error
     return found

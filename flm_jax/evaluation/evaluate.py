@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flm_jax.data.text import Jsonl, TextFolder, endings, read_utf8
+from flm_jax.data.folders import endings_of
+from flm_jax.data.text import Jsonl, TextFolder, read_utf8
 from flm_jax.distributed import is_primary
 from flm_jax.evaluation.loaded import load_model
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
@@ -122,8 +123,8 @@ def read_texts(path: str | Path) -> Iterator[str]:
             paths = TextFolder(str(root)).paths()
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"--text={path}: a folder is read for *.txt; it holds {endings(root) or 'no files'}: give one of the "
-                "files, or a *.jsonl."
+                f"--text={path}: a folder is read for *.txt; it holds {endings_of(root) or 'no files'}: give one of "
+                "the files, or a *.jsonl."
             ) from None
         return (read_utf8(path).decode() for path in paths)  # whole: nothing is held out
     if root.suffix == ".jsonl":

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flm_jax.chat.checkpoint_template import chat_template_of
-from flm_jax.chat.conversation import Skipped
 from flm_jax.chat.template import ChatEncoder
+from flm_jax.data.json_lines import Skipped
 from flm_jax.distributed import is_primary
 from flm_jax.evaluation.answering import ANSWERS, MADE_BY, answers_of
 from flm_jax.evaluation.answers import Answer, read_answers

@@ -20,13 +20,11 @@ from flm_jax.chat.conversation import (
     USER,
     ConversationError,
     Message,
-    Skipped,
     parse,
-    read_lines,
 )
+from flm_jax.data.json_lines import LineError, Skipped, parse_object, read_lines
 from flm_jax.evaluation.numbers import last_number
 from flm_jax.records import meant
-from flm_jax.records.foreign_json import JsonError, parse_json
 
 EXACT, NUMERIC, CHOICE, JUDGED = "exact", "numeric", "choice", "judged"
 KINDS = (EXACT, NUMERIC, CHOICE, JUDGED)
@@ -83,21 +81,21 @@ def read_questions(path: str | Path, skipped: Skipped, with_reference: bool = Fa
 
     Raises:
       FileNotFoundError: there is no such file.
-      ConversationError: more lines are faulty than `skipped` allows, or the file is damaged.
+      LineError: more lines are faulty than `skipped` allows, or the file is damaged.
       ValueError: no question is left.
     """
     found: dict[str, Question] = {}
     places: dict[str, str] = {}
     for where, line in read_lines(path):
         try:
-            question = parse_question(_object(line, where), where)
+            question = parse_question(parse_object(line, where, finite=True), where)
             if question.id in found:
                 raise QuestionError(where, "an id twice", f"{question.id!r} is also that of {places[question.id]}")
             if with_reference and not question.reference:
                 raise QuestionError(
                     where, "no reference", "this judge compares answers with it: add it, or give --reference_answers"
                 )
-        except ConversationError as error:
+        except LineError as error:
             skipped.add(error)
             continue
         found[question.id], places[question.id] = question, where
@@ -153,14 +151,6 @@ def identifier(record: Mapping[str, Any], where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise QuestionError(where, "no id", "it must have the field 'id' or 'question_id', a text or a number")
     return str(value)
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = parse_json(line, where)
-    except JsonError as error:
-        raise QuestionError(where, "a broken line", str(error).removeprefix(f"{where} ")) from error
-    return found
 
 
 def _line_text(record: Mapping[str, Any], names: Iterable[str], where: str) -> str:

@@ -3,6 +3,7 @@
 from flm_jax.records.fields import FieldError, classes, meant, recorded
 from flm_jax.records.identity import DATA, LOCK, RECIPE, check_identity, differences, write_identity, write_record
 from flm_jax.records.json import as_dict, completed, from_dict
+from flm_jax.records.wording import counted
 
 __all__ = [
     "DATA",
@@ -13,6 +14,7 @@ __all__ = [
     "check_identity",
     "classes",
     "completed",
+    "counted",
     "differences",
     "from_dict",
     "meant",

@@ -149,5 +149,8 @@ def _check_depth(text: str, where: str) -> None:
 
 
 def _place(text: str, at: int) -> str:
-    line = text.count("\n", 0, at) + 1
-    return f"line {line}, column {at - text.rfind(chr(10), 0, at)}"
+    """A place in words; in a text of one line, as those of *.jsonl are, its column alone: `where` names the line."""
+    text = text.rstrip()
+    at = min(at, len(text))  # what is missing is missing at the end of what is there
+    column = f"column {at - text.rfind(chr(10), 0, at)}"
+    return f"line {text.count(chr(10), 0, at) + 1}, {column}" if "\n" in text else column

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flm_jax.chat.conversation import Skipped
+from flm_jax.data.json_lines import Skipped
 from flm_jax.progress import count_bar, phases
 from flm_jax.selection import near
 from flm_jax.selection.config import Duplicates
@@ -35,7 +35,7 @@ def index(base: Path, pool: Sequence[PoolFile], near_too: bool, faulty: int | No
       processes: what to compute with.
 
     Raises:
-      ConversationError: there are more faulty lines, or a file is damaged.
+      LineError: there are more faulty lines, or a file is damaged.
       ValueError: no line of the pool is a conversation.
     """
     step = Step(base, "index", {"pool": [file.record() for file in pool], "near": near_too})

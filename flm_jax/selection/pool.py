@@ -9,7 +9,8 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
-from flm_jax.chat.conversation import Conversation, Line, file_lines, files, parse_line
+from flm_jax.chat.conversation import Conversation, parse_line
+from flm_jax.data.json_lines import Line, file_lines, files
 from flm_jax.files import sha256_file
 from flm_jax.progress import count_bar
 
@@ -99,7 +100,7 @@ def batches(pool: Sequence[PoolFile]) -> Iterator[Batch]:
     """Yields all lines of the pool that are not blank.
 
     Raises:
-      ConversationError: a file is damaged, or a line too long.
+      LineError: a file is damaged, or a line too long.
     """
     for number, file in enumerate(pool):
         places: list[tuple[int, int, int, int]] = []

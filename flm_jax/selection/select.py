@@ -58,7 +58,7 @@ def select(
 
     Raises:
       FileNotFoundError: an input does not exist.
-      ConversationError: too many lines are faulty.
+      LineError: too many lines are faulty.
       ValueError: the configuration does not fit together or to the pool, or the directory belongs to another selection.
       CheckpointError: another process selects into this directory, or the base's checkpoint is damaged.
     """

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flm_jax.chat.conversation import Conversation, ConversationError, parse_line
+from flm_jax.chat.conversation import Conversation, parse_line
+from flm_jax.data.json_lines import LineError
 from flm_jax.selection import near, scores, shingles
 from flm_jax.selection.config import TextRules
 from flm_jax.selection.domains import domain_of
@@ -26,7 +27,7 @@ class Hashed(NamedTuple):
     """
 
     good: np.ndarray
-    faults: list[ConversationError]
+    faults: list[LineError]
     texts: np.ndarray
     bands: np.ndarray
     short: np.ndarray
@@ -45,7 +46,7 @@ def hash_batch(batch: Batch, near_too: bool = True) -> Hashed:
         try:
             texts.append(shingles.normalised(parse_line(line, batch.where(number))))
             good[number] = True
-        except ConversationError as error:
+        except LineError as error:
             faults.append(error)
     hashes = np.array([shingles.text_hash(text) for text in texts], np.uint64)
     if near_too and texts:
