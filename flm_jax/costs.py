@@ -10,6 +10,7 @@ import jax
 
 from flm_jax.config import ModelConfig
 from flm_jax.model import declared
+from flm_jax.records import counted
 from flm_jax.signature import Signature
 
 
@@ -61,8 +62,8 @@ def size(number: float) -> str:
 
 def shape_line(cfg: ModelConfig) -> str:
     """A configuration's shape as one line of text."""
-    kv = f" ({cfg.k_heads} kv)" if cfg.k_heads != cfg.heads else ""
-    blocks = f"{cfg.layers} layers x {cfg.embed} wide, {cfg.heads}{kv} heads of {cfg.h_dim}"
+    heads = f"{cfg.heads} ({cfg.k_heads} kv) heads" if cfg.k_heads != cfg.heads else counted(cfg.heads, "head")
+    blocks = f"{counted(cfg.layers, 'layer')} x {cfg.embed} wide, {heads} of {cfg.h_dim}"
     return f"{blocks}, MLP {cfg.mlp}, vocabulary {cfg.vocab}"
 
 

@@ -39,6 +39,10 @@ class PeerError(RuntimeError):
     """Another process failed, and this one cannot continue without it; the message is that of the other process."""
 
 
+class ProcessFlagsError(ValueError):
+    """The flags and variables of the environment that say how processes find each other do not fit together."""
+
+
 def join(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, distributed: bool = False
 ) -> None:
@@ -52,7 +56,8 @@ def join(
       distributed: JAX finds the other processes itself: on TPU pods, and under SLURM, Open MPI or Kubernetes.
 
     Raises:
-      ValueError: the arguments do not fit together, or the other processes cannot be found.
+      ProcessFlagsError: the arguments do not fit together.
+      ValueError: the other processes cannot be found.
     """
     if not distributed:
         coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -61,12 +66,14 @@ def join(
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [flag for flag, value in given.items() if value is None]
     if distributed and len(missing) < len(given):
-        raise ValueError("--distributed finds the processes itself: leave --coordinator, --processes, --process out.")
+        raise ProcessFlagsError(
+            "--distributed finds the processes itself: leave --coordinator, --processes, --process out."
+        )
     if not distributed and len(missing) == len(given):
         return
     if not distributed:
         if missing:
-            raise ValueError(
+            raise ProcessFlagsError(
                 f"{', '.join(f for f in given if f not in missing)} needs {' and '.join(missing)} as well: "
                 "--coordinator=host:port --processes=N --process=i, i from 0 to N - 1, or the environment variables "
                 "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
@@ -74,11 +81,11 @@ def join(
         assert coordinator is not None and processes is not None and process is not None
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-            raise ValueError(
+            raise ProcessFlagsError(
                 f"--coordinator={coordinator} must be host:port, such as 10.0.0.1:8476, a port up to 65535."
             )
         if not 0 <= process < processes:
-            raise ValueError(
+            raise ProcessFlagsError(
                 f"--process={process} with --processes={processes}: processes are numbered from 0 to {processes - 1}."
             )
     # A run stops by its own vote (`Vote`); this service would intercept SIGTERM.
@@ -111,7 +118,7 @@ def join(
 def _number(variable: str) -> int | None:
     text = os.environ.get(variable)
     if text is not None and not text.isdigit():
-        raise ValueError(f"{variable}={text} in the environment must be a number.")
+        raise ProcessFlagsError(f"{variable}={text} in the environment must be a number.")
     return None if text is None else int(text)
 
 

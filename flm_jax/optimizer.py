@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
-from flm_jax.records import recorded
+from flm_jax.records import counted, recorded
 from flm_jax.records.fields import Count, Fraction, Limit, NonNegative, Positive, one_of
 from flm_jax.sharding import param_shardings, replicated
 
@@ -85,14 +85,15 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """
     if cfg.warmup_steps + cfg.decay_steps > steps:
         raise ValueError(
-            f"Warm-up ({cfg.warmup_steps} steps) and decay ({cfg.decay_steps}) are longer than the stage ({steps})."
+            f"Warm-up ({counted(cfg.warmup_steps, 'step')}) and decay ({cfg.decay_steps}) are longer than "
+            f"the stage ({steps})."
         )
     peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_rate
     rest = steps - cfg.warmup_steps
     if cfg.decay_span and cfg.decay_span - cfg.decay_passed < steps:
         raise ValueError(
-            f"decay_span={cfg.decay_span} minus decay_passed={cfg.decay_passed} is less than the stage's {steps} "
-            "steps: the decay would end within the stage."
+            f"decay_span={cfg.decay_span} minus decay_passed={cfg.decay_passed} is less than the stage's "
+            f"{counted(steps, 'step')}: the decay would end within the stage."
         )
     if cfg.decay_span:
         decayed = _decaying(cfg, peak, final, cfg.decay_span)

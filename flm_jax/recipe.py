@@ -20,7 +20,7 @@ from flm_jax.growth.exact_adamw import check_continues
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import NUMERICS, Growth
 from flm_jax.optimizer import OptimizerConfig, schedule
-from flm_jax.records import as_dict, differences, meant, recorded
+from flm_jax.records import as_dict, counted, differences, meant, recorded
 from flm_jax.records.fields import Name, NonNegative, Positive, Seed, Size
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
@@ -298,10 +298,13 @@ def _check_rising(found: ResolvedStage) -> None:
     since = found.since_growth or 0
     if found.growth is not None and found.growth.rewarm_steps - since > found.steps:
         passed = f", {since} of them passed," if since else ""
-        raise ValueError(f"rewarm_steps={found.growth.rewarm_steps}{passed} is more than its {found.steps} steps.")
+        raise ValueError(
+            f"rewarm_steps={found.growth.rewarm_steps}{passed} is more than its {counted(found.steps, 'step')}."
+        )
     if found.ramp_steps > found.steps:
         raise ValueError(
-            f"its masks ramp over {found.ramp_steps} steps, delays included, of its {found.steps}: the ramp must "
+            f"its masks ramp over {counted(found.ramp_steps, 'step')}, delays included, of its "
+            f"{found.steps}: the ramp must "
             "end within the stage."
         )
 

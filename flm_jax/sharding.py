@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flm_jax.records import recorded
+from flm_jax.records import counted, recorded
 from flm_jax.records.fields import Limit
 from flm_jax.signature import Signature
 
@@ -77,7 +77,7 @@ class MeshConfig:
             given[given.index(-1)] = devices // rest
         if math.prod(given) != devices:
             raise ValueError(
-                f"{self} does not fit {devices} devices: {' x '.join(MESH_AXES)} must be {devices}, "
+                f"{self} does not fit {counted(devices, 'device')}: {' x '.join(MESH_AXES)} must be {devices}, "
                 f"where -1 means all the devices that are left. {self._advice(devices)}"
             )
         return tuple(given)
@@ -88,7 +88,7 @@ class MeshConfig:
         largest = max(sizes, key=lambda axis: sizes[axis])
         rest = math.prod(size for axis, size in sizes.items() if axis != largest and size != -1)
         if rest > devices or devices % rest:
-            return f"The axes other than {largest} need {rest} devices, which does not divide {devices}."
+            return f"The axes other than {largest} need {counted(rest, 'device')}, which does not divide {devices}."
         fitting = [n for n in range(1, devices // rest + 1) if (devices // rest) % n == 0]
         if -1 not in sizes.values():
             fitting = fitting[-1:]

@@ -24,7 +24,7 @@ from flm_jax.growth.exact_adamw import rescaled_adamw
 from flm_jax.growth.lineage import Lineage
 from flm_jax.model import Masks, Params, declared
 from flm_jax.optimizer import OptimizerConfig
-from flm_jax.records import as_dict
+from flm_jax.records import as_dict, counted
 from flm_jax.records.foreign_json import check, field, parse_json
 from flm_jax.state import TrainState, abstract_state, kept, shardings_of
 
@@ -259,7 +259,8 @@ class SourceCheckpoint:
         """
         for what, left in self.rising.items():
             raise ValueError(
-                f"{self.directory} is at step {self.step}, and its {what} rise for {left} more steps: take a later "
+                f"{self.directory} is at step {self.step}, and its {what} rise for "
+                f"{counted(left, 'more step')}: take a later "
                 "checkpoint."
             )
 

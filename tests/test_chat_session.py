@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from flm_jax.chat.conversation import ConversationError, Message
+from flm_jax.chat.conversation import ConversationError, Message, read_conversations
+from flm_jax.chat.corpus import Conversations
 from flm_jax.chat.session import Session, talk
 from flm_jax.chat.template import TELE_FLM, ChatEncoder
+from flm_jax.data.json_lines import Skipped
 from flm_jax.data.vocabulary import ByteVocabulary
 
 VOCABULARY = ByteVocabulary()
@@ -124,6 +126,20 @@ def test_a_conversation_is_saved_as_a_line_that_can_be_tuned_on(model, tmp_path)
     assert json.loads(lines[0])["messages"][1] == {"role": "assistant", "content": "answer 1"}
     assert "cannot be written: No such file" in typed(found, f"/save {tmp_path}/none/x")
     assert typed(found, "/save") == "[/save needs the name of a file]\n"
+
+
+def test_what_is_saved_can_be_tuned_on(tmp_path):
+    """An answer of spaces only is not kept, and one with a marker of the template is not saved."""
+    answers = iter(["one", " \n ", "", "two", "<_user>"])
+    found = session(lambda ids: iter([next(answers)]))
+    path = tmp_path / "talks.jsonl"
+    shown = typed(found, "One?", "Two?", f"/save {path}", "Three?", "/retry", f"/save {path}", "Four?", f"/save {path}")
+    assert shown.count("[an answer without text is not kept; /retry asks again]") == 2
+    assert "[not saved, as nothing could be tuned on it: the conversation: contains a marker: '<_user>'" in shown
+    read = [[m.content for m in talk.messages] for talk in read_conversations(path, Skipped(limit=0))]
+    assert read == [["One?", "one"], ["One?", "one", "Three?", "two"]]
+    corpus = Conversations(str(path)).tokenised(VOCABULARY, 96)
+    assert len(list(corpus.documents())) == 2
 
 
 def test_commands_end_and_explain(model):

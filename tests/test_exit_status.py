@@ -38,6 +38,12 @@ def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, mon
     [
         ("train", ["--gin_fil=x"], "Unknown command line flag 'gin_fil'. Did you mean: gin_file ?"),
         ("train", ["--gin_file=x", "--dry_run", "--process=a"], "flag --process=a: invalid literal"),
+        (
+            "train",
+            ["--gin_file=x", "--dry_run", "--coordinator=a:1", "--processes=2"],
+            "--coordinator, --processes needs --process as well",
+        ),
+        ("evaluate", ["--prompts=x", "--output=x", "--answers=x", "--judge_options={"], "--judge_options is not JSON"),
         ("train", [], "give a recipe with --gin_file"),
         ("train", ["x"], "unexpected argument 'x'"),
         ("grow", ["--gin_file=x"], "give --source; give --workdir"),

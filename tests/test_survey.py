@@ -1,5 +1,6 @@
 """What a dry run says of the data: counts, the store, and the errors that a run would give, without preparing."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from flm_jax.data.corpora import SPLITS, Jsonl, TextFolder
 from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.survey import store_path, survey, survey_text
 from flm_jax.data.tfds import Tfds
-from flm_jax.data.train_vocabulary import Bytes, Pretrained
+from flm_jax.data.train_vocabulary import Bytes, Pretrained, SentencePiece
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.planning.text import dry_run
 from flm_jax.recipe import Recipe, Run, Stage
@@ -49,6 +50,22 @@ def test_where_there_is_a_store_its_tokens_are_said(folder, tmp_path):
     found = survey(config)
     assert found.store == path and found.splits["train"]["tokens"] >= found.splits["train"]["text_bytes"]
     assert f" bytes, {found.splits['train']['tokens']:,} tokens" in survey_text(found)
+
+
+def test_a_cache_that_a_run_could_not_write_to_is_refused_and_one_that_it_could_is_left_as_it_was(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for place in ("file", "file/below"):
+        config = DataConfig(TextFolder(str(folder)), Bytes(), cache_dir=str(tmp_path / place))
+        with pytest.raises(ValueError, match=r"DataConfig\.cache_dir = '.*file.*': .*file is not a directory"):
+            survey(config)
+        streamed = dataclasses.replace(config, streamed=True)
+        survey(streamed)  # with bytes it writes nothing
+        with pytest.raises(ValueError, match=r"DataConfig\.cache_dir"):
+            survey(dataclasses.replace(streamed, vocabulary=SentencePiece(300)))
+    survey(dataclasses.replace(config, cache_dir=str(tmp_path / "full" / "below")))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_lines_are_counted_too_and_what_is_too_large_is_not_read(tmp_path, monkeypatch):

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from flm_jax.chat.conversation import ASSISTANT, SYSTEM, USER, Conversation, ConversationError, Message
+from flm_jax.chat.conversation import ASSISTANT, SYSTEM, USER, Conversation, ConversationError, Message, check_order
 from flm_jax.chat.template import ChatEncoder
 from flm_jax.files import naming
+from flm_jax.records import counted
 
 HELP = """/reset          forget the conversation (the system turn stays)
 /system TEXT    set the system turn and forget the conversation; without TEXT: no system turn
@@ -25,6 +26,7 @@ class Session:
     Attributes:
       messages: the turns so far, a system turn first if there is one.
       dropped: how many turns no longer fit into the context, and are not read by the model.
+      kept: whether the last messages are the last question and its answer.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Session:
           system: the system turn; empty: none.
         """
         if max_tokens >= context:
-            raise ValueError(f"answers of {max_tokens} tokens leave no room in a context of {context}: take fewer")
+            raise ValueError(
+                f"answers of {counted(max_tokens, 'token')} leave no room in a context of {context}: take fewer"
+            )
         self._encoder, self._answer, self._room = encoder, answer, context - max_tokens
         self.messages: list[Message] = []
         self.dropped = 0
         self._question: str | None = None  # the last one, also where its answer was empty
-        self._kept = False  # whether the last messages are that question and its answer
+        self.kept = False
         self.begin(system)
 
     def begin(self, system: str | None = None) -> None:
@@ -58,32 +62,33 @@ class Session:
         kept = self.messages[:1] if self.messages and self.messages[0].role == SYSTEM else []
         if system is not None:
             kept = [Message(SYSTEM, system)] if system.strip() else []
-        self.messages, self.dropped, self._question, self._kept = kept, 0, None, False
+        self.messages, self.dropped, self._question, self.kept = kept, 0, None, False
 
     def ask(self, text: str) -> Iterator[str]:
         """Yields the answer to a message, piece by piece, and keeps both; what was yielded is kept if it is stopped.
 
-        An exchange with an empty answer is not kept, but `again` returns its question.
+        An exchange whose answer has no text, or spaces only, is not kept, since no conversation may contain it; but
+        `again` returns its question.
 
         Raises:
           ConversationError: the message contains a marker of the template, or is longer than the context.
         """
         asked = [*self.messages, Message(USER, text)]
         prompt, dropped = self._prompt(asked)
-        self.dropped, self._question, self._kept = dropped, text, False
+        self.dropped, self._question, self.kept = dropped, text, False
         said: list[str] = []
         try:
             for piece in self._answer(prompt):
                 said.append(piece)
                 yield piece
         finally:
-            if answer := "".join(said):
-                self.messages, self._kept = [*asked, Message(ASSISTANT, answer)], True
+            if (answer := "".join(said)).strip():
+                self.messages, self.kept = [*asked, Message(ASSISTANT, answer)], True
 
     def again(self) -> str | None:
         """Takes the last exchange back, and returns its question; None: there is none."""
-        if self._kept:
-            self.messages, self._kept = self.messages[:-2], False
+        if self.kept:
+            self.messages, self.kept = self.messages[:-2], False
         return self._question
 
     def _prompt(self, messages: list[Message]) -> tuple[list[int], int]:
@@ -99,11 +104,14 @@ class Session:
         )
 
     def save(self, path: Path) -> None:
-        """Appends the conversation to a file, as a line of JSON in OpenAI's format.
+        """Appends the conversation to a file, as a line of JSON in OpenAI's format that can be tuned on.
 
         Raises:
+          ConversationError: it could not be tuned on, for example because an answer contains a marker of the template.
           OSError: the file cannot be written.
         """
+        check_order(self.messages, "the conversation")
+        self._encoder.encode(self.messages)
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(Conversation(tuple(self.messages)).line())
 
@@ -143,6 +151,8 @@ def _exchange(session: Session, question: str, write: Callable[[str], None], aft
         write(f"[{error}]\n")
         return
     write(f"\n{after()}")
+    if not session.kept:
+        write("[an answer without text is not kept; /retry asks again]\n")
     if session.dropped > dropped:
         write(f"[the first {session.dropped} turns do not fit into the context any more]\n")
 
@@ -169,6 +179,8 @@ def _command(session: Session, command: str, rest: str, write: Callable[[str], N
             try:
                 session.save(Path(rest).expanduser())
                 write(f"[saved to {rest}]\n")
+            except ConversationError as error:
+                write(f"[not saved, as nothing could be tuned on it: {error}]\n")
             except OSError as error:
                 write(f"[{rest} cannot be written: {error.strerror}]\n")
     elif command == "/help":

@@ -45,7 +45,7 @@ from flm_jax.checkpoint.manifest import (
     read_manifest,
     read_meta,
 )
-from flm_jax.records import LOCK
+from flm_jax.records import LOCK, counted
 
 _log = logging.getLogger("flm_jax.checkpoint")
 
@@ -358,7 +358,10 @@ class Checkpoints:
         with self._together("read"):
             arrays = orbax_io.read(self._reader, step_dir, saved, wanted)
         if wrong := orbax_io.wrong_leaves(saved, arrays):
-            raise DamagedError(f"{step_dir}: the values of {', '.join(wrong[:3])} ({len(wrong)} leaves) have changed")
+            raise DamagedError(
+                f"{step_dir}: the values of {', '.join(wrong[:3])} "
+                f"({counted(len(wrong), 'leaf', 'leaves')}) have changed"
+            )
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
         with self._together("rest"):
             meta, blobs = read_meta(step_dir, saved), read_blobs(step_dir, saved)

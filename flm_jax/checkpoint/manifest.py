@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from flm_jax.files import read_bounded, sha256_file
+from flm_jax.records import counted
 from flm_jax.records.foreign_json import JsonError, check, field, parse_json
 
 PyTree = Any
@@ -170,7 +171,9 @@ def compare(saved: Mapping[str, Leaf], wanted: Mapping[str, Any], *, where: str,
         faults.sort()
         more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
         lines = "\n  ".join(faults[:_SHOWN] + more)
-        raise CheckpointError(f"{where} does not fit the model, {len(faults)} leaves differ:\n  {lines}")
+        raise CheckpointError(
+            f"{where} does not fit the model, {counted(len(faults), 'leaf differs', 'leaves differ')}:\n  {lines}"
+        )
 
 
 def describe_file(path: Path, *, hashed: bool = True) -> File:
@@ -277,7 +280,7 @@ def read_file(step_dir: Path, manifest: Manifest, name: str) -> bytes:
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) != file.size:
-        raise DamagedError(f"{path} has {len(content)} bytes, {file.size} were written")
+        raise DamagedError(f"{path} has {counted(len(content), 'byte')}, {file.size:,} were written")
     if file.sha256 is not None and _sha256(content) != file.sha256:
         raise DamagedError(f"{path} is damaged: it does not match its sha256")
     return content
@@ -345,7 +348,7 @@ def file_faults(step_dir: Path, manifest: Manifest, *, contents: bool) -> list[s
                 what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a regular file"
                 faults.append(f"{path} is {what}: a file of {file.size} bytes was written")
             elif found.st_size != file.size:
-                faults.append(f"{path} has {found.st_size} bytes, {file.size} were written")
+                faults.append(f"{path} has {counted(found.st_size, 'byte')}, {file.size:,} were written")
             elif contents and file.sha256 and sha256_file(path) != file.sha256:
                 faults.append(f"{path} is damaged: it does not match its sha256")
         except OSError as error:

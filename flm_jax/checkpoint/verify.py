@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from flm_jax.checkpoint import manifest, orbax_io
 from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, NoCheckpointError, read_manifest
+from flm_jax.records import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,10 @@ class Report:
 
     def __str__(self) -> str:
         if self.ok:
-            return f"{self.directory}: {self.leaves} leaves and {self.bytes:,} bytes are as they were saved."
+            return (
+                f"{self.directory}: {counted(self.leaves, 'leaf', 'leaves')} and "
+                f"{counted(self.bytes, 'byte')} are as they were saved."
+            )
         return "\n  ".join([f"{self.directory} is DAMAGED:", *self.problems])
 
     def record(self) -> dict[str, Any]:

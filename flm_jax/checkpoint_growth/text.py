@@ -8,6 +8,7 @@ from typing import Any
 from flm_jax import costs
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.checkpoint_growth.verify import failures_text
+from flm_jax.records import counted
 
 
 def verification_lines(found: Mapping[str, Any]) -> str:
@@ -15,8 +16,10 @@ def verification_lines(found: Mapping[str, Any]) -> str:
     if "streamed" in found:
         source, target = (found["streamed"][side] for side in ("source", "target"))
         return (
-            f"{found['method']}, streamed: {source['bytes'] / 1e9:.3f} GB read in {source['leaves']} leaves, all with "
-            f"the checksums of the source; {target['bytes'] / 1e9:.3f} GB written in {target['leaves']} leaves.\n"
+            f"{found['method']}, streamed: {source['bytes'] / 1e9:.3f} GB read in "
+            f"{counted(source['leaves'], 'leaf', 'leaves')}, all with "
+            f"the checksums of the source; {target['bytes'] / 1e9:.3f} GB written in "
+            f"{counted(target['leaves'], 'leaf', 'leaves')}.\n"
             f"  The models were not run. Where both fit in memory: {found['command']}"
         )
     promise = f"{'promises' if found['preserving'] else 'does NOT promise'} to preserve the function"
@@ -29,7 +32,7 @@ def verification_lines(found: Mapping[str, Any]) -> str:
         f"  logits: max |difference| {logits['max_abs']:.2e} (relative {logits['max_rel']:.2e})",
         f"  layers: max relative difference {max(found['hidden']['max_rel_by_layer']):.2e}",
         f"  loss: {loss['before']:.6f} -> {loss['after']:.6f}",
-        f"  greedy continuation of {greedy['tokens']} tokens: {'equal' if greedy['equal'] else 'different'}"
+        f"  greedy continuation of {counted(greedy['tokens'], 'token')}: {'equal' if greedy['equal'] else 'different'}"
         + ("" if greedy["equal"] or not found["holds"] or not found["preserving"] else ", at a near tie of two tokens"),
         f"  dead slices after two steps: {'; '.join(found['dead']) or 'none'}",
     ]

@@ -11,6 +11,7 @@ from flm_jax.chat.session import Session, talk
 from flm_jax.chat.template import ChatEncoder
 from flm_jax.generation import Generator, Sampling
 from flm_jax.generation.prompts import Asking
+from flm_jax.records import counted
 from flm_jax.records.foreign_json import field
 
 PROMPT = "> "
@@ -62,7 +63,10 @@ def hold(
     """
     if tokens >= context:
         tokens = context // 2
-        print(f"Answers end after {tokens} tokens, half of the context; --max_tokens sets this.", file=sys.stderr)
+        print(
+            f"Answers end after {counted(tokens, 'token')}, half of the context; --max_tokens sets this.",
+            file=sys.stderr,
+        )
     asking = in_conversation(encoder, system, stops)
     answered = 0
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from flm_jax import distributed
 from flm_jax.checkpoint import CheckpointError, DamagedError
-from flm_jax.cli.flags import begun, exit_interrupted, was_interrupted
+from flm_jax.cli.flags import begun, exit_interrupted, refuse, was_interrupted
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import GrowthError
 from flm_jax.stage_run import NonFiniteError
@@ -30,10 +30,15 @@ EXPECTED = (
 
 
 def join(flags: Mapping[str, Any]) -> None:
-    """Joins the other processes of a run, if flags or environment specify any; see `flm_jax.distributed.join`."""
+    """Joins the other processes of a run, if flags or environment specify any; see `flm_jax.distributed.join`.
+
+    Flags that do not fit together exit with status 2, as all wrong flags do.
+    """
     _log_from(logging.WARNING)
     try:
         distributed.join(**flags)
+    except distributed.ProcessFlagsError as error:
+        refuse(str(error))
     except ValueError as error:
         fail(error)
 

@@ -28,7 +28,7 @@ from flm_jax.files import check_writable, write_json
 from flm_jax.generation import GenerateRequest, Sampling, prompts
 from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.topology import Topology
-from flm_jax.records import as_dict
+from flm_jax.records import as_dict, counted
 from flm_jax.selection.select import select
 from flm_jax.train import train
 
@@ -157,8 +157,8 @@ def run_import(source: str, workdir: str, dtype: str | None) -> None:
         check_directory("workdir", workdir)
         found = importing.import_model(source, workdir, dtype)
     distributed.print0(
-        f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters in {found['tensors']} "
-        f"tensors, stored as {found['dtype']}; with {', '.join(found['files'])}."
+        f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters in "
+        f"{counted(found['tensors'], 'tensor')}, stored as {found['dtype']}; with {', '.join(found['files'])}."
     )
     if "tokenizer.json" not in found["files"]:
         distributed.print0(
@@ -173,7 +173,8 @@ def run_export(workdir: str, target: str, architecture: str | None, dtype: str |
         check_directory("to_hf", target)
         found = exporting.export_model(chosen(workdir), target, architecture, dtype, shard_bytes)
     folded = (
-        f"multipliers and kept widths are folded into {found['folded']} kinds of parameters"
+        "multipliers and kept widths are folded into "
+        f"{counted(found['folded'], 'kind of parameter', 'kinds of parameters')}"
         if found["folded"]
         else ("nothing to fold")
     )
@@ -305,7 +306,8 @@ def run_plan(
         check_used()
         assumed = stages.Assumptions(utilisation, storage)
         print(
-            f"{machine.name}: {machine.devices} devices on {machine.hosts} hosts; utilisation {utilisation:.0%} assumed"
+            f"{machine.name}: {counted(machine.devices, 'device')} on {counted(machine.hosts, 'host')}; "
+            f"utilisation {utilisation:.0%} assumed"
         )
         records = []
         for record in stages.stages(recipe, run, compiled.devices_of(machine, compiler), machine, compiler, assumed):

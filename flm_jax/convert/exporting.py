@@ -31,6 +31,7 @@ from flm_jax.data.special import CHAT_TEMPLATE
 from flm_jax.data.vocabulary import TOKENIZER
 from flm_jax.files import atomic_write, missing_room
 from flm_jax.progress import byte_bar
+from flm_jax.records import counted
 from flm_jax.records.foreign_json import parse_json
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 
@@ -77,7 +78,8 @@ def export_model(
     if checkpoint.step < checkpoint.meta.ramp_steps:
         raise ValueError(
             f"{checkpoint.directory} is at step {checkpoint.step}, and its masks rise over "
-            f"{checkpoint.meta.ramp_steps} steps: take a later checkpoint, because other programs do not support masks."
+            f"{counted(checkpoint.meta.ramp_steps, 'step')}: take a later checkpoint, because other "
+            "programs do not support masks."
         )
     before = checkpoint.meta.converted or _recorded(checkpoint)
     family, by, cfg = _plain(checkpoint.cfg, architecture, before)

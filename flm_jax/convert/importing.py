@@ -31,6 +31,7 @@ from flm_jax.data.vocabulary import TOKENIZER
 from flm_jax.files import missing_room
 from flm_jax.growth.lineage import Lineage
 from flm_jax.progress import byte_bar
+from flm_jax.records import counted
 from flm_jax.source_checkpoint import CheckpointMeta
 
 CHUNK_BYTES = 16 << 20
@@ -164,7 +165,10 @@ def _check_sizes(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -
     """
     where = source / families.CONFIG
     if cfg.layers > len(stored):
-        raise ValueError(f"{where} describes {cfg.layers} layers, but the files hold only {len(stored)} tensors.")
+        raise ValueError(
+            f"{where} describes {counted(cfg.layers, 'layer')}, but the files hold only "
+            f"{counted(len(stored), 'tensor')}."
+        )
     held = [tensor for tensor in stored.values() if tensor.nbytes]
     longest = max((size for tensor in held for size in tensor.shape), default=0)
     entries = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in held)
@@ -199,7 +203,8 @@ def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> Foun
         unknown.remove("lm_head.weight")
     if unknown:
         raise ValueError(
-            f"{source} has {len(unknown)} tensors that its {families.CONFIG} has no place for: {few(unknown)}. They "
+            f"{source} has {counted(len(unknown), 'tensor')} that its {families.CONFIG} has no place for: "
+            f"{few(unknown)}. They "
             "would be lost, so nothing is imported."
         )
     for name, (part, _) in expected.items():

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from flm_jax.convert import companions
 from flm_jax.convert.companions import FormatError, check_place
 from flm_jax.files import naming, sync_write
+from flm_jax.records import counted
 from flm_jax.records.foreign_json import JsonError, parse_json
 
 SINGLE = "model.safetensors"
@@ -134,7 +135,8 @@ def open_shards(directory: Path) -> dict[str, Stored]:
         raise FormatError(f"{directory} holds {SINGLE}, and {INDEX} that names other files: remove one of the two")
     if missing := [name for name in files if not (directory / name).is_file()]:
         raise FormatError(
-            f"{index} names {len(files)} files, {len(missing)} of them missing: {few(missing)}; download them again"
+            f"{index} names {counted(len(files), 'file')}, {len(missing)} of them missing: {few(missing)}; "
+            "download them again"
         )
     held = {name: _open(directory / name) for name in files}
     said, found = set(weight_map.items()), {(name, file) for file, tensors in held.items() for name in tensors}
@@ -186,7 +188,8 @@ def _open(file: Path) -> dict[str, Stored]:
         except SafetensorError as error:
             found = " ".join(f"{error!s:.300}".split())
             raise FormatError(
-                f"{file} ({file.stat().st_size} bytes) is damaged, cut short or no safetensors file; download or copy "
+                f"{file} ({counted(file.stat().st_size, 'byte')}) is damaged, cut short or no safetensors "
+                "file; download or copy "
                 f"it again: {found}"
             ) from error
         # The library lets a name stand twice and takes the last; this parser does not.

@@ -14,6 +14,7 @@ import numpy as np
 
 from flm_jax.data.permutation import permute
 from flm_jax.data.store import TokenStore
+from flm_jax.records import counted
 from flm_jax.records.foreign_json import field, parse_json
 
 
@@ -107,7 +108,7 @@ def check_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
     if rows is None:
         return np.arange(batch_size)
     if len(rows) and not 0 <= rows.min() <= rows.max() < batch_size:
-        raise ValueError(f"rows {rows.min()} to {rows.max()} of a batch of {batch_size} windows")
+        raise ValueError(f"rows {rows.min()} to {rows.max()} of a batch of {counted(batch_size, 'window')}")
     return rows
 
 

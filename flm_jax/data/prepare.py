@@ -17,6 +17,7 @@ from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary, id
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.distributed import print0
 from flm_jax.files import check_writable, sha256_json
+from flm_jax.records import counted
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +135,8 @@ def _existing(path: Path) -> TokenStore | None:
 def _say(store: TokenStore, began: float) -> None:
     counts = store.describe()["splits"]
     parts = [
-        f"{split}: {n['documents']:,} documents, {n['text_bytes']:,} bytes, {n['tokens']:,} tokens"
+        f"{split}: {counted(n['documents'], 'document')}, {counted(n['text_bytes'], 'byte')}, "
+        f"{counted(n['tokens'], 'token')}"
         + (f", {n['weighted_tokens']:,} of them trained on" if store.weighted else "")
         for split, n in counts.items()
     ]

@@ -24,6 +24,7 @@ import numpy as np
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.data.vocabulary_files import from_spec
 from flm_jax.files import read_bounded, sha256_file, sha256_json
+from flm_jax.records import counted
 from flm_jax.records.foreign_json import check, field, parse_json, read_json
 
 FORMAT, WEIGHTED = 1, 2
@@ -58,7 +59,9 @@ def _check_file(path: Path, size: int, sha256: str, verify: bool) -> None:
         raise FileNotFoundError(f"the token store lacks {path}: delete the store's folder and prepare it again")
     found = path.stat().st_size
     if found != size:
-        raise ValueError(f"{path} is {found} bytes long and should be {size}: delete the store and prepare it again")
+        raise ValueError(
+            f"{path} is {counted(found, 'byte')} long and should be {size:,}: delete the store and prepare it again"
+        )
     if verify and sha256_file(path) != sha256:
         raise ValueError(
             f"{path} was altered (its sha256 is not the recorded one): delete the store and prepare it again"
@@ -265,7 +268,9 @@ class TokenStore:
     def _check_positions(self, split: str, positions: np.ndarray) -> None:
         total = self.num_tokens(split)
         if positions.size and not (positions.min() >= 0 and positions.max() < total):
-            raise IndexError(f"positions {positions.min()} to {positions.max()} of {split!r}, which has {total} tokens")
+            raise IndexError(
+                f"positions {positions.min()} to {positions.max()} of {split!r}, which has {counted(total, 'token')}"
+            )
 
     def tokens(self, split: str, positions: np.ndarray) -> np.ndarray:
         """The tokens at the given positions, int32, in the shape of `positions`.
@@ -319,7 +324,7 @@ class TokenStore:
         windows = (self.num_tokens(split) - 1) // context
         if windows < 1:
             raise ValueError(
-                f"the split {split!r} of {self.path} holds {self.num_tokens(split)} tokens: fewer than "
+                f"the split {split!r} of {self.path} holds {counted(self.num_tokens(split), 'token')}: fewer than "
                 f"context + 1 = {context + 1}; choose a shorter context or a larger corpus"
             )
         return windows

@@ -24,6 +24,7 @@ from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, WEIGHTED, To
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.data.vocabulary_files import spec_bytes
 from flm_jax.files import draft_of, naming, sha256_json, sync_write
+from flm_jax.records import counted
 
 _log = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class StoreWriter:
             raise ValueError(f"a document of {split!r} has weights, and the store was begun without")
         elif weights.shape != tokens.shape or not np.isin(weights, (0, 1)).all():
             raise ValueError(
-                f"a document of {split!r} must have a weight of 0 or 1 for each of its {len(tokens)} tokens"
+                f"a document of {split!r} must have a weight of 0 or 1 for each of its {counted(len(tokens), 'token')}"
             )
         self._splits[split].append(tokens, text_bytes, weights)
 

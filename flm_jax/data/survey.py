@@ -12,6 +12,7 @@ from flm_jax.data.store import STORE_FILE, TokenStore
 from flm_jax.data.tfds import Tfds, check_tfds
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
 from flm_jax.data.vocabulary import ByteVocabulary
+from flm_jax.files import check_writable
 from flm_jax.records import counted
 
 # A corpus of files is read as a whole if it is not larger than this: a few seconds.
@@ -48,9 +49,28 @@ def survey(config: DataConfig) -> Survey:
 
     Raises:
       ValueError, FileNotFoundError: as `open_data`: there is no such folder or file, a document is not text, a split is
-        empty, there is no such tokenizer or dataset.
+        empty, there is no such tokenizer or dataset; or a run would have to write into `cache_dir`, and could not.
       MissingExtraError: a seqio task, or a TFDS dataset that is not prepared, without the extra that reads it.
     """
+    found = _survey(config)
+    if found.store is None and _writes(config, found):
+        check_writable(Path(config.cache_dir), f"DataConfig.cache_dir = {config.cache_dir!r}")
+    return found
+
+
+def _writes(config: DataConfig, found: Survey) -> bool:
+    """Whether a run will write into `cache_dir`, as far as is known without reading a large corpus."""
+    trained = isinstance(config.tokenised_by, SentencePiece) and not isinstance(config.corpus, SeqioTask)
+    if config.streamed and not trained:
+        return False
+    looked = not (found.unread or config.streamed or (trained and isinstance(config.corpus, TokenCorpus)))
+    # What was not looked for may be there: a prepared cache need not be writable.
+    kept = "vocabulary-*.model" if config.streamed else f"{type(config.corpus).__name__.lower()}-*/{STORE_FILE}"
+    return looked or not any(Path(config.cache_dir).expanduser().glob(kept))
+
+
+def _survey(config: DataConfig) -> Survey:
+    """As `survey`, without a look at `cache_dir`."""
     corpus = config.corpus
     name = " ".join(filter(None, [type(corpus).__name__, getattr(corpus, "path", getattr(corpus, "name", ""))]))
     if isinstance(corpus, SeqioTask):
@@ -147,7 +167,7 @@ def survey_text(found: Survey) -> str:
         train, heldout = (found.splits[split] for split in SPLITS)
         share = heldout["documents"] / (train["documents"] + heldout["documents"])
         for what, split, end in (("to train on", train, ""), ("held out", heldout, f" ({share:.1%} of the documents)")):
-            tokens = f", {split['tokens']:,} tokens" if "tokens" in split else ""
+            tokens = f", {counted(split['tokens'], 'token')}" if "tokens" in split else ""
             size = f"{counted(split['documents'], 'document')}, {counted(split['text_bytes'], 'byte')}"
             lines.append(f"  {what}: {size}{tokens}{end}")
     else:

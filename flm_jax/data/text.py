@@ -245,7 +245,10 @@ class TextFolder(FileCorpus):
         documents = list(self.contents())
         if len({path for _, path, _ in documents}) == 1:
             name, size = documents[0][1], sum(len(text) for _, _, text in documents)
-            said.append(f"{name} is the only document: its {size:,} bytes are cut into {len(documents)} parts.")
+            said.append(
+                f"{name} is the only document: its {counted(size, 'byte is', 'bytes are')} cut into "
+                f"{counted(len(documents), 'part')}."
+            )
             if size < 20 * PART_BYTES:
                 said.append("So little held-out text measures a loss only roughly.")
         return said

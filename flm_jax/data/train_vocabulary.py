@@ -30,7 +30,7 @@ from flm_jax.data.vocabulary import (
 )
 from flm_jax.data.vocabulary_files import VocabularyError, from_files, from_spec
 from flm_jax.files import atomic_write, check_writable, sha256_file
-from flm_jax.records import recorded
+from flm_jax.records import counted, recorded
 from flm_jax.records.fields import Count, Size, at_least
 from flm_jax.records.foreign_json import check, field, read_json
 
@@ -297,7 +297,7 @@ def train(config: SentencePiece, documents: Iterable[str]) -> bytes:
         )
     except RuntimeError as error:
         raise ValueError(
-            f"no SentencePiece vocabulary of {config.size} ids from {sum(map(len, sampled))} characters "
+            f"no SentencePiece vocabulary of {config.size} ids from {counted(sum(map(len, sampled)), 'character')} "
             f"(it holds 3 special ids, 256 bytes and the characters first): {error}"
         ) from None
     return writer.getvalue()

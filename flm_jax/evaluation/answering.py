@@ -68,6 +68,13 @@ def _check_made(output: Path, made: Mapping[str, Any]) -> None:
         )
 
 
+def longest_answer(model: LoadedModel, encoder: ChatEncoder, questions: Sequence[Question], tokens: int) -> int:
+    """The most tokens that an answer can have: `tokens`, or the room after the shortest question; 0: none is made."""
+    written = [question for question in questions if question.kind != CHOICE]
+    prompts = encode_questions(encoder, written, model.length).ids.values()
+    return max((min(tokens, model.length - len(ids)) for ids in prompts), default=0)
+
+
 class Prompts(NamedTuple):
     """The questions of a file as a checkpoint reads them.
 

@@ -86,7 +86,7 @@ def read_answers(path: str | Path, questions: Sequence[Question], skipped: Skipp
         found[name] = answer
     if not found:
         raise ValueError(
-            f"{path} answers none of the {len(known)} questions"
+            f"{path} answers none of the questions, {len(known):,} in all"
             + (f"; it has answers to others, such as {min(others)!r:.40}" if others else "")
         )
     return found

@@ -15,6 +15,7 @@ from flm_jax.evaluation.judges import SCORES, WINS, Judgement, missing_answer, o
 from flm_jax.evaluation.questions import JUDGED, Question
 from flm_jax.files import sha256_json
 from flm_jax.progress import count_bar
+from flm_jax.records import counted
 from flm_jax.records.kept import KeptLines
 
 
@@ -165,13 +166,14 @@ def announcement(judge: EndpointJudge, path: Path) -> str:
     left = judge.left(kept)
     tokens = sum(about_tokens(call.prompt) for call in left)
     key = f"the key in {config.key.name}" if config.key else "no key"
-    most = "" if config.max_calls is None else f", at most {config.max_calls} requests"
+    most = "" if config.max_calls is None else f", at most {counted(config.max_calls, 'request')}"
     replies = config.options.get("max_tokens", config.options.get("max_completion_tokens"))
-    limit = f", up to {replies} tokens in each reply" if isinstance(replies, int) else ""
+    limit = f", up to {counted(replies, 'token')} in each reply" if isinstance(replies, int) else ""
     text = (
-        f"Endpoint: {config.model} at {config.url}, with {key}. {len(judge.calls)} calls in all, "
-        f"{len(judge.calls) - len(left)} verdicts are kept; {len(left)} calls to make{most}: about {tokens} tokens in "
-        f"the prompts{limit}."
+        f"Endpoint: {config.model} at {config.url}, with {key}. {counted(len(judge.calls), 'call')} in all, "
+        f"{counted(len(judge.calls) - len(left), 'verdict is', 'verdicts are')} kept; "
+        f"{counted(len(left), 'call')} to make{most}: about "
+        f"{counted(tokens, 'token')} in the prompts{limit}."
     )
     return text + (" The key is sent unencrypted: the URL has http." if config.key and config.unencrypted else "")
 

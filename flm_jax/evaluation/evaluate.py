@@ -15,6 +15,7 @@ from flm_jax.evaluation.loaded import load_model
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
 from flm_jax.generation.prompts import as_they_are, continue_prompt
 from flm_jax.progress import count_bar
+from flm_jax.records import counted
 from flm_jax.sharding import MeshConfig
 
 
@@ -95,7 +96,7 @@ def evaluate_checkpoint(
         found["text"] = {"path": what.text, **score._asdict(), "bits_per_byte": score.bits_per_byte}
         say(
             f"{what.text}: {score.bits_per_byte:.4f} bits per byte; {score.nats / score.tokens:.4f} nats per token, "
-            f"{score.documents} documents, {score.tokens} tokens, {score.bytes} bytes."
+            f"{counted(score.documents, 'document')}, {counted(score.tokens, 'token')}, {counted(score.bytes, 'byte')}."
         )
     if what.prompt is not None:
         generator = model.generator()

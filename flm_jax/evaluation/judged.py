@@ -13,7 +13,7 @@ from flm_jax.chat.checkpoint_template import chat_template_of
 from flm_jax.chat.template import ChatEncoder
 from flm_jax.data.json_lines import Skipped
 from flm_jax.distributed import is_primary
-from flm_jax.evaluation.answering import ANSWERS, MADE_BY, answers_of
+from flm_jax.evaluation.answering import ANSWERS, MADE_BY, answers_of, longest_answer
 from flm_jax.evaluation.answers import Answer, read_answers
 from flm_jax.evaluation.api_key import ApiKey
 from flm_jax.evaluation.chat_request import EndpointConfig
@@ -30,12 +30,14 @@ from flm_jax.evaluation.judges import (
     opponents,
     read_judge,
 )
-from flm_jax.evaluation.loaded import load_model
+from flm_jax.evaluation.loaded import find_length, load_model
 from flm_jax.evaluation.questions import JUDGED, Question, read_questions
 from flm_jax.evaluation.report import REPORT, as_markdown, as_record, as_text
 from flm_jax.files import atomic_write, write_json
 from flm_jax.progress import count_bar
+from flm_jax.records import counted
 from flm_jax.sharding import MeshConfig
+from flm_jax.source_checkpoint import read_source
 
 CALLS, VERDICTS = "calls.jsonl", "verdicts.jsonl"
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -143,7 +145,8 @@ def judge_answers(
     if request.answers is not None:
         answers = read_answers(request.answers, questions, skipped)
     elif request.dry_run:
-        answers = _expected(output, questions, request.tokens)
+        length = request.max_length or find_length(read_source(str(checkpoint)))
+        answers = _expected(output, questions, min(request.tokens, length))
     else:
         answers, made = _of_checkpoint(str(checkpoint), request, mesh, questions, output, say)
     if skipped.counts:
@@ -228,8 +231,12 @@ def _of_checkpoint(
     if model.note:
         say(model.note)
     template = chat_template_of(model.source, request.template, model.vocabulary)
-    say(f"{model.sentence()} Template {template.name}; answers of at most {request.tokens} tokens.")
     encoder = ChatEncoder(template, model.vocabulary)
+    most = longest_answer(model, encoder, questions, request.tokens)
+    bound = f" Answers have at most {counted(most, 'token')}" if most else " No answer is written"
+    if 0 < most < request.tokens:
+        bound += f", not {request.tokens:,}: question and answer together fit into {model.length:,} (--max_length)"
+    say(f"{model.sentence()} Template {template.name}.{bound}.")
     return answers_of(model, encoder, questions, request.tokens, request.batch_size, output)
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.evaluation.scoring import Scorer, Window, check_vocabulary, rolling_windows
 from flm_jax.generation import Generator, Sampling
+from flm_jax.records import counted
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -146,7 +147,8 @@ class LmEvalModel(TemplateLM):
         sampling = self._sampling(wanted)
         if not 0 < most < self.max_length:
             raise ValueError(
-                f"A task asks for {most} generated tokens, but the model's context is {self.max_length} tokens, prompt "
+                f"A task asks for {counted(most, 'generated token')}, but the model's context is "
+                f"{self.max_length} tokens, prompt "
                 "included: raise --max_length, or set max_gen_toks in the task."
             )
         room = self.max_length - most

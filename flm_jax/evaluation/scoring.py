@@ -16,6 +16,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.loss import cross_entropy
 from flm_jax.model import Masks, Params, Transformer
+from flm_jax.records import counted
 from flm_jax.sharding import put_batch, replicated
 
 # Bound on the number of logits in memory at a time, on all devices together; in float32, half a gigabyte.
@@ -100,7 +101,8 @@ class Scorer:
         for context, continuation in windows:
             if not context or not 0 < len(continuation) <= self.context:
                 raise ValueError(
-                    f"A window has {len(context)} tokens of context and {len(continuation)} to predict: it needs at "
+                    f"A window has {counted(len(context), 'token')} of context and {len(continuation)} to "
+                    "predict: it needs at "
                     f"least 1 of both, and at most {self.context} to predict, the longest sequence that the model "
                     "reads."
                 )

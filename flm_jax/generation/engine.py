@@ -18,6 +18,7 @@ from flm_jax.generation import decode
 from flm_jax.generation.sampling import GREEDY, Sampling
 from flm_jax.generation.text import StopStrings, TextStream
 from flm_jax.model import Masks, Params
+from flm_jax.records import counted
 
 Reason = Literal["end", "stop", "length"]
 # Tokens per call where stop strings are looked for between calls: what is computed after one is thrown away.
@@ -86,8 +87,8 @@ class Speed(NamedTuple):
     def __str__(self) -> str:
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens per second"
         return (
-            f"{self.tokens} tokens in {self.seconds:.1f} s{rate}, after {self.begin_seconds:.1f} s for "
-            f"{self.prompt_tokens} tokens of prompts and compilation"
+            f"{counted(self.tokens, 'token')} in {self.seconds:.1f} s{rate}, after {self.begin_seconds:.1f} s for "
+            f"{counted(self.prompt_tokens, 'token')} of prompts and compilation"
         )
 
 

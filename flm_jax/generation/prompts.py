@@ -14,7 +14,7 @@ from flm_jax.files import sha256_json
 from flm_jax.generation.engine import Answer, Generator, Speed
 from flm_jax.generation.sampling import GREEDY, Sampling
 from flm_jax.progress import count_bar
-from flm_jax.records import as_dict, foreign_json
+from flm_jax.records import as_dict, counted, foreign_json
 from flm_jax.records.foreign_json import parse_json
 from flm_jax.records.kept import kept_by_all
 
@@ -108,7 +108,7 @@ def continue_prompt(
             f"The prompt has {len(ids)} tokens, and the model reads {length}: shorten it, or set --max_length."
         )
     if room < tokens:
-        say(f"The answer ends after {room} tokens, where the sequence has {length}; --max_length sets this.")
+        say(f"The answer ends after {counted(room, 'token')}, where the sequence has {length}; --max_length sets this.")
     show(prompt)
     answer = None
     for piece in generator.stream(ids, sampling, min(room, tokens), asking.stops, asking.ends):
@@ -194,7 +194,8 @@ def answer_prompts(
     with _kept(output, show) as (known, keep), count_bar("answers", "prompt", len(prompts)) as bar:
         if others := known - set(keys):
             raise ValueError(
-                f"{output} holds {len(others)} answers to other prompts, or made with other settings: give another "
+                f"{output} holds {counted(len(others), 'answer')} to other prompts, or made with "
+                "other settings: give another "
                 "--output."
             )
         left = [i for i, key in enumerate(keys) if key not in known]

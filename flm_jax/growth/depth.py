@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flm_jax.growth.axis_map import Span
+from flm_jax.records import counted
 
 PLACES = ("interleave", "top", "middle", "stack", "distance")
 METRICS = ("angular", "cosine", "relative_l2")
@@ -33,7 +34,8 @@ def place(old: int, new: int, where: str | Sequence[int]) -> Span:
     if not isinstance(where, str):
         if len(where) != old or sum(where) != extra or min(where) < 0:
             raise ValueError(
-                f"Growth.depth={tuple(where)} must give a number of copies for each of {old} layers, {extra} in all."
+                f"Growth.depth={tuple(where)} must give a number of copies for each of "
+                f"{counted(old, 'layer')}, {extra} in all."
             )
         return _after_each(np.asarray(where, int))
     if where == "distance":

@@ -15,6 +15,7 @@ from flm_jax.growth.axis_map import Rule, Span, along
 from flm_jax.growth.lineage import Lineage
 from flm_jax.loss import loss_sum
 from flm_jax.model import Params, declared
+from flm_jax.records import counted
 from flm_jax.signature import KINDS, Kind, Role, Signature
 
 
@@ -90,7 +91,7 @@ def dead_slices(params: Params, lineage: Lineage, tokens_BT: jax.Array, rate: fl
             continue
         dead = int(np.sum(felt_A[span.fresh] == 0))
         if dead:
-            found.append(f"{path}: {dead} of {int(span.fresh.sum())} new slices on {axis}")
+            found.append(f"{path}: {dead} of {counted(int(span.fresh.sum()), 'new slice')} on {axis}")
     return found
 
 

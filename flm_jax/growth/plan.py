@@ -16,7 +16,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.growth import depth, operators
 from flm_jax.growth.axis_map import AxisMap, Span, append, divided, nested
 from flm_jax.growth.masks import SHAPES, Ramp
-from flm_jax.records import recorded
+from flm_jax.records import counted, recorded
 from flm_jax.records.fields import Count, Positive, one_of
 from flm_jax.signature import KINDS
 
@@ -180,7 +180,8 @@ def _heads(old: ModelConfig, new: ModelConfig) -> tuple[Span, Span]:
         if before % after:
             raise ValueError(
                 f"Growing heads {old.heads} -> {new.heads} with kv_heads {old.k_heads} -> {new.k_heads} would leave "
-                f"{after} queries per key head where there were {before}: some would lose the key head they read. Keep "
+                f"{counted(after, 'query', 'queries')} per key head where there were {before}: some would "
+                "lose the key head they read. Keep "
                 f"{before} or more per key head, such as heads={before * new.k_heads}; or divide the key heads among "
                 f"their queries, which needs a number per key head that divides {before}."
             )

@@ -21,6 +21,7 @@ from flm_jax.generation.decode import continued
 from flm_jax.planning import hlo
 from flm_jax.planning.topology import Topology
 from flm_jax.recipe import Recipe, ResolvedStage
+from flm_jax.records import counted
 from flm_jax.sharding import spec
 from flm_jax.state import abstract_state
 from flm_jax.step import StageProgram, make_grower, parameter_growers, quietly_donated
@@ -43,7 +44,7 @@ def devices_of(topology: Topology, compiler: str) -> Sequence[Any]:
         return _tpu_devices(topology)
     if len(jax.devices()) < topology.devices:
         raise ValueError(
-            f"{topology.name} has {topology.devices} devices and {len(jax.devices())} are simulated: set "
+            f"{topology.name} has {counted(topology.devices, 'device')} and {len(jax.devices())} are simulated: set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.devices} before JAX starts."
         )
     return jax.devices()[: topology.devices]

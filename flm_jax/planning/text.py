@@ -12,7 +12,7 @@ from flm_jax.data.survey import survey, survey_text
 from flm_jax.planning import stages
 from flm_jax.planning.topology import Topology
 from flm_jax.recipe import Recipe, Run, begin, check_vocabulary
-from flm_jax.records import from_dict
+from flm_jax.records import counted, from_dict
 
 
 def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
@@ -48,7 +48,7 @@ def stage_text(record: dict[str, Any]) -> str:
     lines = [
         f"\nStage {record['name']!r}: {record['shape']}",
         f"  {costs.count(record['params'])} parameters; mesh {mesh}",
-        f"  {record['steps']} steps of {costs.count(record['batch_tokens'])} tokens{parts}: "
+        f"  {counted(record['steps'], 'step')} of {costs.count(record['batch_tokens'])} tokens{parts}: "
         f"{costs.count(record['tokens'])} tokens, {record['flops']:.3g} FLOPs "
         f"({record['flops_per_token']:.3g} FLOPs per token)"
         + (f", {record['days']:.1f} days" if record["days"] is not None else ""),
@@ -75,7 +75,7 @@ def _sizes(sizes: dict[str, int]) -> str:
 
 def _growth(record: dict[str, Any]) -> list[str]:
     growth = record["growth"]
-    masks = f", masks ramp over {record['ramp_steps']} steps" if record["ramp_steps"] else ""
+    masks = f", masks ramp over {counted(record['ramp_steps'], 'step')}" if record["ramp_steps"] else ""
     lines = [
         f"  grows from {costs.count(growth['params_before'])} parameters by {growth['method']}{masks}",
         f"    reads {costs.size(growth['read_bytes'])}, writes {costs.size(growth['written_bytes'])}; both states: "
@@ -131,7 +131,7 @@ def total_text(records: Sequence[dict[str, Any]], topology: Topology | None) -> 
     total = totals(records)
     lines = [f"\nAll stages: {costs.count(total['tokens'])} tokens, {total['flops']:.3g} FLOPs"]
     if topology is not None and total["days"] is not None:
-        lines[0] += f", {total['days']:.1f} days on {topology.devices} devices of {topology.name}"
+        lines[0] += f", {total['days']:.1f} days on {counted(topology.devices, 'device')} of {topology.name}"
     if len(records) > 1:
         lines.append(
             f"The last shape from scratch, on as many tokens: {total['scratch_flops']:.3g} FLOPs, "

@@ -10,6 +10,7 @@ import numpy as np
 
 from flm_jax.data.json_lines import Skipped
 from flm_jax.progress import count_bar, phases
+from flm_jax.records import counted
 from flm_jax.selection import near
 from flm_jax.selection.config import Duplicates
 from flm_jax.selection.pool import PLACE, PoolFile, batches
@@ -66,7 +67,7 @@ def _check_faults(step: Step, faulty: int | None) -> None:
     """Refuses an index that was made with more faulty lines than are allowed now."""
     total = sum(fault["count"] for fault in step.facts()["faults"].values())
     if faulty is not None and total > faulty:
-        raise ValueError(f"the pool has {total} faulty lines, more than the {faulty} allowed{ADVICE}")
+        raise ValueError(f"the pool has {counted(total, 'faulty line')}, more than the {faulty} allowed{ADVICE}")
 
 
 def duplicates(base: Path, indexed: Step, config: Duplicates) -> Step:

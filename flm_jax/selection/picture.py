@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flm_jax.records import counted
+
 # Domains with a colour of their own; the others are grey.
 COLOURS = 8
 ITERATIONS = 30
@@ -63,7 +65,7 @@ def draw(
     plot.set_xlabel(f"first principal component, {shares[0]:.0%} of the variance")
     plot.set_ylabel(f"second, {shares[1]:.0%}")
     shown = "" if len(chosen) == sum(counts) else f" ({len(chosen):,} are shown)"
-    plot.set_title(f"{sum(counts):,} chosen conversations by domain{shown}")
+    plot.set_title(f"{counted(sum(counts), 'chosen conversation')} by domain{shown}")
     plot.legend(markerscale=3, fontsize="small", loc="best")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
