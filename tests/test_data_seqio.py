@@ -333,7 +333,7 @@ def test_a_damaged_store_is_refused_and_not_made_again(corpora, tmp_path):
     store = prepare(corpora["folder"], Bytes(), tmp_path, progress=False)
     shard = store.path / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"train-00000\.bin is \d+ bytes long and should be"):
+    with pytest.raises(ValueError, match=r"train-00000\.bin is [\d,]+ bytes long and should be"):
         prepare(corpora["folder"], Bytes(), tmp_path)
     (store.path / "store.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no store\.json"):

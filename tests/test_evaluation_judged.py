@@ -18,12 +18,12 @@ from flm_jax.chat.template import TELE_FLM, ChatEncoder
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.data.vocabulary_files import to_files
 from flm_jax.evaluation import JudgeRequest, judge_answers
-from flm_jax.evaluation.answering import answer_all, encode_questions
+from flm_jax.evaluation.answering import answer_all, encode_questions, longest_answer
 from flm_jax.evaluation.answers import Answer
 from flm_jax.evaluation.judges import by_likelihood, opponents
 from flm_jax.evaluation.likelihood import choice_log_probs, mean_log_probs
 from flm_jax.evaluation.loaded import LoadedModel
-from flm_jax.evaluation.questions import Question
+from flm_jax.evaluation.questions import CHOICE, JUDGED, Question
 from flm_jax.evaluation.scoring import Window
 from tests import small
 from tests.chat_server import Reply, chat_server, waited
@@ -163,6 +163,21 @@ def questions(tmp_path):
     return path
 
 
+def test_the_longest_answer_fits_into_the_context_with_its_question():
+    encoder = ChatEncoder(TELE_FLM, VOCABULARY)
+    model = LoadedModel(None, CFG, None, None, VOCABULARY, LENGTH, None, "")
+    asked = [
+        Question(str(i), "c", (Message("user", text),), kind, reference, choices)
+        for i, (text, kind, reference, choices) in enumerate(
+            [("x" * 40, JUDGED, (), ()), ("x" * 300, JUDGED, (), ()), ("x", CHOICE, ("a",), ("a", "b"))]
+        )
+    ]
+    room = LENGTH - len(encoder.prompt(asked[0].messages))
+    assert longest_answer(model, encoder, asked, 512) == room < 60
+    assert longest_answer(model, encoder, asked, 8) == 8
+    assert longest_answer(model, encoder, asked[1:], 8) == 0, "one does not fit, one is chosen and not written"
+
+
 def asking(questions, output, **changes):
     return JudgeRequest(str(questions), str(output), **{**dict(tokens=8, batch_size=2, backoff=0.01), **changes})
 
@@ -186,6 +201,7 @@ def test_a_checkpoint_answers_once_and_is_judged_by_rules(run, questions, greedy
     assert [(j["id"], j["measure"]) for j in lines(out / "verdicts.jsonl")] == [("2", "accuracy"), ("3", "accuracy")]
     assert report["tables"][0]["overall"]["per_byte"] in (0.0, 1.0)
     text = "\n".join(said)
+    assert "Answers have at most 8 tokens." in text
     assert "2 of them are not judged" in text and "maths" in text and "# Answers" in (out / "report.md").read_text()
 
     # Again: nothing is generated, but for a question that has changed.
@@ -314,7 +330,7 @@ def test_a_run_without_any_verdict_fails(answered, tmp_path, capsys):
             launched(None, dataclasses.replace(request, retries=0), None)
     shown = capsys.readouterr()
     assert stop.value.code == 1 and "no answer could be judged" in shown.err
-    assert "unjudged: 12 no verdict in a reply." in shown.out
+    assert "unjudged: questions on which the answer was not judged: no verdict in a reply (12)." in shown.out
 
 
 FLAGS = {

@@ -125,6 +125,9 @@ def test_the_report_counts_every_line_once(done):
     assert sample["stays"].startswith("a.jsonl:") and sample["where"].startswith("b.jsonl.gz:")
     page = (output / "report.md").read_text()
     assert "| rules | refusal | 4 |" in page and "half below" in page and "### refusal: " in page
+    assert "score length (bytes of the answers), the highest first" in page
+    assert "Nothing fell out for these reasons: turns, " in page and "| 0 |" not in page
+    assert "b.jsonl.gz:31: a broken line: it is not JSON" in page
     assert (output / "selection.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -173,7 +173,8 @@ class TokenisedConversations:
                 raise ConversationError(
                     where,
                     "longer than the context",
-                    f"up to its first answer it has {len(encoded.ids)} tokens, and the context {self._context}",
+                    f"up to its first answer it has {counted(len(encoded.ids), 'token')}, and the context "
+                    f"{self._context}",
                 )
             messages = messages[: ends[-2] + 1]
             encoded = self._encoder.encode(messages, self._corpus.answers, where)

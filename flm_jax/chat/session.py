@@ -100,7 +100,9 @@ class Session:
             if len(ids) <= self._room:
                 return ids, first
         raise ConversationError(
-            "the message", "longer than the context", f"{len(ids)} tokens, and the model reads {self._room} at most"
+            "the message",
+            "longer than the context",
+            f"{counted(len(ids), 'token')}, and the model reads {self._room} at most",
         )
 
     def save(self, path: Path) -> None:

@@ -72,14 +72,15 @@ def run(values: Any) -> None:
         refuse("say where to keep answers, verdicts and the report: --output=DIR")
     if (values.checkpoint is None) == (values.answers is None):
         refuse("say what answers: --checkpoint, or --answers with a file of answers")
-    from flm_jax.cli import runs  # Imported here, so that --help is fast.
-    from flm_jax.evaluation import JudgeRequest
     from flm_jax.records.foreign_json import parse_json
 
     try:
         options = None if values.judge_options is None else parse_json(values.judge_options, "--judge_options")
     except ValueError as error:
         refuse(str(error))
+    from flm_jax.cli import runs  # Imported here, so that --help and wrong flags are fast.
+    from flm_jax.evaluation import JudgeRequest
+
     runs.join(process_flags(values))
     asked = JudgeRequest(
         questions=values.prompts,

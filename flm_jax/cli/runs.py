@@ -348,7 +348,7 @@ def run_select(
             fail(error)
         asked = found["selection"]["count"]
         if found["chosen"] < asked:
-            print(f"{asked:,} were asked for, and the pool has no more: see what fell out in {output}/report.md.")
+            print(f"{counted(asked, 'was', 'were')} asked for, and the pool has no more: see {output}/report.md.")
     if not found["chosen"]:
         sys.exit(1)
 

@@ -194,7 +194,8 @@ def _match(cfg: ModelConfig, stored: Mapping[str, Stored], source: Path) -> Foun
     expected = {part.name(lead): (part, lead) for part in parts(cfg) for lead in part.leads}
     if missing := [name for name in expected if name not in stored]:
         raise ValueError(
-            f"{source} lacks {len(missing)} of the {len(expected)} tensors that its {families.CONFIG} describes: "
+            f"{source} lacks {len(missing):,} of the {counted(len(expected), 'tensor')} that its "
+            f"{families.CONFIG} describes: "
             f"{few(missing)}."
         )
     unknown = [name for name in stored if name not in expected and not name.endswith(_DERIVED)]

@@ -13,6 +13,7 @@ from flm_jax.evaluation.judges import ACCURACY, SCORES, WINS, Judgement
 MEASURES = (ACCURACY, SCORES, WINS)
 OVERALL = "overall"
 LEVEL = 0.95
+RESAMPLES = 10_000
 # Indices that are drawn at a time.
 _AT_ONCE = 1 << 22
 Interval = tuple[float, float]
@@ -78,7 +79,7 @@ class Table:
         return {"measure": self.measure, "overall": asdict(self.overall), **lists}
 
 
-def tables(judgements: Sequence[Judgement], seed: int = 0, resamples: int = 10_000) -> list[Table]:
+def tables(judgements: Sequence[Judgement], seed: int = 0, resamples: int = RESAMPLES) -> list[Table]:
     """A table for each measure that there are judgements by.
 
     Args:
@@ -103,7 +104,7 @@ def tables(judgements: Sequence[Judgement], seed: int = 0, resamples: int = 10_0
     return found
 
 
-def row(category: str, judgements: Sequence[Judgement], seed: int = 0, resamples: int = 10_000) -> Row:
+def row(category: str, judgements: Sequence[Judgement], seed: int = 0, resamples: int = RESAMPLES) -> Row:
     """The results of some questions, judged by one measure."""
     own = np.array([j.own for j in judgements if j.own is not None], float)
     both = [(j.own, j.reference) for j in judgements if j.own is not None and j.reference is not None]

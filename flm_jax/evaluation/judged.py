@@ -11,7 +11,7 @@ from typing import Any
 
 from flm_jax.chat.checkpoint_template import chat_template_of
 from flm_jax.chat.template import ChatEncoder
-from flm_jax.data.json_lines import Skipped
+from flm_jax.data.json_lines import Skipped, in_words
 from flm_jax.distributed import is_primary
 from flm_jax.evaluation.answering import ANSWERS, MADE_BY, answers_of, longest_answer
 from flm_jax.evaluation.answers import Answer, read_answers
@@ -134,12 +134,13 @@ def judge_answers(
     left_out = kinds[JUDGED] if kind == RULES else 0
     if left_out == len(questions):
         raise ValueError(
-            f"all {left_out} questions of {request.questions} are of the kind {JUDGED}, for which there are no rules: "
+            f"{request.questions} holds only questions of the kind '{JUDGED}', for which there are no rules: "
             "give --judge=endpoint:MODEL@URL or --judge=likelihood:CHECKPOINT"
         )
-    say(f"{request.questions}: {len(questions)} questions, {', '.join(f'{n} {name}' for name, n in kinds.items())}.")
+    say(f"{request.questions}: {counted(len(questions), 'question')}; kinds: {in_words(kinds.items())}.")
     if left_out:
-        say(f"{left_out} of them are not judged: for the kind {JUDGED} there are no rules, so give another --judge.")
+        none = counted(left_out, "of them is", "of them are")
+        say(f"{none} not judged: for the kind '{JUDGED}' there are no rules; another --judge judges it.")
     others = None if request.reference_answers is None else read_answers(request.reference_answers, questions, skipped)
     made: dict[str, Any] = {"file": request.answers}
     if request.answers is not None:

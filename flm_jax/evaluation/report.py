@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flm_jax.data.json_lines import in_words
 from flm_jax.evaluation import table
-from flm_jax.evaluation.compare import Table
+from flm_jax.evaluation.compare import RESAMPLES, Table
 from flm_jax.evaluation.judges import Judgement
+from flm_jax.records import counted
 
 REPORT = "report"
 
@@ -53,23 +55,36 @@ def as_markdown(report: Mapping[str, Any], tables: Sequence[Table]) -> str:
 
 def _notes(report: Mapping[str, Any], tables: Sequence[Table]) -> list[str]:
     """What one must know to read the tables, a sentence each."""
-    found = [f"95 %: bootstrap over questions, seed {report['seed']}; n: questions that were judged."]
-    if any(row.relative is not None for made in tables for row in (made.overall, *made.rows)):
+    rows = [row for made in tables for row in (made.overall, *made.rows)]
+    found = [
+        "n: questions whose answer was judged.",
+        f"95 %: the interval that holds the results of 95 % of {RESAMPLES:,} bootstrap samples of the questions, seed "
+        f"{report['seed']}.",
+    ]
+    if any(row.relative is not None for row in rows):
         found.append(
             "relative: the sum of the values divided by that of the reference system, on the questions on which both "
             "were judged."
         )
+    if any(row.pairs for row in rows):
+        found.append("win/tie/loss: questions on which the answer is better than the reference's, as good, worse.")
     if any(made.overall.disagreed for made in tables):
         found.append("disagreed: ties because the verdict changed with the order of the two answers.")
     if report["unjudged"]:
-        found.append(f"unjudged: {table.reasons(list(report['unjudged'].items()))}.")
+        theirs = any(reason.startswith("reference: ") for reason in report["unjudged"])
+        whose = "the answer, or the one to compare it with ('reference')," if theirs else "the answer"
+        found.append(f"unjudged: questions on which {whose} was not judged: {in_words(report['unjudged'].items())}.")
     if left_out := report["questions"]["left_out"]:
-        found.append(f"left out: {left_out} questions that need another judge than rules.")
+        number = counted(left_out, "question")
+        found.append(
+            f"left out: {number} of the kind 'judged', for which there are no rules; another --judge judges it."
+        )
     if faulty := report["faulty_lines"]:
-        found.append(f"faulty lines left out: {table.reasons(list(faulty.items()))}.")
+        found.append(f"faulty lines left out: {in_words(faulty.items())}.")
     if spent := report["judge"].get("this_run"):
         found.append(
-            f"{spent['requests']} requests now, {report['judge']['kept']} verdicts kept from before; "
-            f"{spent['prompt_tokens']} tokens of prompts, {spent['reply_tokens']} of replies."
+            f"the judge: {counted(spent['requests'], 'request')} now, "
+            f"{counted(report['judge']['kept'], 'verdict')} kept "
+            f"from before; {counted(spent['prompt_tokens'], 'token')} of prompts, {spent['reply_tokens']:,} of replies."
         )
     return found

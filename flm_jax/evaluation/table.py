@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from flm_jax.evaluation.compare import Interval, Row, Table
@@ -111,8 +111,3 @@ def fitted(text: str, width: int) -> str:
     while shown_width(text) > width - 1:
         text = text[:-1]
     return text.rstrip() + "…"
-
-
-def reasons(counts: Sequence[tuple[str, int]]) -> str:
-    """Reasons and their numbers in words: '3 no verdict in a reply, 1 status 500'."""
-    return ", ".join(f"{count} {reason}" for reason, count in counts)

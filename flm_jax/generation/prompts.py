@@ -105,7 +105,8 @@ def continue_prompt(
     room = length - len(ids)
     if room < 1:
         raise ValueError(
-            f"The prompt has {len(ids)} tokens, and the model reads {length}: shorten it, or set --max_length."
+            f"The prompt has {counted(len(ids), 'token')}, and the model reads {length}: shorten it, or set "
+            "--max_length."
         )
     if room < tokens:
         say(f"The answer ends after {counted(room, 'token')}, where the sequence has {length}; --max_length sets this.")

@@ -30,7 +30,7 @@ _CHOICES = {
     choose.UNREADABLE: ("unreadable", "the template refuses it"),
     choose.SIMILAR: ("too similar", "a chosen one with a better score is like it"),
     choose.NO_PLACE: ("domain full", "the places of its domain are taken"),
-    choose.WAITING: ("not needed", "enough were chosen before its score came up"),
+    choose.WAITING: ("not needed", "enough were chosen before its turn"),
 }
 
 
@@ -150,4 +150,4 @@ class Outcome(NamedTuple):
     def write_page(self, path: Path, found: dict[str, Any]) -> None:
         """Writes the report as text."""
         meanings = {reason: meaning for _, reason, meaning, _ in self.fallen()}
-        atomic_write(path, report.markdown(found, meanings))
+        atomic_write(path, report.markdown(found, meanings, scores.REGISTRY[self.selection.score.name].meaning))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flm_jax.chat.conversation import Conversation
+from flm_jax.records import counted
 
 SAMPLES = 10
 _TURN, _TEXT = 160, 480
@@ -69,28 +70,45 @@ def flow(lines: int, fallen: Sequence[Fallen]) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(report: Mapping[str, Any], meanings: Mapping[str, str]) -> str:
+# How conversations are compared, by the kind of their features.
+_COMPARED = {
+    "none": "Conversations are not compared with each other.",
+    "hashed": "They are compared by their words and pairs of words (features: hashed).",
+    "hidden": "They are compared by the checkpoint's last hidden states (features: hidden).",
+}
+
+
+def markdown(report: Mapping[str, Any], meanings: Mapping[str, str], about_score: str) -> str:
     """The report as a page.
 
     Args:
       report: as it is in report.json.
       meanings: what each reason means.
+      about_score: what the score is, such as 'bytes of the answers'.
     """
-    wanted, chosen = report["selection"]["count"], report["chosen"]
+    wanted, chosen, score = report["selection"]["count"], report["chosen"], report["score"]
+    first = {"high": "highest", "low": "lowest"}[score["order"]]
+    idle = [row["reason"] for row in report["steps"] if not row["out"]]
     parts = [
         "# Selection",
-        f"{chosen:,} of {report['lines']:,} lines are chosen"
+        f"{chosen:,} of {counted(report['lines'], 'line')} {'is' if chosen == 1 else 'are'} chosen"
         + (f"; {wanted:,} were asked for, and no more are left." if chosen < wanted else "."),
-        f"Ordered by {report['score']['name']}, {report['score']['order']} first; features: {report['features']}.",
+        f"Conversations are taken by their score {score['name']} ({about_score}), the {first} first. "
+        + _COMPARED[report["features"]],
         "![chosen conversations on top of a sample of the rest](selection.png)" if report["picture"] else "",
         "## What fell out",
         _table(
             ("step", "reason", "fell out", "left"),
-            [(row["step"], row["reason"], f"{row['out']:,}", f"{row['left']:,}") for row in report["steps"]],
+            [
+                (row["step"], row["reason"], f"{row['out']:,}", f"{row['left']:,}")
+                for row in report["steps"]
+                if row["out"]
+            ],
         ),
+        f"Nothing fell out for these reasons: {', '.join(idle)}." if idle else "",
         "## Domains",
         _table(
-            ("domain", "after the rules", "share", "chosen", "share", "places"),
+            ("domain", "kept by the rules", "share of these", "chosen", "share of the chosen", "places"),
             [
                 (
                     name,
@@ -98,14 +116,16 @@ def markdown(report: Mapping[str, Any], meanings: Mapping[str, str]) -> str:
                     f"{row['before_share']:.1%}",
                     f"{row['chosen']:,}",
                     f"{row['chosen_share']:.1%}",
-                    "as many as are left" if row["places"] is None else f"{row['places']:,}",
+                    "what is left" if row["places"] is None else f"{row['places']:,}",
                 )
                 for name, row in report["domains"].items()
             ],
         ),
+        "Places: how many Domains.fractions keeps for a domain; domains that it does not name share what is left. With "
+        "Domains.fill, places that a domain cannot fill go to the others.",
         "## Scores",
-        f"{report['score']['name']} of all that were scored: {in_words(report['score']['all'])}",
-        f"{report['score']['name']} of what is chosen: {in_words(report['score']['chosen'])}",
+        f"- {score['name']} of all that have a score: {in_words(score['all'])}\n"
+        f"- {score['name']} of the chosen: {in_words(score['chosen'])}",
         "## Pool",
         _table(
             ("file", "bytes", "sha256"),
@@ -113,6 +133,9 @@ def markdown(report: Mapping[str, Any], meanings: Mapping[str, str]) -> str:
         ),
         "## Samples of what fell out",
     ]
+    for reason, fault in sorted(report["faults"].items()):
+        parts.append(f"### {reason}")
+        parts.append("\n".join(f"- {_fenced(example)}" for example in fault["examples"]))
     for reason, samples in report["samples"].items():
         meaning = meanings.get(reason, "")
         parts.append(f"### {reason}" + (f": {meaning}" if meaning else ""))
@@ -121,10 +144,13 @@ def markdown(report: Mapping[str, Any], meanings: Mapping[str, str]) -> str:
 
 
 def _escaped(sample: Mapping[str, str]) -> str:
-    like = f" (stays: {sample['stays']})" if "stays" in sample else ""
+    like = f" (a duplicate of {sample['stays']}, which stays)" if "stays" in sample else ""
+    return f"{sample['where']}{like}: {_fenced(sample['text'])}"
+
+
+def _fenced(text: str) -> str:
     # A fence of any length inside the text would end a shorter one around it.
-    text = sample["text"].replace("`", "'")
-    return f"{sample['where']}{like}: `{text}`"
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

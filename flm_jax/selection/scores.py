@@ -35,6 +35,12 @@ class Scored:
     most: float | None
     source: str
 
+    @property
+    def meaning(self) -> str:
+        """What it is, in a few words: the first line of its function."""
+        line = (self.function.__doc__ or self.source).strip().splitlines()[0].rstrip(".")
+        return line[:1].lower() + line[1:]
+
 
 REGISTRY: dict[str, Scored] = {}
 LENGTH = "length"

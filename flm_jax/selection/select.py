@@ -13,7 +13,7 @@ import numpy as np
 from flm_jax.checkpoint.directory import take_lock
 from flm_jax.files import draft_of, fsync, write_json
 from flm_jax.progress import count_bar
-from flm_jax.records import as_dict, completed, differences
+from flm_jax.records import as_dict, completed, counted, differences
 from flm_jax.records.foreign_json import read_json
 from flm_jax.records.identity import LOCK
 from flm_jax.selection import choose, dedupe, domains, judge, scores
@@ -118,14 +118,16 @@ def _select(
     with Processes(selection.processes) as processes:
         indexed = dedupe.index(base, pool, selection.duplicates.near, selection.most_faulty, processes)
         faulty = sum(fault["count"] for fault in indexed.facts()["faults"].values())
-        done(f"read {indexed.facts()['conversations']:,} conversations, {faulty:,} faulty lines")
+        read = counted(indexed.facts()["conversations"], "conversation")
+        done(f"read {read}, {counted(faulty, 'faulty line')}")
         kinds = dedupe.duplicates(base, indexed, selection.duplicates)
-        done("{exact:,} exact and {near:,} near duplicates".format(**kinds.facts()))
+        exact, near = kinds.facts()["exact"], kinds.facts()["near"]
+        done(f"{counted(exact, 'exact duplicate')} and {counted(near, 'near duplicate')}")
         judged = judge.judge(base, pool, indexed, kinds, selection, processes)
     left = judge.left_by(judged)
-    done(f"{len(left.numbers):,} conversations keep the rules")
+    done(counted(len(left.numbers), "conversation keeps the rules", "conversations keep the rules"))
     scored = judge.score(base, pool, judged, selection, model)
-    done(f"{int((scored.array('states') == judge.SCORED).sum()):,} have a score")
+    done(counted(int((scored.array("states") == judge.SCORED).sum()), "has a score", "have a score"))
     step = Step(base, "choice", {"scores": scored.digest, **_depends(selection, model)})
     with left.reader(pool) as reader:
         found = None
@@ -134,7 +136,7 @@ def _select(
         outcome = Outcome(
             selection, pool, indexed, kinds, judged, left, scored, _chosen(selection, step, scored, left, found)
         )
-        done(f"{len(outcome.choice.chosen):,} are chosen")
+        done(counted(len(outcome.choice.chosen), "is chosen", "are chosen"))
         _write_lines(output / SELECTED, outcome, reader)
         report = outcome.report(found)
         if found is not None and len(outcome.choice.chosen):
