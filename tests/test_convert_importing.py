@@ -233,7 +233,7 @@ def test_damaged_files_leave_nothing(where, imported, tmp_path):
     data = file.read_bytes()
     damaged, message = {
         "config": (data[:-5], "config.json cannot be read"),
-        "cut": (data[:-100], r"model.safetensors \(\d+ bytes\) is damaged, cut short or no safetensors file"),
+        "cut": (data[:-100], r"model.safetensors \([\d,]+ bytes\) is damaged, cut short or no safetensors file"),
         "header": ((10**6).to_bytes(8, "little") + data[8:], "is damaged, cut short or no safetensors file"),
     }[where]
     file.write_bytes(damaged)
