@@ -29,7 +29,7 @@ def layers(depth: int, width: int = 4, dtype: str = "f4") -> dict[str, Any]:
     ("asked", "texts"),
     [
         (layers(16), ["blocks/query", "float32[12, 4]", "float32[16, 4]", "blocks/norm", "2 leaves"]),
-        (layers(12, 5), ["blocks/query", "float32[12, 4]", "float32[12, 5]", "1 leaves"]),
+        (layers(12, 5), ["blocks/query", "float32[12, 4]", "float32[12, 5]", "1 leaf differs"]),
         (layers(12, 4, jnp.bfloat16), ["blocks/query", "float32[12, 4]", "bfloat16[12, 4]"]),
         ({"blocks": {"query": layers(12)["blocks"]["query"]}}, ["blocks/norm", "the model lacks it"]),
         ({**layers(12), "head": np.ones(3, "f4")}, ["head", "the checkpoint lacks it", "float32[3]"]),

@@ -193,7 +193,7 @@ DAMAGED = {
 }
 REFUSED = {
     **{
-        name: (content, f"({len(content)} bytes) is damaged, cut short or no safetensors file; download or copy it")
+        name: (content, f"({len(content):,} bytes) is damaged, cut short or no safetensors file; download or copy it")
         for name, content in DAMAGED.items()
     },
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer to the file, not the file"),

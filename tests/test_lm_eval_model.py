@@ -172,7 +172,7 @@ def test_what_a_task_may_not_ask_is_said(pair):
     ):
         with pytest.raises(ValueError, match=message):
             ours.generate_until(requests(("It", asked)))
-    with pytest.raises(ValueError, match="1 tokens of context and 41 to predict"):
+    with pytest.raises(ValueError, match="1 token of context and 41 to predict"):
         ours.scorer.score([Window([1], [2] * 41)])
 
 
