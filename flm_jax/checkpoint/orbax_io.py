@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flm_jax.checkpoint import checksum
+from flm_jax.checkpoint import checksum, orbax_leaks
 from flm_jax.checkpoint.manifest import (
     ARRAYS,
     CheckpointError,
@@ -19,6 +19,8 @@ from flm_jax.checkpoint.manifest import (
     check_dtype,
     describe,
 )
+
+orbax_leaks.avoid()
 
 
 def as_array(path: str, leaf: Any) -> jax.Array:
