@@ -1,8 +1,8 @@
-"""Rotary positions, attention kernels behind one function, and the key-value cache.
+"""Rotary positions, the choice between attention kernels, and the key-value cache.
 
-The kernels: "plain" runs everywhere; "cudnn" on NVIDIA GPUs; "splash" on TPUs, where scores stay in the chip's fast
-memory and blocks that are entirely in the future are skipped; "auto" is splash on TPUs if its blocks divide the window,
-and plain otherwise.
+The kernels (`flm_jax/kernels/`): "plain" runs everywhere; "cudnn" on NVIDIA GPUs; "splash" on TPUs. "auto" is splash on
+TPUs if its blocks divide the window, cuDNN on NVIDIA GPUs if it can compute what is asked and agrees there with the
+plain kernel, and plain otherwise.
 
 B batch, T query positions, S key positions, N query heads, K key heads, H head width.
 """
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding, PartitionSpec
 
 from flm_jax.config import ModelConfig
-from flm_jax.sharding import constrain, mesh_axes, spec
+from flm_jax.kernels import cudnn, cudnn_check, plain, splash
+from flm_jax.kernels.plain import attention_mask
+from flm_jax.sharding import constrain, mesh_axes
 
 # The axes of the cache's arrays.
 KEYS = ("layers", "batch", "kv_heads", "head_dim", "history")
@@ -43,6 +43,20 @@ class Cache(NamedTuple):
     value_LBKSH: jax.Array
     length: jax.Array
     start_B: jax.Array | None = None
+
+
+class Seen(NamedTuple):
+    """What the queries of a window see, in the form that the chosen kernel reads.
+
+    Attributes:
+      mask_BTS: bool, (B or 1, T, S); None if the kernel is cuDNN's, which makes its own.
+      segments_BT: int32, (B, T), document numbers; None: each row is one document.
+      packed: where the documents lie, if cuDNN is told.
+    """
+
+    mask_BTS: jax.Array | None
+    segments_BT: jax.Array | None = None
+    packed: cudnn.Packed | None = None
 
 
 def empty_cache(cfg: ModelConfig, batch: int, slots: int, start_B: jax.Array | None = None) -> Cache:
@@ -70,8 +84,10 @@ def cached_mask(cache: Cache, slots_1T: jax.Array, sliding_window: int | None = 
     return mask_BTS if cache.start_B is None else mask_BTS & (keys_1S >= cache.start_B[:, None])[:, None]
 
 
-def attend_cached(q_BTNH: jax.Array, cache: Cache, layer: jax.Array, mask_BTS: jax.Array, width: float) -> jax.Array:
+def attend_cached(q_BTNH: jax.Array, cache: Cache, layer: jax.Array, seen: Seen, width: float) -> jax.Array:
     """Masked attention of queries (B, T, N, H) to one layer of the cache, (B, T, N, H); as `attend` computes it."""
+    mask_BTS = seen.mask_BTS  # that of `cached_mask`
+    assert mask_BTS is not None
     B, T, N, H = q_BTNH.shape
     k_BKHS, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in cache[:2])
     K, S = k_BKHS.shape[1], k_BKHS.shape[3]
@@ -79,8 +95,8 @@ def attend_cached(q_BTNH: jax.Array, cache: Cache, layer: jax.Array, mask_BTS: j
     q_BKXH = jnp.transpose(q_BTNH.reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4)).reshape(B, K, -1, H)
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     scores_BKXS = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS, preferred_element_type=wide) * (width**-0.5)
-    seen = jnp.broadcast_to(mask_BTS[:, None, None], (mask_BTS.shape[0], K, N // K, T, S)).reshape(-1, K, N // K * T, S)
-    weights_BKXS = jax.nn.softmax(jnp.where(seen, scores_BKXS, jnp.finfo(wide).min), axis=-1).astype(v_BKSH.dtype)
+    mask = jnp.broadcast_to(mask_BTS[:, None, None], (mask_BTS.shape[0], K, N // K, T, S)).reshape(-1, K, N // K * T, S)
+    weights_BKXS = jax.nn.softmax(jnp.where(mask, scores_BKXS, jnp.finfo(wide).min), axis=-1).astype(v_BKSH.dtype)
     o_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights_BKXS, v_BKSH)
     return jnp.transpose(o_BKXH.reshape(B, K, N // K, T, H), (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
@@ -116,25 +132,77 @@ def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x_BTNH.dtype)
 
 
-def attention_mask(
-    query_BT: jax.Array,
-    key_BS: jax.Array,
-    query_segment_BT: jax.Array,
-    key_segment_BS: jax.Array,
-    sliding_window: int | None = None,
-) -> jax.Array:
-    """The mask, (B, T, S) bool: a query sees keys up to its own position, in its own document, within the window."""
-    causal = query_BT[:, :, None] >= key_BS[:, None, :]
-    seen = causal & (query_segment_BT[:, :, None] == key_segment_BS[:, None, :])
-    return seen if sliding_window is None else seen & (query_BT[:, :, None] - key_BS[:, None, :] < sliding_window)
+def platform() -> str:
+    """The platform that is being traced for: that of the mesh, of the default device, or of the default backend."""
+    config: Any = jax.config
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or config.jax_default_device
+    found = device if isinstance(device, str) else getattr(device, "platform", jax.default_backend())
+    return "gpu" if found == "cuda" else str(found)
+
+
+def see(cfg: ModelConfig, shape: tuple[int, ...], segments_BT: jax.Array | None) -> Seen:
+    """What the queries of windows see: positions up to their own, in their document, within the sliding window.
+
+    Args:
+      cfg: the model; its `attention` is the kernel that is asked for.
+      shape: (B, T).
+      segments_BT: int32, equal within a document, and documents are contiguous; None: one document per row.
+
+    Raises:
+      ValueError: `attention` is "cudnn", and it cannot compute this; the message says what can.
+    """
+    rows, length = shape
+    form = cudnn_form(cfg, rows, length, segments_BT is not None)
+    if form is not None:
+        return Seen(
+            None, segments_BT, cudnn.pack(segments_BT) if form == "packed" and segments_BT is not None else None
+        )
+    time_1T = jnp.arange(length, dtype=jnp.int32)[None]
+    segments = jnp.zeros_like(time_1T) if segments_BT is None else segments_BT
+    return Seen(attention_mask(time_1T, time_1T, segments, segments, cfg.sliding_window), segments)
+
+
+def cudnn_form(cfg: ModelConfig, rows: int, length: int, documents: bool) -> str | None:
+    """The form of cuDNN's attention that windows of a model take (see `kernels/cudnn.py`); None: another kernel.
+
+    Raises:
+      ValueError: as for `see`.
+    """
+    if cfg.attention not in ("cudnn", "auto") or (cfg.attention == "auto" and platform() != "gpu"):
+        return None
+    mesh, capability = jax.sharding.get_abstract_mesh(), cudnn.capability()
+    reason = cudnn.refusal(cfg.compute, cfg.h_dim, capability)
+    if not mesh.empty and math.prod(mesh.shape[name] for name in mesh_axes("time")) > 1:
+        reason = "it needs whole windows on each device, and MeshConfig.sequence splits them"
+    if platform() != "gpu":
+        reason = f"it needs NVIDIA GPUs, and the devices here are of the platform {platform()!r}"
+    if cfg.attention == "cudnn" and reason:
+        raise ValueError(f"attention='cudnn': {reason}; use attention='auto', or 'plain'.")
+    # A program lowered on a machine without GPUs gets cuDNN's attention only if it asks for it by name.
+    if cfg.attention == "auto" and (reason or length % cudnn.BLOCK or cudnn.device() is None):
+        return None
+    windowed = cfg.sliding_window is not None and cfg.sliding_window < length
+    heads = cfg.heads // math.gcd(cfg.heads, cfg.k_heads), cfg.k_heads // math.gcd(cfg.heads, cfg.k_heads)
+    agrees = functools.partial(cudnn_check.agrees, dtype=str(cfg.compute), head_dim=cfg.h_dim, windowed=windowed)
+    form = "causal"
+    if documents:
+        # Places are int32 and count elements; JAX documents the packed layout for Hopper and later.
+        local = (
+            rows // max(1, math.prod(mesh.shape[name] for name in cudnn.batch_axes(rows))) if not mesh.empty else rows
+        )
+        holds = capability >= (9, 0) and (local + 1) * length * cfg.heads * cfg.h_dim < 2**31
+        form = "packed" if holds and agrees("packed", heads=heads[0], kv_heads=heads[1]) else "bias"
+    right = agrees("bias" if documents else "causal", heads=heads[0], kv_heads=heads[1])
+    if not right and cfg.attention == "cudnn":
+        raise ValueError("attention='cudnn': it is wrong on this GPU (see the warning); use attention='plain'.")
+    return form if right else None
 
 
 def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    mask_BTS: jax.Array,
-    segments_BT: jax.Array,
+    seen: Seen,
     width: float,
     kernel: str,
     sliding_window: int | None = None,
@@ -145,142 +213,31 @@ def attend(
       q_BTNH: queries, rotated.
       k_BSKH: keys, rotated.
       v_BSKH: values.
-      mask_BTS: bool, (B or 1, T, S).
-      segments_BT: int32, (B or 1, T), document numbers; splash builds its mask from them: causal within a document.
+      seen: what queries see (`see`).
       width: the head width in the scores' scale.
-      kernel: "plain"; "cudnn" (`jax.nn.dot_product_attention` on NVIDIA GPUs, bf16 or fp16); "splash" (TPUs); "auto".
-      sliding_window: how many positions a query sees, as in `mask_BTS`; splash builds its mask from it.
+      kernel: "plain", "cudnn", "splash" or "auto".
+      sliding_window: how many positions a query sees, as in `seen`; the fused kernels make their masks from it.
 
     Returns:
       (B, T, N, H), in the dtype of `v`.
     """
-    plain = functools.partial(_plain, width=width)
-    if kernel == "plain":
-        return plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
-    splash_kernel = functools.partial(_splash, width=width, sliding_window=sliding_window)
-    chosen = {"cudnn": functools.partial(_cudnn, width=width), "splash": splash_kernel}
-    if kernel in chosen:
-        return chosen[kernel](q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
-    # "auto" never chooses cudnn: its function fails already at tracing where the library is missing.
-    if splash_block(q_BTNH.shape[1]) is None:
-        return plain(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT)
-    return jax.lax.platform_dependent(
-        *(q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT), default=plain, tpu=chosen["splash"]
-    )
-
-
-def _plain(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: Any, *, width: float) -> jax.Array:
-    del segments_BT
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    # The G = N / K queries of a key head are treated as queries at X = G T positions: one batched product for any G.
-    q_BXKH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 3, 1).reshape(B, -1, K, H)
-    mask_BXS = jnp.tile(mask_BTS, (1, N // K, 1))
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    scores_BKXS = jnp.einsum("BXKH,BSKH->BKXS", q_BXKH, k_BSKH, preferred_element_type=wide) * (width**-0.5)
-    scores_BKXS = jnp.where(mask_BXS[:, None], scores_BKXS, jnp.finfo(wide).min)
-    weights_BKXS = jax.nn.softmax(scores_BKXS, axis=-1).astype(v_BSKH.dtype)
-    o_BXKH = jnp.einsum("BKXS,BSKH->BXKH", weights_BKXS, v_BSKH)
-    o_BTNH = jnp.moveaxis(o_BXKH.reshape(B, N // K, T, K, H), 1, 3).reshape(B, T, N, H)
-    return checkpoint_name(o_BTNH, ATTENDED)
-
-
-def _cudnn(q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, mask_BTS: Any, segments_BT: Any, *, width: float) -> jax.Array:
-    del segments_BT
-    mask_BNTS = jnp.broadcast_to(mask_BTS, (q_BTNH.shape[0], *mask_BTS.shape[1:]))[:, None]
-    o_BTNH = jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, mask=mask_BNTS, scale=width**-0.5, implementation="cudnn"
-    )
-    return checkpoint_name(o_BTNH, ATTENDED)
-
-
-# Possible block sizes of the splash kernel, in rows and columns of scores; the largest that divides the window is used.
-SPLASH_BLOCKS = (1024, 512, 256, 128)
-# The checkpoint name of the attention's output. With splash, the kernel's other residuals have this name too.
-ATTENDED = "attended"
-
-
-def splash_parts() -> dict[str, int]:
-    """The number of devices of the current mesh that heads, and that positions, are split over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return {"heads": 1, "time": 1}
-    return {axis: math.prod(mesh.shape[name] for name in mesh_axes(axis)) for axis in ("heads", "time")}
-
-
-def splash_block(length: int) -> int | None:
-    """The largest block size that divides one device's part of a window of `length` positions; None if none does."""
-    share, left = divmod(length, splash_parts()["time"])
-    return None if left else next((size for size in SPLASH_BLOCKS if share % size == 0), None)
-
-
-def _splash(
-    q_BTNH: Any,
-    k_BSKH: Any,
-    v_BSKH: Any,
-    mask_BTS: Any,
-    segments_BT: Any,
-    *,
-    width: float,
-    sliding_window: int | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """JAX's Pallas splash attention for TPUs, on each device's rows, heads and query positions; keys are gathered.
-
-    Raises:
-      ValueError: a device's part of the window is not a multiple of 128 positions.
-    """
-    del mask_BTS
-    B, T, N, _ = q_BTNH.shape
-    # Imported here because it is experimental and only TPUs need it.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
-
-    mesh, parts = jax.sharding.get_abstract_mesh(), splash_parts()
-    block = splash_block(T)
-    if block is None:
-        raise ValueError(
-            f"attention='splash': each device has {T // parts['time']} of the window's {T} positions, and the kernel "
-            f"works on blocks of {SPLASH_BLOCKS[-1]}; use a context that is a multiple of "
-            f"{SPLASH_BLOCKS[-1] * parts['time']}, or attention='plain'."
+    if seen.mask_BTS is None:
+        return cudnn.attend(
+            q_BTNH, k_BSKH, v_BSKH, seen.segments_BT, seen.packed, width=width, sliding_window=sliding_window
         )
-    columns = max(size for size in SPLASH_BLOCKS if T % size == 0)
-    mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask((T, T), shard_count=parts["time"])
-    if sliding_window is not None:
-        mask = splash_attention_mask.LocalMask((T, T), (sliding_window - 1, 0), offset=0, shard_count=parts["time"])
-    kernel = splash.make_splash_mha(
-        mask=splash_attention_mask.MultiHeadMask([mask] * N),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=columns,
-            block_kv_compute=min(columns, 512),
-            block_q_dkv=block,
-            block_kv_dkv=columns,
-            block_kv_dkv_compute=min(columns, 512),
-            block_q_dq=block,
-            block_kv_dq=columns,
-        ),
-        head_shards=parts["heads"],
-        q_seq_shards=parts["time"],
-        residual_checkpoint_name=ATTENDED,
-        interpret=interpret,
-    )
+    assert seen.segments_BT is not None
+    arguments = (q_BTNH, k_BSKH, v_BSKH, seen.mask_BTS, seen.segments_BT)
 
-    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, of_q: jax.Array, of_k: jax.Array) -> jax.Array:
-        heads_first = [jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(width**-0.5, q.dtype), k, v)]
-        return jnp.swapaxes(jax.vmap(kernel)(*heads_first, splash.SegmentIds(of_q, of_k)), 1, 2)
+    def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array) -> jax.Array:
+        del segments
+        return plain.attend(q, k, v, mask, width=width)
 
-    segments_BT = jnp.broadcast_to(segments_BT, (B, T))
-    arguments = (q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT)
-    if mesh.empty:
-        return local(kernel, *arguments)
-    here = spec(("batch", "time", "heads", "head_dim"))
-    whole = PartitionSpec(here[0], None, here[2], None)
-    split_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(here[2], here[1])))
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(split_kernel, here, whole, whole, PartitionSpec(here[0], here[1]), PartitionSpec(here[0], None)),
-        out_specs=here,
-        check_vma=False,
-    )(kernel, *arguments)
+    def by_splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array) -> jax.Array:
+        del mask
+        return splash.attend(q, k, v, segments, width=width, sliding_window=sliding_window)
+
+    if kernel == "splash":
+        return by_splash(*arguments)
+    if kernel == "plain" or splash.block_size(q_BTNH.shape[1]) is None:
+        return by_plain(*arguments)
+    return jax.lax.platform_dependent(*arguments, default=by_plain, tpu=by_splash)

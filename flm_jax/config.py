@@ -83,8 +83,8 @@ class ModelConfig:
       remat: what the backward pass recomputes. none: nothing. dots: everything except products with weights. inner:
         everything except the products inside a block that are split over `tensor` (attention and MLP). mlp: everything
         except the MLP's gate and up products. full: everything.
-      attention: the kernel: plain, cudnn (NVIDIA GPUs), splash (TPUs), or auto (splash on TPUs if its blocks divide the
-        window, otherwise plain).
+      attention: the kernel: plain, cudnn (NVIDIA GPUs, 16 bits), splash (TPUs), or auto (splash on TPUs if its blocks
+        divide the window; cudnn on NVIDIA GPUs if it can compute what is asked and agrees with plain; otherwise plain).
       scan_unroll: layers per step of the scan over layers; the value of `layers` unrolls the scan completely.
     """
 

@@ -21,18 +21,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from flm_jax.attention import (
-    ATTENDED,
     Cache,
+    Seen,
     append,
     attend,
     attend_cached,
-    attention_mask,
     cached_mask,
     rotary_frequencies,
     rotary_tables,
     rotate,
+    see,
 )
 from flm_jax.config import ModelConfig
+from flm_jax.kernels import ATTENDED
 from flm_jax.sharding import constrain, fitting_spec, mesh_axes
 from flm_jax.signature import Declared, Signature, draw
 
@@ -63,8 +64,7 @@ class Shared(NamedTuple):
     """The inputs that all blocks share, besides the residual stream."""
 
     rotary: tuple[jax.Array, jax.Array]
-    mask_BTS: jax.Array
-    segments_BT: jax.Array
+    seen: Seen
     masks: Masks
 
 
@@ -189,14 +189,14 @@ class Attention(nn.Module):
         k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "key"), checkpoint_name(v_BSKH, "value")
         if cache is None or layer is None:
             o_BTNH = attend(
-                *(q_BTNH, k_BSKH, v_BSKH, shared.mask_BTS, shared.segments_BT),
+                *(q_BTNH, k_BSKH, v_BSKH, shared.seen),
                 width=cfg.effective_head_width,
                 kernel=cfg.attention,
                 sliding_window=cfg.sliding_window,
             )
         else:
             cache = append(cache, layer, k_BSKH, v_BSKH)
-            o_BTNH = attend_cached(q_BTNH, cache, layer, shared.mask_BTS, cfg.effective_head_width)
+            o_BTNH = attend_cached(q_BTNH, cache, layer, shared.seen, cfg.effective_head_width)
         o_BTNH = masked(o_BTNH, shared.masks.head_dim_H)
         if shared.masks.heads_N is not None:
             o_BTNH = masked(o_BTNH, shared.masks.heads_N[:, None])
@@ -300,19 +300,19 @@ class Transformer(nn.Module):
         """
         cfg, masks = self.cfg, masks or Masks()
         time = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        layers_L, segments_1T = None, jnp.zeros_like(time) if segments_BT is None else segments_BT
+        layers_L = None
         if cache is None:
-            positions, mask_BTS = time, attention_mask(time, time, segments_1T, segments_1T, cfg.sliding_window)
+            positions, seen = time, see(cfg, tokens_BT.shape, segments_BT)
         else:
             layers_L, slots = jnp.arange(cfg.layers, dtype=jnp.int32), time + cache.length
-            positions, mask_BTS = slots, cached_mask(cache, slots, cfg.sliding_window)
+            positions, seen = slots, Seen(cached_mask(cache, slots, cfg.sliding_window))
             if cache.start_B is not None:
                 positions = slots - cache.start_B[:, None]
         rotary = rotary_tables(positions, rotary_frequencies(cfg))
         x_BTD = masked(look_up(self.embedding_VD, tokens_BT) * cfg.input_mult, masks.embed_D)
         x_BTD = constrain(x_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "embedded_BTD", x_BTD)
-        shared = Shared(rotary, mask_BTS, segments_1T, masks)
+        shared = Shared(rotary, seen, masks)
         (x_BTD, cache), _ = self.blocks((x_BTD, cache), masks.layers_L, layers_L, shared)
         if cache is not None:
             cache = cache._replace(length=cache.length + tokens_BT.shape[1])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flm_jax import attention, model
+from flm_jax.kernels import plain, splash
 from flm_jax.sharding import MeshConfig, make_mesh
 from tests import small
 
@@ -19,21 +20,25 @@ def inputs(heads, kv_heads, head_dim=128, sliding_window=None):
     q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, head_dim)), jnp.float32) for n in (heads, kv_heads, kv_heads))
     segments = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.02, axis=1), jnp.int32)
     time = jnp.arange(T)[None]
-    return (q, k, v), (attention.attention_mask(time, time, segments, segments, sliding_window), segments)
+    return (q, k, v), attention.Seen(plain.attention_mask(time, time, segments, segments, sliding_window), segments)
 
 
-def value_and_gradients(kernel, tensors, masks):
+def value_and_gradients(kernel, tensors, seen):
     weights = jnp.cos(jnp.arange(T, dtype=jnp.float32))[None, :, None, None]
 
     def value(q, k, v):
-        return jnp.sum(kernel(q, k, v, *masks) * weights)
+        return jnp.sum(kernel(q, k, v, seen) * weights)
 
     return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2)))(*tensors)
 
 
 # The kernel for TPUs, interpreted; blocks of 128 and more, as on the real one.
-SPLASH = functools.partial(attention._splash, width=WIDTH, interpret=True)
-PLAIN = functools.partial(attention._plain, width=WIDTH)
+def SPLASH(q, k, v, seen, **given):
+    return splash.attend(q, k, v, seen.segments_BT, width=WIDTH, interpret=True, **given)
+
+
+def PLAIN(q, k, v, seen):
+    return plain.attend(q, k, v, seen.mask_BTS, width=WIDTH)
 
 
 @pytest.mark.battery
@@ -42,53 +47,53 @@ PLAIN = functools.partial(attention._plain, width=WIDTH)
     "mesh", [None, MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=["one device", "rows, positions and heads split"]
 )
 def test_splash_is_the_plain_kernel_with_its_gradients(kv_heads, mesh):
-    tensors, masks = inputs(4, kv_heads)
-    expected = value_and_gradients(PLAIN, tensors, masks)
+    tensors, seen = inputs(4, kv_heads)
+    expected = value_and_gradients(PLAIN, tensors, seen)
     if mesh is None:
-        found = value_and_gradients(SPLASH, tensors, masks)
+        found = value_and_gradients(SPLASH, tensors, seen)
     else:
         with jax.set_mesh(make_mesh(mesh)):
-            found = value_and_gradients(SPLASH, tensors, masks)
+            found = value_and_gradients(SPLASH, tensors, seen)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
 
 
 def test_splash_sees_no_further_than_a_sliding_window():
-    tensors, masks = inputs(4, 2, sliding_window=70)
-    expected = value_and_gradients(PLAIN, tensors, masks)
-    found = value_and_gradients(functools.partial(SPLASH, sliding_window=70), tensors, masks)
+    tensors, seen = inputs(4, 2, sliding_window=70)
+    expected = value_and_gradients(PLAIN, tensors, seen)
+    found = value_and_gradients(functools.partial(SPLASH, sliding_window=70), tensors, seen)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
 
 
 def test_auto_is_the_plain_kernel_where_there_is_no_tpu():
-    (q, k, v), (mask, segments) = inputs(2, 2, head_dim=8)
+    tensors, (mask, segments, _) = inputs(2, 2, head_dim=8)
     for length in (T, 100):  # which splash cannot cut up
-        x = [t[:, :length] for t in (q, k, v)], mask[:, :length, :length], segments[:, :length]
+        seen = attention.Seen(mask[:, :length, :length], segments[:, :length])
         # Under jit, every platform's kernel is traced.
-        attend = jax.jit(attention.attend, static_argnums=(5, 6))
-        auto, plain = (attend(*x[0], *x[1:], WIDTH, kernel) for kernel in ("auto", "plain"))
-        np.testing.assert_array_equal(auto, plain)
+        attend = jax.jit(attention.attend, static_argnums=(4, 5))
+        auto, alone = (attend(*(t[:, :length] for t in tensors), seen, WIDTH, kernel) for kernel in ("auto", "plain"))
+        np.testing.assert_array_equal(auto, alone)
 
 
 def test_a_window_that_the_kernel_cannot_cut_up_is_refused_with_one_that_it_can():
-    (q, k, v), (mask, segments) = inputs(2, 2)
+    tensors, seen = inputs(2, 2)
     with (
         jax.set_mesh(make_mesh(MeshConfig(sequence=4, data=2))),
         pytest.raises(ValueError, match="64 of the window's 256 positions.*multiple of 512, or attention='plain'"),
     ):
-        attention.attend(q, k, v, mask, segments, WIDTH, "splash")
+        attention.attend(*tensors, seen, WIDTH, "splash")
 
 
 def test_the_model_tells_its_kernel_of_its_sliding_window(monkeypatch):
     """Splash makes a mask of its own: what the model passes is all that it knows."""
     seen = {}
 
-    def splash(q, k, v, mask, segments, **given):
+    def stand_in(q, k, v, segments, **given):
         seen.update(given)
-        return attention._plain(q, k, v, mask, segments, width=given["width"])
+        return q
 
-    monkeypatch.setattr(attention, "_splash", splash)
+    monkeypatch.setattr(splash, "attend", stand_in)
     cfg = small.config(sliding_window=5, attention="splash")
     jax.eval_shape(lambda params: model.apply(cfg, params, small.tokens()), small.params(cfg))
     assert seen == {"width": 8.0, "sliding_window": 5}

@@ -11,6 +11,7 @@ distributed
 records progress
 signature
 config sharding
+kernels
 attention
 model
 loss costs optimizer

@@ -74,8 +74,7 @@ def test_scan_equals_a_python_loop_over_blocks():
     # Layer by layer: a one-layer model whose final norm and head are left out.
     shared = model.Shared(
         model.rotary_tables(jnp.arange(10)[None], model.rotary_frequencies(cfg)),
-        model.attention_mask(*[jnp.arange(10)[None]] * 2, *[jnp.zeros((1, 10), int)] * 2),
-        jnp.zeros((1, 10), int),
+        model.see(one, (2, 10), None),
         model.Masks(),
     )
     for layer in range(cfg.layers):

@@ -18,9 +18,9 @@ import jax
 from jax.sharding import Mesh
 
 from flm_jax import costs
-from flm_jax.attention import ATTENDED
 from flm_jax.config import ModelConfig
 from flm_jax.growth.lineage import Lineage
+from flm_jax.kernels import ATTENDED
 from flm_jax.model import SAVED
 from flm_jax.planning.compiled import (
     compiled,
