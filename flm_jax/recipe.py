@@ -94,7 +94,8 @@ class Run:
     Attributes:
       mesh: how devices are laid out.
       meshes: the same for stages that need another layout, by the stage's name.
-      compiler_options: XLA's options for train steps on TPUs; elsewhere they are left out.
+      compiler_options: XLA's options for train steps on TPUs, and on GPUs those that begin with xla_gpu_; elsewhere
+        they are left out.
       checkpoint_every: steps between checkpoints; each stage also saves at its start and end.
       keep: checkpoints of a stage that are kept, besides its first and last.
       log_every: steps between entries in metrics.jsonl and the event files.

@@ -14,6 +14,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from flm_jax.compiler_options import for_step
 from flm_jax.config import ModelConfig
 from flm_jax.growth.exact_adamw import new_entries, rate_of_new, rescaled_adamw, rescaling, scale_new
 from flm_jax.growth.grow import grow_opt_state, grow_params
@@ -96,9 +97,7 @@ class StageProgram:
         self, stage: ResolvedStage, mesh: Mesh, chunks: int, compiler_options: Mapping[str, str] | None = None
     ) -> None:
         self.stage, self.mesh, self.chunks = stage, mesh, chunks
-        # The options are for the TPU compiler; other compilers reject them.
-        on_tpu = mesh.devices.flat[0].platform == "tpu"
-        self.options = dict(compiler_options) if compiler_options and on_tpu else None
+        self.options = for_step(mesh, stage.cfg, compiler_options)
         self.abstract_state = abstract_state(stage.lineage, mesh)
         self.shardings = shardings_of(self.abstract_state)
         self.rate = schedule(stage.optimizer, stage.steps)

@@ -15,6 +15,7 @@ kernels
 attention
 model
 loss costs optimizer
+compiler_options
 growth
 state
 checkpoint
