@@ -1,8 +1,8 @@
 """Rotary positions, the choice between attention kernels, and the key-value cache.
 
-The kernels (`flm_jax/kernels/`): "plain" runs everywhere; "cudnn" on NVIDIA GPUs; "splash" on TPUs. "auto" is splash on
-TPUs if its blocks divide the window, cuDNN on NVIDIA GPUs if it can compute what is asked and agrees there with the
-plain kernel, and plain otherwise.
+The kernels (`flm_jax/kernels/`): "plain" runs everywhere, in blocks of queries if windows are long; "cudnn" on NVIDIA
+GPUs; "splash" on TPUs. "auto" is splash on TPUs if its blocks divide the window, cuDNN on NVIDIA GPUs if it can
+compute what is asked and agrees there with the plain kernel, and plain otherwise.
 
 B batch, T query positions, S key positions, N query heads, K key heads, H head width.
 """
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flm_jax.config import ModelConfig
-from flm_jax.kernels import cudnn, cudnn_check, plain, splash
+from flm_jax.kernels import blocked, cudnn, cudnn_check, plain, splash
 from flm_jax.kernels.plain import attention_mask
 from flm_jax.sharding import constrain, mesh_axes
 
@@ -230,7 +230,7 @@ def attend(
 
     def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array) -> jax.Array:
         del segments
-        return plain.attend(q, k, v, mask, width=width)
+        return (blocked if blocked.fits(q.shape[1]) else plain).attend(q, k, v, mask, width=width)
 
     def by_splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array) -> jax.Array:
         del mask

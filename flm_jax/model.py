@@ -34,6 +34,7 @@ from flm_jax.attention import (
 )
 from flm_jax.config import ModelConfig
 from flm_jax.kernels import ATTENDED
+from flm_jax.kernels.products import product, recomputed
 from flm_jax.sharding import constrain, fitting_spec, mesh_axes
 from flm_jax.signature import Declared, Signature, draw
 
@@ -140,12 +141,16 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
         """(B, T, D) -> (B, T, D); with a mask m: x * rsqrt(sum(m x^2) / width + eps) * scale * m."""
-        scale_D = parameter(self, self.cfg, "scale", "embed")
-        x = x_BTD.astype(scale_D.dtype)
-        width = self.cfg.effective_norm_width if masks.norm_width is None else masks.norm_width.astype(x.dtype)
-        y = masked(normalised(x, width, self.cfg.norm_eps, masks.embed_D), masks.embed_D)
-        y_BTD = scaled_by_axis(y, scale_D).astype(x_BTD.dtype)
-        return constrain(y_BTD, "batch", "time", "residual")
+        scale_D, cfg = parameter(self, self.cfg, "scale", "embed"), self.cfg
+
+        @recomputed
+        def norm(x_BTD: jax.Array, scale_D: jax.Array, masks: Masks) -> jax.Array:
+            x = x_BTD.astype(scale_D.dtype)
+            width = cfg.effective_norm_width if masks.norm_width is None else masks.norm_width.astype(x.dtype)
+            y = masked(normalised(x, width, cfg.norm_eps, masks.embed_D), masks.embed_D)
+            return scaled_by_axis(y, scale_D).astype(x_BTD.dtype)
+
+        return constrain(norm(x_BTD, scale_D, masks), "batch", "time", "residual")
 
 
 class HeadNorm(nn.Module):
@@ -173,9 +178,9 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """(B, T, D) -> (B, T, D), and the cache with the keys and values of these positions in this layer, or None."""
         cfg = self.cfg
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, parameter(self, cfg, "query", "embed -> heads head_dim"))
-        k_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "key", "embed -> kv_heads head_dim*"))
-        v_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "value", "embed -> kv_heads head_dim"))
+        q_BTNH = product("BTD,DNH->BTNH", x_BTD, parameter(self, cfg, "query", "embed -> heads head_dim"))
+        k_BSKH = product("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "key", "embed -> kv_heads head_dim*"))
+        v_BSKH = product("BTD,DKH->BTKH", x_BTD, parameter(self, cfg, "value", "embed -> kv_heads head_dim"))
         if cfg.qkv_bias:
             q_BTNH = plus(q_BTNH, parameter(self, cfg, "query_bias", "-> heads head_dim"))
             k_BSKH = plus(k_BSKH, parameter(self, cfg, "key_bias", "-> kv_heads head_dim*"))
@@ -200,8 +205,14 @@ class Attention(nn.Module):
         o_BTNH = masked(o_BTNH, shared.masks.head_dim_H)
         if shared.masks.heads_N is not None:
             o_BTNH = masked(o_BTNH, shared.masks.heads_N[:, None])
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, parameter(self, cfg, "out", "heads head_dim -> embed"))
+        y_BTD = product("BTNH,NHD->BTD", o_BTNH, parameter(self, cfg, "out", "heads head_dim -> embed"))
         return constrain(masked(y_BTD, shared.masks.embed_D), "batch", "stream", "residual"), cache
+
+
+@recomputed
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The SwiGLU product, silu(gate) * up."""
+    return jax.nn.silu(gate) * up
 
 
 class Mlp(nn.Module):
@@ -212,11 +223,11 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, masks: Masks) -> jax.Array:
         """(B, T, D) -> (B, T, D)."""
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, parameter(self, self.cfg, "gate", "embed -> mlp"))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, parameter(self, self.cfg, "up", "embed -> mlp"))
+        gate_BTF = product("BTD,DF->BTF", x_BTD, parameter(self, self.cfg, "gate", "embed -> mlp"))
+        up_BTF = product("BTD,DF->BTF", x_BTD, parameter(self, self.cfg, "up", "embed -> mlp"))
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
-        h_BTF = constrain(masked(jax.nn.silu(gate_BTF) * up_BTF, masks.mlp_F), "batch", "time", "mlp")
-        y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, parameter(self, self.cfg, "down", "mlp -> embed"))
+        h_BTF = constrain(masked(swiglu(gate_BTF, up_BTF), masks.mlp_F), "batch", "time", "mlp")
+        y_BTD = product("BTF,FD->BTD", h_BTF, parameter(self, self.cfg, "down", "mlp -> embed"))
         return constrain(masked(y_BTD, masks.embed_D), "batch", "stream", "residual")
 
 

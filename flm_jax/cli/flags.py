@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
+from flm_jax.cli import huge_pages
+
 FLAGS = flags.FLAGS
 # Exit statuses besides 0 (done), 1 (it failed, or what was asked does not hold) and 2 (wrong flags): EX_TEMPFAIL of
 # sysexits.h for a run that saved its state and goes on when it is started again, and a shell's for SIGINT; for SIGTERM
@@ -59,15 +61,18 @@ def _unraisable(what: Any) -> None:
     sys.__unraisablehook__(what)
 
 
-def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]) -> None:
+def launch(document: str, define: Callable[[], None], run: Callable[[Any], None], computes: bool = False) -> None:
     """Starts a program, whether as a script or as an installed command.
 
     Args:
       document: the text of --help.
       define: defines the program's flags.
       run: the program, called with the values of all flags.
+      computes: whether it runs a model, on a CPU too, where memory in huge pages makes that faster.
     """
     global _stderr
+    if computes:
+        huge_pages.restart()
     with contextlib.suppress(OSError):
         _stderr = os.dup(2)
     for number in (signal.SIGINT, signal.SIGTERM):

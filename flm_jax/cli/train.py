@@ -40,7 +40,7 @@ def run(values: Any) -> None:
 
 def main() -> None:
     """Runs the program."""
-    launch(__doc__ or "", define, run)
+    launch(__doc__ or "", define, run, computes=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fused attention kernels: `splash` on TPUs, `cudnn` on NVIDIA GPUs. `flm_jax.attention` chooses between them."""
+"""Attention kernels, which `flm_jax.attention` chooses between, and products with weights."""
 
 # The checkpoint name of the attention's output, and of what else a fused kernel keeps for its backward pass.
 ATTENDED = "attended"

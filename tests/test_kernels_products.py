@@ -1,0 +1,64 @@
+"""Products with weights have JAX's own values and gradients; what is recomputed is not kept."""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flm_jax.kernels.products import product, recomputed
+
+SHAPES = {"B": 2, "T": 3, "D": 4, "F": 9, "N": 2, "H": 6, "V": 40}
+EQUATIONS = ["BTD,DF->BTF", "BTF,FD->BTD", "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DV->BTV"]
+
+
+def drawn(equation):
+    rng = np.random.default_rng(0)
+    x, w, y = equation.replace("->", ",").split(",")
+    return tuple(jnp.asarray(rng.normal(size=[SHAPES[axis] for axis in axes]), jnp.float32) for axes in (x, w, y))
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_values_and_gradients_are_those_of_einsum(equation):
+    x, w, dy = drawn(equation)
+    y, back = jax.vjp(lambda x, w: product(equation, x, w), x, w)
+    expected, of_einsum = jax.vjp(lambda x, w: jnp.einsum(equation, x, w), x, w)
+    np.testing.assert_array_equal(y, expected)
+    for mine, its in zip(back(dy), of_einsum(dy), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", ["BTD,DF->BTF", "BTD,DV->BTV"])
+def test_the_smaller_operand_is_the_left_one_of_a_weights_gradient(equation):
+    """CPUs transpose the left operand; by itself JAX puts the larger one there."""
+    x, w, dy = drawn(equation)
+
+    def left(function):
+        program = jax.make_jaxpr(lambda x, w: jax.vjp(lambda w: function(equation, x, w), w)[1](dy))(x, w)
+        products = []
+
+        def find(jaxpr):
+            for step in jaxpr.eqns:
+                if step.primitive.name == "dot_general":
+                    products.append(step.invars[0].aval.shape)
+                for inner in jax.extend.core.jaxprs_in_params(step.params):
+                    find(inner)
+
+        find(program.jaxpr)
+        return products
+
+    assert x.shape in left(product)[1:]
+    assert dy.shape in left(jnp.einsum)[1:]
+
+
+def test_what_is_recomputed_keeps_its_arguments_alone():
+    x = jnp.arange(6.0) / 7
+
+    def wavy(x):
+        return jnp.sin(jnp.exp(x)) * x
+
+    def kept(function):
+        return len([1 for leaf in jax.tree.leaves(jax.vjp(function, x)[1]) if getattr(leaf, "shape", ()) == x.shape])
+
+    assert kept(recomputed(wavy)) == 1 < kept(wavy)
+    np.testing.assert_allclose(jax.grad(lambda x: recomputed(wavy)(x).sum())(x), jax.grad(lambda x: wavy(x).sum())(x))
