@@ -13,6 +13,7 @@ from flm_jax import stage_run
 from flm_jax import train as training
 from flm_jax.checkpoint import Checkpoints
 from flm_jax.data.corpora import TextFolder
+from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.source import open_data
 from flm_jax.growth import GrowthError
 from flm_jax.recipe import Recipe, Run, resolve
@@ -86,6 +87,7 @@ def test_stages_on_meshes_of_their_own_give_the_same_losses(reference, recipe, t
 def test_event_files_are_read_by_tensorboard(reference):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    load_tensorflow()  # the reader would import it otherwise, without what lets triton be loaded later
     workdir, report, _ = reference
     events = EventAccumulator(str(workdir / "events" / "1_second"))
     events.Reload()

@@ -6,6 +6,7 @@ Only operations whose position tf.data can save are used: `streaming.py` depends
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ def load_tensorflow() -> tuple[Any, Any]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         with _without_start_up_messages():
+            _load_triton_first()
             import seqio
             import tensorflow as tf
 
@@ -45,6 +47,19 @@ def load_tensorflow() -> tuple[Any, Any]:
             "pip install 'flm_jax[data]'. Training from a prepared token store needs neither."
         ) from error
     return tf, seqio
+
+
+def _load_triton_first() -> None:
+    """Loads triton, if something has installed it, because loading it after TensorFlow crashes the process.
+
+    Both contain LLVM, in different versions, and export its symbols. TensorFlow offers its own to every library that is
+    loaded later (RTLD_GLOBAL), so that triton's start would call functions of TensorFlow's LLVM. A library that is
+    already loaded keeps its own. GPU builds of PyTorch bring triton, and load it only once something asks for it
+    (torch.compile, or a model class of transformers), which may be long after text was read.
+    """
+    if "tensorflow" not in sys.modules:  # otherwise it is loaded already, or too late
+        with contextlib.suppress(ImportError):
+            importlib.import_module("triton._C.libtriton")
 
 
 # What TensorFlow's C++ logs before logging is set up, whatever TF_CPP_MIN_LOG_LEVEL says.
