@@ -21,11 +21,11 @@ from flm_jax.data.prepare import prepare
 from flm_jax.data.source import open_data
 from flm_jax.data.store import TokenStore
 from flm_jax.data.survey import survey, survey_text
-from flm_jax.data.train_vocabulary import Bytes, SentencePiece
+from flm_jax.data.train_vocabulary import Bytes, Pretrained, SentencePiece
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.loss import loss_sum
 from flm_jax.model import init_params
-from tests import small
+from tests import hub, small
 
 CONTEXT = 96
 VOCABULARY = ByteVocabulary()
@@ -230,6 +230,18 @@ def test_a_system_turn_and_the_last_answer_alone(tmp_path):
     found = [document for _, document in corpus.tokenised(VOCABULARY, CONTEXT).documents()]
     texts = {VOCABULARY.decode(d.tokens): VOCABULARY.decode(d.tokens[d.weights > 0]) for d in found}
     assert texts["Be brief.<_user>q<_bot>one<_user>q<_bot>two"] == "two"
+
+
+def test_whoever_takes_another_template_than_the_vocabularys_own_is_told(tmp_path):
+    vocabulary = hub.write_tokenizer(tmp_path / "tokenizer")
+    (vocabulary / "chat_template.jinja").write_text(TELE_FLM.source.replace("_bot", "_me"))
+
+    def said(template):
+        corpus = Conversations(str(write(tmp_path / "p.jsonl", pool(10))), template=template)
+        return survey_text(survey(DataConfig(corpus, Pretrained(str(vocabulary)), CONTEXT, cache_dir=str(tmp_path))))
+
+    assert "Conversations.template = 'tokenizer' takes its own" in said("tele_flm")
+    assert "takes its own" not in said("tokenizer")
 
 
 def test_the_first_token_of_a_conversation_is_not_trained_on(tmp_path):

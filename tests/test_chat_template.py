@@ -21,6 +21,7 @@ from flm_jax.chat.template import (
     Template,
     TemplateError,
     find_template,
+    passed_over,
 )
 from flm_jax.data.vocabulary import ByteVocabulary, Special, TokenizerVocabulary
 
@@ -226,6 +227,14 @@ def test_templates_are_found_by_name_and_file(vocabulary, tmp_path):
     with pytest.raises(TemplateError, match="latin.jinja is not UTF-8 text: invalid start byte at byte 2"):
         find_template(str(tmp_path / "latin.jinja"), vocabulary)
     assert Template.from_record(TELECHAT.record()) == TELECHAT
+
+
+def test_it_is_said_where_the_vocabularys_own_template_is_not_used(vocabulary):
+    special = dataclasses.replace(vocabulary.special, chat_template=CHATML.source)
+    own = TokenizerVocabulary(vocabulary.model, special)
+    said = passed_over(TELE_FLM, own, "Conversations.template")
+    assert "tele_flm is used in its place; Conversations.template = 'tokenizer' takes its own" in said
+    assert not passed_over(TELE_FLM, vocabulary, "") and not passed_over(CHATML, own, "")
 
 
 def test_a_tokenizers_own_template_comes_along(vocabulary, tmp_path):

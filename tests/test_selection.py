@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from flm_jax.chat.conversation import parse
+from flm_jax.chat.template import TELE_FLM
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.cli import runs
 from flm_jax.data.json_lines import LineError
-from flm_jax.data.vocabulary import ByteVocabulary
+from flm_jax.data.train_vocabulary import load_vocabulary
+from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.data.vocabulary_files import VocabularyError, to_files
 from flm_jax.model import Transformer
 from flm_jax.selection import (
@@ -31,7 +33,7 @@ from flm_jax.selection import (
 from flm_jax.selection import judge as judge_module
 from flm_jax.selection import scores as score_registry
 from flm_jax.selection.base import Base
-from tests import small
+from tests import hub, small
 from tests.test_evaluate import saved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -328,6 +330,21 @@ def test_a_base_scores_and_compares(checkpoint, pool, tmp_path):
     again = select(config, [pool], tmp_path / "again")
     assert again == report
     assert (tmp_path / "out/selected.jsonl").read_bytes() == (tmp_path / "again/selected.jsonl").read_bytes()
+
+
+def test_a_base_with_a_template_of_its_own_that_is_not_used_is_named(pool, tmp_path):
+    vocabulary = load_vocabulary(hub.write_tokenizer(tmp_path / "tokenizer"))
+    assert isinstance(vocabulary, TokenizerVocabulary)
+    special = dataclasses.replace(vocabulary.special, chat_template=TELE_FLM.source.replace("_bot", "_me"))
+    cfg = small.config(vocab=vocabulary.size)
+    files = to_files(TokenizerVocabulary(vocabulary.model, special))
+    run = saved(tmp_path / "run", cfg, small.params(cfg), files)
+    said, hashed = [], dataclasses.replace(ONE.diversity, features="hashed")
+    for template in ("tele_flm", "tokenizer"):
+        base = ScoringBase(str(run), template=template, max_length=64)
+        config = dataclasses.replace(ONE, base=base, diversity=hashed)
+        select(config, [pool], tmp_path / f"by_{template}", say=said.append)
+    assert [text for text in said if "ScoringBase.template = 'tokenizer'" in text] == said[:1]
 
 
 def test_a_checkpoint_that_is_none_or_has_no_vocabulary_is_refused(checkpoint, pool, tmp_path):

@@ -20,7 +20,7 @@ from flm_jax.chat.conversation import (
     read_conversations,
 )
 from flm_jax.chat.packing import Packer
-from flm_jax.chat.template import ANSWERS, ChatEncoder, find_template
+from flm_jax.chat.template import ANSWERS, ChatEncoder, find_template, passed_over
 from flm_jax.data.corpora import Document
 from flm_jax.data.json_lines import Skipped, files
 from flm_jax.data.text import SPLITS, Percent, border_within, check_split, describe_fields, hash_range, name_hash
@@ -158,10 +158,11 @@ class TokenisedConversations:
                 yield split, packed
 
     def notes(self) -> list[str]:
-        """What was left out, and how many conversations were cut."""
+        """What was left out, how many conversations were cut, and whether the vocabulary's own template is not used."""
+        other = passed_over(self._encoder.template, self._encoder.vocabulary, "Conversations.template")
         long = counted(self.cut, "conversation was", "conversations were")
         cut = f"{long} longer than {self._context} tokens, and lost the turns at the end."
-        return [note for note in (self.skipped.summary(), cut if self.cut else "") if note]
+        return [note for note in (self.skipped.summary(), cut if self.cut else "", other) if note]
 
     def _document(self, found: Conversation) -> Document:
         messages, where = found.messages, found.where

@@ -123,6 +123,23 @@ def find_template(name: str, vocabulary: Vocabulary) -> Template:
         raise TemplateError(f"the template {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+def passed_over(template: Template, vocabulary: Vocabulary, setting: str) -> str:
+    """A sentence about the template that came with a vocabulary, where another one is used; '' where there is none.
+
+    Args:
+      template: the one that is used.
+      vocabulary: what to tokenise with.
+      setting: what names the template, such as 'Conversations.template'.
+    """
+    own = vocabulary.special.chat_template
+    if own in ("", template.source):
+        return ""
+    return (
+        f"The vocabulary has a chat template of its own, and {template.name} is used in its place; "
+        f"{setting} = {OWN!r} takes its own."
+    )
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A conversation as tokens.

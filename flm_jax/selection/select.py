@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax.chat.template import passed_over
 from flm_jax.checkpoint.directory import take_lock
 from flm_jax.files import draft_of, fsync, write_json
 from flm_jax.progress import count_bar
@@ -80,6 +81,10 @@ def select(
         if (output / REPORT).exists():
             say(f"{output} holds this selection already.")
             return dict(read_json(output / REPORT, finite=False))
+        if model is not None:
+            encoder = model.encoder
+            if other := passed_over(encoder.template, encoder.vocabulary, "ScoringBase.template"):
+                say(other)
         write_json(output / IDENTITY, identity)
         base = Path(steps).expanduser() if steps is not None else output / "steps"
         return _select(selection, pool, model, output, base, say)
