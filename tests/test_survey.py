@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
+from flm_jax.chat.corpus import Conversations
 from flm_jax.data import survey as module
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import SPLITS, Jsonl, TextFolder
@@ -115,3 +117,12 @@ def test_a_dry_run_opens_the_data_before_it_lowers_anything(folder):
         begun(folder / "nowhere", 259)
     with pytest.raises(ValueError, match="the vocabulary has 259 tokens"):
         begun(folder, 258)
+
+
+def test_a_dry_run_says_how_often_the_windows_are_read(tmp_path):
+    lines = "".join(json.dumps({"instruction": f"Add {a} and 1.", "output": str(a + 1)}) + "\n" for a in range(40))
+    (tmp_path / "talks.jsonl").write_text(lines)
+    data = DataConfig(Conversations(str(tmp_path / "talks.jsonl")), Bytes(), 64, cache_dir=str(tmp_path))
+    text = "\n".join(dry_run(Recipe((Stage("a", small.config(vocab=259), 6, 8),), data), Run()))
+    (windows,) = re.findall(r"train: (\d+) windows of 64", text)
+    assert f"  {6 * 8 / int(windows):.2f} passes over the {windows} windows to train on" in text

@@ -28,10 +28,14 @@ def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
     found = survey(recipe.data)
     check_vocabulary(resolved, found.ids or 0)
     yield survey_text(found)
+    tokens, context = found.splits.get("train", {}).get("tokens"), recipe.data.context
+    windows = None if tokens is None else (tokens - 1) // context  # as the token store counts them
     records = []
     for record in stages.stages(recipe, run, jax.devices(), None):
         records.append(record)
         yield stage_text(record)
+        if windows:
+            yield f"  {record['tokens'] / context / windows:,.2f} passes over the {windows:,} windows to train on"
         yield indent(costs.param_table(from_dict(record["model"])))
     yield total_text(records, None)
 
