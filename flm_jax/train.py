@@ -187,7 +187,7 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
 
 def _sample(stage: ResolvedStage, state: TrainState, data: Data, run: Run, seed: int) -> str:
     """The prompt `run.prompt` and its continuation by the last model; of conversations, a question and its answer."""
-    template = data.describe()["corpus"].get("template")
+    template, encoder = data.describe()["corpus"].get("template"), None
     if isinstance(template, Mapping):
         encoder = ChatEncoder(Template.from_record(template), data.vocabulary)
         ids = encoder.prompt([Message(USER, run.prompt)])
@@ -195,5 +195,12 @@ def _sample(stage: ResolvedStage, state: TrainState, data: Data, run: Run, seed:
         ids = data.vocabulary.encode(run.prompt)
     prompt = np.asarray([ids or [data.vocabulary.eos_id]], np.int32)
     how = Sampling(temperature=0.7, seed=seed)
-    tokens = continued(stage.cfg, state.params, prompt, run.sample_tokens, how)
-    return run.prompt + data.vocabulary.decode([int(t) for t in distributed.fetch(tokens)[0]])
+    found = distributed.fetch(continued(stage.cfg, state.params, prompt, run.sample_tokens, how))
+    tokens = [int(token) for token in found[0]]
+    if encoder is None:
+        return run.prompt + data.vocabulary.decode(tokens)
+    end = next((i for i, token in enumerate(tokens) if token in encoder.stop_ids), len(tokens))
+    answer = data.vocabulary.decode(tokens[:end])
+    for stop in encoder.stop_texts:
+        answer = answer.split(stop)[0]
+    return f"{run.prompt}\n{answer}"

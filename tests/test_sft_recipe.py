@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import gin
+import numpy as np
 import pytest
 import transformers
 
 from flm_jax import train as training
-from flm_jax.chat.template import TELE_FLM
+from flm_jax.chat.template import TELE_FLM, TELECHAT
 from flm_jax.cli import configure
 from flm_jax.convert.exporting import export_model
+from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.optimizer import schedule
+from flm_jax.recipe import Run
 from flm_jax.source_checkpoint import read_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +47,19 @@ def test_the_recipe_has_the_published_values():
         ValueError, match=r"needs a value for conversations: add --gin_bindings=\"conversations = '\.\.\.'"
     ):
         configured(f"base = '{BASE}'")
+
+
+@pytest.mark.parametrize("template", [TELE_FLM, TELECHAT], ids=lambda t: t.name)
+def test_the_sample_of_a_tuned_model_ends_with_its_answer(template, monkeypatch):
+    vocabulary = ByteVocabulary()
+    data = SimpleNamespace(vocabulary=vocabulary, describe=lambda: {"corpus": {"template": template.record()}})
+    end = vocabulary.encode("<_end>") if template == TELECHAT else [vocabulary.eos_id]
+    tokens = [*vocabulary.encode("Add."), *end, *vocabulary.encode("<_user>And?")]
+    monkeypatch.setattr(training, "continued", lambda *_: np.array([tokens], np.int32))
+    run = Run(prompt="What can you do?")
+    assert training._sample(SimpleNamespace(cfg=None), SimpleNamespace(params=None), data, run, 0) == (
+        "What can you do?\nAdd."
+    )
 
 
 @pytest.mark.integration
