@@ -24,6 +24,12 @@ def test_a_precut_takes_the_longest_of_each_group():
     assert kept.tolist() == [False, True, True, False, True]
 
 
+def test_places_of_a_precut_that_a_group_cannot_fill_go_to_the_longest_of_the_others():
+    lengths, groups, room = np.array([5, 9, 7, 1, 2]), np.array([0, 0, 0, 1, 1]), np.array([1, 3])
+    assert choose.precut(lengths, groups, room).tolist() == [False, True, False, True, True]
+    assert choose.precut(lengths, groups, room, fill=True).tolist() == [False, True, True, True, True]
+
+
 def test_places_are_taken_by_the_best_and_freed_ones_are_filled():
     order, groups = np.array([0, 1, 2, 3, 4]), np.array([0, 0, 0, 1, 0])
     found = choose.choose(order, groups, np.array([2, 2]), None, 0.9, fill=False)

@@ -30,12 +30,18 @@ def ranking(scores: np.ndarray, high: bool) -> np.ndarray:
     return np.argsort(-scores if high else scores, kind="stable")
 
 
-def precut(lengths: np.ndarray, groups: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """The conversations with the longest answers of each group, as many as it has room for: bool (n,)."""
+def precut(lengths: np.ndarray, groups: np.ndarray, room: np.ndarray, fill: bool = False) -> np.ndarray:
+    """The conversations with the longest answers of each group, as many as it has room for: bool (n,).
+
+    With `fill`, places that a group cannot fill go to the longest of all others, as `choose` fills them too.
+    """
     kept = np.zeros(len(lengths), bool)
     for group, places in enumerate(room):
         members = np.flatnonzero(groups == group)
         kept[members[ranking(lengths[members], True)[:places]]] = True
+    if fill:
+        others = np.flatnonzero(~kept)
+        kept[others[ranking(lengths[others], True)[: int(room.sum()) - int(kept.sum())]]] = True
     return kept
 
 

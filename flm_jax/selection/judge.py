@@ -143,6 +143,7 @@ def score(base: Path, pool: Sequence[PoolFile], judged: Step, selection: Selecti
         "score": as_dict(selection.score),
         "precut": selection.precut,
         "fractions": dict(selection.domains.fractions),
+        "fill": selection.precut is not None and selection.domains.fill,
         "base": None if model is None or not scored.base else [model.digest, as_dict(selection.base)],
     }
     step = Step(base, "scores", depends)
@@ -153,7 +154,7 @@ def score(base: Path, pool: Sequence[PoolFile], judged: Step, selection: Selecti
     states = np.full(len(left.numbers), SCORED, np.uint8)
     if selection.precut is not None:
         of_name, room = domains.places(selection.domains.fractions, left.names, selection.precut)
-        states[~choose.precut(left.lengths, of_name[left.domains], room)] = CUT
+        states[~choose.precut(left.lengths, of_name[left.domains], room, selection.domains.fill)] = CUT
     found = np.full(len(states), np.nan, np.float32)
     numbers = np.flatnonzero(states == SCORED)
     if scored.name == scores.LENGTH:
