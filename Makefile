@@ -19,7 +19,8 @@ demo: .venv/installed
 # Tunes the first model of the demo on parts of a pool of conversations, chosen in different ways; see docs/sft_study.md.
 study-sft: .venv/installed
 	test -d $(WORKDIR)/checkpoints/0_52b_small || $(MAKE) demo
-	$(BIN)/python benchmarks/study_sft.py --base=$(WORKDIR)/checkpoints/0_52b_small --work=runs/study_sft --write=docs/sft_study.md
+	$(BIN)/python benchmarks/study_sft.py --base=$(WORKDIR)/checkpoints/0_52b_small --work=runs/study_sft --write=docs/sft_study.md \
+		--command='make study-sft'
 
 # What to run while working: linters, types, and the tests without whole runs, subprocesses, TensorFlow or torch, property
 # tests on few examples.

@@ -3,13 +3,15 @@
   make study-sft
   python benchmarks/study_sft.py --base=runs/demo/checkpoints/0_52b_small --work=runs/study \
       [--sizes=500,2000] [--write=docs/sft_study.md]
+  python benchmarks/study_sft.py --base=runs/smollm2 --template=tokenizer --rates=3e-5,1e-4,3e-4 --work=runs/study
 
 The same base is tuned on all samples, on N random ones (three seeds), on the N with the longest answers and on N
 selected ones (`flm_jax.selection`: duplicates, rules, IFD under the base, diversity, equal shares of the domains), for
 each N of a list, twice: for equal passes over each set, and for an equal number of optimizer steps. The learning rate
 is the best of a few for a random sample that no arm uses, and the same for all. Each arm runs in a process of its own;
-its result is kept in WORK/results, so that a start after one that was killed goes on. The data are those of
-`sft_data.py`, the base of `make study-sft` is the first model of the demo.
+its result is kept in WORK/results, so that a start after one that was killed goes on. Then its checkpoints are deleted:
+two of them, with moments, take six times the bytes of the model. The data are those of `sft_data.py`, the base of
+`make study-sft` is the first model of the demo.
 """
 
 from __future__ import annotations
@@ -19,17 +21,22 @@ import itertools
 import json
 import os
 import random
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import sft_data, study_sft_page
+
+if TYPE_CHECKING:
+    from flm_jax.data.source import Data
 
 _BASE = flags.DEFINE_string("base", None, "The checkpoint to tune.", required=True)
 _WORK = flags.DEFINE_string("work", None, "Directory for data, runs and results.", required=True)
@@ -41,9 +48,11 @@ _STEPS = flags.DEFINE_integer("steps", 240, "Optimizer steps, where these are eq
 _CONTEXT = flags.DEFINE_integer("context", 128, "Tokens per window.", lower_bound=8)
 _BATCH = flags.DEFINE_integer("batch", 8, "Windows per step.", lower_bound=1)
 _RATES = flags.DEFINE_list("rates", ["1e-3", "3e-3", "1e-2", "3e-2"], "Learning rates to choose from.")
+_TEXT = flags.DEFINE_integer("text_windows", 256, "Windows of plain text to measure on.", lower_bound=1)
+_KEEP = flags.DEFINE_bool("keep_runs", False, "Keep the checkpoints of the arms that have a result.")
 _TEMPLATE = flags.DEFINE_string("template", "tele_flm", "The chat template; 'tokenizer': that of the base.")
 _WRITE = flags.DEFINE_string("write", None, "Write the page to this file, and the plot beside it.")
-_COMMAND = flags.DEFINE_string("command", "make study-sft", "The command that the page names.")
+_COMMAND = flags.DEFINE_string("command", None, "The command that the page names; by default the one that was given.")
 _ARM = flags.DEFINE_string("arm", None, "Used by the program itself.")
 
 SWEEP = "sweep"
@@ -163,8 +172,7 @@ def measure(checkpoint: str, data: Path, work: Path, name: str) -> dict[str, Any
     from flm_jax.chat.corpus import Conversations
     from flm_jax.data.batches import heldout_batches
     from flm_jax.data.config import DataConfig
-    from flm_jax.data.corpora import StandardLibrary
-    from flm_jax.data.source import Data, StoreData, open_data, recorded_data
+    from flm_jax.data.source import StoreData, open_data
     from flm_jax.data.train_vocabulary import Pretrained
     from flm_jax.evaluation.judged import JudgeRequest, judge_answers
     from flm_jax.loss import bits_per_byte, make_heldout_loss
@@ -180,13 +188,8 @@ def measure(checkpoint: str, data: Path, work: Path, name: str) -> dict[str, Any
     loss = make_heldout_loss(source.cfg, mesh)
     splits = (heldout_batches(found.store, _CONTEXT.value, 8, 10**6, split) for split in found.store.splits)
     answers = loss(params, itertools.chain(*splits), source.masks())
-    plain: Data
-    try:
-        plain = recorded_data(read_source(_BASE.value).meta.data)
-    except LookupError:  # of a base that was converted, nothing is recorded
-        library = DataConfig(StandardLibrary(), Pretrained(_BASE.value), _CONTEXT.value, cache_dir=str(work / "cache"))
-        plain = open_data(library)
-    text = loss(params, plain.heldout(8, 256), source.masks())
+    plain, _ = plain_text(work)
+    text = loss(params, plain.heldout(8, _TEXT.value), source.masks())
     request = JudgeRequest(
         str(data / "questions.jsonl"), str(work / "answers" / name), template=_TEMPLATE.value, tokens=40, batch_size=32
     )
@@ -196,6 +199,24 @@ def measure(checkpoint: str, data: Path, work: Path, name: str) -> dict[str, Any
         "bits_per_byte": bits_per_byte(text, plain.bytes_per_token),
         "accuracy": study_sft_page.accuracies(judged),
     }
+
+
+def plain_text(work: Path) -> tuple[Data, str]:
+    """What forgetting is measured on, and what it is in words: the base's own text, where its record says which."""
+    from flm_jax.data.config import DataConfig
+    from flm_jax.data.corpora import StandardLibrary
+    from flm_jax.data.source import open_data, recorded_data
+    from flm_jax.data.train_vocabulary import Pretrained
+    from flm_jax.source_checkpoint import read_source
+
+    try:
+        found = recorded_data(read_source(_BASE.value).meta.data)
+        if not found.store.weighted:  # else the base was tuned on conversations
+            return found, "that the base was trained on the like of"
+    except LookupError:  # of a base that was converted, nothing is recorded
+        pass
+    library = DataConfig(StandardLibrary(), Pretrained(_BASE.value), _CONTEXT.value, cache_dir=str(work / "cache"))
+    return open_data(library), "from files of the Python standard library"
 
 
 def run_arm(arm: Arm, data: Path, work: Path) -> None:
@@ -208,6 +229,8 @@ def run_arm(arm: Arm, data: Path, work: Path) -> None:
     path = work / "results" / f"{arm.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**dataclasses.asdict(arm), **spent, **found}, indent=1) + "\n")
+    if not _KEEP.value:
+        shutil.rmtree(work / "runs" / arm.name, ignore_errors=True)
 
 
 def result(arm: Arm, work: Path) -> dict[str, Any]:
@@ -256,9 +279,9 @@ def main(argv: list[str]) -> None:
     page = Path(_WRITE.value) if _WRITE.value else work / "study.md"
     picture = page.with_suffix(".png")
     study_sft_page.plot(results, picture)
-    page.write_text(
-        study_sft_page.page(results, sweep, _COMMAND.value, base(), lines, picture.name, selections(sizes, data, work))
-    )
+    command = _COMMAND.value or shlex.join(["python", "benchmarks/study_sft.py", *sys.argv[1:]])
+    chosen, (_, text) = selections(sizes, data, work), plain_text(work)
+    page.write_text(study_sft_page.page(results, sweep, command, base(), text, lines, picture.name, chosen))
     print(f"{page}\n{picture}")
 
 

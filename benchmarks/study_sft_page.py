@@ -129,7 +129,7 @@ the noise of random ones, or above it, since this pool has faults that selection
 - Answer loss: nats per token of the answers of {heldout} conversations that are held out, about functions that the pool
   does not mention. Right: per cent of {questions} questions, answered greedily and checked by exact rules; of
   signatures and docstrings, the likeliest of four answers (25 per cent by chance). Bits per byte: of held-out plain
-  text that the base was trained on the like of; it rises by what is forgotten.
+  text {text}; it rises by what is forgotten.
 - All arms have the same learning rate, {rate:g}: the best of {rates}
   for a random sample that no arm uses, by the loss of its own held-out conversations ({losses}).
 - N is what was asked for; in brackets what a set holds, without what is held out or does not fit. Selection finds fewer
@@ -150,7 +150,7 @@ the noise of random ones, or above it, since this pool has faults that selection
 {verdict}
 
 One run per set, but for random ones, and one pool: the ranges of the random samples say how much a difference means.
-The paper says "less is more" of a strong base, which this one is not. What was selected:
+The paper says "less is more" of a base of 52 billion parameters. What was selected:
 
 {selections}
 
@@ -163,6 +163,7 @@ def page(
     sweep: Sequence[Result],
     command: str,
     base: str,
+    text: str,
     sizes: Mapping[str, int],
     plot: str,
     selections: Sequence[str],
@@ -174,6 +175,7 @@ def page(
       sweep: of the learning rates.
       command: that makes the page.
       base: what was tuned, in words.
+      text: what bits per byte are measured on, in words.
       sizes: number of lines of the data's files, by name.
       plot: file name of the plot.
       selections: a line about each selection, see `selection_line`.
@@ -182,6 +184,7 @@ def page(
     return PAGE.format(
         command=command,
         base=base,
+        text=text,
         pool=sizes["pool"],
         heldout=sizes["heldout"],
         questions=sizes["questions"],

@@ -89,7 +89,7 @@ def write_tokenizer(folder: Path, begin: bool = False, size: int = 300, metaspac
     return folder
 
 
-def llama(folder: Path, vocab: int = 304):
+def llama(folder: Path, vocab: int = 304, positions: int = 64):
     """A random Llama in float32 with grouped queries, beside a tokenizer, and what it is here.
 
     Returns:
@@ -107,7 +107,7 @@ def llama(folder: Path, vocab: int = 304):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         initializer_range=0.4,
         bos_token_id=None,
         eos_token_id=end,
