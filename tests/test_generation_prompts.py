@@ -168,6 +168,12 @@ def test_a_prompt_in_a_conversation_is_asked_by_its_template(checkpoint, tmp_pat
 
 
 @pytest.mark.integration
+def test_a_question_and_its_answer_are_shown_on_lines_of_their_own(checkpoint, capsys):
+    launched(checkpoint, prompt="One?", chat=True, template="tele_flm", max_tokens=4)
+    assert capsys.readouterr().out.startswith("One?\n")
+
+
+@pytest.mark.integration
 def test_a_conversation_is_held_on_stdin(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("One?\n/retry\n/reset\n<_bot>\n/quit\nnever\n"))
     launched(checkpoint, chat=True, template="tele_flm", max_tokens=6, sampling=dict(temperature=2.0))

@@ -45,7 +45,7 @@ def in_conversation(encoder: ChatEncoder, system: str, stops: Sequence[str]) -> 
             turns = [Message(SYSTEM, system), *turns]
         return encoder.prompt(turns, where)
 
-    return Asking(ids, encoder.stop_ids, (*encoder.stop_texts, *stops))
+    return Asking(ids, encoder.stop_ids, (*encoder.stop_texts, *stops), "\n")
 
 
 def hold(

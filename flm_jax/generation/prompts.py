@@ -29,11 +29,13 @@ class Asking(NamedTuple):
       ids: the tokens of a prompt's record.
       ends: ids that end an answer; None: those of the vocabulary.
       stops: texts that end an answer.
+      between: what is shown between a prompt and its answer; '' where the answer continues the prompt.
     """
 
     ids: Callable[[Mapping[str, Any]], list[int]]
     ends: Sequence[int] | None = None
     stops: Sequence[str] = ()
+    between: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def continue_prompt(
         )
     if room < tokens:
         say(f"The answer ends after {counted(room, 'token')}, where the sequence has {length}; --max_length sets this.")
-    show(prompt)
+    show(prompt + asking.between)
     answer = None
     for piece in generator.stream(ids, sampling, min(room, tokens), asking.stops, asking.ends):
         show(piece.text)
