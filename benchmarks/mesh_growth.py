@@ -1,28 +1,27 @@
 """Growth on a mesh: time compared with a floor, the time to read the old state and write the new one.
 
-  python benchmarks/mesh_growth.py [--gigabytes=1]
+  python benchmarks/mesh_growth.py [--gigabytes=1] [--devices=8] [--json=FILE]
 
 The floor is measured in the same run, on the same simulated devices, by a program that reads and writes as many bytes
-as the growth and does nothing else. The two programs alternate, and the medians of paired ratios are printed.
+as the growth and does nothing else. The two programs take turns, and the medians of paired ratios are printed. With
+--devices=1, it is a growth in memory on one device.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault("NPROC", "32")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 
+from benchmarks.turns import Timings, turns
 from flm_jax import costs
 from flm_jax.config import ModelConfig
 from flm_jax.growth import Growth
@@ -32,6 +31,9 @@ from flm_jax.step import StageProgram, make_grower
 
 _GIGABYTES = flags.DEFINE_float("gigabytes", 1.0, "Approximate size of the grown state, in GB.", lower_bound=0.01)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Number of rounds; the first is not counted.", lower_bound=2)
+_DEVICES = flags.DEFINE_enum("devices", "8", ["1", "8"], "Number of simulated devices.")
+_METHODS = flags.DEFINE_multi_string("method", None, "Operators to measure; by default zero, mask and copy.")
+_JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 METHODS = ("zero", "mask", "copy")
 
 
@@ -45,9 +47,15 @@ def shapes(gigabytes: float) -> tuple[ModelConfig, ModelConfig]:
 def main(argv: list[str]) -> None:
     """Measures each method."""
     del argv
+    # JAX reads both when it first looks for devices.
+    flag = f"--xla_force_host_platform_device_count={_DEVICES.value}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    if _DEVICES.value == "8":
+        os.environ.setdefault("NPROC", "32")
     small, large = shapes(_GIGABYTES.value)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    for method in METHODS:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2) if _DEVICES.value == "8" else MeshConfig())
+    rows = []
+    for method in _METHODS.value or METHODS:
         layers = {"layers": "zero" if method == "copy" else method}
         growth = Growth(method, methods=layers, ramp_steps=1 if method == "mask" else 0)
         first, second = Stage("first", small, 1, 8), Stage("second", large, 1, 8, growth=growth)
@@ -55,18 +63,21 @@ def main(argv: list[str]) -> None:
         old, new = StageProgram(before, mesh, 1), StageProgram(after, mesh, 1)
         with jax.set_mesh(mesh):
             state = jax.block_until_ready(old.initialiser()(jax.random.key(0)))
-            ratios, floors = measured(state, new)
+            timings = measured(state, new)
         moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((old.abstract_state, new.abstract_state)))
-        ratio = np.median(ratios)
+        ratio, floor = timings.ratio("growth", "floor"), timings.of("floor")
+        rows.append({"method": method, "bytes": moved, "ratio": ratio, "floor": floor, "seconds": timings.record()})
         print(
-            f"{method}: {costs.size(moved)} read and written; floor {np.median(floors):.2f} s, growth {ratio:.2f} "
-            f"times it (rounds {min(ratios):.2f} to {max(ratios):.2f})",
+            f"{method}: {costs.size(moved)} read and written; floor {floor.median:.2f} s, growth {ratio.text()} times "
+            "it",
             flush=True,
         )
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def measured(state: Any, new: StageProgram) -> tuple[list[float], list[float]]:
-    """The ratio of growth time over floor time, and the floor's seconds, for each round."""
+def measured(state: Any, new: StageProgram) -> Timings:
+    """The seconds of the growth and of its floor, in turns."""
     grower = make_grower(new.stage.lineage, new.mesh)
 
     def reads_and_writes(tree: Any) -> Any:
@@ -74,18 +85,12 @@ def measured(state: Any, new: StageProgram) -> tuple[list[float], list[float]]:
         seen = sum(jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree))
         return jax.tree.map(lambda like: jnp.full(like.shape, seen, like.dtype), new.abstract_state)
 
-    floor = jax.jit(reads_and_writes, out_shardings=new.shardings)
-    ratios, floors = [], []
-    for number in range(_ROUNDS.value):
-        start = time.perf_counter()
-        jax.block_until_ready(floor(state))
-        least = time.perf_counter() - start
-        start = time.perf_counter()
-        jax.block_until_ready(grower(state, jax.random.key(1)))
-        if number:
-            ratios.append((time.perf_counter() - start) / least)
-            floors.append(least)
-    return ratios, floors
+    floor, key = jax.jit(reads_and_writes, out_shardings=new.shardings), jax.random.key(1)
+    calls = {
+        "floor": lambda: jax.block_until_ready(floor(state)),
+        "growth": lambda: jax.block_until_ready(grower(state, key)),
+    }
+    return turns(calls, _ROUNDS.value - 1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The hand-written JAX train step that ours is compared with: one file, no framework.
 
-A dictionary of arrays, a scan over layers, AdamW by hand with gradient clipping; no signatures, no masks, no sharding, no
-metrics. It computes what the step of flm_jax computes, so that first losses from the same parameters must agree.
+A dictionary of arrays, a scan over layers, AdamW by hand with gradient clipping; no signatures, no masks, no
+sharding, no metrics. It computes what the step of flm_jax computes, so that first losses from the same parameters
+must agree.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The PyTorch train step that ours is compared with: LlamaForCausalLM of transformers, scaled dot-product attention, float32.
+"""The PyTorch train step that ours is compared with: LlamaForCausalLM of transformers.
 
-Gradients are clipped at norm 1, and torch.optim.AdamW updates. The model gets the parameters of ours, so that first
-losses must agree.
+In float32, with scaled dot-product attention. Gradients are clipped at norm 1, and torch.optim.AdamW updates. The
+model gets the parameters of ours, so that first losses must agree.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def torch_step(model: Any, x_BT: np.ndarray, y_BT: np.ndarray, compiled: bool = 
     from torch.nn import functional
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(B1, B2), eps=EPS, weight_decay=0.0)
-    x, y = (torch.from_numpy(np.asarray(tokens)).long() for tokens in (x_BT, y_BT))
+    x, y = (torch.from_numpy(np.array(tokens)).long() for tokens in (x_BT, y_BT))
 
     def loss_of(tokens: Any) -> Any:
         logits = model(input_ids=tokens).logits

@@ -1,6 +1,7 @@
-"""Timing in turns: several callables one after the other, round by round, so that other load disturbs all of them alike.
+"""Timing in turns: several callables one after the other, round by round.
 
-The main figure is a ratio of neighbours: both times come from the same round, so what slows a whole round cancels.
+So other load disturbs all of them alike. The main figure is a ratio of neighbours: both times come from the same
+round, so what slows a whole round cancels.
 """
 
 from __future__ import annotations
@@ -55,9 +56,7 @@ class Timings(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """The seconds of every round and their quartiles, JSON-able."""
-        return {
-            name: {"rounds": list(values), "quartiles": quartiles(values)} for name, values in self.seconds.items()
-        }
+        return {name: {"rounds": list(values), "quartiles": quartiles(values)} for name, values in self.seconds.items()}
 
 
 def turns(

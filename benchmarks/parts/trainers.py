@@ -1,11 +1,14 @@
 """The train steps that are compared, each as a callable that does one step on a fixed batch and returns its loss.
 
-  python -m benchmarks.parts.trainers NAME SIZE      (prints the memory of one of them, in a process of its own)
+python -m benchmarks.parts.trainers NAME SIZE      (prints the memory of one of them, in a process of its own)
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import disk
+from benchmarks.parts import ROOT
 from benchmarks.plain_step import LEARNING_RATE, plain_state, plain_step
+from flm_jax import costs
 from flm_jax.config import ModelConfig
 from flm_jax.data.batches import Batch
 from flm_jax.optimizer import OptimizerConfig
@@ -25,7 +30,7 @@ from flm_jax.step import StageProgram
 
 
 class Size(NamedTuple):
-    """A model and its batch; muP's base width is the model's width, so that the logits' multiplier is 1, as in Llama."""
+    """A model and its batch; muP's base width is the model's width, so the logits' multiplier is 1, as in Llama."""
 
     embed: int
     layers: int
@@ -100,25 +105,61 @@ def plain(size: Size, params: Any) -> Step:
     return once
 
 
-def torch_eager(size: Size, params: Any) -> Step:
+def torch_eager(size: Size, params: Any, compiled: bool = False) -> Step:
     """PyTorch's step, eager."""
     from benchmarks.torch_step import torch_model, torch_step
 
     batch = batch_of(size)
-    return torch_step(torch_model(size.cfg, params, size.context), *map(np.asarray, batch[:2]))
+    model = torch_model(size.cfg, params, size.context)
+    return torch_step(model, np.asarray(batch.inputs_BT), np.asarray(batch.targets_BT), compiled)
 
 
 def torch_compiled(size: Size, params: Any) -> Step:
     """PyTorch's step, through torch.compile."""
-    from benchmarks.torch_step import torch_model, torch_step
+    return torch_eager(size, params, compiled=True)
 
-    batch = batch_of(size)
-    return torch_step(torch_model(size.cfg, params, size.context), *map(np.asarray, batch[:2]), compiled=True)
+
+def tunix(size: Size, params: Any) -> Step:
+    """The step of tunix, in a process and an environment of its own; from other parameters, so its losses differ."""
+    del params
+    python = ROOT / ".venv" / "tunix" / "bin" / "python"
+    if not python.exists():
+        raise FileNotFoundError("tunix is not installed; 'make .venv/tunix/installed' installs it")
+    server = subprocess.Popen(
+        [str(python), str(ROOT / "benchmarks" / "tunix_step.py"), json.dumps(size._asdict())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        text=True,
+    )
+    atexit.register(server.kill)
+    assert server.stdin is not None and server.stdout is not None
+    asked, said = server.stdin, server.stdout
+
+    def answer() -> dict[str, Any]:
+        line = said.readline()
+        if not line:
+            raise RuntimeError(f"the process of tunix ended with status {server.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    about, own = answer(), costs.param_count(size.cfg)
+    if (about["parameters"], about["dtypes"]) != (own, ["float32"]):
+        raise ValueError(f"tunix has {about} where the model has {own} parameters in float32")
+
+    def once() -> float:
+        asked.write("\n")
+        asked.flush()
+        return float(answer()["loss"])
+
+    return once
 
 
 TRAINERS: dict[str, Callable[[Size, Any], Step]] = {
     "flm_jax": ours,
     "plain JAX": plain,
+    "tunix": tunix,
     "PyTorch": torch_eager,
     "torch.compile": torch_compiled,
 }

@@ -1,0 +1,168 @@
+"""Everything that is fast or slow, measured side by side in one run; the page docs/results/bench.md.
+
+  python benchmarks/bench.py [--quick] [--parts=step,decode] [--write=docs/results/bench.md]
+
+Each part of `benchmarks/parts` runs in a process of its own. Within a part, what is compared takes turns, so that
+other load disturbs all of it alike; figures are medians with quartiles, and ratios are those of neighbours in one
+round. A part that fails is reported with its error, the others go on, and the exit status is 1. With --write=PAGE.md,
+the figures of every round are written to PAGE.json beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import disk, parts
+
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers")
+
+PAGE = """# All benchmarks, side by side
+
+    {command}
+
+{machine}, Python {python}, {versions}. Load average {before} at the start and {after} at the end, over the last minute;
+the run took {minutes:.0f} minutes. {note}
+
+Within each part, what is compared takes turns within one run. A figure is a median with the first and third quartile in
+parentheses; a ratio is taken between neighbours of one round, and its quartiles over the rounds. The figures of every
+round: [{json}]({json}).
+
+{sections}
+"""
+
+
+def child(part: str, effort: str, file: Path) -> None:
+    """Measures one part in this process, and writes its figures."""
+    logging.set_verbosity(logging.ERROR)  # orbax logs a lot
+    found = importlib.import_module(f"benchmarks.parts.{part}").measure(effort)
+    file.write_text(json.dumps(found))
+
+
+def measured(part: str, effort: str, file: Path, minutes: float) -> dict[str, Any]:
+    """The record of one part: its figures, or why there are none."""
+    since = time.perf_counter()
+    path = os.pathsep.join(filter(None, (str(parts.ROOT), os.environ.get("PYTHONPATH"))))
+    command = [
+        sys.executable,
+        __file__,
+        f"--parts={part}",
+        f"--child={file}",
+        f"--{effort}" if effort != "full" else "",
+    ]
+    error, found = "", None
+    try:
+        done = subprocess.run(
+            [word for word in command if word],
+            cwd=parts.ROOT,
+            env={"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=minutes * 60,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode} and printed nothing"]
+            error = lines[-1]
+        else:
+            found = json.loads(file.read_text())
+    except subprocess.TimeoutExpired:
+        error = f"it was ended after {minutes:g} minutes"
+    seconds = time.perf_counter() - since
+    return {"part": part, "seconds": seconds, "error": error, "found": found, "load": os.getloadavg()[0]}
+
+
+def section(record: Mapping[str, Any]) -> str:
+    """The section of one part in Markdown."""
+    module = importlib.import_module(f"benchmarks.parts.{record['part']}")
+    body = [f"Failed: {record['error']}"] if record["error"] else module.tables(record["found"])
+    return "\n\n".join([f"## {module.TITLE}", module.READING, *body])
+
+
+def page(records: Sequence[Mapping[str, Any]], about: Mapping[str, Any], name: str) -> str:
+    """The page in Markdown; `name` is that of the file with the figures."""
+    sections = "\n\n".join(section(record) for record in records)
+    return PAGE.format(sections=sections, json=name, **about)
+
+
+def versions() -> str:
+    """The installed versions of what the figures depend on, as text."""
+    found = []
+    for name in VERSIONS:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return ", ".join(found)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; not read by absl, since parts import programs that have absl flags of their own."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds: 3 minutes instead of 15 on two idle cores")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for tests of this program")
+    parser.add_argument("--parts", default=",".join(parts.PARTS), help="which parts to run, joined by commas")
+    parser.add_argument("--write", type=Path, help="write the page here, and its figures to .json beside it")
+    parser.add_argument("--minutes", type=float, default=30, help="after which a part is ended and reported as failed")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # for the figures of one part
+    given = parser.parse_args()
+    given.parts = given.parts.split(",")
+    if unknown := [part for part in given.parts if part not in parts.PARTS]:
+        parser.error(f"there is no part {', '.join(unknown)}; the parts are {', '.join(parts.PARTS)}")
+    return given
+
+
+def main() -> None:
+    """Runs the parts, prints the page and writes it."""
+    given = arguments()
+    effort = "tiny" if given.tiny else "quick" if given.quick else "full"
+    if given.child:
+        child(given.parts[0], effort, given.child)
+        return
+    before, since, records = os.getloadavg()[0], time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in given.parts:
+            records.append(measured(part, effort, Path(folder) / f"{part}.json", given.minutes))
+            state = f"failed: {records[-1]['error']}" if records[-1]["error"] else "done"
+            print(f"{part}: {state}, {records[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
+    busy = before > 0.5 * (os.cpu_count() or 1)
+    about = {
+        "command": " ".join(["python benchmarks/bench.py", *sys.argv[1:]]),
+        "machine": disk.machine(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "before": f"{before:.1f}",
+        "after": f"{os.getloadavg()[0]:.1f}",
+        "minutes": (time.perf_counter() - since) / 60,
+        "note": "**The machine was busy with other work:** ratios hold roughly, times do not." if busy else "",
+    }
+    target: Path | None = given.write
+    text = page(records, about, target.with_suffix(".json").name if target else "bench.json")
+    if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        target.with_suffix(".json").write_text(json.dumps({**about, "parts": records}, indent=1) + "\n")
+    else:
+        print(text)
+    if any(record["error"] for record in records):
+        raise SystemExit("failed: " + ", ".join(record["part"] for record in records if record["error"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The train step of tunix, another JAX trainer, as a server: one step per line on standard input.
+
+  .venv/tunix/bin/python benchmarks/tunix_step.py '{"embed": 160, ...}'      (`make .venv/tunix/installed` installs it)
+
+It prints the seconds and the loss of each step. It runs in tunix's own environment, which has none of flm_jax. The step
+is that of its `PeftTrainer` on all parameters of its Llama, with the same optimizer; it starts from random parameters
+of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+
+def main() -> None:
+    """Builds the trainer, and does one step per line."""
+    size: dict[str, Any] = json.loads(sys.argv[1])
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from flax import nnx
+    from tunix.models.llama3 import model as llama
+    from tunix.sft import peft_trainer
+
+    shape: dict[str, Any] = dict(
+        num_layers=size["layers"],
+        vocab_size=size["vocab"],
+        embed_dim=size["embed"],
+        hidden_dim=size["mlp"],
+        num_heads=size["heads"],
+        head_dim=size["embed"] // size["heads"],
+        num_kv_heads=size["heads"],
+        rope_theta=10_000,
+        norm_eps=1e-5,
+    )
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        model = llama.Llama3(llama.ModelConfig(**shape), rngs=nnx.Rngs(0))
+        chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=0.0))
+        config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=10**9)
+        trainer = peft_trainer.PeftTrainer(model, chain, config)
+        ids = np.random.default_rng(0).integers(0, size["vocab"], (size["rows"], size["context"]), dtype=np.int32)
+        causal = jnp.tril(jnp.ones((size["context"],) * 2, bool))
+        inputs = {
+            "input_tokens": jnp.asarray(ids),
+            "input_mask": jnp.ones(ids.shape, bool),
+            "positions": jnp.broadcast_to(jnp.arange(size["context"]), ids.shape),
+            "attention_mask": jnp.broadcast_to(causal, (size["rows"], *causal.shape)),
+        }
+        step = trainer.jit_train_and_eval_step(cache_nnx_graph=True)[0]
+        floats = {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))}
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        print(json.dumps({"dtypes": sorted(floats), "parameters": count}), flush=True)
+        for _ in sys.stdin:
+            since = time.perf_counter()
+            loss = step(inputs)[0]
+            jax.block_until_ready((loss, nnx.state(trainer.optimizer), nnx.state(model)))
+            print(json.dumps({"seconds": time.perf_counter() - since, "loss": float(loss)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

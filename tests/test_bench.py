@@ -1,0 +1,45 @@
+"""`make bench`: its parts on tiny shapes, and what it reports of a part that fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import bench, parts
+from tests.environment import as_user
+
+
+@pytest.mark.integration
+def test_the_cheap_parts_run_and_are_written(tmp_path):
+    page = tmp_path / "out" / "bench.md"
+    command = [sys.executable, "benchmarks/bench.py", "--tiny", "--parts=plan,input", f"--write={page}"]
+    subprocess.run(command, cwd=parts.ROOT, env=as_user(), check=True, timeout=120)
+    text, found = page.read_text(), json.loads(page.with_suffix(".json").read_text())
+    assert [record["part"] for record in found["parts"]] == ["plan", "input"]
+    assert text.index("## Planning") < text.index("## Input pipeline") and "Failed" not in text
+    low, median, high = found["parts"][1]["found"]["placed"]
+    assert 0 < low <= median <= high
+    assert "python benchmarks/bench.py --tiny" in text and "Load average" in text
+
+
+def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
+    program = tmp_path / "fails.py"
+    program.write_text("import sys; sys.exit('the disk is full')")
+    monkeypatch.setattr(bench, "__file__", str(program))
+    record = bench.measured("plan", "tiny", tmp_path / "none.json", 1)
+    assert record["error"] == "the disk is full" and record["found"] is None
+    assert "Failed: the disk is full" in bench.section(record)
+
+
+def test_a_part_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    program = tmp_path / "sleeps.py"
+    program.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(bench, "__file__", str(program))
+    assert "ended after 0.01 minutes" in bench.measured("plan", "tiny", tmp_path / "none.json", 0.01)["error"]
+
+
+def test_a_program_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="status 1: no such recipe"):
+        parts.program(["-c", "import sys; sys.exit('no such recipe')"])
+    assert parts.program(["-c", "print('said')"]) == "said\n"
