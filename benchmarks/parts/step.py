@@ -30,10 +30,20 @@ READING = (
 # torch.compile is tried.
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": dict(sizes=("34 M", "6.9 M", "3.4 M"), rounds=12, product=2048, memory=("34 M", "6.9 M", "3.4 M")),
-    "quick": dict(sizes=("34 M", "6.9 M", "3.4 M"), rounds=4, product=2048, memory=("34 M",)),
+    "quick": dict(sizes=("34 M", "6.9 M", "3.4 M"), rounds=3, product=2048, memory=("6.9 M",)),
     "tiny": dict(sizes=("tiny",), rounds=2, product=64, memory=(), depths=(1, 2), compiled=()),
 }
 DEPTHS, COMPILED = (2, 8, 32), {"full": ("34 M", "6.9 M", "3.4 M"), "quick": ("3.4 M",)}
+# What else trains in JAX and was tried, on Python 3.11.
+TRIED = """Other JAX trainers on the package index were tried, each in an environment of its own, with Python 3.11:
+
+- tunix (google-tunix 0.1.7): installs; compared above where it is installed (`make .venv/tunix/installed`). It is made
+  for tuning; the step is that of its `PeftTrainer` on all parameters, in a process of its own.
+- easydel 0.3.0: installs, with JAX 0.9.2, and can be imported; it was not measured.
+- maxtext 0.2.5: needs Python 3.12 or newer.
+- levanter: pip had found no set of versions that fit together after 7 minutes; for levanter 1.1 from wheels alone it
+  says that there is none, because of fsspec.
+- nanodo, flaxformer: not on the index."""
 # Losses of float32 programs that add in different orders.
 SAME = 2e-4
 
@@ -80,7 +90,7 @@ def one_size(name: str, settings: dict[str, Any], compiled: bool) -> dict[str, A
 
     rest = {trainer: REST for trainer in steps if trainer.lower().startswith(("pytorch", "torch"))}
     calls = {"product": multiply, **{trainer: waits(step) for trainer, step in steps.items()}}
-    timings = turns(calls, settings["rounds"], warm_up=2, rest=rest)
+    timings = turns(calls, settings["rounds"], rest=rest)
     flops = costs.train_flops_per_token(size.cfg, size.context) * size.tokens
     share = timings.ratio("product", "flm_jax")
     per_product = flops / (2 * width**3)
@@ -177,4 +187,4 @@ def tables(found: dict[str, Any]) -> list[str]:
         ]
     depth = [[row["layers"], f"{row['lower']:.2f} s", f"{row['compile']:.2f} s"] for row in found["compile"]]
     out += ["Compilation of our step, the shape of 6.9 M at other depths, measured once each:"]
-    return [*out, table(["layers", "tracing and lowering", "compilation"], depth)]
+    return [*out, table(["layers", "tracing and lowering", "compilation"], depth), TRIED]
