@@ -64,6 +64,7 @@ def turns(
     rounds: int,
     warm_up: int = 1,
     rest: Mapping[str, float] | None = None,
+    most_seconds: float = float("inf"),
 ) -> Timings:
     """Times callables in turns.
 
@@ -73,6 +74,8 @@ def turns(
       rounds: number of timed rounds.
       warm_up: rounds before them that are not counted.
       rest: seconds to sleep after a callable, by name: for those whose threads wait actively for a while.
+      most_seconds: no round starts later than this after the first one, except the first that is timed; so that a busy
+        machine takes fewer rounds and not hours.
 
     Raises:
       ValueError: `rounds` is not positive.
@@ -80,7 +83,10 @@ def turns(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds}.")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.perf_counter()
     for number in range(-warm_up, rounds):
+        if number > 0 and time.perf_counter() - begun > most_seconds:
+            break
         for name, call in calls.items():
             since = time.perf_counter()
             own = call()

@@ -47,3 +47,9 @@ def test_a_float_is_the_callables_own_time_and_a_rest_is_not_counted():
 def test_quartiles_are_written_with_the_median_first():
     assert quartiles([1.0, 2.0, 3.0]).text() == "2.00 (1.50 to 2.50)"
     assert quartiles([1.0, 2.0, 3.0]).text(".0f", 1000) == "2000 (1500 to 2500)"
+
+
+def test_no_round_starts_when_the_time_is_over_but_one_is_timed():
+    timings = turns({"a": lambda: time.sleep(0.02)}, rounds=1000, most_seconds=0.1)
+    assert 1 <= len(timings.seconds["a"]) < 10
+    assert len(turns({"a": lambda: None}, rounds=5, most_seconds=0).seconds["a"]) == 1

@@ -26,12 +26,14 @@ READING = (
     "same round; FLOPs are counted by `flm_jax.costs.train_flops_per_token`, all of attention's positions "
     "included."
 )
-# Sizes; rounds at each; matrix product's width; sizes whose memory is measured; depths that are compiled; where
+# Sizes; rounds at each, and seconds after which no other one starts; matrix product's width; sizes whose memory is measured; depths that are compiled; where
 # torch.compile is tried.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "full": dict(sizes=("34 M", "6.9 M", "3.4 M"), rounds=12, product=2048, memory=("34 M", "6.9 M", "3.4 M")),
-    "quick": dict(sizes=("34 M", "6.9 M", "3.4 M"), rounds=3, product=2048, memory=("6.9 M",)),
-    "tiny": dict(sizes=("tiny",), rounds=2, product=64, memory=(), depths=(1, 2), compiled=()),
+    "full": dict(
+        sizes=("34 M", "6.9 M", "3.4 M"), rounds=12, most_seconds=180, product=2048, memory=("34 M", "6.9 M", "3.4 M")
+    ),
+    "quick": dict(sizes=("34 M", "6.9 M", "3.4 M"), rounds=3, most_seconds=40, product=2048, memory=("6.9 M",)),
+    "tiny": dict(sizes=("tiny",), rounds=2, most_seconds=60, product=64, memory=(), depths=(1, 2), compiled=()),
 }
 DEPTHS, COMPILED = (2, 8, 32), {"full": ("34 M", "6.9 M", "3.4 M"), "quick": ("3.4 M",)}
 # What else trains in JAX and was tried, on Python 3.11.
@@ -90,7 +92,7 @@ def one_size(name: str, settings: dict[str, Any], compiled: bool) -> dict[str, A
 
     rest = {trainer: REST for trainer in steps if trainer.lower().startswith(("pytorch", "torch"))}
     calls = {"product": multiply, **{trainer: waits(step) for trainer, step in steps.items()}}
-    timings = turns(calls, settings["rounds"], rest=rest)
+    timings = turns(calls, settings["rounds"], rest=rest, most_seconds=settings["most_seconds"])
     flops = costs.train_flops_per_token(size.cfg, size.context) * size.tokens
     share = timings.ratio("product", "flm_jax")
     per_product = flops / (2 * width**3)
@@ -99,6 +101,7 @@ def one_size(name: str, settings: dict[str, Any], compiled: bool) -> dict[str, A
         "shape": costs.shape_line(size.cfg),
         "parameters": costs.param_count(size.cfg),
         "batch": f"{size.rows} x {size.context}",
+        "rounds": len(timings.seconds["flm_jax"]),
         "first_losses": losses,
         "tokens_per_s": {trainer: timings.rate(trainer, size.tokens) for trainer in steps},
         "ratios": {trainer: timings.ratio(trainer, "flm_jax") for trainer in steps if trainer != "flm_jax"},
@@ -150,7 +153,7 @@ def tables(found: dict[str, Any]) -> list[str]:
     names = [name for name in TRAINERS if any(name in row["tokens_per_s"] for row in found["sizes"])]
     speeds, ratios = [], []
     for row in found["sizes"]:
-        label = [f"{row['size']}, {row['batch']} tokens"]
+        label = [f"{row['size']}, {row['batch']} tokens, {row['rounds']} rounds"]
         cells = [Quartiles(*row["tokens_per_s"][n]).text(",.0f") if n in row["tokens_per_s"] else "" for n in names]
         speeds.append(label + cells)
         cells = [Quartiles(*row["ratios"][n]).text() if n in row["ratios"] else "" for n in names[1:]]
