@@ -26,8 +26,8 @@ READING = (
     "same round; FLOPs are counted by `flm_jax.costs.train_flops_per_token`, all of attention's positions "
     "included."
 )
-# Sizes; rounds at each, and seconds after which no other one starts; matrix product's width; sizes whose memory is measured; depths that are compiled; where
-# torch.compile is tried.
+# Sizes; rounds at each, and seconds after which no other one starts; width of the matrix product; sizes whose memory is
+# measured; depths that are compiled; where torch.compile is tried.
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": dict(
         sizes=("34 M", "6.9 M", "3.4 M"), rounds=12, most_seconds=180, product=2048, memory=("34 M", "6.9 M", "3.4 M")
