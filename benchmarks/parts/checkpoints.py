@@ -101,6 +101,7 @@ def noticed(store: Checkpoints, state: Any, batch: Any, step: Any, rounds: int) 
         during = []
         # The directory gets its name once everything is on disk.
         while not (store.directory / str(number)).exists():
+            store.check()  # a save that failed would never get there
             during.append(next(each))
         lasted = time.perf_counter() - since
         store.wait()
