@@ -25,7 +25,7 @@ READING = (
     "and how much longer steps take until the save is on disk; the last column is both together, over the time of "
     "the save."
 )
-SETTINGS: dict[str, tuple[str, int]] = {"full": ("34 M", 6), "quick": ("34 M", 3), "tiny": ("tiny", 2)}
+SETTINGS: dict[str, tuple[str, int]] = {"full": ("34 M", 6), "quick": ("6.9 M", 3), "tiny": ("tiny", 2)}
 # Steps that are timed before each asynchronous save.
 CALM = 4
 
