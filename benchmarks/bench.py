@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ round: [{json}]({json}).
 """
 
 
-def child(part: str, effort: str, file: Path) -> None:
+def measure(part: str, effort: str, file: Path) -> None:
     """Measures one part in this process, and writes its figures."""
     logging.set_verbosity(logging.ERROR)  # orbax logs a lot
     found = importlib.import_module(f"benchmarks.parts.{part}").measure(effort)
@@ -66,23 +67,24 @@ def measured(part: str, effort: str, file: Path, minutes: float) -> dict[str, An
         f"--{effort}" if effort != "full" else "",
     ]
     error, found = "", None
+    child = subprocess.Popen(
+        [word for word in command if word],
+        cwd=parts.ROOT,
+        env={"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [word for word in command if word],
-            cwd=parts.ROOT,
-            env={"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=minutes * 60,
-            check=False,
-        )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode} and printed nothing"]
-            error = lines[-1]
+        said = child.communicate(timeout=minutes * 60)[1].strip().splitlines()
+        if child.returncode:
+            error = said[-1] if said else f"it ended with status {child.returncode} and printed nothing"
         else:
             found = json.loads(file.read_text())
     except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # with the programs that it has started
+        child.communicate()
         error = f"it was ended after {minutes:g} minutes"
     seconds = time.perf_counter() - since
     return {"part": part, "seconds": seconds, "error": error, "found": found, "load": os.getloadavg()[0]}
@@ -133,7 +135,7 @@ def main() -> None:
     given = arguments()
     effort = "tiny" if given.tiny else "quick" if given.quick else "full"
     if given.child:
-        child(given.parts[0], effort, given.child)
+        measure(given.parts[0], effort, given.child)
         return
     before, since, records = os.getloadavg()[0], time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """`make bench`: its parts on tiny shapes, and what it reports of a part that fails."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -34,9 +35,14 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatc
 
 def test_a_part_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     program = tmp_path / "sleeps.py"
-    program.write_text("import time; time.sleep(60)")
+    started = tmp_path / "started"
+    sleeper = f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    program.write_text(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])")
     monkeypatch.setattr(bench, "__file__", str(program))
-    assert "ended after 0.01 minutes" in bench.measured("plan", "tiny", tmp_path / "none.json", 0.01)["error"]
+    assert "ended after 0.05 minutes" in bench.measured("plan", "tiny", tmp_path / "none.json", 0.05)["error"]
+    number = int(started.read_text())  # what it has started is ended too
+    status = pathlib.Path(f"/proc/{number}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
 def test_a_program_that_fails_says_why():
