@@ -1,7 +1,7 @@
 """Rotary positions, the choice between attention kernels, and the key-value cache.
 
-The kernels (`flm_jax/kernels/`): "plain" runs everywhere, in blocks of queries if windows are long; "cudnn" on NVIDIA
-GPUs; "splash" on TPUs. "auto" is splash on TPUs if its blocks divide the window, cuDNN on NVIDIA GPUs if it can
+The kernels (`flm_jax/kernels/`): "plain" runs everywhere, on CPUs in blocks of queries if windows are long; "cudnn" on
+NVIDIA GPUs; "splash" on TPUs. "auto" is splash on TPUs if its blocks divide the window, cuDNN on NVIDIA GPUs if it can
 compute what is asked and agrees there with the plain kernel, and plain otherwise.
 
 B batch, T query positions, S key positions, N query heads, K key heads, H head width.
@@ -174,12 +174,14 @@ def cudnn_form(cfg: ModelConfig, rows: int, length: int, documents: bool) -> str
     reason = cudnn.refusal(cfg.compute, cfg.h_dim, capability)
     if not mesh.empty and math.prod(mesh.shape[name] for name in mesh_axes("time")) > 1:
         reason = "it needs whole windows on each device, and MeshConfig.sequence splits them"
+    if length % cudnn.BLOCK:
+        reason = reason or f"it needs windows of a multiple of {cudnn.BLOCK} positions, not {length}"
     if platform() != "gpu":
         reason = f"it needs NVIDIA GPUs, and the devices here are of the platform {platform()!r}"
     if cfg.attention == "cudnn" and reason:
         raise ValueError(f"attention='cudnn': {reason}; use attention='auto', or 'plain'.")
     # A program lowered on a machine without GPUs gets cuDNN's attention only if it asks for it by name.
-    if cfg.attention == "auto" and (reason or length % cudnn.BLOCK or cudnn.device() is None):
+    if cfg.attention == "auto" and (reason or cudnn.device() is None):
         return None
     windowed = cfg.sliding_window is not None and cfg.sliding_window < length
     heads = cfg.heads // math.gcd(cfg.heads, cfg.k_heads), cfg.k_heads // math.gcd(cfg.heads, cfg.k_heads)
@@ -196,6 +198,13 @@ def cudnn_form(cfg: ModelConfig, rows: int, length: int, documents: bool) -> str
     if not right and cfg.attention == "cudnn":
         raise ValueError("attention='cudnn': it is wrong on this GPU (see the warning); use attention='plain'.")
     return form if right else None
+
+
+def in_blocks(length: int) -> bool:
+    """Whether the plain kernel works in blocks of queries: on CPUs, if windows are long and whole on each device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.empty or math.prod(mesh.shape[name] for name in mesh_axes("time")) == 1
+    return whole and length >= blocked.ROWS and platform() == "cpu"
 
 
 def attend(
@@ -230,7 +239,7 @@ def attend(
 
     def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array) -> jax.Array:
         del segments
-        return (blocked if blocked.fits(q.shape[1]) else plain).attend(q, k, v, mask, width=width)
+        return (blocked if in_blocks(q.shape[1]) else plain).attend(q, k, v, mask, width=width)
 
     def by_splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array) -> jax.Array:
         del mask

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,7 +63,12 @@ def overlap(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def flags_of(text: str) -> set[str]:
-    """The names of the flags in a value of XLA_FLAGS."""
+    """The names of the flags in a value of XLA_FLAGS, which are the flags or the name of a file that has them."""
+    if text.strip() and not text.lstrip().startswith("-"):
+        try:
+            text = Path(text.strip()).read_text()
+        except (OSError, ValueError):
+            return set()
     return set(re.findall(r"(?:^|\s)--(?:no)?(\w+)", text))
 
 

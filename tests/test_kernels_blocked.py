@@ -56,10 +56,11 @@ def test_it_sees_what_the_mask_says(documents, sliding_window):
     assert_equal(value_and_gradients(blocked, tensors, mask), value_and_gradients(plain, tensors, mask), 1e-5)
 
 
-def test_in_bfloat16_it_is_as_close_to_float32_as_the_plain_kernel():
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_in_halves_it_is_as_close_to_float32_as_the_plain_kernel(dtype):
     tensors, mask = inputs(256, 2)
     exact = jax.tree.leaves(value_and_gradients(plain, tensors, mask))
-    rounded = [x.astype(jnp.bfloat16) for x in tensors]
+    rounded = [x.astype(dtype) for x in tensors]
 
     def errors(kernel):
         found = jax.tree.leaves(value_and_gradients(kernel, rounded, mask))
@@ -68,6 +69,20 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_the_plain_kernel():
 
     for mine, reference in zip(errors(blocked), errors(plain), strict=True):
         assert mine < 1.5 * reference, (mine, reference)
+
+
+def test_small_gradients_survive_float16():
+    tensors, mask = inputs(256, 2)
+    halves, (q, k, v) = [x.astype(jnp.float16) for x in tensors], tensors
+
+    def dq(kernel, q, k, v, dtype):
+        small_BTNH = jnp.full(q.shape, 1e-5, dtype) * jnp.cos(jnp.arange(256, dtype=dtype))[None, :, None, None]
+        back = jax.vjp(lambda q: kernel.attend(q, k, v, mask, width=WIDTH), q)[1]
+        return back(small_BTNH)[0].astype(jnp.float32)
+
+    exact = dq(plain, q, k, v, jnp.float32)
+    mine, reference = (float(jnp.linalg.norm(dq(x, *halves, jnp.float16) - exact)) for x in (blocked, plain))
+    assert mine < 1.5 * reference
 
 
 @pytest.mark.parametrize("length", [128, 129, 1000, 1024, 5000])
@@ -115,13 +130,14 @@ def test_the_model_takes_it_for_long_windows_that_are_whole_on_a_device(monkeypa
         assert trace(2 * blocked.ROWS) == set()
     with jax.set_mesh(make_mesh(MeshConfig(tensor=2, fsdp=4))):
         assert trace(2 * blocked.ROWS) == {2 * blocked.ROWS}
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    assert trace(2 * blocked.ROWS) == set()
 
 
 def test_on_a_mesh_rows_and_heads_stay_where_they_are():
     """Neither the forward nor the backward pass moves queries, keys or values to another device."""
     tensors, mask = inputs(256, 4)
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=4))) as mesh:
-        del mesh
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=4))):
         split = jax.sharding.PartitionSpec("fsdp", None, "tensor", None)
         tensors = [jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), split)) for x in tensors]
         text = value_and_gradients.lower(blocked, tensors, mask).compile().as_text()

@@ -30,8 +30,8 @@ class Packer:
         self._context, self._pad_id, self._most_open = context, pad_id, most_open
         self._windows: list[tuple[int, list[Document]]] = []  # tokens of room, content
 
-    def add(self, document: Document) -> Iterator[Document]:
-        """Yields the documents of the window that is closed for this one, if one is; the last of them is padded.
+    def add(self, document: Document) -> list[Document]:
+        """Adds a document; returns those of the window that is closed for it, if one is, the last of them padded.
 
         Args:
           document: of at most `context` tokens; the first has no weight, since nothing precedes it.
@@ -45,14 +45,16 @@ class Packer:
         if document.weights[0]:
             raise ValueError("the first token of a document has weight, and there is nothing to predict it from")
         place = next((i for i, (room, _) in enumerate(self._windows) if room >= size), None)
+        closed: list[Document] = []
         if place is None:
             if len(self._windows) == self._most_open:
                 fullest = min(range(len(self._windows)), key=lambda i: self._windows[i][0])
-                yield from self._closed(self._windows.pop(fullest))
+                closed = list(self._closed(self._windows.pop(fullest)))
             self._windows.append((self._context, []))
             place = len(self._windows) - 1
         room, content = self._windows[place]
         self._windows[place] = (room - size, [*content, document])
+        return closed
 
     def close(self) -> Iterator[Document]:
         """Yields the documents of the windows that are open.

@@ -20,14 +20,22 @@ class _Folder(dict[str, Any]):
     """The specification of a folder of plain files; tensorstore takes dictionaries wherever it takes its own class."""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as a plain dictionary."""
+        """The dictionary, as tensorstore's own class would give it."""
         return dict(self)
 
 
-class _KvStore:
-    """`ts.KvStore`, but the specification of a folder is its dictionary."""
+class _LikeTensorstore(type):
+    """The class of a stand-in that has every other attribute of `ts.KvStore`, and its instances."""
 
-    open = ts.KvStore.open
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(ts.KvStore, name)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, ts.KvStore)
+
+
+class _KvStore(metaclass=_LikeTensorstore):
+    """`ts.KvStore`, but the specification of a folder is its dictionary."""
 
     @staticmethod
     def Spec(given: Any) -> Any:

@@ -58,7 +58,7 @@ def heldout_text(data: Data, mesh: Mesh, windows: int = 32) -> VerificationText:
       mesh: decides how many rows a batch has.
       windows: held-out windows that the loss is measured on.
     """
-    # A few rows at a time: models are compared by the plain attention kernel, whose scores are whole in memory.
+    # A few rows at a time: models are compared by the plain attention kernel, which has large scores in memory.
     rows = few_rows(mesh)
     few = next(iter(data.heldout(rows, rows)))
     return VerificationText(f"held-out text, digest {data.digest[:12]}", few, tuple(data.heldout(rows, windows)))

@@ -58,7 +58,8 @@ def _load_triton_first() -> None:
     (torch.compile, or a model class of transformers), which may be long after text was read.
     """
     if "tensorflow" not in sys.modules:  # otherwise it is loaded already, or too late
-        with contextlib.suppress(ImportError):
+        # Reading text does not need triton: whatever is wrong with it is for those to say who do.
+        with contextlib.suppress(Exception):
             importlib.import_module("triton._C.libtriton")
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
@@ -114,9 +113,8 @@ def load_model(
 def computed_in(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
     """The model as it is evaluated: in `dtype`, or in the dtype of its parameters."""
     chosen = dtype or cfg.param_dtype
-    # cuDNN's kernel takes halves only.
-    plain = cfg.attention == "cudnn" and jnp.dtype(chosen).itemsize > 2
-    return cfg.replace(compute_dtype=chosen, attention="plain" if plain else cfg.attention)
+    # This machine, this dtype or the lengths of the texts may not suit the kernel that the model was trained with.
+    return cfg.replace(compute_dtype=chosen, attention="auto" if cfg.attention == "cudnn" else cfg.attention)
 
 
 def find_length(source: SourceCheckpoint) -> int:

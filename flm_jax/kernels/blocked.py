@@ -1,8 +1,9 @@
-"""Attention in blocks of queries, on any device: positions after a block are never computed, and weights never kept.
+"""Attention in blocks of queries, for CPUs: positions after a block are not computed, and weights are not kept.
 
-The same function as `flm_jax.kernels.plain`, for windows of at least `ROWS` positions that are whole on each device.
-The backward pass computes the weights again from the logarithms of their sums (2205.14135, algorithm 4), so that its
-memory grows with T times the rows of a block, not with T^2, and causal attention costs little more than half.
+The same function as `flm_jax.kernels.plain`, for windows of at least `ROWS` positions. The backward pass computes the
+weights again from the logarithms of their sums (2205.14135, algorithm 4): between the passes, memory grows with T
+instead of T^2. Within a pass the scores of a block are at most an eighth of all, or those of 128 queries. Every block
+is a part of the program, which compiles in seconds more.
 
 B batch, K key heads, G query heads per key head, T query positions, t those of a block, S key positions, H head width.
 """
@@ -10,7 +11,6 @@ B batch, K key heads, G query heads per key head, T query positions, t those of 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -18,19 +18,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from flm_jax.kernels import ATTENDED
-from flm_jax.sharding import mesh_axes
 
 # The rows of a block: fewer make small products, more compute more of the future.
 ROWS = 128
 # Every block is a part of the program, so long windows get longer blocks.
 MOST_BLOCKS = 8
-
-
-def fits(length: int) -> bool:
-    """Whether windows of `length` positions can be attended to in blocks on the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    whole = mesh.empty or math.prod(mesh.shape[name] for name in mesh_axes("time")) == 1
-    return whole and length >= ROWS
 
 
 def blocks(length: int) -> list[tuple[int, int]]:
@@ -85,6 +77,8 @@ def _backward(scale: float, kept: Any, do_BKGTH: jax.Array) -> tuple[Any, Any, A
     """The gradients of queries, keys and values, and none of the mask."""
     q_BKGTH, k_BKSH, v_BKSH, mask_BTS, o_BKGTH, log_BKGT1 = kept
     wide = log_BKGT1.dtype
+    # Small gradients of scores would be rounded to subnormal numbers in float16, which has no exponents for them.
+    narrow = wide if q_BKGTH.dtype == jnp.float16 else q_BKGTH.dtype
     # What the softmax's derivative subtracts, the sum of weights times their gradients, is also that of o times do.
     mean_BKGT1 = jnp.sum(do_BKGTH.astype(wide) * o_BKGTH.astype(wide), axis=-1, keepdims=True)
     dq = []
@@ -94,7 +88,7 @@ def _backward(scale: float, kept: Any, do_BKGTH: jax.Array) -> tuple[Any, Any, A
         q_BKGtH, do_BKGtH, k_BKsH, v_BKsH = q_BKGTH[rows], do_BKGTH[rows], k_BKSH[:, :, :end], v_BKSH[:, :, :end]
         weights_BKGts = jnp.exp(_scores(scale, q_BKGtH, k_BKsH, mask_BTS[:, start:end, :end]) - log_BKGT1[rows])
         dweights_BKGts = _product("BKGtH,BKsH->BKGts", do_BKGtH, v_BKsH)
-        dscores_BKGts = (weights_BKGts * (dweights_BKGts - mean_BKGT1[rows]) * scale).astype(q_BKGTH.dtype)
+        dscores_BKGts = (weights_BKGts * (dweights_BKGts - mean_BKGT1[rows]) * scale).astype(narrow)
         dq.append(_product("BKGts,BKsH->BKGtH", dscores_BKGts, k_BKsH).astype(q_BKGTH.dtype))
         dk_BKsH = _product("BKGts,BKGtH->BKsH", dscores_BKGts, q_BKGtH)
         dv_BKsH = _product("BKGts,BKGtH->BKsH", weights_BKGts.astype(do_BKGTH.dtype), do_BKGtH)

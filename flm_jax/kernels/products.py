@@ -47,5 +47,6 @@ product.defvjp(_forward, _backward)
 
 def recomputed(function: F) -> F:
     """`function`, of which the backward pass keeps the arguments alone: for functions of few operations per entry."""
-    # Common subexpressions are removed across the boundary only outside a scan, and blocks are in one.
+    # In a scan, where blocks are, nothing has to keep XLA from merging what is computed again with what was computed.
+    # Elsewhere it may merge them, which costs memory and changes no value.
     return jax.checkpoint(function, prevent_cse=False)  # type: ignore[return-value]
