@@ -188,7 +188,7 @@ def test_a_run_goes_on_from_the_middle_of_a_ramp(trained, data, tmp_path, monkey
     assert training.train(within, RUN, tmp_path / "cut") is None
     monkeypatch.undo()
     assert training.train(within, RUN, tmp_path / "cut") == tuned
-    with pytest.raises(ValueError, match="is at step 2, and its masks rise for 1 more steps: take a later"):
+    with pytest.raises(ValueError, match="is at step 2, and its masks rise for 1 more step: take a later"):
         later[1].check_settled()
     short = dataclasses.replace(within, stages=(Stage("on", TARGET, 2, 8, FAST),))
     with pytest.raises(ValueError, match="its masks ramp over 3 steps, delays included, of its 2"):

@@ -82,7 +82,7 @@ def test_what_has_no_end_is_not_read(folder, name):
 
 
 ABSURD = {
-    "num_hidden_layers": (10**6, "describes 1000000 layers, but the files hold only 21 tensors"),
+    "num_hidden_layers": (10**6, "describes 1,000,000 layers, but the files hold only 21 tensors"),
     "hidden_size": (10**6, "hidden_size is 1000000, but no tensor in the files is longer than 304"),
     "intermediate_size": (10**9, "intermediate_size is 1000000000, but no tensor in the files is longer than 304"),
     "vocab_size": (2**31 - 1, "vocab_size is 2147483647, but no tensor in the files is longer than 304"),

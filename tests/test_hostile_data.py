@@ -21,7 +21,7 @@ STRANGE = b"caf\xe9"  # Latin-1, and not UTF-8
 @pytest.mark.parametrize("beside", ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "0" + "}" * 100_000])
 def test_a_line_with_deep_nesting_beside_its_text_is_named(tmp_path, beside):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + f'{{"text": "fine", "meta": {beside}}}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2 nests lists and objects more than 64 deep at line 1, column"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2 nests lists and objects more than 64 deep at column"):
         list(Jsonl(str(tmp_path)).lines())
 
 
