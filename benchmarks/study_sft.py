@@ -147,9 +147,8 @@ def tune(arm: Arm, conversations: Path, work: Path) -> tuple[str, dict[str, Any]
     assert isinstance(store, StoreData)
     windows = store.store.num_windows("train", _CONTEXT.value)
     steps = _STEPS.value if arm.equal == STEPS else max(round(_EPOCHS.value * windows / _BATCH.value), 1)
-    optimizer = OptimizerConfig(
-        learning_rate=arm.rate, schedule="linear", final_rate=1e-4, warmup_steps=max(steps // 20, 1)
-    )
+    # A warm-up begins with a rate of 0: of few steps, none is to be lost to it.
+    optimizer = OptimizerConfig(learning_rate=arm.rate, schedule="linear", final_rate=1e-4, warmup_steps=steps // 20)
     recipe = Recipe(
         (Stage("chat", model_of(_BASE.value), steps, _BATCH.value, optimizer),),
         data,

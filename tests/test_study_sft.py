@@ -44,3 +44,6 @@ def test_a_converted_base_with_its_own_template_is_studied_to_the_end(tmp_path):
     assert (work / "study.png").stat().st_size > 10_000
     results = [json.loads(path.read_text()) for path in (work / "results").glob("*.json")]
     assert len(results) == 1 + 1 + 2 * 4 and not list((work / "runs").iterdir()), "checkpoints are deleted"
+    base_loss = next(one["answer_loss"] for one in results if one["set"] == "base")
+    tuned = [one["answer_loss"] for one in results if one["set"] not in ("base", "sweep")]
+    assert base_loss not in tuned, "a single step tunes, too"
