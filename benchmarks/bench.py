@@ -30,6 +30,7 @@ from absl import logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import disk, parts
+from flm_jax.cli import huge_pages
 
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers")
 
@@ -67,10 +68,13 @@ def measured(part: str, effort: str, file: Path, minutes: float) -> dict[str, An
         f"--{effort}" if effort != "full" else "",
     ]
     error, found = "", None
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path}
+    # As the programs do for themselves; what ours is compared with runs in the same process.
+    asked = huge_pages.asked()
     child = subprocess.Popen(
         [word for word in command if word],
         cwd=parts.ROOT,
-        env={"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path},
+        env={**environment, "GLIBC_TUNABLES": asked} if asked else environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

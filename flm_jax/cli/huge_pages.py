@@ -39,6 +39,15 @@ def tunables(given: str, libc: str, kernel: str) -> str | None:
     return ":".join([*filter(None, [given]), f"{TUNABLE}=1"])
 
 
+def asked() -> str | None:
+    """`tunables` of this process and machine."""
+    try:
+        libc, kernel = os.confstr("CS_GNU_LIBC_VERSION") or "", KERNEL.read_text()
+    except (ValueError, OSError):
+        return None
+    return tunables(os.environ.get("GLIBC_TUNABLES", ""), libc, kernel)
+
+
 def is_program(main: ModuleType, trace: object = None) -> bool:
     """Whether `main` is one of this project's programs, started as such, and so can be started again.
 
@@ -67,11 +76,7 @@ def restart() -> None:
         return
     if not is_program(sys.modules["__main__"], trace):
         return
-    try:
-        libc, kernel = os.confstr("CS_GNU_LIBC_VERSION") or "", KERNEL.read_text()
-    except (ValueError, OSError):
-        return
-    value = tunables(os.environ.get("GLIBC_TUNABLES", ""), libc, kernel)
+    value = asked()
     if value is None:
         return
     sys.stdout.flush()
