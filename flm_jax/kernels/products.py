@@ -17,8 +17,8 @@ def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`jnp.einsum(equation, x, w)`, of activations and a weight, with a faster gradient of the weight.
 
     That gradient is a product of the activations and of the gradient of the result, and contracts the first axes of
-    both. CPUs then transpose the left operand. By itself JAX puts the gradient of the result there; here it is the
-    smaller of the two. On two cores, the gradient of a weight from 512 to 1,376 takes 17 ms instead of 28 ms.
+    both. CPUs then transpose the left operand. By itself JAX puts the gradient of the result there; here the
+    activations are there, which are smaller where a layer widens (gate, up, the head).
 
     Args:
       equation: every axis of an operand is in the other operand or in the result, and all axes have one letter.
@@ -37,9 +37,7 @@ def _backward(equation: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -
     operands, of_y = equation.split("->")
     of_x, of_w = operands.split(",")
     dx = jnp.einsum(f"{of_y},{of_w}->{of_x}", dy, w)
-    if x.size <= dy.size:
-        return dx, jnp.einsum(f"{of_x},{of_y}->{of_w}", x, dy)
-    return dx, jnp.einsum(f"{of_y},{of_x}->{of_w}", dy, x)
+    return dx, jnp.einsum(f"{of_x},{of_y}->{of_w}", x, dy)
 
 
 product.defvjp(_forward, _backward)
