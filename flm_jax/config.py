@@ -17,7 +17,7 @@ from flm_jax.records import meant, recorded
 from flm_jax.records.fields import Limit, NonNegative, Positive, Size, at_least, one_of
 from flm_jax.signature import Signature
 
-REMAT_POLICIES = ("none", "dots", "inner", "mlp", "full")
+REMAT_POLICIES = ("none", "dots", "products", "inner", "mlp", "full")
 ATTENTION = ("plain", "cudnn", "splash", "auto")
 Dtype = Annotated[str, one_of(("float32", "bfloat16", "float16", "float64"))]
 
@@ -80,9 +80,10 @@ class ModelConfig:
       init_std_vector: standard deviation of vector-like parameters (embedding, head), at every width.
       compute_dtype: dtype of activations. Norms, softmax and logits are at least float32.
       param_dtype: dtype of parameters.
-      remat: what the backward pass recomputes. none: nothing. dots: everything except products with weights. inner:
-        everything except the products inside a block that are split over `tensor` (attention and MLP). mlp: everything
-        except the MLP's gate and up products. full: everything.
+      remat: what the backward pass recomputes. products: no product with a weight; norms, SwiGLU, and what the attention
+        kernel leaves out. none: nothing that can be kept, which is slower: more is written and read. dots: all but
+        products with weights; attention too. inner: as products, and the attention's output projection. mlp: all but
+        the MLP's gate and up products. full: everything.
       attention: the kernel: plain, cudnn (NVIDIA GPUs, 16 bits), splash (TPUs), or auto (splash on TPUs if its blocks
         divide the window; cudnn on NVIDIA GPUs if it can compute what is asked and agrees with plain; otherwise plain).
       scan_unroll: layers per step of the scan over layers; the value of `layers` unrolls the scan completely.
@@ -114,7 +115,7 @@ class ModelConfig:
     compute_dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     # What is recomputed, and how the scan is cut, changes rounding at most, as another mesh does: it may change.
-    remat: Annotated[str, one_of(REMAT_POLICIES)] = field(default="none", metadata={"compared": False})
+    remat: Annotated[str, one_of(REMAT_POLICIES)] = field(default="products", metadata={"compared": False})
     attention: Annotated[str, one_of(ATTENTION)] = "plain"
     scan_unroll: Size = field(default=1, metadata={"compared": False})
 

@@ -18,7 +18,10 @@ from flm_jax.sharding import put_batch, replicated
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """The loss -log p(target) of every token, (B, T), in nats, in the dtype of the logits."""
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # Taking the target's logit by its index would scatter its gradient into an array of zeros; a sum of the one value
+    # that is not masked is the same number, and its gradient is part of one pass over the logits.
+    ids_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, logits_BTV.ndim - 1)
+    target_BT = jnp.sum(jnp.where(ids_BTV == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
 
 

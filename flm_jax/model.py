@@ -185,13 +185,17 @@ class Attention(nn.Module):
             q_BTNH = plus(q_BTNH, parameter(self, cfg, "query_bias", "-> heads head_dim"))
             k_BSKH = plus(k_BSKH, parameter(self, cfg, "key_bias", "-> kv_heads head_dim*"))
             v_BSKH = plus(v_BSKH, parameter(self, cfg, "value_bias", "-> kv_heads head_dim"))
+        v_BSKH = checkpoint_name(v_BSKH, "value")
         if cfg.qk_norm:
+            # The gradient of a norm needs what was normalised, and that of the rotation alone needs nothing.
+            q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
             q_BTNH = HeadNorm(cfg, name="query_norm")(q_BTNH, shared.masks)
             k_BSKH = HeadNorm(cfg, name="key_norm")(k_BSKH, shared.masks)
         q_BTNH = masked(rotate(q_BTNH, shared.rotary), shared.masks.head_dim_H)
-        q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", "time", "heads", "head_dim"), "query")
+        q_BTNH = constrain(q_BTNH, "batch", "time", "heads", "head_dim")
         k_BSKH = constrain(rotate(k_BSKH, shared.rotary), "batch", "time", "kv_heads", "head_dim")
-        k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "key"), checkpoint_name(v_BSKH, "value")
+        if not cfg.qk_norm:
+            q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
         if cache is None or layer is None:
             o_BTNH = attend(
                 *(q_BTNH, k_BSKH, v_BSKH, shared.seen),
@@ -245,7 +249,7 @@ class Block(nn.Module):
         attended_BTD, cache = Attention(self.cfg, name="attention")(
             RMSNorm(self.cfg, name="attention_norm")(x_BTD, shared.masks), cache, layer, shared
         )
-        y_BTD = x_BTD + attended_BTD
+        y_BTD = checkpoint_name(x_BTD + attended_BTD, "stream")
         y_BTD = y_BTD + Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(y_BTD, shared.masks), shared.masks)
         if layer_mask is not None:
             # Old layers have mask 1 and take the block's output unchanged; the formula would round it once more.
@@ -261,6 +265,7 @@ SAVED = {
     "full": (),
     "mlp": ("gate", "up"),
     "inner": ("query", "key", "value", ATTENDED, "gate", "up"),
+    "products": ("query", "key", "value", ATTENDED, "gate", "up", "stream"),
 }
 
 
@@ -333,8 +338,7 @@ class Transformer(nn.Module):
         """Logits (B, T, V) of hidden states, in at least float32."""
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         head_DV = self.embedding_VD.T if self.cfg.tied else self.head_DV
-        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=wide)
-        return logits_BTV * self.cfg.logits_mult
+        return product("BTD,DV->BTV", x_BTD, head_DV, wide) * self.cfg.logits_mult
 
     def __call__(
         self,

@@ -39,7 +39,7 @@ def test_published_width_multiplier_at_52b():
         (dict(embed=25, head_dim=None), "embed=25 is not divisible by heads=2.*such as 24"),
         (dict(kv_heads=4), "kv_heads=4 must divide heads=2"),
         (dict(head_dim=3), "head_dim = 3: use an integer, even"),
-        (dict(remat="some"), "remat = 'some': use one of none, dots, inner, mlp, full"),
+        (dict(remat="some"), "remat = 'some': use one of none, dots, products, inner, mlp, full"),
         (dict(layers=0), "layers = 0: use an integer, at least 1"),
         (dict(mlp=1.5), "mlp = 1.5: use an integer, at least 1"),
     ],

@@ -28,6 +28,21 @@ def test_values_and_gradients_are_those_of_einsum(equation):
         np.testing.assert_allclose(mine, its, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gradient_of_a_wider_result_is_as_narrow_as_the_operands_unless_float16(dtype):
+    x, w, dy = drawn("BTD,DV->BTV")
+    x, w, dy = x.astype(dtype), w.astype(dtype), dy * 1e-8  # a gradient that float16 rounds to zero
+    y, back = jax.vjp(lambda x, w: product("BTD,DV->BTV", x, w, jnp.float32), x, w)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, jnp.einsum("BTD,DV->BTV", x, w, preferred_element_type=jnp.float32))
+    dx, dw = back(dy)
+    assert dx.dtype == dw.dtype == jnp.dtype(dtype)
+    exact = np.einsum("BTD,BTV->DV", np.float64(x), np.float64(dy))
+    np.testing.assert_allclose(np.float64(dw), exact, rtol=0.02, atol=1e-9 if dtype == "bfloat16" else 6e-8)
+    operands = str(jax.make_jaxpr(back)(dy)).split("dot_general")[0]
+    assert ("convert_element_type[new_dtype=bfloat16" in operands) == (dtype == "bfloat16")
+
+
 @pytest.mark.parametrize("equation", ["BTD,DF->BTF", "BTD,DV->BTV"])
 def test_the_activations_are_the_left_operand_of_a_weights_gradient(equation):
     """CPUs transpose the left operand; by itself JAX puts the gradient there, which is larger for these."""

@@ -7,7 +7,7 @@ import pytest
 
 from flm_jax import model
 from flm_jax.attention import empty_cache
-from flm_jax.config import small_52b
+from flm_jax.config import REMAT_POLICIES, small_52b
 from flm_jax.loss import loss_sum
 from tests import reference, small
 
@@ -49,9 +49,7 @@ def test_no_position_depends_on_a_later_one_or_on_another_document():
 
 
 @pytest.mark.battery
-@pytest.mark.parametrize(
-    "changes", [dict(scan_unroll=3), dict(remat="full"), dict(remat="dots"), dict(remat="inner"), dict(remat="mlp")]
-)
+@pytest.mark.parametrize("changes", [dict(scan_unroll=3), *(dict(remat=name) for name in REMAT_POLICIES)])
 def test_scan_unrolled_and_rematerialised_give_the_same_loss_and_gradient(changes):
     cfg = small.config(layers=3)
     params, tokens = small.params(cfg), small.tokens((2, 13))
@@ -61,9 +59,23 @@ def test_scan_unrolled_and_rematerialised_give_the_same_loss_and_gradient(change
         return loss_sum(cfg, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x))
 
     value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
-    plain = value_and_grad(cfg, params)
+    plain = value_and_grad(cfg.replace(remat="none"), params)
     other = value_and_grad(cfg.replace(**changes), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), plain, other)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=True), dict(qkv_bias=True, kv_heads=1)], ids=str)
+def test_remat_products_computes_no_product_with_a_weight_twice(changes):
+    params, tokens = small.params(small.config(**changes)), small.tokens((2, 9))
+
+    def products(remat):
+        cfg = small.config(remat=remat, **changes)
+        text = jax.jit(jax.grad(lambda p: jnp.sum(small.apply(cfg, p, tokens)[0]))).lower(params).as_text()
+        # Products with weights contract the width (or what is as wide) and have no batch axes; attention's have.
+        return sum("dot_general" in line and "batching_dims" not in line for line in text.splitlines())
+
+    # The output projection is what "inner" computes again.
+    assert products("products") == products("none") == products("inner") - 1
 
 
 def test_scan_equals_a_python_loop_over_blocks():

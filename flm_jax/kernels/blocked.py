@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from flm_jax.kernels import ATTENDED
+from flm_jax.kernels.products import backward_dtype
 
 # The rows of a block: fewer make small products, more compute more of the future.
 ROWS = 128
@@ -77,8 +78,7 @@ def _backward(scale: float, kept: Any, do_BKGTH: jax.Array) -> tuple[Any, Any, A
     """The gradients of queries, keys and values, and none of the mask."""
     q_BKGTH, k_BKSH, v_BKSH, mask_BTS, o_BKGTH, log_BKGT1 = kept
     wide = log_BKGT1.dtype
-    # Small gradients of scores would be rounded to subnormal numbers in float16, which has no exponents for them.
-    narrow = wide if q_BKGTH.dtype == jnp.float16 else q_BKGTH.dtype
+    narrow = backward_dtype(q_BKGTH.dtype, wide)
     # What the softmax's derivative subtracts, the sum of weights times their gradients, is also that of o times do.
     mean_BKGT1 = jnp.sum(do_BKGTH.astype(wide) * o_BKGTH.astype(wide), axis=-1, keepdims=True)
     dq = []

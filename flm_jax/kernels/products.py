@@ -12,32 +12,45 @@ import jax.numpy as jnp
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`jnp.einsum(equation, x, w)`, of activations and a weight, with a faster gradient of the weight.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(equation: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+    """`jnp.einsum(equation, x, w)`, of activations and a weight, with faster gradients.
 
-    That gradient is a product of the activations and of the gradient of the result, and contracts the first axes of
-    both. CPUs then transpose the left operand. By itself JAX puts the gradient of the result there; here the
-    activations are there, which are smaller where a layer widens (gate, up, the head).
+    The gradient of the weight is a product of the activations and of the gradient of the result, and contracts the
+    first axes of both. CPUs then transpose the left operand. By itself JAX puts the gradient of the result there; here
+    the activations are there, which are smaller where a layer widens (gate, up, the head).
 
     Args:
       equation: every axis of an operand is in the other operand or in the result, and all axes have one letter.
       x: activations.
       w: the weight, in the dtype of `x`.
+      dtype: of the result; None: that of `x`. The gradient of a wider result is rounded to the dtype of `x`, so that
+        the products of the backward pass are as fast as that of the forward pass; except in float16, which has no
+        exponents for small gradients.
     """
-    return jnp.einsum(equation, x, w)
+    return jnp.einsum(equation, x, w, preferred_element_type=dtype)
 
 
-def _forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return product(equation, x, w), (x, w)
+def backward_dtype(narrow: Any, wide: Any) -> Any:
+    """The dtype of a product's operand in the backward pass that was computed in `wide`, where values are `narrow`."""
+    return wide if narrow == jnp.float16 else narrow
 
 
-def _backward(equation: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(equation, x, w, dtype), (x, w)
+
+
+def _backward(
+    equation: str, dtype: Any, kept: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    del dtype
     x, w = kept
+    dy = dy.astype(backward_dtype(x.dtype, dy.dtype))
     operands, of_y = equation.split("->")
     of_x, of_w = operands.split(",")
     dx = jnp.einsum(f"{of_y},{of_w}->{of_x}", dy, w)
-    return dx, jnp.einsum(f"{of_x},{of_y}->{of_w}", x, dy)
+    dw = jnp.einsum(f"{of_x},{of_y}->{of_w}", x, dy)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 product.defvjp(_forward, _backward)

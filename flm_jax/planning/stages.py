@@ -245,7 +245,7 @@ def activations(cfg: ModelConfig, rows: int, context: int, chunks: int, mesh: Me
         return here(("batch", "time", *axes), (rows, context, *(cfg.sizes[a] for a in axes)), item)
 
     inner = {name: product(axes) for name, axes in _products(cfg).items()}
-    saved = sum(inner[name] for name in SAVED.get(cfg.remat, tuple(inner)))
+    saved = sum(stream if name == "stream" else inner[name] for name in SAVED.get(cfg.remat, tuple(inner)))
     a_layer = stream * (3 if cfg.remat in ("dots", "none") else 1) + saved
     weights = 0
     for _, like, sig in costs.leaves(cfg):
