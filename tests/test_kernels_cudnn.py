@@ -120,7 +120,7 @@ def test_on_a_gpu_it_is_the_plain_kernel_with_its_gradients(form, heads, kv_head
 @WINDOWS
 def test_what_is_asked_of_it_is_the_plain_kernel_with_its_gradients(form, heads, kv_heads, window, without_gpu):
     tensors, segments = cudnn_check.inputs(jnp.bfloat16, 16, heads, kv_heads)
-    assert cudnn.pack(segments).fits_1[0]
+    assert 2 * cudnn.capacities(T)[-1] >= cudnn.pack(segments).documents_1[0]
     found = cudnn_check.differences(form, tensors, segments, window)
     assert max(found.values()) < 0.02, found
 
@@ -129,9 +129,25 @@ def test_what_is_asked_of_it_is_the_plain_kernel_with_its_gradients(form, heads,
 def test_more_documents_than_there_is_place_for_take_the_mask(without_gpu):
     tensors, _ = cudnn_check.inputs(jnp.bfloat16, 16, 4, 2)
     many = jnp.tile(jnp.arange(T, dtype=jnp.int32)[None] // 3, (2, 1))
-    assert not cudnn.pack(many).fits_1[0]
+    assert cudnn.pack(many).documents_1[0] > 2 * cudnn.capacities(T)[-1]
     found = cudnn_check.differences("packed", tensors, many)
     assert max(found.values()) < 0.02, found
+
+
+@on_cpu
+@pytest.mark.parametrize("documents", [1, 2, 3, 5])
+def test_a_batch_takes_the_fewest_places_that_hold_its_documents(documents, without_gpu, monkeypatch):
+    assert [cudnn.capacities(n) for n in (64, 256, 1024, 4096)] == [(4,), (4,), (2, 8), (8, 32)]
+    monkeypatch.setattr(cudnn, "capacities", lambda length: (1, 2, 4))
+    tensors, _ = cudnn_check.inputs(jnp.bfloat16, 16, 4, 2)
+    segments = jnp.tile(jnp.arange(T, dtype=jnp.int32)[None] * documents // T, (2, 1))
+    found = cudnn_check.differences("packed", tensors, segments)
+    assert max(found.values()) < 0.02, found
+    taken = []
+    monkeypatch.setattr(cudnn, "_call", lambda form, *rest, **_: taken.append((form, rest[4].lengths_BM.shape[1])))
+    with jax.disable_jit():
+        cudnn._by_documents(cudnn.pack(segments), T, lambda form, packed: cudnn._call(form, 0, 0, 0, 0, packed))
+    assert taken == [{1: ("packed", 1), 2: ("packed", 2), 3: ("packed", 4), 5: ("bias", 4)}[documents]]
 
 
 @on_cpu
@@ -142,7 +158,7 @@ def test_devices_attend_to_their_own_rows_and_heads(kv_heads, without_gpu):
     # One device's row has more documents than it has place for; the others' fit.
     segments = segments.at[3].set(jnp.arange(T, dtype=jnp.int32) // 2)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        assert cudnn.pack(segments).fits_1.tolist() == [True, True, True, False]
+        assert cudnn.pack(segments).documents_1.tolist() == [2, 3, 4, 128]
         found = cudnn_check.differences("packed", tensors, segments)
         assert max(found.values()) < 0.02, found
 
@@ -150,10 +166,10 @@ def test_devices_attend_to_their_own_rows_and_heads(kv_heads, without_gpu):
 def test_places_of_documents():
     segments = jnp.asarray([[0] * 100 + [1] * 28 + [4] * 128, [7] * 256, [0] * 255 + [9]], jnp.int32)
     packed = cudnn.pack(segments)
-    M = cudnn.most_documents(256)
+    M = cudnn.capacities(256)[-1]
     assert packed.lengths_BM.reshape(-1).tolist() == [100, 28, 128, 256, 255, 1] + [0] * (3 * M - 6)
     assert packed.starts_BM1.reshape(-1).tolist() == [0, 100, 128, 256, 512, 767] + [768] * (3 * (M + 1) - 6)
-    assert packed.fits_1.tolist() == [True]
+    assert packed.documents_1.tolist() == [6]
 
 
 def abstract(heads=4, kv_heads=2, head_dim=64, rows=2, dtype=jnp.bfloat16):
@@ -182,7 +198,7 @@ def test_its_text_has_no_mask_where_cudnn_needs_none():
     found = [call for call in calls(lowered(gradients("packed"), *like, segments)) if "Bias" not in call[0]]
     assert [name for name, *_ in found] == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
     for _, config, operands in found:
-        assert (config["mask_type"], config["max_seg_per_batch"]) == ("PADDING_CAUSAL", cudnn.most_documents(T))
+        assert (config["mask_type"], config["max_seg_per_batch"]) == ("PADDING_CAUSAL", cudnn.capacities(T)[-1])
         assert not [x for x in operands if f"{T}x{T}" in x]
         assert operands[-4:] == ["2x4xi32", "2x4xi32", "2x5xi32", "2x5xi32"]
 
@@ -197,7 +213,7 @@ def test_its_configuration_is_that_of_jax(form, monkeypatch):
 
     def total(q, k, v, segments):
         if form == "packed":
-            M = cudnn.most_documents(T)
+            M = cudnn.capacities(T)[-1]
             lengths, starts = (jnp.broadcast_to(segments[:, :1], (2, n)) for n in (M, M + 1))
             places = dict(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts)
             how = dict(mask_type=ours.MaskType.PADDING_CAUSAL, scale=0.125)
@@ -225,9 +241,9 @@ def test_its_configuration_is_that_of_jax(form, monkeypatch):
         assert (name, operands, said(config)) == (its_name, its_operands, said(its_config))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "mlp", "inner"])
+@pytest.mark.parametrize("remat", ["none", "full", "mlp", "inner", "products"])
 def test_a_training_step_on_gpus_has_the_kernel_and_keeps_what_it_needs(remat):
-    """The model passes documents, width and window on; remat "inner" saves what the backward pass reads."""
+    """The model passes documents, width and window on; "inner" and "products" save what its backward pass reads."""
     changes = dict(attention="cudnn", compute_dtype="bfloat16", heads=4, kv_heads=2, head_dim=16, sliding_window=100)
     cfg = small.config(remat=remat, **changes)
     params = jax.eval_shape(lambda: small.params(cfg))
@@ -240,7 +256,7 @@ def test_a_training_step_on_gpus_has_the_kernel_and_keeps_what_it_needs(remat):
     found = calls(lowered(step, params, ids, ids, weights, ids))
     names = [name for name, *_ in found]
     assert names.count("fmhaSoftmaxBackward") == 1 and names.count("fmhaScaleBiasSoftmaxBackward") == 1
-    assert names.count("fmhaSoftmax") == (1 if remat in ("none", "inner") else 2)
+    assert names.count("fmhaSoftmax") == (1 if remat in ("none", "inner", "products") else 2)
     for _, config, _ in found:
         assert config["fmha_scale"] == pytest.approx(cfg.effective_head_width**-0.5)
         assert config["sliding_window_length"] == (100 if config["mask_type"] == "PADDING_CAUSAL" else 0)

@@ -9,7 +9,7 @@ Three forms, all causal, and with a sliding window if there is one:
 - "causal": each row is one document. No mask.
 - "packed": rows of several documents. cuDNN is told where each document begins and how long it is, and works on each as
   on a sequence of its own: no mask, and no work on pairs of documents. The number of documents is data, and the shapes
-  need a bound on it: `most_documents`. A batch that has more takes the next form, in the same program.
+  need a bound on it: `capacities`. A batch that has more takes the next form, in the same program.
 - "bias": a mask (B, 1, T, S) in the compute dtype, added to the scores. Every pair of blocks up to the diagonal is
   worked on. Padding by sequence lengths alone would not do: it describes one document per row.
 
@@ -31,8 +31,9 @@ from jax.sharding import PartitionSpec
 from flm_jax.kernels import ATTENDED
 from flm_jax.sharding import fitting_axes, mesh_axes
 
-# The average length of documents, in tokens, from which on `most_documents` holds all of a batch.
-SHORT_DOCUMENT = 128
+# The average lengths of documents, in tokens, from which on one of `capacities` holds all of a batch. On an H200 each
+# place for a document costs about 2 % of the forward and backward passes of 16 rows of 2,048 tokens, used or not.
+AVERAGE_DOCUMENTS = (512, 128)
 # cuDNN has given wrong gradients at lengths that fill no whole block (NVIDIA/cudnn-frontend, issue 160).
 BLOCK = 64
 
@@ -41,23 +42,26 @@ class Packed(NamedTuple):
     """Where the documents of each device's rows lie, as cuDNN reads it.
 
     Attributes:
-      lengths_BM: int32, tokens of each document; documents of all rows in order, then zeros.
+      lengths_BM: int32, tokens of each document; documents of all rows in order, then zeros. M is the largest of
+        `capacities`.
       starts_BM1: int32, the first token of each document, counted through all rows; then the number of tokens.
-      fits_1: bool, one per device along the batch: all documents are in the arrays.
+      documents_1: int32, one per device along the batch: its number of documents, which may be more than B M.
     """
 
     lengths_BM: jax.Array
     starts_BM1: jax.Array
-    fits_1: jax.Array
+    documents_1: jax.Array
 
 
-def most_documents(length: int) -> int:
-    """M, the number of documents per row of `length` tokens that the packed form holds on average over the rows.
+def capacities(length: int) -> tuple[int, ...]:
+    """The numbers of documents per row of `length` tokens, on average over the rows, that packed kernels hold.
 
-    What is kept for the backward pass grows with it: M T N float32 numbers per row. With 4,096 tokens and heads of 128,
-    that is half of what the queries take.
+    Ascending; each is a kernel of its own in the program, and a batch takes the first that holds its documents. What is
+    kept for the backward pass grows with the largest M: M T N float32 numbers per row. With 4,096 tokens and heads of
+    128, that is half of what the queries take.
     """
-    return max(4, length // SHORT_DOCUMENT)
+    most = max(4, length // AVERAGE_DOCUMENTS[-1])
+    return tuple(sorted({m for average in AVERAGE_DOCUMENTS[:-1] if 1 < (m := length // average) < most} | {most}))
 
 
 def batch_axes(rows: int) -> tuple[str, ...]:
@@ -82,13 +86,28 @@ def _packed_specs(rows: tuple[str, ...] | None) -> Any:
 
 def _pack(segments_BT: jax.Array) -> Packed:
     B, T = segments_BT.shape
-    M = most_documents(T)
+    M = capacities(T)[-1]
     begins_BT = jnp.concatenate([jnp.ones((B, 1), bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1)
     starts, end = jnp.nonzero(begins_BT.reshape(-1), size=B * M, fill_value=B * T)[0].astype(jnp.int32), B * T
     starts = jnp.concatenate([starts, jnp.full((B,), end, jnp.int32)])
     # A document ends where the next begins: the first token of a row always begins one.
     lengths = starts[1 : B * M + 1] - starts[: B * M]
-    return Packed(lengths.reshape(B, M), starts.reshape(B, M + 1), jnp.sum(begins_BT)[None] <= B * M)
+    return Packed(lengths.reshape(B, M), starts.reshape(B, M + 1), jnp.sum(begins_BT, dtype=jnp.int32)[None])
+
+
+def _first(packed: Packed, m: int) -> Packed:
+    """The same documents with m places per row, which must hold them."""
+    B = packed.lengths_BM.shape[0]
+    lengths, starts = packed.lengths_BM.reshape(-1)[: B * m], packed.starts_BM1.reshape(-1)[: B * (m + 1)]
+    return Packed(lengths.reshape(B, m), starts.reshape(B, m + 1), packed.documents_1)
+
+
+def _by_documents(packed: Packed, length: int, call: Any) -> Any:
+    """`call(form, packed)` of the packed form with the fewest places that hold this batch, or of the form "bias"."""
+    B, sizes = packed.lengths_BM.shape[0], capacities(length)
+    branches = [functools.partial(call, "packed", _first(packed, m)) for m in sizes]
+    index = jnp.sum(packed.documents_1[0] > jnp.asarray([B * m for m in sizes], jnp.int32), dtype=jnp.int32)
+    return jax.lax.switch(index, [*branches, functools.partial(call, "bias", packed)])
 
 
 def refusal(dtype: Any, head_dim: int, capability: tuple[int, int]) -> str | None:
@@ -183,15 +202,14 @@ def _local_forward(
 def _local_backward(scale: float, window: int | None, kept: Any, do: jax.Array) -> tuple[Any, ...]:
     q, k, v, segments, packed, o, stats = kept
 
-    def one(form: str) -> Any:
-        mine = stats if form != "bias" or packed is None else stats[: q.shape[0]]
-        return _call(form, q, k, v, segments, packed, scale, window, backward=(mine, do, o))
+    def one(form: str, packed: Packed | None) -> Any:
+        rows = q.shape[0] * (packed.lengths_BM.shape[1] if form == "packed" and packed is not None else 1)
+        return _call(form, q, k, v, segments, packed, scale, window, backward=(stats[:rows], do, o))
 
     if packed is None:
-        dq, dk, dv = one("causal" if segments is None else "bias")
+        dq, dk, dv = one("causal" if segments is None else "bias", None)
     else:
-        fits = packed.fits_1[0]
-        dq, dk, dv = jax.lax.cond(fits, lambda: one("packed"), lambda: one("bias"))
+        dq, dk, dv = _by_documents(packed, q.shape[1], one)
     return dq, dk, dv, None, None
 
 
@@ -205,13 +223,14 @@ def _forward(
     if packed is None:
         return _call("causal" if segments is None else "bias", q, k, v, segments, packed, scale, window, stats=stats)
 
-    def one(form: str) -> tuple[jax.Array, ...]:
+    # The packed form has M rows of logarithms per row of the batch; all branches give as many as the largest M.
+    rows = packed.lengths_BM.size
+
+    def one(form: str, packed: Packed) -> tuple[jax.Array, ...]:
         o, *logs = _call(form, q, k, v, segments, packed, scale, window, stats=stats)
-        # The packed form has M rows of logarithms per row of the batch; the other branch's are as many, most unused.
-        rows = q.shape[0] * packed.lengths_BM.shape[1]
         return o, *(jnp.pad(x, ((0, rows - x.shape[0]), (0, 0), (0, 0))) for x in logs)
 
-    return jax.lax.cond(packed.fits_1[0], lambda: one("packed"), lambda: one("bias"))
+    return tuple(_by_documents(packed, q.shape[1], one))
 
 
 def _bias(segments_BT: jax.Array, window: int | None, dtype: Any) -> jax.Array:
