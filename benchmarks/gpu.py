@@ -1,13 +1,14 @@
 """Training, decoding and growth on one NVIDIA GPU, beside its limits and PyTorch: DIR/gpu.json and DIR/gpu.md.
 
-  python benchmarks/gpu.py --out=DIR [--quick] [--budget_s=480]
+  python benchmarks/gpu.py --out=DIR [--quick] [--budget_s=480] [--parts="limits,train 0.5B 2048"]
 
 Parts run one after the other, the most important first, each in a process of its own: what fails is reported, and the
 rest goes on; what no longer fits the budget is left out, and the page says so. First every attention kernel is compared
 with the plain one in float32. Then, for models of 0.1, 0.5 and 1.5 billion parameters: tokens per second of the train
 step (bf16 compute, float32 parameters, AdamW), the same with transformers' Llama in PyTorch if it is installed,
 decoding beside the time to read parameters and cache, and a growth beside copying memory. A profile of one step lies in
-DIR/profile. Needs JAX, Flax, optax and this repository. With --tiny, the models are tiny and any device will do.
+DIR/profile. With --parts, only these are run, and what DIR has of other parts stays on the page. Needs JAX, Flax, optax
+and this repository. With --tiny, the models are tiny and any device will do.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ _OUT = flags.DEFINE_string("out", "", "The directory of the results.")
 _QUICK = flags.DEFINE_bool("quick", False, "Fewer steps and shapes.")
 _TINY = flags.DEFINE_bool("tiny", False, "Tiny models, to try the program on any device.")
 _BUDGET = flags.DEFINE_float("budget_s", 480, "Seconds for everything; parts that no longer fit are left out.")
+_PARTS = flags.DEFINE_list("parts", None, "Run these parts only, by their names on the page; all by default.")
 _PART = flags.DEFINE_string("part", None, "Run this part alone, in this process, and add it to the results.")
 _SAME = flags.DEFINE_bool("same_process", False, "Run all parts in this process; an error of CUDA then ends them all.")
 
 
 class Part(NamedTuple):
-    """One part: what it runs, and how many seconds it is expected to take on an H100, compilation included."""
+    """One part: what it runs, and how many seconds it takes on an H200, compilation included."""
 
     run: Callable[[gpu_parts.Use], dict[str, Any]]
     seconds: float
@@ -48,23 +50,25 @@ class Part(NamedTuple):
 def parts() -> dict[str, Part]:
     """All parts in the order of importance."""
     all_parts = {
-        "about": Part(gpu_parts.about, 8),
+        "about": Part(gpu_parts.about, 5),
         "kernels": Part(gpu_parts.kernels, 60),
-        "limits": Part(gpu_parts.limits, 12),
-        "train 0.5B 2048": Part(lambda use: gpu_parts.train(use, "0.5B", 2048, profile=True), 60),
-        "train 1.5B 2048": Part(lambda use: gpu_parts.train(use, "1.5B", 2048), 70),
-        "train 0.1B 2048": Part(lambda use: gpu_parts.train(use, "0.1B", 2048), 45),
-        "torch 0.5B 2048": Part(lambda use: gpu_parts.torch_part(use, "0.5B", 2048), 75),
-        "growth": Part(gpu_parts.growth, 40),
-        "decoding": Part(gpu_parts.decoding, 45),
-        "torch 1.5B 2048": Part(lambda use: gpu_parts.torch_part(use, "1.5B", 2048), 90),
+        "limits": Part(gpu_parts.limits, 6),
+        "train 0.5B 2048": Part(lambda use: gpu_parts.train(use, "0.5B", 2048, profile=True), 45),
+        "train 1.5B 2048": Part(lambda use: gpu_parts.train(use, "1.5B", 2048), 50),
+        "train 0.1B 2048": Part(lambda use: gpu_parts.train(use, "0.1B", 2048), 30),
+        "torch 0.5B 2048": Part(lambda use: gpu_parts.torch_part(use, "0.5B", 2048), 100),
+        "growth": Part(gpu_parts.growth, 12),
+        "decoding": Part(gpu_parts.decoding, 22),
+        "torch 1.5B 2048": Part(lambda use: gpu_parts.torch_part(use, "1.5B", 2048), 110),
         "torch 0.1B 2048": Part(lambda use: gpu_parts.torch_part(use, "0.1B", 2048), 60),
     }
     if not _QUICK.value:
         for name in ("0.5B", "1.5B", "0.1B"):
-            all_parts[f"train {name} 4096"] = Part(functools.partial(gpu_parts.train, name=name, context=4096), 60)
+            all_parts[f"train {name} 4096"] = Part(functools.partial(gpu_parts.train, name=name, context=4096), 50)
         for name in ("0.5B", "1.5B", "0.1B"):
-            all_parts[f"torch {name} 4096"] = Part(functools.partial(gpu_parts.torch_part, name=name, context=4096), 75)
+            all_parts[f"torch {name} 4096"] = Part(
+                functools.partial(gpu_parts.torch_part, name=name, context=4096), 100
+            )
     return all_parts
 
 
@@ -76,6 +80,12 @@ def run_part(name: str) -> dict[str, Any]:
     except Exception as error:  # one part's failure is a result
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
     return found | {"seconds_taken": time.perf_counter() - since}
+
+
+def command() -> str:
+    """The command that this program was started with, as the page names it."""
+    words = [f'"{word}"' if " " in word else word for word in sys.argv[1:]]
+    return " ".join(["python", "benchmarks/gpu.py", *words])
 
 
 def in_a_process(name: str, file: Path, limit: float) -> dict[str, Any]:
@@ -107,9 +117,16 @@ def main(argv: list[str]) -> None:
     if _PART.value:
         (out / "parts" / f"{_PART.value}.json").write_text(json.dumps(run_part(_PART.value)))
         return
-    start, results = time.perf_counter(), {}
-    for name, part in parts().items():
-        file = out / "parts" / f"{name}.json"
+    if unknown := set(_PARTS.value or ()) - set(parts()):
+        raise app.UsageError(f"--parts: {', '.join(sorted(unknown))}: use some of {', '.join(parts())}")
+    files = {name: out / "parts" / f"{name}.json" for name in parts()}
+    chosen = [name for name in parts() if _PARTS.value is None or name in _PARTS.value]
+    kept = {
+        name: dict(json.loads(files[name].read_text())) for name in set(files) - set(chosen) if files[name].exists()
+    }
+    start, results = time.perf_counter(), kept
+    for name in chosen:
+        part, file = parts()[name], files[name]
         file.unlink(missing_ok=True)
         left = _BUDGET.value - (time.perf_counter() - start)
         if left < (0 if _TINY.value else part.seconds):
@@ -118,11 +135,11 @@ def main(argv: list[str]) -> None:
             results[name] = run_part(name)
         else:
             results[name] = in_a_process(name, file, max(left, 1))
+        results[name] |= {"command": command()}
+        file.write_text(json.dumps(results[name]))
         outcome = results[name].get("error") or results[name].get("skipped") or "done"
         print(f"{name}: {outcome} ({results[name].get('seconds_taken', 0):.0f} s)", flush=True)
-        took = time.perf_counter() - start
-        command = " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
-        whole = {"command": command, "seconds": took, "parts": results}
+        whole = {"command": command(), "parts": {name: results[name] for name in files if name in results}}
         (out / "gpu.json").write_text(json.dumps(whole, indent=1) + "\n")
         (out / "gpu.md").write_text(gpu_page.page(whole))
     print(f"{out / 'gpu.md'} and gpu.json, {time.perf_counter() - start:.0f} s")

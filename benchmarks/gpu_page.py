@@ -58,7 +58,8 @@ def page(results: dict[str, Any]) -> str:
     """The page, from the content of gpu.json; parts that are missing leave their tables out."""
     parts = results["parts"]
     done = {name: part for name, part in parts.items() if "error" not in part and "skipped" not in part}
-    lines = ["# On one GPU", "", f"    {results['command']}", ""]
+    commands = list(dict.fromkeys(part.get("command", results["command"]) for part in parts.values()))
+    lines = ["# On one GPU", "", *(f"    {command}" for command in commands), ""]
     lines += _about(done.get("about"))
     lines += _kernels(done.get("kernels"))
     sheet = peak(done["about"]["device"]) if "about" in done else None
@@ -70,7 +71,7 @@ def page(results: dict[str, Any]) -> str:
         )
         lines += [
             f"A bf16 product of {limits['matmul_side']:,} x {limits['matmul_side']:,} matrices runs at "
-            f"{flops / 1e12:,.1f} TFLOP/s; {known}. Copying {limits['copied_bytes'] / 1e9:.2g} GB moves "
+            f"{flops / 1e12:,.1f} TFLOP/s{known}. Copying {limits['copied_bytes'] / 1e9:.2g} GB moves "
             f"{copied / 1e9:,.0f} GB/s, read and written.",
             "",
         ]
@@ -80,7 +81,7 @@ def page(results: dict[str, Any]) -> str:
     outcome = lambda part: part.get("error") or part.get("skipped") or "done"  # noqa: E731
     rows = [(name, f"{part.get('seconds_taken', 0):.0f}", outcome(part)) for name, part in parts.items()]
     lines += table(("part", "s", "outcome"), rows)
-    return "\n".join([*lines, "", f"{results['seconds']:.0f} s in all.", ""])
+    return "\n".join([*lines, "", f"{sum(part.get('seconds_taken', 0) for part in parts.values()):.0f} s in all.", ""])
 
 
 def _about(about: dict[str, Any] | None) -> list[str]:
@@ -127,7 +128,10 @@ def _training(done: dict[str, Any], sheet: float | None, limits: dict[str, Any] 
         speed, flops = part["tokens_per_s"]["median"], ours["flops_per_token"] if ours else None
         of = [f"{100 * speed * flops / p:.1f} %" if flops and p else "-" for p in _peaks(sheet, limits)]
         of += [f"{speed * flops / 1e12:,.1f}" if flops else "-"]
-        detail = f"{part['attention']}, remat {part['remat']}" if program == "train" else f"PyTorch {part['torch']}"
+        if program == "torch":
+            detail = f"PyTorch {part['torch']}"
+        else:
+            detail = part["attention"] + (f", loss_chunks {part['loss_chunks']}" if part["loss_chunks"] > 1 else "")
         several = rate(part["tokens_per_s_documents"]) if program == "train" else "-"
         rows.append(
             (
@@ -153,7 +157,24 @@ def _training(done: dict[str, Any], sheet: float | None, limits: dict[str, Any] 
         for name, part in done.items()
         if name.startswith("torch ") and f"train {(rest := name[6:])}" in done
     ]
-    return lines + ([f"Speed of flm_jax over transformers: {', '.join(ratios)}.", ""] if ratios else [])
+    lines += [f"Speed of flm_jax over transformers: {', '.join(ratios)}.", ""] if ratios else []
+    for name, part in done.items():
+        if profile := part.get("profile"):
+            lines += _profile(name, profile)
+    return lines
+
+
+def _profile(name: str, profile: dict[str, Any], most: int = 12) -> list[str]:
+    """The time of one step's kernels by kind, and the longest."""
+    kinds = ", ".join(f"{kind} {ms:.1f} ms" for kind, ms in profile["kinds_ms"].items())
+    rows = [(f"`{k['name'][:80]}`", k["count"], f"{k['ms']:.1f}") for k in profile["kernels"][:most]]
+    return [
+        f"A profile of one step ({name.partition(' ')[2]} tokens per row): {profile['span_ms']:.1f} ms, of "
+        f"which {kinds}, and idle {profile['idle_ms']:.1f} ms. The longest kernels:",
+        "",
+        *table(("kernel", "calls", "ms"), rows),
+        "",
+    ]
 
 
 def _peaks(sheet: float | None, limits: dict[str, Any] | None) -> tuple[float | None, float | None]:

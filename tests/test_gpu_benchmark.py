@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import gpu_profile
 from benchmarks.gpu_page import peak
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,40 @@ def test_what_no_longer_fits_the_budget_is_left_out(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert all("of the budget are left" in part["skipped"] for part in found.values())
+
+
+def test_parts_may_be_run_one_by_one_into_one_page(tmp_path):
+    for part in ("about", "limits"):
+        words = ["benchmarks/gpu.py", f"--out={tmp_path}", "--tiny", f"--parts={part}"]
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    page = (tmp_path / "gpu.md").read_text()
+    assert "cpu, compute capability None" in page and "A bf16 product of" in page
+    assert page.count("    python benchmarks/gpu.py") == 2
+    words[-1] = "--parts=limit"
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "--parts: limit: use some of about, kernels, limits" in done.stderr
+
+
+def test_a_profile_is_summed_by_kernel_and_by_kind():
+    def kernel(name, start, ns):
+        return SimpleNamespace(name=name, start_ns=start, duration_ns=ns)
+
+    # A copy on another stream overlaps the second half of the product; then the GPU waits.
+    product, copy, fused = kernel("nvjet_x", 0, 4e6), kernel("memcpy128", 2e6, 3e6), kernel("loop_add", 8e6, 2e6)
+    streams = [
+        SimpleNamespace(name=f"Stream #{i}", events=events) for i, events in enumerate([[product, fused], [copy]])
+    ]
+    other = SimpleNamespace(name="XLA Ops", events=[product])
+    planes = [
+        SimpleNamespace(name="/host:CPU", lines=[]),
+        SimpleNamespace(name="/device:GPU:0", lines=[*streams, other]),
+    ]
+    assert gpu_profile.of_planes(planes[:1], 3) is None
+    found = gpu_profile.of_planes(planes, 2)
+    assert (found["span_ms"], found["idle_ms"]) == (10, 3)
+    assert found["kinds_ms"] == {"matrix products": 4, "copies": 3, "fused by XLA": 2}
+    assert [(k["name"], k["ms"], k["count"]) for k in found["kernels"]] == [("nvjet_x", 4, 1), ("memcpy128", 3, 1)]
 
 
 def test_peaks_of_cards_are_found_by_their_names():
