@@ -41,7 +41,8 @@ def for_step(mesh: Mesh, cfg: ModelConfig, given: Mapping[str, str] | None = Non
         options = {name: value for name, value in overlap(cfg).items() if name not in taken and known(name, value)}
     for name, value in (given or {}).items():
         if device.platform == "tpu" or (device.platform == "gpu" and name.startswith(PREFIXES["gpu"])):
-            options[name] = value
+            # As XLA_FLAGS has them; JAX takes no other texts than "True" and "False".
+            options[name] = value.capitalize() if value in ("true", "false") else value
     return options or None
 
 

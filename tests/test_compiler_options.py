@@ -56,7 +56,8 @@ def test_what_the_user_sets_stays(monkeypatch):
     assert tpus == {"xla_tpu_x": "3"}
 
 
-@pytest.mark.parametrize("value", ["True", True])
-def test_text_and_values_are_taken_alike(value):
-    compiled = jax.jit(lambda x: x, compiler_options={SCHEDULER: value})
-    assert compiled(1.0) == 1.0
+@pytest.mark.parametrize("value", ["true", "True", "false"])
+def test_a_switch_may_be_written_as_in_xla_flags(value):
+    given = compiler_options.for_step(GPUS, CFG, {SCHEDULER: value})[SCHEDULER]
+    compiled = jax.jit(lambda x: x, compiler_options={SCHEDULER: given})
+    assert compiled(1.0) == 1.0 and given == value.capitalize()
