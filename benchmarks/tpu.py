@@ -164,6 +164,18 @@ def cells(about: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def sent_and_least(record: Mapping[str, Any]) -> list[str]:
+    """The table cells of a stage: bytes that its train step sends per device, the least, the largest collectives."""
+    step, least = record["programs"]["train step"], record["least_sent_bytes"]
+    sent, total = sum(c["sent_bytes"] for c in step["collectives"].values()), sum(least.values())
+    largest = (
+        f"{c['count']} {c['kind']} of {c['shape'][:40]} over {c['devices']} ({costs.size(c['sent_bytes'])})"
+        for c in step["largest_collectives"][:4]
+    )
+    parts = ", ".join(f"{what} {costs.size(number)}" for what, number in least.items() if number)
+    return [record["name"], costs.size(sent), costs.size(total), f"{sent / total:.2f}", parts, "; ".join(largest)]
+
+
 def text(
     machine: Topology,
     records: Sequence[Mapping[str, Any]],
@@ -203,6 +215,8 @@ def text(
         )
     programs = [line(["stage", "program", *head]), line(["---"] * 9)]
     programs += [line([stage, name, *cells(about)]) for stage, name, about in rows]
+    traffic = [line(["stage", "sent", "least", "ratio", "the least is for", "the largest"]), line(["---"] * 6)]
+    traffic += [line(sent_and_least(r)) for r in records if r["programs"]["train step"]["fits"]]
     alternatives = [line(["stage", "layout", *head]), line(["---"] * 9)]
     alternatives += [line([stage, name, *cells(about)]) for stage, name, about in others]
     return PAGE.format(
@@ -211,6 +225,7 @@ def text(
         memory=costs.size(machine.chip.memory),
         layouts="\n".join(layouts),
         programs="\n".join(programs),
+        traffic="\n".join(traffic),
         alternatives="\n".join(alternatives),
         minutes=f"{seconds / 60:.0f}",
     )
@@ -237,6 +252,14 @@ that run at the same time as other work are assumed to be hidden by it. The util
 (`costs.train_flops_per_token`; recomputation does not count). The predictions can compare layouts; they cannot tell how
 many days a run takes.
 
+## Bytes sent, and the least that the layout needs
+
+Per device and train step. The least is that of `flm_jax.planning.traffic`: parameters stay split over `fsdp` and
+`tensor`, weights are gathered twice per part of the batch and their gradients scattered once, the stream is gathered
+and scattered around attention and MLP, all on rings.
+
+{traffic}
+
 ## Other layouts
 
 The train step of one stage, with one change:
@@ -245,9 +268,9 @@ The train step of one stage, with one change:
 
 The conclusions: `tensor` is as small as the state allows, because the bytes that the products of a layer exchange grow
 with it. The published batch of 1,344 windows does not occupy all devices; `sequence` uses the rest. At 1T the state
-needs all devices for `fsdp` and `tensor`. Saving the products that are split over `tensor` inside a block
-(`remat = 'inner'`) needs more memory, which is available. Pipelining was not needed to make any program fit, and is not
-implemented.
+needs all devices for `fsdp` and `tensor`. Saving the products of a block, and the stream between attention and MLP, so
+that no product is computed again (`remat = 'products'`), needs more memory, which is available. Pipelining was not
+needed to make any program fit, and is not implemented.
 """
 
 

@@ -162,6 +162,22 @@ def see(cfg: ModelConfig, shape: tuple[int, ...], segments_BT: jax.Array | None)
     return Seen(attention_mask(time_1T, time_1T, segments, segments, cfg.sliding_window), segments)
 
 
+def check(cfg: ModelConfig, rows: int, length: int) -> None:
+    """Checks that the kernel that a model asks for can train on windows of `length` positions on the current mesh.
+
+    Raises:
+      ValueError: it cannot; the message says what can.
+    """
+    if cfg.attention == "splash" and platform() != "tpu":
+        raise ValueError(
+            f"attention='splash': it needs TPUs, and the devices here are of the platform {platform()!r}; use "
+            "attention='auto', or 'plain'."
+        )
+    if cfg.attention == "splash" and splash.block_size(length) is None:
+        raise ValueError(splash.refusal(length))
+    cudnn_form(cfg, rows, length, documents=True)
+
+
 def cudnn_form(cfg: ModelConfig, rows: int, length: int, documents: bool) -> str | None:
     """The form of cuDNN's attention that windows of a model take (see `kernels/cudnn.py`); None: another kernel.
 

@@ -14,6 +14,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from flm_jax import attention
 from flm_jax.compiler_options import for_step
 from flm_jax.config import ModelConfig
 from flm_jax.growth.exact_adamw import new_entries, rate_of_new, rescaled_adamw, rescaling, scale_new
@@ -109,10 +110,10 @@ class StageProgram:
         return rescaled_adamw(self.stage.optimizer, self.stage.cfg, signatures, rescaling(self.stage.lineage))
 
     def check_trains(self, context: int) -> None:
-        """Checks that the mesh splits this stage's batches evenly.
+        """Checks that the mesh splits this stage's batches evenly, and that its devices have the attention kernel.
 
         Raises:
-          ValueError: it does not; the message names sizes that work.
+          ValueError: it does not, or they have not; the message names the stage, and what works.
         """
         stage, mesh = self.stage, self.mesh
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -130,6 +131,11 @@ class StageProgram:
                 f"accumulate = {shards * stage.accumulate}, such as "
                 f"{-(-stage.batch_size // (shards * stage.accumulate)) * shards * stage.accumulate}."
             )
+        with jax.set_mesh(mesh):
+            try:
+                attention.check(stage.cfg, stage.batch_size // stage.accumulate, context)
+            except ValueError as error:
+                raise ValueError(f"Stage {stage.name!r}: {error}") from None
 
     def initialiser(self) -> Any:
         """The jitted function key -> state of a first stage at step 0."""

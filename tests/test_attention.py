@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from flm_jax import attention, model
+from flm_jax.data.config import DataConfig
+from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.kernels import plain, splash
+from flm_jax.planning import stages
+from flm_jax.recipe import Recipe, Run, Stage, resolve
 from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.step import StageProgram
 from tests import small
 
 B, T, WIDTH = 2, 256, 100.0
@@ -97,3 +102,31 @@ def test_the_model_tells_its_kernel_of_its_sliding_window(monkeypatch):
     cfg = small.config(sliding_window=5, attention="splash")
     jax.eval_shape(lambda params: model.apply(cfg, params, small.tokens()), small.params(cfg))
     assert seen == {"width": 8.0, "sliding_window": 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(attention="splash"), "Stage 'one': attention='splash': it needs TPUs, .* 'cpu'; use attention='auto'"),
+        (
+            dict(attention="cudnn", compute_dtype="bfloat16", head_dim=16),
+            "Stage 'one': attention='cudnn': it needs NVID",
+        ),
+    ],
+)
+def test_a_kernel_that_the_devices_lack_is_refused_before_a_run_begins(changes, message):
+    stage = Stage("one", small.config(**changes), 1, 8)
+    with pytest.raises(ValueError, match=message):
+        StageProgram(resolve(Recipe((stage,)))[0], make_mesh(MeshConfig()), 1).check_trains(64)
+
+
+@pytest.mark.parametrize("kv_heads", [8, 4])
+def test_scores_of_split_windows_are_not_copied_whole_to_every_device(kv_heads, capfd):
+    cfg = small.config(layers=2, embed=32, heads=8, kv_heads=kv_heads, head_dim=8, mlp=64, vocab=264)
+    recipe = Recipe((Stage("one", cfg, 1, 8),), DataConfig(vocabulary=Bytes(), context=64))
+    run = Run(mesh=MeshConfig(data=1, fsdp=2, sequence=2, tensor=2))
+    (record,) = stages.stages(recipe, run, jax.devices(), None, "cpu", only=("train step",))
+    sent = sum(c["sent_bytes"] for c in record["programs"]["train step"]["collectives"].values())
+    assert sent < 2.3 * sum(record["least_sent_bytes"].values())
+    # What XLA's partitioner says where it knows no better way.
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err

@@ -30,6 +30,16 @@ def block_size(length: int) -> int | None:
     return None if left else next((size for size in BLOCKS if share % size == 0), None)
 
 
+def refusal(length: int) -> str:
+    """Why a window of `length` positions, which no block size divides, cannot be attended to."""
+    parts = parts_of_mesh()["time"]
+    return (
+        f"attention='splash': each device has {length // parts} of the window's {length} positions, and the kernel "
+        f"works on blocks of {BLOCKS[-1]}; use a context that is a multiple of {BLOCKS[-1] * parts}, or "
+        "attention='plain'."
+    )
+
+
 def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -53,11 +63,7 @@ def attend(
     mesh, parts = jax.sharding.get_abstract_mesh(), parts_of_mesh()
     block = block_size(T)
     if block is None:
-        raise ValueError(
-            f"attention='splash': each device has {T // parts['time']} of the window's {T} positions, and the kernel "
-            f"works on blocks of {BLOCKS[-1]}; use a context that is a multiple of "
-            f"{BLOCKS[-1] * parts['time']}, or attention='plain'."
-        )
+        raise ValueError(refusal(T))
     columns = max(size for size in BLOCKS if T % size == 0)
     mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask((T, T), shard_count=parts["time"])
     if sliding_window is not None:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -93,6 +94,16 @@ class Program:
             entry["count"] += c.times
             entry["sent_bytes"] += c.times * c.sent
         return found
+
+    def by_shape(self, most: int) -> list[dict[str, Any]]:
+        """The collectives that send the most bytes in one call, those of one kind, shape and group size together."""
+        found: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for c in self.collectives:
+            what = {"kind": c.kind, "shape": c.shape, "devices": len(c.group)}
+            entry = found.setdefault((c.kind, c.shape, len(c.group)), {**what, "count": 0, "sent_bytes": 0.0})
+            entry["count"] += c.times
+            entry["sent_bytes"] += c.times * c.sent
+        return sorted(found.values(), key=lambda entry: -float(entry["sent_bytes"]))[:most]
 
     def largest(self, kind: str) -> Collective | None:
         """The collective of a kind with the largest result; None if there is none of that kind."""

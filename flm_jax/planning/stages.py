@@ -30,6 +30,7 @@ from flm_jax.planning.compiled import (
     programs,
 )
 from flm_jax.planning.topology import Topology
+from flm_jax.planning.traffic import least_sent
 from flm_jax.recipe import Recipe, Run, begin
 from flm_jax.records import as_dict
 from flm_jax.sharding import check_slices, fitting_axes, make_mesh, mesh_axes
@@ -154,6 +155,7 @@ def _arithmetic(
         "accumulate": s.accumulate,
         "ramp_steps": s.ramp_steps,
         "bytes_per_device": size,
+        "least_sent_bytes": least_sent(cfg, s.batch_size, context, mesh.shape, s.accumulate),
         "memory": None,
         "fits": None,
         "days": None,

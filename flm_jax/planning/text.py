@@ -58,6 +58,9 @@ def stage_text(record: dict[str, Any]) -> str:
         + (f", {record['days']:.1f} days" if record["days"] is not None else ""),
         f"  bytes per device: {_sizes(record['bytes_per_device'])}",
     ]
+    least = record["least_sent_bytes"]
+    if total := sum(least.values()):
+        lines.append(f"  a step sends {costs.size(total)} per device at least, in this layout: {_sizes(least)}")
     if record["fits"] is not None:
         verdict = "fits" if record["fits"] else "DOES NOT FIT"
         lines.append(f"  {verdict} in {costs.size(record['memory'])}, according to {record['fits_by']}")
