@@ -5,7 +5,7 @@
 Each part of `benchmarks/parts` runs in a process of its own. Within a part, what is compared takes turns, so that
 other load disturbs all of it alike; figures are medians with quartiles, and ratios are those of neighbours in one
 round. A part that fails is reported with its error, the others go on, and the exit status is 1. With --write=PAGE.md,
-the figures of every round are written to PAGE.json beside it.
+the figures of every round are written to PAGE.json beside it, both after every part.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def versions() -> str:
 def arguments() -> argparse.Namespace:
     """The command line; not read by absl, since parts import programs that have absl flags of their own."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds: 3 minutes instead of 15 on two idle cores")
+    parser.add_argument("--quick", action="store_true", help="few rounds: 4 minutes instead of 15 on two idle cores")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for tests of this program")
     parser.add_argument("--parts", default=",".join(parts.PARTS), help="which parts to run, joined by commas")
     parser.add_argument("--write", type=Path, help="write the page here, and its figures to .json beside it")
@@ -134,8 +134,29 @@ def arguments() -> argparse.Namespace:
     return given
 
 
+def written(records: Sequence[Mapping[str, Any]], before: float, minutes: float, target: Path | None) -> str:
+    """The page of the parts that have run so far; written to `target`, with its figures, if there is one."""
+    busy = before > 0.5 * (os.cpu_count() or 1)
+    about = {
+        "command": " ".join(["python benchmarks/bench.py", *sys.argv[1:]]),
+        "machine": disk.machine(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "before": f"{before:.1f}",
+        "after": f"{os.getloadavg()[0]:.1f}",
+        "minutes": minutes,
+        "note": "**The machine was busy with other work:** ratios hold roughly, times do not." if busy else "",
+    }
+    text = page(records, about, target.with_suffix(".json").name if target else "bench.json")
+    if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        target.with_suffix(".json").write_text(json.dumps({**about, "parts": records}, indent=1) + "\n")
+    return text
+
+
 def main() -> None:
-    """Runs the parts, prints the page and writes it."""
+    """Runs the parts, and prints the page or writes it after each of them."""
     given = arguments()
     effort = "tiny" if given.tiny else "quick" if given.quick else "full"
     if given.child:
@@ -147,24 +168,8 @@ def main() -> None:
             records.append(measured(part, effort, Path(folder) / f"{part}.json", given.minutes))
             state = f"failed: {records[-1]['error']}" if records[-1]["error"] else "done"
             print(f"{part}: {state}, {records[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
-    busy = before > 0.5 * (os.cpu_count() or 1)
-    about = {
-        "command": " ".join(["python benchmarks/bench.py", *sys.argv[1:]]),
-        "machine": disk.machine(),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "before": f"{before:.1f}",
-        "after": f"{os.getloadavg()[0]:.1f}",
-        "minutes": (time.perf_counter() - since) / 60,
-        "note": "**The machine was busy with other work:** ratios hold roughly, times do not." if busy else "",
-    }
-    target: Path | None = given.write
-    text = page(records, about, target.with_suffix(".json").name if target else "bench.json")
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
-        target.with_suffix(".json").write_text(json.dumps({**about, "parts": records}, indent=1) + "\n")
-    else:
+            text = written(records, before, (time.perf_counter() - since) / 60, given.write)
+    if not given.write:
         print(text)
     if any(record["error"] for record in records):
         raise SystemExit("failed: " + ", ".join(record["part"] for record in records if record["error"]))

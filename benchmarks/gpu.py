@@ -36,7 +36,7 @@ _QUICK = flags.DEFINE_bool("quick", False, "Fewer steps and shapes.")
 _TINY = flags.DEFINE_bool("tiny", False, "Tiny models, to try the program on any device.")
 _BUDGET = flags.DEFINE_float("budget_s", 480, "Seconds for everything; parts that no longer fit are left out.")
 _PARTS = flags.DEFINE_list("parts", None, "Run these parts only, by their names on the page; all by default.")
-_PART = flags.DEFINE_string("part", None, "Run this part alone, in this process, and add it to the results.")
+_PART = flags.DEFINE_string("part", None, "Run this part in this process, for the pages of later runs into DIR.")
 _SAME = flags.DEFINE_bool("same_process", False, "Run all parts in this process; an error of CUDA then ends them all.")
 
 
@@ -115,7 +115,8 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     (out / "parts").mkdir(parents=True, exist_ok=True)
     if _PART.value:
-        (out / "parts" / f"{_PART.value}.json").write_text(json.dumps(run_part(_PART.value)))
+        found = run_part(_PART.value) | {"command": command()}
+        (out / "parts" / f"{_PART.value}.json").write_text(json.dumps(found))
         return
     if unknown := set(_PARTS.value or ()) - set(parts()):
         raise app.UsageError(f"--parts: {', '.join(sorted(unknown))}: use some of {', '.join(parts())}")
@@ -127,16 +128,14 @@ def main(argv: list[str]) -> None:
     start, results = time.perf_counter(), kept
     for name in chosen:
         part, file = parts()[name], files[name]
-        file.unlink(missing_ok=True)
         left = _BUDGET.value - (time.perf_counter() - start)
         if left < (0 if _TINY.value else part.seconds):
             results[name] = {"skipped": f"{left:.0f} s of the budget are left, and it takes about {part.seconds:.0f}"}
-        elif _SAME.value:
-            results[name] = run_part(name)
         else:
-            results[name] = in_a_process(name, file, max(left, 1))
-        results[name] |= {"command": command()}
-        file.write_text(json.dumps(results[name]))
+            file.unlink(missing_ok=True)
+            results[name] = run_part(name) if _SAME.value else in_a_process(name, file, max(left, 1))
+            results[name] |= {"command": command()}
+            file.write_text(json.dumps(results[name]))
         outcome = results[name].get("error") or results[name].get("skipped") or "done"
         print(f"{name}: {outcome} ({results[name].get('seconds_taken', 0):.0f} s)", flush=True)
         whole = {"command": command(), "parts": {name: results[name] for name in files if name in results}}

@@ -185,7 +185,6 @@ def train_once(use: Use, name: str, context: int, rows: int, chunks: int, profil
     import jax
     import numpy as np
 
-    from benchmarks import gpu_profile
     from flm_jax.attention import cudnn_form
     from flm_jax.data.batches import Batch
     from flm_jax.optimizer import OptimizerConfig
@@ -233,8 +232,19 @@ def train_once(use: Use, name: str, context: int, rows: int, chunks: int, profil
         "compile_s": compiled,
         "peak_memory": peak_memory(),
         "losses": [losses[0], losses[-1]],
-        "profile": gpu_profile.summary(use.out / "profile") if profile else None,
+        "profile": profiled(use.out / "profile") if profile else None,
     }
+
+
+def profiled(folder: Path) -> dict[str, Any] | None:
+    """The summary of a profile; None if it cannot be read, which costs the other figures nothing."""
+    from benchmarks import gpu_profile
+
+    try:
+        return gpu_profile.summary(folder)
+    except Exception as error:
+        print(f"the profile cannot be read: {error}", file=sys.stderr)
+        return None
 
 
 def torch_part(use: Use, name: str, context: int) -> dict[str, Any]:

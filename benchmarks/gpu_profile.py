@@ -9,7 +9,7 @@ from typing import Any
 # What the names of kernels of a kind contain, in lower case; the first kind that fits. XLA names its own after the
 # operation, libraries after their templates.
 KINDS = {
-    "attention": ("fmha", "sdpa", "flash", "softmax_backward", "dot_do_o"),
+    "attention": ("cudnn", "fmha", "sdpa", "flash"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "wgmma", "cublas", "splitk"),
     "copies": ("memcpy", "memset", "copy"),
 }

@@ -80,10 +80,10 @@ class ModelConfig:
       init_std_vector: standard deviation of vector-like parameters (embedding, head), at every width.
       compute_dtype: dtype of activations. Norms, softmax and logits are at least float32.
       param_dtype: dtype of parameters.
-      remat: what the backward pass recomputes. products: no product with a weight; norms, SwiGLU, and what the
-        attention kernel leaves out. none: nothing that can be kept, which is slower: more is written and read. dots:
-        all but products with weights; attention too. inner: as products, and the attention's output projection. mlp:
-        all but the MLP's gate and up products. full: everything.
+      remat: what the backward pass recomputes. products: norms, SwiGLU and the like, but no product with a weight, and
+        attention only as far as its kernel needs. none: the least, with the most memory; slower than products, which
+        writes and reads less. dots: everything but products with weights, so attention too. inner: as products, and
+        the attention's output projection. mlp: everything but the MLP's gate and up products. full: everything.
       attention: the kernel: plain, cudnn (NVIDIA GPUs, 16 bits), splash (TPUs), or auto (splash on TPUs if its blocks
         divide the window; cudnn on NVIDIA GPUs if it can compute what is asked and agrees with plain; otherwise plain).
       scan_unroll: layers per step of the scan over layers; the value of `layers` unrolls the scan completely.

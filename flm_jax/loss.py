@@ -17,12 +17,14 @@ from flm_jax.sharding import put_batch, replicated
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """The loss -log p(target) of every token, (B, T), in nats, in the dtype of the logits."""
+    """The loss -log p(target) of every token, (B, T), in nats, in the dtype of the logits; NaN for an unknown id."""
     # Taking the target's logit by its index would scatter its gradient into an array of zeros; a sum of the one value
     # that is not masked is the same number, and its gradient is part of one pass over the logits.
     ids_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, logits_BTV.ndim - 1)
     target_BT = jnp.sum(jnp.where(ids_BTV == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+    # An id that the vocabulary does not have would count as a logit of 0.
+    known_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.where(known_BT, target_BT, jnp.nan)
 
 
 def loss_sum(

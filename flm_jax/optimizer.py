@@ -212,8 +212,16 @@ def map_parts(one: Callable[[int | None, Any], Any], state: Any) -> Any:
 def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: Any, mesh: Mesh) -> tuple[Any, Any]:
     """The optimizer state's shapes and shardings: moments are sharded like their parameters, counts replicated."""
     state = jax.eval_shape(tx.init, shapes)
-    where = param_shardings(signatures, shapes, mesh)
-    shardings = optax.tree_utils.tree_map_params(
-        tx, lambda _, place: place, state, where, transform_non_params=lambda _: replicated(mesh)
-    )
-    return state, shardings
+    where, found = param_shardings(signatures, shapes, mesh), []
+
+    def place() -> None:
+        found.append(
+            optax.tree_utils.tree_map_params(
+                tx, lambda _, place: place, state, where, transform_non_params=lambda _: replicated(mesh)
+            )
+        )
+
+    # Optax initialises a state to see where parameters are. Traced, it makes no array: the devices of a mesh that is
+    # only described have no memory for one.
+    jax.eval_shape(place)
+    return state, found[0]

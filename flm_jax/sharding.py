@@ -215,8 +215,9 @@ def fitting_spec(shape: Sequence[int], axes: Sequence[str]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """`x` with a sharding constraint under `jax.set_mesh`; `x` itself where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`x` with a sharding constraint under `jax.set_mesh`; `x` itself where no mesh is set, and inside `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, axes))
 

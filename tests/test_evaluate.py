@@ -256,4 +256,4 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "pip install 'flm_jax[eval]'" in done.stdout
+    assert "pip install -e '.[eval]'" in done.stdout

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu_profile
+from benchmarks import gpu_page, gpu_profile
 from benchmarks.gpu_page import peak
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +78,11 @@ def test_a_profile_is_summed_by_kernel_and_by_kind():
     assert (found["span_ms"], found["idle_ms"]) == (10, 3)
     assert found["kinds_ms"] == {"matrix products": 4, "copies": 3, "fused by XLA": 2}
     assert [(k["name"], k["ms"], k["count"]) for k in found["kernels"]] == [("nvjet_x", 4, 1), ("memcpy128", 3, 1)]
+
+
+def test_the_published_page_is_that_of_its_figures():
+    results = ROOT / "docs/results"
+    assert gpu_page.page(json.loads((results / "gpu.json").read_text())) == (results / "gpu.md").read_text()
 
 
 def test_peaks_of_cards_are_found_by_their_names():

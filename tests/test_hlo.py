@@ -98,3 +98,22 @@ def test_collectives_of_a_real_program_are_counted():
     reduces = [c for c in found.collectives if c.kind in ("all-reduce", "reduce-scatter")]
     assert sum(c.times for c in reduces) == 5
     assert {(c.result, len(c.group)) for c in reduces} == {(4 * 64 * 4, 4)}
+
+
+def test_collectives_of_a_shard_map_count_each_although_they_share_a_channel():
+    line = "  %a.{} = f32[8]{{0}} all-reduce(%x), channel_id={}, replica_groups={{{{0,1}}}}, to_apply=%add\n"
+    body = "".join(line.format(i, channel) for i, channel in enumerate((1, 1, 7, 7)))
+    found = hlo.read(f"HloModule m, num_partitions=2\n\nENTRY %main (x: f32[8]) -> f32[8] {{\n{body}}}\n")
+    assert [c.overlapped for c in found.collectives] == [False, False, True]
+
+
+def test_a_psum_in_a_shard_map_has_the_shared_channel():
+    mesh = make_mesh(MeshConfig(data=8))
+    both = jax.shard_map(
+        lambda x: (jax.lax.psum(x, "data"), jax.lax.psum(2 * x * x, "data")),
+        mesh=mesh,
+        in_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec(),
+    )
+    lowered = jax.jit(both).lower(jax.ShapeDtypeStruct((8,), jnp.float32)).as_text()
+    assert lowered.count(f"channel_handle = #stablehlo.channel_handle<handle = {hlo._SHARED_CHANNEL},") == 2

@@ -161,5 +161,5 @@ def test_the_base_alone_trains_grows_verifies_converts_and_plans(data, tmp_path)
     error = launch(
         "train", "--gin_file=small.gin", "--workdir=new", "--gin_bindings=DataConfig.cache_dir = 'new'", succeeds=False
     )
-    assert "pip install 'flm_jax[data]'" in error
+    assert "pip install -e '.[data]'" in error
     assert "Traceback" not in error

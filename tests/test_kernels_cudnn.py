@@ -106,9 +106,9 @@ def without_gpu(monkeypatch):
 @FORMS
 @HEADS
 @WINDOWS
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_on_a_gpu_it_is_the_plain_kernel_with_its_gradients(form, heads, kv_heads, window, head_dim):
-    tensors, segments = cudnn_check.inputs(jnp.bfloat16, head_dim, heads, kv_heads, length=512)
+@pytest.mark.parametrize(("head_dim", "fewest"), [(64, 1), (128, 4)])
+def test_on_a_gpu_it_is_the_plain_kernel_with_its_gradients(form, heads, kv_heads, window, head_dim, fewest):
+    tensors, segments = cudnn_check.inputs(jnp.bfloat16, head_dim, heads, kv_heads, length=1024, fewest=fewest)
     found = cudnn_check.differences(form, tensors, segments, window)
     assert max(found.values()) < cudnn_check.TOLERANCE, found
 
@@ -138,6 +138,9 @@ def test_more_documents_than_there_is_place_for_take_the_mask(without_gpu):
 @pytest.mark.parametrize("documents", [1, 2, 3, 5])
 def test_a_batch_takes_the_fewest_places_that_hold_its_documents(documents, without_gpu, monkeypatch):
     assert [cudnn.capacities(n) for n in (64, 256, 1024, 4096)] == [(4,), (4,), (2, 8), (8, 32)]
+    # The check of a GPU has a batch for both numbers of places.
+    of_check = [cudnn_check.inputs(jnp.bfloat16, 16, 4, 2, 2, 1024, fewest)[1] for fewest in (1, 4)]
+    assert [2 * 2 < cudnn.pack(segments).documents_1[0] <= 2 * 8 for segments in of_check] == [False, True]
     monkeypatch.setattr(cudnn, "capacities", lambda length: (1, 2, 4))
     tensors, _ = cudnn_check.inputs(jnp.bfloat16, 16, 4, 2)
     segments = jnp.tile(jnp.arange(T, dtype=jnp.int32)[None] * documents // T, (2, 1))

@@ -31,16 +31,17 @@ def test_values_and_gradients_are_those_of_einsum(equation):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_gradient_of_a_wider_result_is_as_narrow_as_the_operands_unless_float16(dtype):
     x, w, dy = drawn("BTD,DV->BTV")
-    x, w, dy = x.astype(dtype), w.astype(dtype), dy * 1e-8  # a gradient that float16 rounds to zero
+    # Gradients that float16 rounds to zero, and activations that make visible ones of them.
+    x, w, dy = (100 * x).astype(dtype), w.astype(dtype), dy * 1e-8
     y, back = jax.vjp(lambda x, w: product("BTD,DV->BTV", x, w, jnp.float32), x, w)
     assert y.dtype == jnp.float32
     np.testing.assert_array_equal(y, jnp.einsum("BTD,DV->BTV", x, w, preferred_element_type=jnp.float32))
     dx, dw = back(dy)
     assert dx.dtype == dw.dtype == jnp.dtype(dtype)
     exact = np.einsum("BTD,BTV->DV", np.float64(x), np.float64(dy))
-    np.testing.assert_allclose(np.float64(dw), exact, rtol=0.02, atol=1e-9 if dtype == "bfloat16" else 6e-8)
+    np.testing.assert_allclose(np.float64(dw), exact, atol=0.05 * np.abs(exact).max())
     operands = str(jax.make_jaxpr(back)(dy)).split("dot_general")[0]
-    assert ("convert_element_type[new_dtype=bfloat16" in operands) == (dtype == "bfloat16")
+    assert (f"new_dtype={dtype}" in operands) == (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("equation", ["BTD,DF->BTF", "BTD,DV->BTV"])

@@ -43,3 +43,9 @@ def test_the_loss_of_a_token_is_that_of_its_log_probability(dtype):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-2, atol=1e-6)
     text = jax.jit(jax.grad(lambda x: jnp.sum(cross_entropy(x, targets)))).lower(logits).as_text()
     assert "scatter" not in text and "gather" not in text
+
+
+def test_an_id_that_the_vocabulary_does_not_have_gives_no_plausible_loss():
+    logits = jnp.zeros((1, 3, 5))
+    found = cross_entropy(logits, jnp.asarray([[4, 5, -1]], jnp.int32))
+    assert jnp.isnan(found).tolist() == [[False, True, True]]

@@ -142,7 +142,7 @@ def test_what_does_not_fit_at_a_growth_does_not_fit():
 def test_saved_activations_follow_the_remat_policy():
     mesh = make_mesh(MeshConfig(fsdp=2, sequence=2, tensor=2))
     sizes = {}
-    for remat in ("full", "mlp", "inner", "none"):
+    for remat in ("full", "mlp", "inner", "products", "none"):
         cfg = small_52b().replace(remat=remat)
         sizes[remat] = stages.activations(cfg, 8, 64, 1, mesh)["saved_activations"]
     B, T, D, F, tensor = 8 // 2, 64 // 2, cfg.embed, cfg.mlp, 2
@@ -150,7 +150,8 @@ def test_saved_activations_follow_the_remat_policy():
     assert sizes["full"] == cfg.layers * stream
     assert sizes["mlp"] == cfg.layers * (stream + 2 * product)
     assert sizes["inner"] == sizes["mlp"] + cfg.layers * 4 * stream
-    assert sizes["none"] > sizes["inner"]
+    assert sizes["products"] == sizes["inner"] + cfg.layers * stream
+    assert sizes["none"] > sizes["products"]
 
 
 def run_plan(*arguments):

@@ -32,10 +32,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": dict(
         sizes=("34 M", "6.9 M", "3.4 M"), rounds=12, most_seconds=180, product=2048, memory=("34 M", "6.9 M", "3.4 M")
     ),
-    "quick": dict(sizes=("34 M", "6.9 M", "3.4 M"), rounds=3, most_seconds=40, product=2048, memory=("6.9 M",)),
+    "quick": dict(
+        sizes=("34 M", "6.9 M", "3.4 M"), rounds=3, most_seconds=30, product=2048, memory=(), depths=(2, 8), compiled=()
+    ),
     "tiny": dict(sizes=("tiny",), rounds=2, most_seconds=60, product=64, memory=(), depths=(1, 2), compiled=()),
 }
-DEPTHS, COMPILED = (2, 8, 32), {"full": ("34 M", "6.9 M", "3.4 M"), "quick": ("3.4 M",)}
+DEPTHS, COMPILED = (2, 8, 32), ("34 M", "6.9 M", "3.4 M")
 # What else trains in JAX and was tried, on Python 3.11.
 TRIED = """Other JAX trainers on the package index were tried, each in an environment of its own, with Python 3.11:
 
@@ -53,7 +55,7 @@ SAME = 2e-4
 def measure(effort: str) -> dict[str, Any]:
     """The figures of all sizes, the memory of the trainers and the times of compilation."""
     settings = SETTINGS[effort]
-    compiled = settings.get("compiled", COMPILED.get(effort, ()))
+    compiled = settings.get("compiled", COMPILED)
     return {
         "sizes": [one_size(name, settings, name in compiled) for name in settings["sizes"]],
         "memory": [memory(name) for name in settings["memory"]],

@@ -6,7 +6,7 @@
   python experiments/evaluate.py --checkpoint=runs/demo --generate='def main(' --tokens=64
   python experiments/evaluate.py --checkpoint=runs/tuned --prompts=questions.jsonl --output=runs/judged --judge=JUDGE
 
-Tasks need `pip install 'flm_jax[eval]'`; your own tasks on your own files need no network. The vocabulary is the one
+Tasks need `pip install -e '.[eval]'`; your own tasks on your own files need no network. The vocabulary is the one
 that the checkpoint was trained with and holds; nothing beside the step's directory is read. Judged answers
 are described in docs/sft.md. Gin sets only the mesh:
 

@@ -44,7 +44,7 @@ def load_tensorflow() -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingExtraError(
             f"Preparing or streaming text needs TensorFlow and seqio, which cannot be imported ({error}): "
-            "pip install 'flm_jax[data]'. Training from a prepared token store needs neither."
+            "pip install -e '.[data]' in a checkout. Training from a prepared token store needs neither."
         ) from error
     return tf, seqio
 

@@ -24,7 +24,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 except ImportError as error:
-    raise ImportError(f"lm-eval cannot be imported ({error}): pip install 'flm_jax[eval]'") from error
+    raise ImportError(f"lm-eval cannot be imported ({error}): pip install -e '.[eval]' in a checkout") from error
 
 # The keys of lm-eval's results that `record` keeps; the others describe the machine.
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval_version")

@@ -31,9 +31,9 @@ from jax.sharding import PartitionSpec
 from flm_jax.kernels import ATTENDED
 from flm_jax.sharding import fitting_axes, mesh_axes
 
-# The average lengths of documents, in tokens, from which on one of `capacities` holds all of a batch. On an H200 each
-# place for a document costs about 2 % of the forward and backward passes of 16 rows of 2,048 tokens, used or not.
-AVERAGE_DOCUMENTS = (512, 128)
+# A packed kernel has one place for a document per so many tokens. On an H200 a place in each of 16 rows of 2,048 tokens
+# takes about 2 % of the forward and backward passes, used or not.
+TOKENS_PER_PLACE = (512, 128)
 # cuDNN has given wrong gradients at lengths that fill no whole block (NVIDIA/cudnn-frontend, issue 160).
 BLOCK = 64
 
@@ -56,12 +56,12 @@ class Packed(NamedTuple):
 def capacities(length: int) -> tuple[int, ...]:
     """The numbers of documents per row of `length` tokens, on average over the rows, that packed kernels hold.
 
-    Ascending; each is a kernel of its own in the program, and a batch takes the first that holds its documents. What is
-    kept for the backward pass grows with the largest M: M T N float32 numbers per row. With 4,096 tokens and heads of
-    128, that is half of what the queries take.
+    A row's first document counts, also if it began before the row. Ascending; each is a kernel of its own in the
+    program, and a batch takes the first that holds its documents. What is kept for the backward pass grows with the
+    largest M: M T N float32 numbers per row. With 4,096 tokens and heads of 128, that is half of what the queries take.
     """
-    most = max(4, length // AVERAGE_DOCUMENTS[-1])
-    return tuple(sorted({m for average in AVERAGE_DOCUMENTS[:-1] if 1 < (m := length // average) < most} | {most}))
+    most = max(4, length // TOKENS_PER_PLACE[-1])
+    return tuple(sorted({m for tokens in TOKENS_PER_PLACE[:-1] if 1 < (m := length // tokens) < most} | {most}))
 
 
 def batch_axes(rows: int) -> tuple[str, ...]:

@@ -32,7 +32,8 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: ja
     mask_BXS = jnp.repeat(mask_BTS, N // K, axis=1)
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     scores_BKXS = jnp.einsum("BXKH,BSKH->BKXS", q_BXKH, k_BSKH, preferred_element_type=wide) * (width**-0.5)
-    # Said aloud, because the partitioner would split scores of split windows in ways that it then cannot undo.
+    # Said aloud, because the partitioner would split scores of split windows in ways that it then cannot undo. Meshes
+    # whose `tensor` does not divide the key heads are refused with the parameters, so none is gathered here.
     scores_BKXS = constrain(scores_BKXS, "batch", "kv_heads", "time", "history")
     scores_BKXS = jnp.where(mask_BXS[:, None], scores_BKXS, jnp.finfo(wide).min)
     weights_BKXS = jax.nn.softmax(scores_BKXS, axis=-1).astype(v_BSKH.dtype)

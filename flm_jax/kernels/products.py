@@ -32,7 +32,7 @@ def product(equation: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax
 
 
 def backward_dtype(narrow: Any, wide: Any) -> Any:
-    """The dtype of a product's operand in the backward pass that was computed in `wide`, where values are `narrow`."""
+    """The dtype in which the backward pass multiplies a gradient computed in `wide` with values in `narrow`."""
     return wide if narrow == jnp.float16 else narrow
 
 

@@ -157,7 +157,7 @@ def compiled(lowered: Any, topology: Topology | None, mesh: Mesh) -> dict[str, A
         }
     program = hlo.read(done.as_text())
     record["collectives"] = program.by_kind()
-    record["largest_collectives"] = program.by_shape(8)
+    record["most_sent"] = program.most_sent(8)
     gather = program.largest("all-gather")
     record["largest_gather"] = None if gather is None else {"shape": gather.shape, "bytes": gather.result}
     record["gathers"] = sorted({c.shape for c in program.collectives if c.kind == "all-gather"})

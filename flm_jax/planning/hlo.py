@@ -33,6 +33,8 @@ _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _PARTITIONS = re.compile(r"^HloModule .*\bnum_partitions=(\d+)", re.MULTILINE)
 _EVERYONE = re.compile(r"replica_groups=\{\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# Every collective that is written in a `shard_map` has this channel; those of the partitioner have one each.
+_SHARED_CHANNEL = "1"
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 
 
@@ -95,7 +97,7 @@ class Program:
             entry["sent_bytes"] += c.times * c.sent
         return found
 
-    def by_shape(self, most: int) -> list[dict[str, Any]]:
+    def most_sent(self, most: int) -> list[dict[str, Any]]:
         """The collectives that send the most bytes in one call, those of one kind, shape and group size together."""
         found: dict[tuple[str, str, int], dict[str, Any]] = {}
         for c in self.collectives:
@@ -166,12 +168,13 @@ def _walk(name: str, times: int, bodies: Mapping[str, Sequence[str]], into: Prog
 def _add(found: Collective, line: str, into: Program) -> None:
     """Adds a collective; one that was split to overlap with work appears in several fusions, and counts once."""
     channel = _CHANNEL.search(line)
-    if channel is None or channel[1] not in into.channels:
-        if channel is not None:
-            into.channels[channel[1]] = len(into.collectives)
+    name = None if channel is None or channel[1] == _SHARED_CHANNEL else channel[1]
+    if name is None or name not in into.channels:
+        if name is not None:
+            into.channels[name] = len(into.collectives)
         into.collectives.append(found)
     else:
-        place = into.channels[channel[1]]
+        place = into.channels[name]
         into.collectives[place] = replace(into.collectives[place], overlapped=True)
 
 

@@ -11,17 +11,17 @@ from flm_jax.config import ModelConfig
 def least_sent(cfg: ModelConfig, rows: int, context: int, mesh: Mapping[str, int], parts: int) -> dict[str, float]:
     """Bytes that each device must send in a train step, on rings, by what they are for.
 
-    Of a layout that keeps parameters split over `fsdp` and `tensor`, and the residual stream over `sequence` and
-    `tensor` too, in every part of the batch: no collective moves more than it must, and what was sent is kept only
-    within one layer's pass. Values travel in the compute dtype, those of embedding and head included.
+    Of the layout that keeps parameters split over `fsdp` and `tensor`, and the residual stream over `sequence` and
+    `tensor` too, with no collective that moves more than it must. Values travel in the compute dtype.
 
-    - weights: those of every layer are gathered over `fsdp` for the forward pass and for the backward pass; embedding
-      and head once.
-    - gradients: scattered over `fsdp`, and the scattered part summed over `data` and `sequence`.
+    - weights: those of every layer are gathered over `fsdp` for the forward pass and again for the backward pass;
+      embedding and head once. All of it in every part of the batch.
+    - gradients: scattered over `fsdp` in every part, and once, after all parts, summed over `data` and `sequence`.
     - activations: over `tensor`, the stream is gathered before the attention and before the MLP and scattered after
       them; the backward pass does the same with gradients, and gathers the stream again for the gradients of weights.
       The embedding scatters once, the head gathers once and scatters its gradient.
-    - keys and values: gathered over `sequence` once, kept, and their gradients scattered.
+    - keys and values: whole windows are gathered over `sequence` once, kept for the backward pass, and their gradients
+      scattered; a kernel that passes them on in a ring, or sees a sliding window, could do with less.
 
     Args:
       cfg: the model.
@@ -37,19 +37,23 @@ def least_sent(cfg: ModelConfig, rows: int, context: int, mesh: Mapping[str, int
         """What one device sends of an array that is gathered or scattered, over the array's bytes."""
         return (devices - 1) / devices
 
-    weights = gradients = 0.0
+    weights = scattered = summed = 0.0
     for _, like, sig in costs.leaves(cfg):
         split = tensor if any(axis in ("vocab", "heads", "kv_heads", "mlp") for axis in sig.axes) else 1
         held = like.size * item / split
-        over = fsdp if "embed" in sig.axes and not sig.gains else 1
-        weights += ring(over) * held * (2 if sig.stacked else 1)
-        gradients += ring(over) * held + 2 * ring(mesh["data"] * sequence) * held / over
+        copies = mesh["data"] * sequence
+        if "embed" in sig.axes:
+            weights += ring(fsdp) * held * (2 if sig.stacked else 1)
+            scattered += ring(fsdp) * held
+            summed += 2 * ring(copies) * held / fsdp
+        else:  # a bias, which every device along `fsdp` has
+            summed += 2 * ring(copies * fsdp) * held
     local = rows // parts // (mesh["data"] * fsdp) * (context // sequence)
     stream = ring(tensor) * local * cfg.embed * item
-    keys = ring(sequence) * local * sequence * cfg.k_heads * cfg.h_dim * item / min(tensor, cfg.k_heads)
+    keys = ring(sequence) * local * sequence * cfg.k_heads * cfg.h_dim * item / tensor
     return {
         "weights": parts * weights,
-        "gradients": parts * gradients,
+        "gradients": parts * scattered + summed,
         "activations": parts * stream * (10 * cfg.layers + 3),
         "keys and values": parts * keys * 4 * cfg.layers,
     }
