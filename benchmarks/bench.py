@@ -5,7 +5,8 @@
 Each part of `benchmarks/parts` runs in a process of its own. Within a part, what is compared takes turns, so that
 other load disturbs all of it alike; figures are medians with quartiles, and ratios are those of neighbours in one
 round. A part that fails is reported with its error, the others go on, and the exit status is 1. With --write=PAGE.md,
-the figures of every round are written to PAGE.json beside it, both after every part.
+the figures of every round are written to PAGE.json beside it, both after every part. With --parts, what PAGE.json has
+of the other parts stays on the page, which names the command of each part.
 """
 
 from __future__ import annotations
@@ -91,7 +92,13 @@ def measured(part: str, effort: str, file: Path, minutes: float) -> dict[str, An
         child.communicate()
         error = f"it was ended after {minutes:g} minutes"
     seconds = time.perf_counter() - since
-    return {"part": part, "seconds": seconds, "error": error, "found": found, "load": os.getloadavg()[0]}
+    load = os.getloadavg()[0]
+    return {"part": part, "command": ran(), "seconds": seconds, "error": error, "found": found, "load": load}
+
+
+def ran() -> str:
+    """The command that this program was started with."""
+    return " ".join(["python benchmarks/bench.py", *sys.argv[1:]])
 
 
 def section(record: Mapping[str, Any]) -> str:
@@ -134,17 +141,17 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def written(records: Sequence[Mapping[str, Any]], before: float, minutes: float, target: Path | None) -> str:
+def written(records: Sequence[Mapping[str, Any]], before: float, target: Path | None) -> str:
     """The page of the parts that have run so far; written to `target`, with its figures, if there is one."""
     busy = before > 0.5 * (os.cpu_count() or 1)
     about = {
-        "command": " ".join(["python benchmarks/bench.py", *sys.argv[1:]]),
+        "command": "\n    ".join(dict.fromkeys(record.get("command", ran()) for record in records)),
         "machine": disk.machine(),
         "python": platform.python_version(),
         "versions": versions(),
         "before": f"{before:.1f}",
         "after": f"{os.getloadavg()[0]:.1f}",
-        "minutes": minutes,
+        "minutes": sum(record["seconds"] for record in records) / 60,
         "note": "**The machine was busy with other work:** ratios hold roughly, times do not." if busy else "",
     }
     text = page(records, about, target.with_suffix(".json").name if target else "bench.json")
@@ -162,17 +169,21 @@ def main() -> None:
     if given.child:
         measure(given.parts[0], effort, given.child)
         return
-    before, since, records = os.getloadavg()[0], time.perf_counter(), []
+    before = os.getloadavg()[0]
+    figures = given.write.with_suffix(".json") if given.write else None
+    kept = json.loads(figures.read_text())["parts"] if figures and figures.exists() else []
+    records = {record["part"]: record for record in kept if record["part"] not in given.parts}
     with tempfile.TemporaryDirectory() as folder:
         for part in given.parts:
-            records.append(measured(part, effort, Path(folder) / f"{part}.json", given.minutes))
-            state = f"failed: {records[-1]['error']}" if records[-1]["error"] else "done"
-            print(f"{part}: {state}, {records[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
-            text = written(records, before, (time.perf_counter() - since) / 60, given.write)
+            record = records[part] = measured(part, effort, Path(folder) / f"{part}.json", given.minutes)
+            state = f"failed: {record['error']}" if record["error"] else "done"
+            print(f"{part}: {state}, {record['seconds']:.0f} s", file=sys.stderr, flush=True)
+            in_order = [records[name] for name in parts.PARTS if name in records]
+            text = written(in_order, before, given.write)
     if not given.write:
         print(text)
-    if any(record["error"] for record in records):
-        raise SystemExit("failed: " + ", ".join(record["part"] for record in records if record["error"]))
+    if failed := [part for part in given.parts if records[part]["error"]]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def child(work: Path, gigabytes: float, method: str, chunk_bytes: int) -> dict[s
     from flm_jax.growth import Growth
 
     jax.numpy.zeros(()).block_until_ready()  # starts JAX's runtime, so that its memory is not counted
-    growth = Growth(method, methods={"layers": "zero"})
+    growth = Growth(method, methods={"layers": "zero"}, ramp_steps=1 if method == "mask" else 0)
     target, chunk_bytes = shapes(gigabytes)[1], chunk_bytes or CHUNK_BYTES
     record, found = disk.measured(
         lambda: grow_checkpoint(work / "source", work / method, target, growth, streamed=True, chunk_bytes=chunk_bytes)

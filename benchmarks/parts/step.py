@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.parts import program, table
-from benchmarks.parts.trainers import SIZES, TRAINERS, Size, Step, batch_of, params_of, program_of
+from benchmarks.parts.trainers import SIZES, TRAINERS, TUNIX, Served, Size, batch_of, program_of
 from benchmarks.torch_step import REST
 from benchmarks.turns import Quartiles, turns
 from flm_jax import costs
@@ -20,11 +20,11 @@ from flm_jax import costs
 TITLE = "The train step"
 READING = (
     "A ratio above 1 says that the step of flm_jax is faster than the other one: it is the other step's time over "
-    "ours, in the same round. All but tunix start from the same parameters, and first losses must agree. The step "
-    "of flm_jax also computes three norms and leaves out updates that are not finite. Share of the matrix "
-    "product: GFLOP/s of our step over those of a jitted product of two 2,048 x 2,048 float32 matrices in the "
-    "same round; FLOPs are counted by `flm_jax.costs.train_flops_per_token`, all of attention's positions "
-    "included."
+    "ours, in the same round, each in a process of its own. All but tunix start from the same parameters, and first "
+    "losses must agree. The step of flm_jax also computes three norms and leaves out updates that are not finite. "
+    "Share of the matrix product: GFLOP/s of our step over those of a jitted product of two 2,048 x 2,048 float32 "
+    "matrices in the same round; FLOPs are counted by `flm_jax.costs.train_flops_per_token`, all of attention's "
+    "positions included."
 )
 # Sizes; rounds at each, and seconds after which no other one starts; width of the matrix product; sizes whose memory is
 # measured; depths that are compiled; where torch.compile is tried.
@@ -65,23 +65,21 @@ def measure(effort: str) -> dict[str, Any]:
 
 def one_size(name: str, settings: dict[str, Any], compiled: bool) -> dict[str, Any]:
     """The trainers in turns at one size, with the matrix product in the same rounds."""
-    size, params = SIZES[name], params_of(SIZES[name])
-    steps: dict[str, Step] = {}
-    losses: dict[str, float] = {}
+    size = SIZES[name]
+    steps: dict[str, Served] = {}
     failed: dict[str, str] = {}
-    for trainer, make in TRAINERS.items():
+    for trainer in (*TRAINERS, TUNIX):
         if trainer == "torch.compile" and not compiled:
             continue
         try:
             if trainer == "torch.compile" and not shutil.which("g++"):
                 raise RuntimeError("there is no C++ compiler, which torch.compile needs on a CPU")
-            step = make(size, params)
-            losses[trainer] = float(step())
-            steps[trainer] = step
+            steps[trainer] = Served(trainer, name)
         except Exception as error:
             if trainer == "flm_jax":
                 raise
             failed[trainer] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    losses = {trainer: step.loss for trainer, step in steps.items()}
     for trainer, loss in losses.items():
         # That of tunix starts from parameters of its own.
         if abs(loss - losses["flm_jax"]) > (0.5 if trainer == "tunix" else SAME * math.log(size.vocab)):
@@ -93,8 +91,10 @@ def one_size(name: str, settings: dict[str, Any], compiled: bool) -> dict[str, A
         product(matrix, matrix).block_until_ready()
 
     rest = {trainer: REST for trainer in steps if trainer.lower().startswith(("pytorch", "torch"))}
-    calls = {"product": multiply, **{trainer: waits(step) for trainer, step in steps.items()}}
-    timings = turns(calls, settings["rounds"], rest=rest, most_seconds=settings["most_seconds"])
+    calls: dict[str, Any] = {"product": multiply, **steps}
+    timings = turns(calls, settings["rounds"], warm_up=2, rest=rest, most_seconds=settings["most_seconds"])
+    for step in steps.values():
+        step.close()
     flops = costs.train_flops_per_token(size.cfg, size.context) * size.tokens
     share = timings.ratio("product", "flm_jax")
     per_product = flops / (2 * width**3)
@@ -115,15 +115,6 @@ def one_size(name: str, settings: dict[str, Any], compiled: bool) -> dict[str, A
     }
 
 
-def waits(step: Step) -> Any:
-    """The step as a callable for `turns`, without its loss: a float would be taken for a time."""
-
-    def call() -> None:
-        step()
-
-    return call
-
-
 def memory(name: str) -> dict[str, Any]:
     """What XLA plans for our step's temporaries, and the peak of a process per trainer, in bytes."""
     size, found = SIZES[name], {}
@@ -132,7 +123,7 @@ def memory(name: str) -> dict[str, Any]:
         lowered = stepper.stepper(masked=False).lower(stepper.abstract_state, batch_of(size))
         planned = lowered.compile().memory_analysis()
     for trainer in TRAINERS:
-        if trainer not in ("torch.compile", "tunix"):
+        if trainer != "torch.compile":
             said = program(["-m", "benchmarks.parts.trainers", trainer, name])
             found[trainer] = json.loads(said.splitlines()[-1])
     return {"size": name, "state": 12 * costs.param_count(size.cfg), "temp": planned.temp_size_in_bytes, "peak": found}
@@ -152,7 +143,7 @@ def compile_seconds(layers: int, effort: str) -> dict[str, Any]:
 
 def tables(found: dict[str, Any]) -> list[str]:
     """The tables in Markdown."""
-    names = [name for name in TRAINERS if any(name in row["tokens_per_s"] for row in found["sizes"])]
+    names = [name for name in (*TRAINERS, TUNIX) if any(name in row["tokens_per_s"] for row in found["sizes"])]
     speeds, ratios = [], []
     for row in found["sizes"]:
         label = [f"{row['size']}, {row['batch']} tokens, {row['rounds']} rounds"]

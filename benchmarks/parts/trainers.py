@@ -1,6 +1,7 @@
 """The train steps that are compared, each as a callable that does one step on a fixed batch and returns its loss.
 
-python -m benchmarks.parts.trainers NAME SIZE      (prints the memory of one of them, in a process of its own)
+python -m benchmarks.parts.trainers NAME SIZE              (prints the memory of one of them, in a process of its own)
+python -m benchmarks.parts.trainers --serve NAME SIZE      (does a step per line of standard input)
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,50 +122,83 @@ def torch_compiled(size: Size, params: Any) -> Step:
     return torch_eager(size, params, compiled=True)
 
 
-def tunix(size: Size, params: Any) -> Step:
-    """The step of tunix, in a process and an environment of its own; from other parameters, so its losses differ."""
-    del params
-    python = ROOT / ".venv" / "tunix" / "bin" / "python"
-    if not python.exists():
-        raise FileNotFoundError("tunix is not installed; 'make .venv/tunix/installed' installs it")
-    server = subprocess.Popen(
-        [str(python), str(ROOT / "benchmarks" / "tunix_step.py"), json.dumps(size._asdict())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        text=True,
-    )
-    atexit.register(server.kill)
-    assert server.stdin is not None and server.stdout is not None
-    asked, said = server.stdin, server.stdout
-
-    def answer() -> dict[str, Any]:
-        line = said.readline()
-        if not line:
-            raise RuntimeError(f"the process of tunix ended with status {server.wait()}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    about, own = answer(), costs.param_count(size.cfg)
-    if (about["parameters"], about["dtypes"]) != (own, ["float32"]):
-        raise ValueError(f"tunix has {about} where the model has {own} parameters in float32")
-
-    def once() -> float:
-        asked.write("\n")
-        asked.flush()
-        return float(answer()["loss"])
-
-    return once
-
-
 TRAINERS: dict[str, Callable[[Size, Any], Step]] = {
     "flm_jax": ours,
     "plain JAX": plain,
-    "tunix": tunix,
     "PyTorch": torch_eager,
     "torch.compile": torch_compiled,
 }
+# Also compared, in an environment of its own.
+TUNIX = "tunix"
+
+
+class Served:
+    """A train step in a process of its own, as users have it: nothing of one trainer's memory or threads is another's.
+
+    Attributes:
+      loss: that of the first step; that of tunix, which starts from parameters of its own, after its second.
+    """
+
+    def __init__(self, trainer: str, size: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.parts.trainers", "--serve", trainer, size]
+        environment = dict(os.environ)
+        if trainer == TUNIX:
+            python = ROOT / ".venv" / "tunix" / "bin" / "python"
+            if not python.exists():
+                raise FileNotFoundError("tunix is not installed; 'make .venv/tunix/installed' installs it")
+            command = [str(python), str(ROOT / "benchmarks" / "tunix_step.py"), json.dumps(SIZES[size]._asdict())]
+            environment.pop("PYTHONPATH", None)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # Closed with the process.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+        )
+        atexit.register(self.close)
+        about = self._answer()
+        if trainer == TUNIX and about != {"parameters": costs.param_count(SIZES[size].cfg), "dtypes": ["float32"]}:
+            raise ValueError(f"tunix has {about} where the model has {SIZES[size]} in float32")
+        self.loss = about["loss"] if "loss" in about else self._ask()["loss"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        # What a library prints there is no answer.
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        self._errors.seek(0)
+        said = [line for line in self._errors.read().splitlines() if line.strip()]
+        raise RuntimeError(f"its process ended with status {self._process.wait()}: {said[-1] if said else ''}")
+
+    def _ask(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def __call__(self) -> float:
+        """Does a step; returns the seconds that it took there."""
+        return float(self._ask()["seconds"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+
+def serve(trainer: str, size: str) -> None:
+    """Does one step per line of standard input, and prints its seconds; before that, the loss of a first step."""
+    step = TRAINERS[trainer](SIZES[size], params_of(SIZES[size]))
+    print(json.dumps({"loss": float(step())}), flush=True)
+    for _ in sys.stdin:
+        since = time.perf_counter()
+        step()
+        print(json.dumps({"seconds": time.perf_counter() - since}), flush=True)
 
 
 def params_of(size: Size) -> Any:
@@ -173,7 +209,10 @@ def params_of(size: Size) -> Any:
 
 
 def main() -> None:
-    """Prints the memory of two steps of one trainer, in bytes beyond that of the process with its parameters."""
+    """Serves one trainer's steps, or prints the memory of two of them, in bytes beyond a process with parameters."""
+    if sys.argv[1] == "--serve":
+        serve(*sys.argv[2:])
+        return
     name, size = sys.argv[1], SIZES[sys.argv[2]]
     params = params_of(size)
     if name.startswith("torch") or name == "PyTorch":
