@@ -9,6 +9,7 @@ import time
 import pytest
 
 from benchmarks import bench, parts
+from benchmarks.parts import trainers
 from tests.environment import as_user
 
 
@@ -18,11 +19,33 @@ def test_the_cheap_parts_run_and_are_written(tmp_path):
     command = [sys.executable, "benchmarks/bench.py", "--tiny", "--parts=plan,input", f"--write={page}"]
     subprocess.run(command, cwd=parts.ROOT, env=as_user(), check=True, timeout=120)
     text, found = page.read_text(), json.loads(page.with_suffix(".json").read_text())
-    assert [record["part"] for record in found["parts"]] == ["plan", "input"]
-    assert text.index("## Planning") < text.index("## Input pipeline") and "Failed" not in text
-    low, median, high = found["parts"][1]["found"]["placed"]
+    assert [record["part"] for record in found["parts"]] == ["input", "plan"]
+    assert text.index("## Input pipeline") < text.index("## Planning") and "Failed" not in text
+    low, median, high = found["parts"][0]["found"]["placed"]
     assert 0 < low <= median <= high
     assert "python benchmarks/bench.py --tiny" in text and "Load average" in text
+
+
+@pytest.mark.integration
+def test_a_part_that_is_measured_again_leaves_the_others_on_the_page(tmp_path):
+    page = tmp_path / "bench.md"
+    record = {"part": "start", "command": "an earlier one", "seconds": 60, "error": "no luck", "found": None}
+    page.with_suffix(".json").write_text(json.dumps({"parts": [record]}))
+    command = [sys.executable, "benchmarks/bench.py", "--tiny", "--parts=plan", f"--write={page}"]
+    subprocess.run(command, cwd=parts.ROOT, env=as_user(), check=True, timeout=120)
+    text = page.read_text()
+    assert "    an earlier one\n    python benchmarks/bench.py --tiny --parts=plan" in text
+    assert text.index("Failed: no luck") < text.index("## Planning")
+
+
+@pytest.mark.integration
+def test_a_trainer_is_served_by_a_process_of_its_own():
+    ours, plain = (trainers.Served(name, "tiny") for name in ("flm_jax", "plain JAX"))
+    assert ours.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert ours() > 0 and plain() > 0
+    ours.close()
+    with pytest.raises(RuntimeError, match="its process ended with status 1: KeyError: 'nobody'"):
+        trainers.Served("nobody", "tiny")
 
 
 def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch):

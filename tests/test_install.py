@@ -79,7 +79,7 @@ def test_every_runtime_requirement_is_pinned_inside_its_declared_range():
 
 def test_without_the_data_extra_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "seqio", None)
-    with pytest.raises(errors.EXPECTED, match=r"pip install 'flm_jax\[data\]'"):
+    with pytest.raises(errors.EXPECTED, match=r"pip install -e '\.\[data\]'"):
         load_tensorflow()
 
 
