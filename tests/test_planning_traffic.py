@@ -32,6 +32,7 @@ def test_each_axis_by_hand():
     assert found["activations"] == 0.5 * item * 8 * 16 * 32 * (10 * 3 + 3)
     found = least_sent(CFG, 8, 16, MESH | dict(sequence=2), 1)
     assert found["gradients"] == 2 * 0.5 * item * (matrices + tables + gains)
+    assert found["gradients"] == least_sent(CFG, 8, 16, MESH | dict(sequence=2), 2)["gradients"]  # summed once
     assert found["keys and values"] == 0.5 * item * 8 * 16 * 2 * 8 * 4 * 3
 
 
