@@ -39,8 +39,8 @@ PAGE = """# All benchmarks, side by side
 
     {command}
 
-{machine}, Python {python}, {versions}. Load average {before} at the start and {after} at the end, over the last minute;
-the run took {minutes:.0f} minutes. {note}
+{machine}, Python {python}, {versions}. Load average {before} at the start and {after} at the end of the last run, over
+a minute; all parts took {minutes:.0f} minutes. {note}
 
 Within each part, what is compared takes turns within one run. A figure is a median with the first and third quartile in
 parentheses; a ratio is taken between neighbours of one round, and its quartiles over the rounds. The figures of every
@@ -70,7 +70,7 @@ def measured(part: str, effort: str, file: Path, minutes: float) -> dict[str, An
     ]
     error, found = "", None
     environment = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path}
-    # As the programs do for themselves; what ours is compared with runs in the same process.
+    # As the programs do for themselves; what ours is compared with has them too.
     asked = huge_pages.asked()
     child = subprocess.Popen(
         [word for word in command if word],
@@ -128,7 +128,7 @@ def versions() -> str:
 def arguments() -> argparse.Namespace:
     """The command line; not read by absl, since parts import programs that have absl flags of their own."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds: 4 minutes instead of 15 on two idle cores")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and shapes")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for tests of this program")
     parser.add_argument("--parts", default=",".join(parts.PARTS), help="which parts to run, joined by commas")
     parser.add_argument("--write", type=Path, help="write the page here, and its figures to .json beside it")

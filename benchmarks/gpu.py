@@ -41,7 +41,7 @@ _SAME = flags.DEFINE_bool("same_process", False, "Run all parts in this process;
 
 
 class Part(NamedTuple):
-    """One part: what it runs, and how many seconds it takes on an H200, compilation included."""
+    """One part: what it runs, and about how many seconds it takes on an H200, compilation included."""
 
     run: Callable[[gpu_parts.Use], dict[str, Any]]
     seconds: float

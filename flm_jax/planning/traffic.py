@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from flm_jax import costs
 from flm_jax.config import ModelConfig
+from flm_jax.sharding import mesh_axes
 
 
 def least_sent(cfg: ModelConfig, rows: int, context: int, mesh: Mapping[str, int], parts: int) -> dict[str, float]:
@@ -39,10 +40,11 @@ def least_sent(cfg: ModelConfig, rows: int, context: int, mesh: Mapping[str, int
 
     weights = scattered = summed = 0.0
     for _, like, sig in costs.leaves(cfg):
-        split = tensor if any(axis in ("vocab", "heads", "kv_heads", "mlp") for axis in sig.axes) else 1
+        over = {name for axis in sig.axes for name in mesh_axes(axis)}
+        split = tensor if "tensor" in over else 1
         held = like.size * item / split
         copies = mesh["data"] * sequence
-        if "embed" in sig.axes:
+        if "fsdp" in over:
             weights += ring(fsdp) * held * (2 if sig.stacked else 1)
             scattered += ring(fsdp) * held
             summed += 2 * ring(copies) * held / fsdp
