@@ -159,18 +159,18 @@ def _training(done: dict[str, Any], sheet: float | None, limits: dict[str, Any] 
     ]
     lines += [f"Speed of flm_jax over transformers: {', '.join(ratios)}.", ""] if ratios else []
     for name, part in done.items():
-        if profile := part.get("profile"):
-            lines += _profile(name, profile)
+        if name.startswith("train ") and (profile := part.get("profile")):
+            lines += _profile(f"one step ({name[6:]} tokens per row)", profile)
     return lines
 
 
-def _profile(name: str, profile: dict[str, Any], most: int = 12) -> list[str]:
-    """The time of one step's kernels by kind, and the longest."""
+def _profile(what: str, profile: dict[str, Any], most: int = 12) -> list[str]:
+    """The time of the kernels of what was profiled by kind, and the longest."""
     kinds = ", ".join(f"{kind} {ms:.1f} ms" for kind, ms in profile["kinds_ms"].items())
     rows = [(f"`{k['name'][:80]}`", k["count"], f"{k['ms']:.1f}") for k in profile["kernels"][:most]]
     return [
-        f"A profile of one step ({name.partition(' ')[2]} tokens per row): {profile['span_ms']:.1f} ms, of "
-        f"which {kinds}, and idle {profile['idle_ms']:.1f} ms. The longest kernels:",
+        f"A profile of {what}: {profile['span_ms']:.1f} ms, of which {kinds}, and idle {profile['idle_ms']:.1f} ms. "
+        "The longest kernels:",
         "",
         *table(("kernel", "calls", "ms"), rows),
         "",
@@ -210,4 +210,6 @@ def _rest(done: dict[str, Any], limits: dict[str, Any] | None) -> list[str]:
             *table(("rows", "tokens/s", "ms per step", "floor", "floor over step"), rows),
             "",
         ]
+        if profile := decoding.get("profile"):
+            lines += _profile(f"{decoding['answer'] - 1} steps of one row", profile)
     return lines

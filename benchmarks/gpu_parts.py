@@ -278,7 +278,7 @@ def decoding(use: Use, name: str = "0.5B") -> dict[str, Any]:
     # The embedding is looked up; every other parameter is read once per step.
     read = sum(x.nbytes for x in jax.tree.leaves(params)) - params["embedding"].nbytes
     prompt, made = (16, 8) if use.tiny else (128, 128)
-    found = []
+    found, profile = [], None
     for rows in (1, 16) if use.quick else (1, 16, 128):
         tokens = np.random.default_rng(0).integers(0, cfg.vocab, (rows, prompt), dtype=np.int32)
         start, keys = np.zeros(rows, np.int32), GREEDY.keys(jax.numpy.arange(rows, dtype=np.uint32))
@@ -290,9 +290,15 @@ def decoding(use: Use, name: str = "0.5B") -> dict[str, Any]:
             given = (np.zeros(rows, bool), none, made - 1, GREEDY.values, None, GREEDY.form)
             jax.block_until_ready(decode.extend(cfg, params, begun, *given, most=made))
             times.append((time.perf_counter() - since) / (made - 1))
+        if rows == 1:
+            begun = decode.read(cfg, params, tokens, start, keys, GREEDY.values, None, prompt + made, GREEDY.form)
+            with jax.profiler.trace(str(use.out / "profile_decoding")):
+                jax.block_until_ready(decode.extend(cfg, params, begun, *given, most=made))
+            profile = profiled(use.out / "profile_decoding")
         cache = 2 * cfg.layers * cfg.k_heads * cfg.h_dim * 2 * rows * (prompt + made / 2)
         found.append({"rows": rows, "tokens_per_s": spread(times[1:], rows), "bytes_per_step": read + cache})
-    return {"model": name, "prompt": prompt, "answer": made, "cases": found, "peak_memory": peak_memory()}
+    sizes = {"model": name, "prompt": prompt, "answer": made, "peak_memory": peak_memory()}
+    return sizes | {"cases": found, "profile": profile}
 
 
 def growth(use: Use) -> dict[str, Any]:
