@@ -65,17 +65,21 @@ def turns(
     warm_up: int = 1,
     rest: Mapping[str, float] | None = None,
     most_seconds: float = float("inf"),
+    rotating: bool = False,
 ) -> Timings:
     """Times callables in turns.
 
     Args:
-      calls: by name, in the order in which they run in every round. One that returns a float has timed itself, and that
+      calls: by name, in the order in which they run in a round. One that returns a float has timed itself, and that
         is its number of seconds; others are timed from call to return, so they must wait for what they start.
       rounds: number of timed rounds.
       warm_up: rounds before them that are not counted.
       rest: seconds to sleep after a callable, by name: for those whose threads wait actively for a while.
       most_seconds: no round starts later than this after the first one, except the first that is timed; so that a busy
         machine takes fewer rounds and not hours.
+
+      rotating: whether each round begins with the next callable, for those that disturb their successor, or are
+        disturbed by what a round begins with.
 
     Raises:
       ValueError: `rounds` is not positive.
@@ -87,7 +91,8 @@ def turns(
     for number in range(-warm_up, rounds):
         if number > 0 and time.perf_counter() - begun > most_seconds:
             break
-        for name, call in calls.items():
+        first = number % len(calls) if rotating else 0
+        for name, call in [*calls.items()][first:] + [*calls.items()][:first]:
             since = time.perf_counter()
             own = call()
             spent = time.perf_counter() - since

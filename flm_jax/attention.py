@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flm_jax.config import ModelConfig
 from flm_jax.kernels import blocked, cudnn, cudnn_check, plain, splash
 from flm_jax.kernels.plain import attention_mask
-from flm_jax.sharding import constrain, mesh_axes
+from flm_jax.sharding import constrain, mesh_axes, platform
 
 # The axes of the cache's arrays.
 KEYS = ("layers", "batch", "kv_heads", "head_dim", "history")
@@ -132,14 +132,6 @@ def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x_BTNH.dtype)
 
 
-def platform() -> str:
-    """The platform that is being traced for: that of the mesh, of the default device, or of the default backend."""
-    config: Any = jax.config
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or config.jax_default_device
-    found = device if isinstance(device, str) else getattr(device, "platform", jax.default_backend())
-    return "gpu" if found == "cuda" else str(found)
-
-
 def see(cfg: ModelConfig, shape: tuple[int, ...], segments_BT: jax.Array | None) -> Seen:
     """What the queries of windows see: positions up to their own, in their document, within the sliding window.
 
@@ -220,7 +212,7 @@ def in_blocks(length: int) -> bool:
     """Whether the plain kernel works in blocks of queries: on CPUs, if windows are long and whole on each device."""
     mesh = jax.sharding.get_abstract_mesh()
     whole = mesh.empty or math.prod(mesh.shape[name] for name in mesh_axes("time")) == 1
-    return whole and length >= blocked.ROWS and platform() == "cpu"
+    return whole and length >= 2 * blocked.ROWS and platform() == "cpu"
 
 
 def attend(

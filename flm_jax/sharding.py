@@ -261,3 +261,11 @@ def few_rows(mesh: Mesh) -> int:
     """A number of windows near eight that the mesh splits evenly; comparisons of whole logits use so few."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return int(shards * max(1, 8 // shards))
+
+
+def platform() -> str:
+    """The platform that is being traced for: that of the mesh, of the default device, or of the default backend."""
+    config: Any = jax.config
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or config.jax_default_device
+    found = device if isinstance(device, str) else getattr(device, "platform", jax.default_backend())
+    return "gpu" if found == "cuda" else str(found)

@@ -124,8 +124,8 @@ def test_the_model_takes_it_for_long_windows_that_are_whole_on_a_device(monkeypa
         jax.eval_shape(lambda params: model.apply(cfg, params, tokens), small.params(cfg))
         return set(taken)
 
-    assert trace(blocked.ROWS) == {blocked.ROWS}
-    assert trace(blocked.ROWS - 1) == set()
+    assert trace(2 * blocked.ROWS) == {2 * blocked.ROWS}
+    assert trace(2 * blocked.ROWS - 1) == set()
     with jax.set_mesh(make_mesh(MeshConfig(sequence=2, fsdp=4))):
         assert trace(2 * blocked.ROWS) == set()
     with jax.set_mesh(make_mesh(MeshConfig(tensor=2, fsdp=4))):

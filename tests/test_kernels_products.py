@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flm_jax.kernels import products
 from flm_jax.kernels.products import product, recomputed
 
 SHAPES = {"B": 2, "T": 3, "D": 4, "F": 9, "N": 2, "H": 6, "V": 40}
@@ -44,28 +45,34 @@ def test_the_gradient_of_a_wider_result_is_as_narrow_as_the_operands_unless_floa
     assert (f"new_dtype={dtype}" in operands) == (dtype == "bfloat16")
 
 
-@pytest.mark.parametrize("equation", ["BTD,DF->BTF", "BTD,DV->BTV"])
-def test_the_activations_are_the_left_operand_of_a_weights_gradient(equation):
-    """CPUs transpose the left operand; by itself JAX puts the gradient there, which is larger for these."""
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_on_a_cpu_the_smaller_is_the_left_operand_of_a_weights_gradient(equation, monkeypatch):
+    """CPUs transpose the left operand; by itself JAX puts the gradient there, which is larger where a layer widens."""
     x, w, dy = drawn(equation)
 
     def left(function):
         program = jax.make_jaxpr(lambda x, w: jax.vjp(lambda w: function(equation, x, w), w)[1](dy))(x, w)
-        products = []
+        found, barriers = [], []
 
         def find(jaxpr):
             for step in jaxpr.eqns:
                 if step.primitive.name == "dot_general":
-                    products.append(step.invars[0].aval.shape)
+                    found.append(step.invars[0].aval.shape)
+                if step.primitive.name == "optimization_barrier":
+                    barriers.append(step.invars[0].aval.shape)
                 for inner in jax.extend.core.jaxprs_in_params(step.params):
                     find(inner)
 
         find(program.jaxpr)
-        return products
+        return found[-1], barriers
 
-    # The forward product, the gradient of the activations (of the custom rule alone), that of the weight.
-    assert left(product)[-1] == x.shape
-    assert left(jnp.einsum)[-1] == dy.shape
+    # The last product is the gradient of the weight. Without the barrier, XLA exchanges the operands again.
+    smaller = x.shape if x.size <= dy.size else dy.shape
+    found, barriers = left(product)
+    assert found == smaller and len(barriers) == 1
+    assert left(jnp.einsum)[0] == dy.shape
+    monkeypatch.setattr(products, "platform", lambda: "tpu")
+    assert left(product) == (x.shape, [])
 
 
 def test_what_is_recomputed_keeps_its_arguments_alone():

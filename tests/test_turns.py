@@ -29,6 +29,12 @@ def test_a_rate_is_amount_per_second():
     assert Timings({"a": [0.5, 0.25, 1.0]}).rate("a", 10).median == 20.0
 
 
+def test_rounds_may_begin_with_another_callable_each():
+    said = []
+    turns({name: lambda name=name: said.append(name) for name in "abc"}, rounds=4, warm_up=0, rotating=True)
+    assert "".join(said) == "abcbcacababc"
+
+
 def test_callables_take_turns_and_rounds_of_warm_up_do_not_count():
     said = []
     timings = turns({name: lambda name=name: said.append(name) for name in "ab"}, rounds=3, warm_up=2)

@@ -92,7 +92,8 @@ def one_size(name: str, settings: dict[str, Any], compiled: bool) -> dict[str, A
 
     rest = {trainer: REST for trainer in steps if trainer.lower().startswith(("pytorch", "torch"))}
     calls: dict[str, Any] = {"product": multiply, **steps}
-    timings = turns(calls, settings["rounds"], warm_up=2, rest=rest, most_seconds=settings["most_seconds"])
+    limit = settings["most_seconds"]
+    timings = turns(calls, settings["rounds"], warm_up=2, rest=rest, most_seconds=limit, rotating=True)
     for step in steps.values():
         step.close()
     flops = costs.train_flops_per_token(size.cfg, size.context) * size.tokens

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from flm_jax.sharding import platform
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -17,8 +19,8 @@ def product(equation: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax
     """`jnp.einsum(equation, x, w)`, of activations and a weight, with faster gradients.
 
     The gradient of the weight is a product of the activations and of the gradient of the result, and contracts the
-    first axes of both. CPUs then transpose the left operand. By itself JAX puts the gradient of the result there; here
-    the activations are there, which are smaller where a layer widens (gate, up, the head).
+    first axes of both. CPUs then transpose the left operand. JAX puts the gradient of the result there; here it is the
+    smaller of both: the activations where a layer widens (gate, up, the head), the gradient where it narrows (down).
 
     Args:
       equation: every axis of an operand is in the other operand or in the result, and all axes have one letter.
@@ -49,8 +51,22 @@ def _backward(
     operands, of_y = equation.split("->")
     of_x, of_w = operands.split(",")
     dx = jnp.einsum(f"{of_y},{of_w}->{of_x}", dy, w)
-    dw = jnp.einsum(f"{of_x},{of_y}->{of_w}", x, dy)
+    dw = _gradient_of_weight(of_x, of_y, of_w, x, dy)
     return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+def _gradient_of_weight(of_x: str, of_y: str, of_w: str, x: jax.Array, dy: jax.Array) -> jax.Array:
+    """The product of `x` and `dy` over the axes that the weight does not have."""
+    if platform() != "cpu":
+        return jnp.einsum(f"{of_x},{of_y}->{of_w}", x, dy)
+    # What is transposed is computed first, in the order in which it lies in memory: XLA would compute it, norms and
+    # SwiGLU again, column by column. And XLA would exchange the operands again to save transposing the result.
+    if x.size <= dy.size:
+        return jnp.einsum(f"{of_x},{of_y}->{of_w}", jax.lax.optimization_barrier(x), dy)
+    new = "".join(axis for axis in of_y if axis not in of_x)
+    old = "".join(axis for axis in of_x if axis not in of_y)
+    dw = jax.lax.optimization_barrier(jnp.einsum(f"{of_y},{of_x}->{new}{old}", dy, x))
+    return jnp.einsum(f"{new}{old}->{of_w}", dw)
 
 
 product.defvjp(_forward, _backward)
