@@ -21,8 +21,10 @@ from flm_jax.checkpoint import (
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.checkpoint_growth.text import growth_lines
 from flm_jax.checkpoint_growth.verify import failures_text, heldout_text, observe_before, verify_growth
+from flm_jax.data import hub
 from flm_jax.data.batches import TokenBatches
 from flm_jax.data.source import Data
+from flm_jax.data.train_vocabulary import Pretrained
 from flm_jax.data.vocabulary_files import to_files
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import GrowthError
@@ -39,6 +41,13 @@ log = logging.getLogger(__name__)
 
 class NonFiniteError(RuntimeError):
     """Raised when too many consecutive steps were not finite, or when the loss exceeds `Run.max_loss`."""
+
+
+def beginning(recipe: Recipe, index: int) -> dict[str, Any]:
+    """The part of a stage's provenance that its recipe decides: random numbers, and where a tokenizer came from."""
+    vocabulary = recipe.data.vocabulary
+    origin = hub.origin(vocabulary.path) if isinstance(vocabulary, Pretrained) else None
+    return {"seed": recipe.seed, "key": index, **({"vocabulary": origin} if origin else {})}
 
 
 def stage_program(recipe: Recipe, run: Run, stage: ResolvedStage) -> StageProgram:
@@ -91,7 +100,7 @@ class StageRun:
         It is initialised, taken from the recipe's start checkpoint, or grown from the given state and verified.
         """
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), self.stage.index)
-        provenance: dict[str, Any] = {"seed": self.recipe.seed, "key": self.stage.index}
+        provenance = beginning(self.recipe, self.stage.index)
         if state is None:
             state = self.program.initialiser()(key)
         elif self.stage.restored:

@@ -73,6 +73,29 @@ def test_a_cache_of_the_hub_is_read_through_its_links(tmp_path):
         examine(snapshot)
 
 
+def test_files_that_the_models_of_a_cache_share_are_read_and_nothing_else_beside_them(tmp_path):
+    """The hub's cache may keep a blob in a store for all models, where its name is the sum of its content."""
+    made = foreign.write(tmp_path / "made")
+    snapshot, shared = tmp_path / "models--me--tiny" / "snapshots" / "0123abc", tmp_path / "blobs"
+    for folder in (snapshot, snapshot.parents[1] / "blobs", shared / "ab"):
+        folder.mkdir(parents=True)
+    (made / "model.safetensors").rename(shared / "ab" / ("ab" * 32))
+    (snapshot.parents[1] / "blobs" / "1").symlink_to("../../blobs/ab/" + "ab" * 32)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1")
+    for path in made.iterdir():
+        path.rename(snapshot / path.name)
+    with pytest.raises(FormatError, match="model.safetensors is a link that leads out"):  # it is no such store yet
+        examine(snapshot)
+    (shared / ".huggingface-shared-blobs").write_text("1\n")
+    assert "tokenizer.json" in examine(snapshot)[3]
+    for place in ("ab/private", "ab" * 32):
+        (shared / place).write_text("s")
+        (snapshot / "LICENSE").unlink(missing_ok=True)
+        (snapshot / "LICENSE").symlink_to(f"../../../blobs/{place}")
+        with pytest.raises(FormatError, match="LICENSE is a link that leads out"):
+            examine(snapshot)
+
+
 @pytest.mark.parametrize("name", ["LICENSE", "config.json"])
 def test_what_has_no_end_is_not_read(folder, name):
     (folder / name).unlink(missing_ok=True)

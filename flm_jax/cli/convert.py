@@ -1,13 +1,16 @@
 """Convert a model of the Llama family into a checkpoint, and a checkpoint into one that other programs load.
 
-  python experiments/convert.py --from_hf=my/llama --workdir=runs/llama [--dtype=float32]
+  python experiments/convert.py --from_hf=DIR --workdir=runs/llama [--dtype=float32]
+  python experiments/convert.py --from_hf=org/name[@revision] --workdir=runs/llama [--dtype=float32]
   python experiments/convert.py --to_hf=my/larger --workdir=runs/larger [--dtype=bfloat16] [--architecture=NAME]
 
 The first reads config.json, safetensors and tokenizer of a Llama, Mistral, Qwen2, Qwen3 or Tele-FLM directory, of any
 size, and writes step 0 of a new work directory. It can be grown, verified, and trained on with `Recipe.start`. For
-training, use --dtype=float32: AdamW's small steps are lost in 16 bits.
+training, use --dtype=float32: AdamW's small steps are lost in 16 bits. The second does the same with a repository of
+the Hugging Face hub, whose files it fetches into the hub's cache first: a branch, a tag or a commit, main by default.
+Where there is a directory of that name, that is read.
 
-The second writes a directory that `transformers` loads without code of flm_jax, with the tokenizer that the model was
+The third writes a directory that `transformers` loads without code of flm_jax, with the tokenizer that the model was
 trained with, SentencePiece and bytes included. Kept widths and multipliers are folded into the weights; with
 --architecture=TeleFLMForCausalLM multipliers stay multipliers.
 
@@ -25,7 +28,11 @@ from flm_jax.cli.flags import launch, refuse
 
 def define() -> None:
     """Defines the flags."""
-    flags.DEFINE_string("from_hf", None, "A directory to read: config.json, safetensors, tokenizer.")
+    flags.DEFINE_string(
+        "from_hf",
+        None,
+        "A directory to read (config.json, safetensors, tokenizer), or org/name[@revision] on the Hugging Face hub.",
+    )
     flags.DEFINE_string("to_hf", None, "A directory to write: new or empty.")
     flags.DEFINE_string(
         "workdir",

@@ -134,7 +134,7 @@ def define_model(rows: str, batch_size: int) -> None:
         "tokenizer",
         None,
         "The vocabulary to use instead of the checkpoint's own: another checkpoint, a directory with tokenizer.json, "
-        "or a SentencePiece model file.",
+        "a SentencePiece model file, or a repository of the Hugging Face hub (org/name or org/name@revision).",
     )
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16", "float16"], "What to compute in; by default the dtype of the checkpoint."

@@ -156,6 +156,8 @@ def run_import(source: str, workdir: str, dtype: str | None) -> None:
     with started():
         check_directory("workdir", workdir)
         found = importing.import_model(source, workdir, dtype)
+    if "commit" in found:
+        distributed.print0(f"{found['source']}, {found['revision']}: commit {found['commit']}.")
     distributed.print0(
         f"{found['architecture']}: {found['model']}; {costs.count(found['params'])} parameters in "
         f"{counted(found['tensors'], 'tensor')}, stored as {found['dtype']}; with {', '.join(found['files'])}."

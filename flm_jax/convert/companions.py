@@ -7,6 +7,7 @@ from there into an export that is published; so links are followed inside the di
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 from flm_jax.data import vocabulary_files
@@ -22,6 +23,8 @@ FILES = (
     "NOTICE",
     "USE_POLICY.md",
 )
+# Marks the folder of files that the models of a hub's cache share, and the names of those files: sums of their content.
+_SHARED, _CONTENT = ".huggingface-shared-blobs", re.compile(r"[0-9a-f]{64}")
 # The largest tokenizers in use have 35 MB.
 MOST_BYTES = 1 << 28
 
@@ -34,13 +37,21 @@ def check_place(path: Path) -> None:
     """Checks that a file is what it says: not a link that leads out of its directory.
 
     In a cache of the Hugging Face hub every file of a model is a link from `models--X/snapshots/REVISION/` to
-    `models--X/blobs/`: from a directory so named, links may lead there too, because both belong to the one model.
+    `models--X/blobs/`: from a directory so named, links may lead there too, because both belong to the one model. What
+    lies there may itself be a link, to a file that the models of the cache share: `blobs/` beside them, marked as such
+    a store, where files have the names of their content.
 
     Raises:
       FormatError: it is such a link.
     """
     folder, real = path.parent.resolve(), path.resolve()
-    inside = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    inside = [folder]
+    if folder.parent.name == "snapshots":
+        model = folder.parent.parent
+        inside.append(model / "blobs")
+        shared = model.parent / "blobs"
+        if (shared / _SHARED).is_file() and _CONTENT.fullmatch(real.name):
+            inside.append(shared / real.name[:2])
     if not any(real.is_relative_to(place) for place in inside):
         raise FormatError(
             f"{path} is a link that leads out of its directory, to {real}: only what lies in {folder} is taken. Put a "

@@ -24,8 +24,9 @@ from flm_jax.convert import families
 from flm_jax.convert.companions import read_companions
 from flm_jax.convert.layout import Part, parts
 from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, check_finite, in_parallel
+from flm_jax.convert.repository import located
 from flm_jax.convert.tensors import Stored, few, open_shards
-from flm_jax.data import vocabulary_files
+from flm_jax.data import hub, vocabulary_files
 from flm_jax.data.tokenizer_file import token_count
 from flm_jax.data.vocabulary import TOKENIZER
 from flm_jax.files import missing_room
@@ -70,7 +71,8 @@ def import_model(
     The checkpoint has no optimizer state. It can be grown, verified, trained on (`Recipe.start`) and exported again.
 
     Args:
-      source: the directory; it is only read, and no program in it is run.
+      source: the directory, or the name of a repository of the Hugging Face hub, such as org/name@revision, whose
+        files are fetched first; it is only read, and no program in it is run.
       workdir: a new or empty directory; files that a killed import has left there are removed.
       dtype: of the parameters; None: that of the files.
       chunk_bytes: bound on the bytes of a stored chunk, and of a range of rows that is read at a time.
@@ -84,11 +86,16 @@ def import_model(
         is not empty.
       FormatError: the files are damaged, or one is a link that leads out of the directory.
       CheckpointError: the disk has not enough room, or writing failed.
+      HubError: the repository cannot be fetched.
     """
-    source, workdir = Path(source).expanduser(), Path(workdir).expanduser()
-    cfg, config, found, files = examine(source, dtype)
+    workdir = Path(workdir).expanduser()
     directory = workdir / STAGES / stage_directory(0, STAGE)
+    # Before gigabytes are fetched.
     _check_new(workdir, directory)
+    if dtype is not None:
+        check_dtype(dtype)
+    source, origin = located(source)
+    cfg, config, found, files = examine(source, dtype)
     directory.mkdir(parents=True, exist_ok=True)
     with take_lock(directory):
         partial = directory / "0.partial"
@@ -97,7 +104,7 @@ def import_model(
             leaves = _write(cfg, found, partial, chunk_bytes)
             record = {
                 "stage": STAGE,
-                "source": str(source),
+                **origin,
                 "architecture": families.family_of(config, str(source / families.CONFIG)).architecture,
                 "tensors": len(found),
                 "bytes": sum(tensor.nbytes for tensor in found.values()),
@@ -132,7 +139,9 @@ def examine(source: Path, dtype: str | None = None) -> tuple[ModelConfig, dict[s
       ValueError: as `import_model`.
     """
     if not source.is_dir():
-        raise ValueError(f"{source} is not a directory; give one with {families.CONFIG} and safetensors files.")
+        raise ValueError(
+            f"{source} is not a directory; give one with {families.CONFIG} and safetensors files.{hub.advice(source)}"
+        )
     config = families.read_json(source / families.CONFIG)
     cfg = families.model_config(config, str(source / families.CONFIG))
     stored = open_shards(source)

@@ -129,7 +129,7 @@ def open_shards(directory: Path) -> dict[str, Stored]:
     index, single = directory / INDEX, directory / SINGLE
     if not index.is_file():
         return _open(single) if single.is_file() else _nothing(directory)
-    weight_map = _weight_map(index)
+    weight_map = read_index(index)
     files = sorted(set(weight_map.values()))
     if single.is_file() and SINGLE not in files:
         raise FormatError(f"{directory} holds {SINGLE}, and {INDEX} that names other files: remove one of the two")
@@ -159,7 +159,12 @@ def _nothing(directory: Path) -> NoReturn:
     raise FormatError(f"{directory} holds no model: neither {SINGLE} nor {INDEX}{but}")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """The file that each tensor is in, by the tensor's name, as an index says.
+
+    Raises:
+      FormatError: it is damaged, or names a file that does not lie beside it.
+    """
     weight_map = _json(index, "it", companions.read(index)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise FormatError(f"{index} has no 'weight_map', an object of file names by tensor name")

@@ -17,7 +17,9 @@ from typing import Annotated, Any
 
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint.manifest import CheckpointError, read_blobs, read_manifest, read_meta
+from flm_jax.data import hub
 from flm_jax.data.corpora import Corpus, Jsonl, SeqioTask, StandardLibrary, TextCorpus, TextFolder, Tfds
+from flm_jax.data.special import CHAT_TEMPLATE, CONFIGS
 from flm_jax.data.vocabulary import (
     EOS_ID,
     PAD_ID,
@@ -68,7 +70,7 @@ class Pretrained:
 
     Attributes:
       path: a checkpoint (a step, a stage's directory or a work directory), a directory with tokenizer.json and its
-        configuration files, or a SentencePiece model file.
+        configuration files, a SentencePiece model file, or a repository of the Hugging Face hub as org/name@revision.
       eos_id: the id that ends a document, for a tokenizer.json; None: as the files beside it say.
     """
 
@@ -82,6 +84,7 @@ class Pretrained:
           FileNotFoundError: there is none.
           ValueError: as `TokenizerVocabulary.from_directory`.
           CheckpointError: the checkpoint is damaged.
+          HubError: the repository cannot be fetched.
         """
         return load_vocabulary(self.path, self.eos_id)
 
@@ -89,6 +92,8 @@ class Pretrained:
 def load_vocabulary(path: str | Path, eos_id: int | None = None) -> Vocabulary:
     """The vocabulary at a path; see `Pretrained`."""
     root = Path(path).expanduser()
+    if (name := hub.named(path)) is not None:
+        root = _fetched(hub.find(name))
     if (root / TOKENIZER).is_file():
         return TokenizerVocabulary.from_directory(root, eos_id)
     if root.is_file():
@@ -97,7 +102,10 @@ def load_vocabulary(path: str | Path, eos_id: int | None = None) -> Vocabulary:
         try:
             step = step_directory(root)
         except CheckpointError as error:
-            raise FileNotFoundError(f"{path} holds no {TOKENIZER}, and is no checkpoint either: {error}") from None
+            hint = "" if root.exists() else hub.advice(path)
+            raise FileNotFoundError(
+                f"{path} holds no {TOKENIZER}, and is no checkpoint either: {error}{hint}"
+            ) from None
         manifest = read_manifest(step)
         files = read_blobs(step, manifest)
         if eos_id is not None and TOKENIZER in files:
@@ -107,6 +115,13 @@ def load_vocabulary(path: str | Path, eos_id: int | None = None) -> Vocabulary:
     if eos_id not in (None, found.eos_id):
         raise ValueError(f"eos_id={eos_id}: a document ends with {found.eos_id} in the {found.kind} vocabulary {path}")
     return found
+
+
+def _fetched(found: hub.Snapshot) -> Path:
+    """The directory of a repository's tokenizer, fetched if it is not in the cache."""
+    if TOKENIZER not in found.files:
+        raise FileNotFoundError(f"{found.origin} has no {TOKENIZER}; give a repository with one.")
+    return found.fetch(file for file in (TOKENIZER, *CONFIGS, CHAT_TEMPLATE) if file in found.files)
 
 
 def checkpoint_vocabulary(files: Mapping[str, bytes], data: Mapping[str, Any] | None, where: str) -> Vocabulary:

@@ -31,8 +31,7 @@ class EvalRequest:
       text: path of the text to compute bits per byte of, see `read_texts`; None: no text.
       prompt: the text to continue; None: no continuation.
       tokens: number of tokens of the continuation, as many as fit into `max_length` at most.
-      tokenizer: another vocabulary than the checkpoint's own: a checkpoint, a directory with tokenizer.json, or a
-        SentencePiece model file.
+      tokenizer: another vocabulary than the checkpoint's own; see `load_model`.
       batch_size: rows per batch, on all devices together.
       max_length: the longest sequence that the model reads, in tokens; None: as `find_length`.
       dtype: what the model computes in; None: the dtype of the checkpoint's parameters.
@@ -82,7 +81,7 @@ def evaluate_checkpoint(
     model = load_model(checkpoint, what.tokenizer, what.max_length, what.dtype, mesh)
     if model.note:
         say(model.note)
-    source, cfg, params, masks, vocabulary, length, placed, _ = model
+    source, cfg, params, masks, vocabulary, length, placed, *_ = model
     found = model.record()
     say(model.sentence())
     if what.text is not None:

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from flm_jax.config import ModelConfig
+from flm_jax.data import hub
 from flm_jax.data.train_vocabulary import load_vocabulary
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.evaluation.scoring import Scorer, check_vocabulary
@@ -34,6 +35,7 @@ class LoadedModel(NamedTuple):
       length: the longest sequence that the model reads, in tokens.
       mesh: where the parameters are.
       note: a sentence if the vocabulary is not known to be the checkpoint's, else ''.
+      origin: repository and commit of a vocabulary from the Hugging Face hub, else ''.
     """
 
     source: SourceCheckpoint
@@ -44,6 +46,7 @@ class LoadedModel(NamedTuple):
     length: int
     mesh: Mesh
     note: str
+    origin: str = ""
 
     def scorer(self, rows: int) -> Scorer:
         """What scores windows of tokens with the model, `rows` per batch."""
@@ -63,6 +66,7 @@ class LoadedModel(NamedTuple):
                 "kind": self.vocabulary.kind,
                 "size": self.vocabulary.size,
                 "digest": self.vocabulary.digest,
+                **({"origin": self.origin} if self.origin else {}),
             },
             "max_length": self.length,
             "dtype": self.cfg.compute_dtype,
@@ -87,8 +91,8 @@ def load_model(
 
     Args:
       checkpoint: a step, a stage's directory or a work directory.
-      tokenizer: another vocabulary than the checkpoint's own: a checkpoint, a directory with tokenizer.json, or a
-        SentencePiece model file.
+      tokenizer: another vocabulary than the checkpoint's own: a checkpoint, a directory with tokenizer.json, a
+        SentencePiece model file, or a repository of the Hugging Face hub as org/name@revision.
       max_length: the longest sequence to read, in tokens; None: as `find_length`.
       dtype: what to compute in; None: the dtype of the checkpoint's parameters.
       mesh: how devices are laid out.
@@ -96,18 +100,20 @@ def load_model(
     Raises:
       ValueError: the vocabulary is not known or does not fit the model.
       FileNotFoundError: there is nothing at `tokenizer`.
+      HubError: the repository cannot be fetched.
       DamagedError: the checkpoint is not as it was saved.
     """
     source = read_source(checkpoint)
     cfg = computed_in(source.cfg, dtype)
     vocabulary = source.vocabulary if tokenizer is None else load_vocabulary(tokenizer)
     note = "" if tokenizer is None else source.other_vocabulary(vocabulary)
+    origin = "" if tokenizer is None else hub.origin(tokenizer) or ""
     check_vocabulary(vocabulary, cfg.vocab)
     length = max_length or find_length(source)
     placed = make_mesh(mesh)
     with jax.set_mesh(placed):
         params = source.restore_params(placed)
-    return LoadedModel(source, cfg, params, source.masks(), vocabulary, length, placed, note)
+    return LoadedModel(source, cfg, params, source.masks(), vocabulary, length, placed, note, origin)
 
 
 def computed_in(cfg: ModelConfig, dtype: str | None) -> ModelConfig:

@@ -69,7 +69,7 @@ class ScoringBase:
 
     Attributes:
       checkpoint: a step, a stage's directory or a work directory.
-      tokenizer: another vocabulary than the checkpoint's own; '': its own.
+      tokenizer: another vocabulary than the checkpoint's own, as in `Pretrained.path`; '': its own.
       template: the chat template: tele_flm, telechat, chatml, tokenizer (the vocabulary's own) or a jinja2 file.
       max_length: the longest sequence that the model reads, in tokens, where conversations are cut; None: what the
         model was made for, at most 4096.
