@@ -246,7 +246,7 @@ def test_seqio_tasks_bring_their_vocabulary(corpora, cache):
 
 def test_unknown_names_are_answered_with_what_is_known(corpora, module):
     for corpus, message in {
-        SeqioTask("one_piece", "registered_pieces"): "registered by registered_pieces; close to it: 'one_pieces'",
+        SeqioTask("one_piece", "registered_pieces"): "registered by registered_pieces; did you mean .*'one_pieces'",
         SeqioTask("one_pieces", "no_such_module"): "'no_such_module' cannot be imported",
         SeqioTask("one_pieces", "registered_pieces", feature="inputs"): "no feature 'inputs': it has targets",
         SeqioTask("one_passed", "registered_passed"): "has a PassThroughVocabulary",

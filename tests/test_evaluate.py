@@ -129,7 +129,7 @@ def test_errors_are_one_sentence(converted, tasks, tmp_path, capsys, monkeypatch
         theirs, "TaskManager", lambda include_path, include_defaults=False: manager(None, include_path, False)
     )
     error = refused(EvalRequest(("litle_choices",), str(tasks)))
-    assert "knows no task 'litle_choices'; close to it: 'little_choices'" in error
+    assert f"knows no task 'litle_choices', nor does {tasks}; did you mean 'little_choices'?" in error
 
 
 def test_a_run_is_evaluated_with_the_vocabulary_and_the_context_that_it_records(tmp_path, capsys):

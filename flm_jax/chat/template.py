@@ -24,6 +24,7 @@ import numpy as np
 from flm_jax.chat.conversation import ASSISTANT, SYSTEM, USER, ConversationError, Message
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.files import read_bounded
+from flm_jax.records import meant, meant_beside
 
 ANSWERS = ("all", "last")
 MOST_BYTES = 1 << 20
@@ -116,7 +117,10 @@ def find_template(name: str, vocabulary: Vocabulary) -> Template:
         return Template(OWN, source)
     path = Path(name).expanduser()
     if not path.is_file():
-        raise TemplateError(f"there is no template {name!r}: it must be {', '.join(BUILT_IN)}, {OWN} or a jinja2 file")
+        near = meant(name, [*BUILT_IN, OWN]) or meant_beside(path)
+        raise TemplateError(
+            f"there is no template {name!r}: it must be {', '.join(BUILT_IN)}, {OWN} or a jinja2 file{near}"
+        )
     try:
         return Template(path.name, read_bounded(path, MOST_BYTES).decode())
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flm_jax.checkpoint.directory import Steps, structure_faults
 from flm_jax.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, NoCheckpointError
-from flm_jax.records import RECIPE
+from flm_jax.records import RECIPE, meant_beside
 from flm_jax.records.foreign_json import check, field, read_json
 
 STAGES = "checkpoints"
@@ -32,7 +32,10 @@ def step_directory(path: str | Path) -> Path:
     """
     path = Path(path).expanduser().absolute()
     if not path.is_dir():
-        raise NoCheckpointError(f"{path} is no directory; give a step, a stage's directory or a work directory.")
+        near = "" if path.exists() else meant_beside(path)
+        raise NoCheckpointError(
+            f"{path} is no directory; give a step, a stage's directory or a work directory{near or '.'}"
+        )
     # Whatever has that name: if it is no file, `read_manifest` says so.
     if (path / MANIFEST).exists() or (path / MANIFEST).is_symlink():
         return path

@@ -1,7 +1,10 @@
 """List what gin files and --gin_bindings can set: every configurable, its fields, types, defaults and meanings.
 
-python experiments/bindings.py                    # all of them, one line per field
-python experiments/bindings.py Growth Stage       # these, with the meaning of each field
+  python experiments/bindings.py                    # all of them, one line per field
+  python experiments/bindings.py Growth Stage       # these, with the meaning of each field
+
+In a gin file and in --gin_bindings, `Name.field = value` sets a field, and `Name.field = @Other()` makes an object for
+it. A default that says "required" must be set wherever the object is made.
 """
 
 from __future__ import annotations

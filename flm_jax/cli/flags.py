@@ -106,7 +106,12 @@ def parse(argv: list[str]) -> list[str]:
         return FLAGS(argv)
     except flags.Error as error:
         missing = r"flag --(\w+)=None: Flag --\1 must have a value other than None\."
-        refuse("; ".join(re.sub(missing, r"give --\1", str(error)).splitlines()))
+        said = "; ".join(re.sub(missing, r"give --\1", str(error)).splitlines())
+        if found := re.fullmatch(r"flag --\w+=(.*): value should be one of <(.*)>", said):
+            from flm_jax.records import meant  # Imported here, so that --help is fast.
+
+            said += meant(found[1], found[2].split("|"))
+        refuse(said)
     except SystemExit:  # --help has printed its text
         sys.exit(0)
 
@@ -119,8 +124,9 @@ def refuse(what: str) -> NoReturn:
 
 def define_gin(example: str) -> None:
     """Defines --gin_file and --gin_bindings."""
-    flags.DEFINE_multi_string("gin_file", [], "A gin file; may be repeated, later files override earlier ones.")
-    flags.DEFINE_multi_string("gin_bindings", [], f"A gin binding, such as {example!r}; may be repeated.")
+    # Absl goes on in the text of --help with: "; repeat this option to specify a list of values".
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones override earlier ones")
+    flags.DEFINE_multi_string("gin_bindings", [], f"A gin binding, such as {example!r}")
 
 
 def define_json() -> None:

@@ -47,13 +47,13 @@ def define() -> None:
     )
     flags.DEFINE_string("system", "", "With --chat: the system turn.")
     flags.DEFINE_integer("max_tokens", 256, "Length of an answer at most, in tokens.", lower_bound=1)
-    flags.DEFINE_multi_string("stop", [], "A text that ends an answer; may be repeated.")
+    flags.DEFINE_multi_string("stop", [], "A text that ends an answer")
     flags.DEFINE_float("temperature", None, "Divides the logits; 0, the default: the likeliest token each time.")
     flags.DEFINE_integer("top_k", None, "Sample among so many of the likeliest tokens.")
     flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens whose probabilities sum to this.")
     flags.DEFINE_float("min_p", None, "Sample among tokens of at least this fraction of the largest probability.")
     flags.DEFINE_float("repetition_penalty", None, "Makes tokens of prompt and answer less likely if above 1.")
-    flags.DEFINE_integer("seed", None, "Of the random numbers.")
+    flags.DEFINE_integer("seed", None, "Seed of the random numbers.")
     define_model("Prompts", batch_size=16)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import gin
 from gin import config_parser
 
-from flm_jax.records import meant
+from flm_jax.records import meant, meant_beside
 
 Key = tuple[str, str, str]  # scope, full name of the configurable, parameter
 MACRO = "gin.macro"
@@ -109,7 +109,9 @@ def _read_file(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -
     if path is None:
         asked = f", which {within[-1]} includes," if within else ""
         where = " nor in ".join(map(str, shipped))
-        raise ValueError(f"There is no gin file {name!r}{asked} in the current directory nor in {where}.")
+        offered = {str(file.relative_to(base)) for base in shipped for file in base.glob("gin_configs/**/*.gin")}
+        near = meant(name, offered) or meant_beside(given) or "."
+        raise ValueError(f"There is no gin file {name!r}{asked} in the current directory nor in {where}{near}")
     path = path.resolve()
     if path in within:
         raise ValueError(f"The gin file {within[-1]} includes {name!r}, which includes it.")

@@ -1,4 +1,4 @@
-"""Choose instruction data: a small set of conversations from a large pool, without duplicates, with quotas per domain.
+r"""Choose instruction data: a small set of conversations from a large pool, without duplicates, with quotas per domain.
 
   python experiments/select_sft.py --gin_file=gin_configs/sft/select.gin --input=POOL --output=DIR
 
@@ -22,7 +22,7 @@ from flm_jax.cli.flags import define_gin, launch, refuse
 def define() -> None:
     """Defines the flags."""
     define_gin("Selection.count = 1000")
-    flags.DEFINE_multi_string("input", [], "A file or a folder of conversations; may be repeated.")
+    flags.DEFINE_multi_string("input", [], "A file or a folder of conversations")
     flags.DEFINE_string("output", None, "The new or empty directory for the results.", required=True)
     flags.DEFINE_string(
         "steps", None, "Where results of steps are kept, for several selections from one pool; default: OUTPUT/steps."

@@ -13,6 +13,7 @@ from typing import Any
 
 from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.convert import companions
+from flm_jax.records import meant
 from flm_jax.records.foreign_json import JsonError, check, parse_json
 
 CONFIG = "config.json"
@@ -292,7 +293,8 @@ def choose(cfg: ModelConfig, asked: str | None, before: Mapping[str, Any]) -> Fa
     reasons = []
     for name in [asked] if asked else [*came, *plain]:
         if name not in FAMILIES:
-            raise ValueError(f"The architecture {name!r} is not known; use one of {', '.join(FAMILIES)}.")
+            near = meant(name, FAMILIES) or "."
+            raise ValueError(f"The architecture {name!r} is not known; use one of {', '.join(FAMILIES)}{near}")
         if not (against := FAMILIES[name].against(cfg)):
             return FAMILIES[name]
         reasons.append(f"{name} cannot hold a model with {', '.join(against)}")

@@ -32,7 +32,7 @@ from flm_jax.data.vocabulary import TOKENIZER
 from flm_jax.files import missing_room
 from flm_jax.growth.lineage import Lineage
 from flm_jax.progress import byte_bar
-from flm_jax.records import counted
+from flm_jax.records import counted, meant_beside
 from flm_jax.source_checkpoint import CheckpointMeta
 
 CHUNK_BYTES = 16 << 20
@@ -140,7 +140,8 @@ def examine(source: Path, dtype: str | None = None) -> tuple[ModelConfig, dict[s
     """
     if not source.is_dir():
         raise ValueError(
-            f"{source} is not a directory; give one with {families.CONFIG} and safetensors files.{hub.advice(source)}"
+            f"{source} is not a directory; give one with {families.CONFIG} and safetensors files"
+            f"{meant_beside(source) or '.'}{hub.advice(source)}"
         )
     config = families.read_json(source / families.CONFIG)
     cfg = families.model_config(config, str(source / families.CONFIG))

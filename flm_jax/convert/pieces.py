@@ -12,6 +12,7 @@ import numpy as np
 
 from flm_jax.checkpoint import checksum
 from flm_jax.convert.layout import Part
+from flm_jax.records import meant
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Blocks that are read, transposed and written at the same time.
@@ -25,7 +26,7 @@ def check_dtype(name: str) -> str:
       ValueError: it is not.
     """
     if name not in DTYPES:
-        raise ValueError(f"dtype={name!r}: use one of {', '.join(DTYPES)}.")
+        raise ValueError(f"dtype={name!r}: use one of {', '.join(DTYPES)}{meant(name, DTYPES) or '.'}")
     return name
 
 

@@ -6,6 +6,8 @@ import collections
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from flm_jax.records import meant_beside
+
 
 def find_files(path: str | Path, endings: tuple[str, ...]) -> list[tuple[str, Path]]:
     """(name, path) of a file, or of each file with one of some endings in a folder and its subfolders, sorted by name.
@@ -17,7 +19,7 @@ def find_files(path: str | Path, endings: tuple[str, ...]) -> list[tuple[str, Pa
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no file or folder {root}")
+        raise FileNotFoundError(f"there is no file or folder {root}{meant_beside(root)}")
     # Not pipes: reading would wait.
     found = sorted(p for p in root.rglob("*") if p.name.endswith(endings) and p.is_file())
     if not found:

@@ -9,7 +9,6 @@ stream resumes exactly; `streaming.py` depends on it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib
@@ -25,6 +24,7 @@ from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.text import check_split
 from flm_jax.data.tfds import check_tfds
 from flm_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
+from flm_jax.records import meant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,9 @@ class Source:
 
     def _check_has(self, split: str) -> None:
         if self.splits[split] not in self.task.splits:
-            known = ", ".join(sorted(self.task.splits))
-            raise ValueError(f"{self.task.name} has no split {self.splits[split]!r}: it has {known}")
+            known = sorted(self.task.splits)
+            near = meant(self.splits[split], known)
+            raise ValueError(f"{self.task.name} has no split {self.splits[split]!r}: it has {', '.join(known)}{near}")
 
     def dataset(self, split: str, **options: Any) -> Any:
         """The tf.data.Dataset of one split, in a fixed order unless shuffled; a mixture's rates apply.
@@ -122,15 +123,18 @@ def resolve(corpus: Corpus, vocabulary: Vocabulary | None = None, shuffle_buffer
             raise ValueError(f"SeqioTask: the module {corpus.module!r} cannot be imported: {error}") from None
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
     if corpus.name not in known:
-        close = difflib.get_close_matches(corpus.name, known, n=3, cutoff=0.4) or known[:3]
+        others = f"; there are {len(known)}, such as {', '.join(known[:3])}" if known else "; there are none at all"
         raise ValueError(
             f"no seqio task or mixture {corpus.name!r} is registered"
-            f"{f' by {corpus.module}' if corpus.module else ' (module is not set)'}; "
-            f"close to it: {', '.join(map(repr, close)) or 'none at all'}"
+            f"{f' by {corpus.module}' if corpus.module else ' (SeqioTask.module is not set)'}"
+            f"{meant(corpus.name, known, most=3) or others}"
         )
     task = seqio.get_mixture_or_task(corpus.name)
     if corpus.feature not in task.output_features:
-        raise ValueError(f"{corpus.name} has no feature {corpus.feature!r}: it has {', '.join(task.output_features)}")
+        near = meant(corpus.feature, task.output_features)
+        raise ValueError(
+            f"{corpus.name} has no feature {corpus.feature!r}: it has {', '.join(task.output_features)}{near}"
+        )
     own = from_seqio(task.output_features[corpus.feature].vocabulary, corpus.name)
     splits = {"train": corpus.train_split, "heldout": corpus.heldout_split}
     return Source(task, own, corpus.feature, splits)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from flm_jax.data.folders import all_files, count_endings, find_files, in_words
 from flm_jax.data.json_lines import is_text
-from flm_jax.records import counted, recorded
+from flm_jax.records import counted, meant, meant_beside, recorded
 from flm_jax.records.fields import Limit
 from flm_jax.records.foreign_json import parse_json
 
@@ -214,7 +214,7 @@ class TextFolder(FileCorpus):
         if root.is_file():
             return [root]
         if not root.is_dir():
-            raise FileNotFoundError(f"TextFolder: there is no folder or file {root}")
+            raise FileNotFoundError(f"TextFolder: there is no folder or file {root}{meant_beside(root)}")
         if Path(self.pattern).is_absolute():
             raise ValueError(
                 f"TextFolder.pattern = {self.pattern!r}: a pattern begins at the folder, TextFolder.path; such as "
@@ -327,7 +327,8 @@ class Jsonl:
         record = parse_json(line, where, None, finite=False)
         if not isinstance(record, dict) or self.field not in record:
             found = f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise ValueError(f"{where} has no field {self.field!r}: found {found}")
+            near = meant(self.field, record) if isinstance(record, dict) else ""
+            raise ValueError(f"{where} has no field {self.field!r}: found {found}{near}")
         text = record[self.field]
         if not isinstance(text, str):
             raise ValueError(f"{where}: the field {self.field!r} is {type(text).__name__}, and should be text")

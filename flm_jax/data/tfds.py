@@ -12,7 +12,7 @@ from typing import Any
 
 from flm_jax.data import reading
 from flm_jax.data.text import check_split, describe_fields
-from flm_jax.records import recorded
+from flm_jax.records import meant, recorded
 from flm_jax.records.foreign_json import read_json
 
 
@@ -70,7 +70,10 @@ def _builder(corpus: Tfds) -> Any:
         return tfds.builder(corpus.name, data_dir=corpus.data_dir)
     except tfds.core.registered.DatasetNotFoundError:
         place = corpus.data_dir or "TFDS's own folder"
-        raise ValueError(f"Tfds: no dataset {corpus.name!r}, neither known to TFDS nor prepared in {place}") from None
+        near = meant(corpus.name.partition("/")[0], tfds.list_builders(with_community_datasets=False), most=3)
+        raise ValueError(
+            f"Tfds: no dataset {corpus.name!r}, neither known to TFDS nor prepared in {place}{near}"
+        ) from None
 
 
 def check_tfds(corpus: Tfds) -> Any:
@@ -85,12 +88,13 @@ def check_tfds(corpus: Tfds) -> Any:
         if builder.info.splits and base not in builder.info.splits:
             raise ValueError(
                 f"Tfds: {corpus.name} has no split {base!r} for {field}: it has "
-                f"{', '.join(builder.info.splits)}; "
-                "a slice of one will do, as in 'train[:5%]'"
+                f"{', '.join(builder.info.splits)}, and a slice of one will do, as in 'train[:5%]'"
+                f"{meant(base, builder.info.splits)}"
             )
     if corpus.field not in builder.info.features:
+        near = meant(corpus.field, builder.info.features)
         raise ValueError(
-            f"Tfds: {corpus.name} has no field {corpus.field!r}: it has {', '.join(builder.info.features)}"
+            f"Tfds: {corpus.name} has no field {corpus.field!r}: it has {', '.join(builder.info.features)}{near}"
         )
     return builder
 

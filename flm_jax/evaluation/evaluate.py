@@ -15,7 +15,7 @@ from flm_jax.evaluation.loaded import load_model
 from flm_jax.evaluation.scoring import bits_per_byte_of_text
 from flm_jax.generation.prompts import as_they_are, continue_prompt
 from flm_jax.progress import count_bar
-from flm_jax.records import counted
+from flm_jax.records import counted, meant_beside
 from flm_jax.sharding import MeshConfig
 
 
@@ -130,5 +130,5 @@ def read_texts(path: str | Path) -> Iterator[str]:
     if root.suffix == ".jsonl":
         return (text for _, text in Jsonl(str(root)).lines())
     if not root.is_file():
-        raise FileNotFoundError(f"there is no text file or folder {root}")
+        raise FileNotFoundError(f"there is no text file or folder {root}{meant_beside(root)}")
     return iter([read_utf8(root).decode()])

@@ -12,6 +12,7 @@ from flm_jax.chat.template import MOST_BYTES
 from flm_jax.evaluation.endpoint import UnreadableError
 from flm_jax.evaluation.questions import Question
 from flm_jax.files import read_bounded
+from flm_jax.records import meant_beside
 
 SCORE, PAIRWISE = "score", "pairwise"
 MODES = (SCORE, PAIRWISE)
@@ -55,7 +56,7 @@ class JudgePrompt:
         """
         file = SHIPPED / f"{mode}.jinja" if path is None else Path(path).expanduser()
         if not file.is_file():
-            raise FileNotFoundError(f"there is no prompt for a judge {file}")
+            raise FileNotFoundError(f"there is no prompt for a judge {file}{meant_beside(file)}")
         try:
             source = read_bounded(file, MOST_BYTES).decode()
         except UnicodeDecodeError:

@@ -13,6 +13,7 @@ from flm_jax.evaluation.likelihood import mean_log_probs
 from flm_jax.evaluation.questions import CHOICE, JUDGED, Question
 from flm_jax.evaluation.rules import BY_RULE, right
 from flm_jax.evaluation.scoring import Scorer
+from flm_jax.records import meant
 
 RULES, LIKELIHOOD, ENDPOINT = "rules", "likelihood", "endpoint"
 # What is measured: 1 for a right answer, 0 for a wrong one; a score from 1 to 10; 1, 1/2, 0 for a win, a tie, a loss.
@@ -66,9 +67,10 @@ def read_judge(given: str) -> tuple[str, str, str]:
         return LIKELIHOOD, rest, ""
     if kind == ENDPOINT and (parts := _ENDPOINT.fullmatch(rest)):
         return ENDPOINT, parts["model"], parts["url"]
+    near = "" if kind in (RULES, LIKELIHOOD, ENDPOINT) else meant(kind, (RULES, LIKELIHOOD, ENDPOINT))
     raise ValueError(
         f"--judge={kind:.40}{':...' if rest else ''} is none of rules, likelihood:CHECKPOINT and endpoint:MODEL@URL, "
-        "such as endpoint:gpt-4-1106-preview@https://api.openai.com/v1"
+        f"such as endpoint:gpt-4-1106-preview@https://api.openai.com/v1{near}"
     )
 
 

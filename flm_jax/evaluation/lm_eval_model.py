@@ -6,7 +6,6 @@ lm-eval's own model class for Hugging Face: the same tokens, the same truncation
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.evaluation.scoring import Scorer, Window, check_vocabulary, rolling_windows
 from flm_jax.generation import Generator, Sampling
-from flm_jax.records import counted
+from flm_jax.records import counted, meant
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -222,10 +221,9 @@ def run_tasks(
     if include_path is not None and unknown_to(manager):
         manager = TaskManager(include_path=include_path)
     if unknown := unknown_to(manager):
-        close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3, cutoff=0.5)
+        where = f", nor does {include_path}" if include_path else ", and --include_path would give it tasks of your own"
         raise ValueError(
-            f"lm-eval knows no task {unknown[0]!r}; close to it: {', '.join(map(repr, close)) or 'none'}"
-            + (f", {include_path} included." if include_path else "; for tasks of your own, give --include_path.")
+            f"lm-eval knows no task {unknown[0]!r}{where}{meant(unknown[0], manager.all_tasks, most=3) or '.'}"
         )
     found: dict[str, Any] = simple_evaluate(
         model,

@@ -14,7 +14,7 @@ from flm_jax.files import sha256_json
 from flm_jax.generation.engine import Answer, Generator, Speed
 from flm_jax.generation.sampling import GREEDY, Sampling
 from flm_jax.progress import count_bar
-from flm_jax.records import as_dict, counted, foreign_json
+from flm_jax.records import as_dict, counted, foreign_json, meant_beside
 from flm_jax.records.foreign_json import parse_json
 from flm_jax.records.kept import kept_by_all
 
@@ -141,7 +141,7 @@ def read_prompts(path: str | Path, chat: bool = False) -> list[dict[str, Any]]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file of prompts {file}")
+        raise FileNotFoundError(f"there is no file of prompts {file}{meant_beside(file)}")
     lines = read_utf8(file).decode().split("\n")
     if file.suffix != ".jsonl":
         found = [{"prompt": line.rstrip("\r")} for line in lines if line.strip()]

@@ -10,6 +10,7 @@ from flm_jax.distributed import fetch
 from flm_jax.growth.depth import METRICS
 from flm_jax.growth.lineage import Lineage
 from flm_jax.model import Params, Transformer
+from flm_jax.records import meant
 
 
 def layer_distances(
@@ -35,7 +36,7 @@ def layer_distances(
       ValueError: unknown metric.
     """
     if metric not in METRICS:
-        raise ValueError(f"Unknown distance {metric!r}; use one of {', '.join(METRICS)}.")
+        raise ValueError(f"Unknown distance {metric!r}; use one of {', '.join(METRICS)}{meant(metric, METRICS) or '.'}")
 
     @jax.jit
     def measure(params: Params, tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from flm_jax.records.nearest import meant
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -180,9 +182,10 @@ def topology(name: str) -> Topology:
     """
     match = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name.lower().replace("v5litepod", "v5e"))
     if not match or match[2] not in CHIPS:
+        near = meant(match[2] if match else name.partition("-")[0], CHIPS) or "."
         raise ValueError(
             f"There is no topology {name!r}: write a chip and a size, such as v5p-2048, or 2xv5e-256 for two slices; "
-            f"the chips are {', '.join(CHIPS)}."
+            f"the chips are {', '.join(CHIPS)}{near}"
         )
     slices, kind, number = int(match[1] or 1), match[2], int(match[3])
     chip = CHIPS[kind]

@@ -1,8 +1,9 @@
 """Configurations: the check of their fields, their records as JSON, and the identity of a work directory."""
 
-from flm_jax.records.fields import FieldError, classes, meant, recorded
+from flm_jax.records.fields import FieldError, classes, recorded
 from flm_jax.records.identity import DATA, LOCK, RECIPE, check_identity, differences, write_identity, write_record
 from flm_jax.records.json import as_dict, completed, from_dict
+from flm_jax.records.nearest import meant, meant_beside
 from flm_jax.records.wording import counted
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "differences",
     "from_dict",
     "meant",
+    "meant_beside",
     "recorded",
     "write_identity",
     "write_record",

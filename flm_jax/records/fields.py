@@ -7,7 +7,6 @@ The same annotation gives the sentence for a wrong value, and the types that `ex
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import math
 import os
@@ -17,6 +16,8 @@ from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
+
+from flm_jax.records.nearest import meant
 
 T = TypeVar("T")
 _CLASSES: dict[str, type] = {}
@@ -83,12 +84,6 @@ Fraction = Annotated[float, between(0, 1)]
 Name = Annotated[
     str, Limit("not empty and without any of / \\ * ? [ ]", lambda v: v != "" and not set(v) & {*"/\\*?[]"})
 ]
-
-
-def meant(given: Any, names: Iterable[str]) -> str:
-    """The end of a sentence about a name that does not exist: "; did you mean 'zero'?", or nothing if none is close."""
-    close = difflib.get_close_matches(given, list(names), 1, 0.6) if isinstance(given, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def recorded(cls: type[T]) -> type[T]:
