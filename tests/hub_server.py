@@ -5,10 +5,12 @@ import hashlib
 import http.server
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PIECE = 500
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"
 
 
@@ -23,6 +25,7 @@ class Hub:
       down: the status of every answer; 0: as it should be.
       cut: by file name, how many bytes of it are sent until the connection breaks; how often, by `breaks`.
       breaks: how many more times that happens.
+      sending: called with a file's name and the position before each PIECE of it is sent.
       asked: method, path and range of each request.
     """
 
@@ -33,6 +36,7 @@ class Hub:
     down: int = 0
     cut: dict[str, int] = field(default_factory=dict)
     breaks: int = 0
+    sending: Callable[[str, int], None] = lambda name, at: None
     asked: list[tuple[str, str, str]] = field(default_factory=list)
 
     def add(self, repository: str, folder: Path, commit: str = COMMIT, revision: str = "main") -> None:
@@ -126,7 +130,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content[first : first + self.hub.cut[name]])
             self.close_connection = True
             return
-        self.wfile.write(content[first:])
+        with contextlib.suppress(OSError):  # who asked may have hung up
+            for at in range(first, len(content), PIECE):
+                self.hub.sending(name, at)
+                self.wfile.write(content[at : at + PIECE])
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
 """Models named by their repository on the Hugging Face hub: pinned to a commit, fetched once, refused in a sentence."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from flm_jax.data.hub import HubError, find
 from flm_jax.evaluation.loaded import load_model
 from tests import foreign
 from tests.environment import as_user
-from tests.hub_server import COMMIT, OTHER, hub_here, hub_server
+from tests.hub_server import COMMIT, OTHER, PIECE, hub_here, hub_server
 
 ROOT = Path(__file__).resolve().parent.parent
 # What repositories hold beside a model, and nobody asks for here.
@@ -122,7 +125,7 @@ def test_what_is_in_the_cache_is_read_again_without_the_hub(hub, monkeypatch, tm
 def test_a_download_that_breaks_goes_on_at_its_byte(hub, made, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", PIECE)
     name = "model-00002-of-00003.safetensors"
     hub.cut, hub.breaks = {name: 1000}, 1
     import_model("me/tiny", tmp_path / "run")
@@ -145,6 +148,23 @@ def test_a_download_that_was_given_up_keeps_the_complete_files(hub, made, monkey
     import_model("me/tiny", tmp_path / "run")
     assert hub.fetched == {name}
     assert digest_of(tmp_path / "run") == digest_of(made / "checkpoint")
+
+
+def test_an_interrupt_ends_a_download_in_the_middle_of_a_file_and_leaves_no_part_of_it(hub, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    def sending(name, at):
+        if name.startswith("model-00001") and at:
+            if at == 2 * PIECE:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", PIECE)
+    hub.sending = sending
+    with pytest.raises(KeyboardInterrupt):
+        import_model("me/tiny", tmp_path / "run")
+    assert not list(tmp_path.rglob("*.incomplete"))
+    assert not list(tmp_path.rglob("model-00001*"))
 
 
 @pytest.mark.parametrize(

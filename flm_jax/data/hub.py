@@ -7,14 +7,16 @@ HF_HUB_OFFLINE. Nothing that is fetched is run.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flm_jax.files import atomic_write, missing_room
 
@@ -121,11 +123,9 @@ class Snapshot:
                 raise HubError(f"{self.name}: {missing}, or set HF_HUB_CACHE to another directory.")
         try:
             with _told(self.name, "the download broke off"):
-                directory = Path(
-                    huggingface_hub.snapshot_download(
-                        repository, revision=self.commit, allow_patterns=wanted, local_files_only=bool(self.cached)
-                    )
-                )
+                how = {"allow_patterns": wanted, "local_files_only": bool(self.cached)}
+                get = functools.partial(huggingface_hub.snapshot_download, repository, revision=self.commit, **how)
+                directory = Path(_interruptible(get))
         except _UnreachableError as error:
             raise HubError(
                 f"{self.origin}: {error}. Run the same command again: the files that are complete are kept."
@@ -142,6 +142,32 @@ class Snapshot:
         if self.cached:
             return HubError(f"{self.origin}: {self.cached}, and the cache lacks {listed}. {_by_hand(self.name)}")
         return HubError(f"{self.origin} has no {listed}: give another repository or revision.")
+
+
+def _interruptible(download: Callable[..., str]) -> str:
+    """What a download returns; an interrupt ends it in the middle of a file and removes that part."""
+    from huggingface_hub.utils import tqdm
+
+    stopped = threading.Event()
+
+    class Bar(tqdm):
+        """A progress bar; the threads that fetch files call it for every piece."""
+
+        def update(self, n: float | None = 1) -> Any:
+            if stopped.is_set():
+                raise InterruptedError("the download was interrupted")
+            return super().update(n)
+
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    running = pool.submit(download, tqdm_class=Bar)
+    try:
+        return running.result()
+    except KeyboardInterrupt:
+        stopped.set()
+        concurrent.futures.wait([running], timeout=PATIENCE)
+        raise
+    finally:
+        pool.shutdown(wait=False)
 
 
 @functools.cache
