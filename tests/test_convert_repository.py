@@ -214,6 +214,16 @@ def test_a_model_that_cannot_be_read_is_refused_before_its_weights_are_fetched(
     assert not [name for name in hub.fetched if name.endswith((".safetensors", ".bin"))]
 
 
+@pytest.mark.parametrize(("dtype", "message"), [(None, "run is not empty"), ("bf16", "did you mean 'bfloat16'")])
+def test_what_is_wrong_with_the_command_is_said_before_anything_is_asked(dtype, message, hub, tmp_path):
+    if dtype is None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "mine").touch()
+    with pytest.raises(ValueError, match=message):
+        import_model("me/tiny", tmp_path / "run", dtype)
+    assert not hub.asked
+
+
 def test_without_room_nothing_is_fetched(hub, monkeypatch, tmp_path):
     from flm_jax.data import hub as client
 
