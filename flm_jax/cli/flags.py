@@ -61,7 +61,13 @@ def _unraisable(what: Any) -> None:
     sys.__unraisablehook__(what)
 
 
-def launch(document: str, define: Callable[[], None], run: Callable[[Any], None], computes: bool = False) -> None:
+def launch(
+    document: str,
+    define: Callable[[], None],
+    run: Callable[[Any], None],
+    computes: bool = False,
+    positional: str | None = None,
+) -> None:
     """Starts a program, whether as a script or as an installed command.
 
     Args:
@@ -69,6 +75,7 @@ def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]
       define: defines the program's flags.
       run: the program, called with the values of all flags.
       computes: whether it runs a model, on a CPU too, where memory in huge pages makes that faster.
+      positional: the flag that an argument without a name sets; None: there is none.
     """
     global _stderr
     if computes:
@@ -85,6 +92,11 @@ def launch(document: str, define: Callable[[], None], run: Callable[[Any], None]
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # otherwise --help does not list it
 
     def main(argv: list[str]) -> None:
+        if positional is not None and len(argv) > 1:
+            try:
+                FLAGS[positional].parse(argv.pop(1))
+            except flags.Error as error:
+                refuse(str(error).replace(f"flag --{positional}=", f"{positional} "))
         if len(argv) > 1:
             refuse(f"unexpected argument {argv[1]!r}")
         try:
@@ -132,6 +144,23 @@ def define_gin(example: str) -> None:
 def define_json() -> None:
     """Defines --json."""
     flags.DEFINE_string("json", None, "Write the results to this file, as JSON.")
+
+
+def define_assumptions() -> None:
+    """Defines what a plan assumes of the machine and of its price."""
+    flags.DEFINE_float(
+        "utilisation",
+        0.5,
+        "Model FLOPs over peak FLOPs, for the estimate of days.",
+        lower_bound=0.01,
+        upper_bound=1.0,
+    )
+    flags.DEFINE_float(
+        "storage", 1.0, "GB/s at which one host reads or writes checkpoints, for estimates.", lower_bound=0.001
+    )
+    flags.DEFINE_float(
+        "price_per_chip_hour", None, "What one chip costs per hour, in your currency, for the cost.", lower_bound=0.0
+    )
 
 
 def define_model(rows: str, batch_size: int) -> None:

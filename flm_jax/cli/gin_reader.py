@@ -22,6 +22,7 @@ from flm_jax.records import meant, meant_beside
 Key = tuple[str, str, str]  # scope, full name of the configurable, parameter
 MACRO = "gin.macro"
 COMMAND_LINE = "--gin_bindings"
+_INCLUDE = re.compile(r"""^include\s+['"]([^'"]+)['"]""", re.MULTILINE)
 LIST = "`python experiments/bindings.py` lists all"
 # Where each binding that gin holds was written.
 _PLACES: dict[Key, str] = {}
@@ -100,8 +101,36 @@ def scopes() -> set[str]:
     return {scope for scope, selector in gin.config._CONFIG if scope and selector != MACRO}
 
 
-def _read_file(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -> None:
-    """Reads a file; `within` are the files that include it, outermost first."""
+def files_of(names: Iterable[str], shipped: Iterable[Path]) -> dict[str, Path]:
+    """The gin files that a recipe consists of, those that its files include too, by their names for another machine.
+
+    These names are relative to the current directory, or to the folder of `shipped` that holds the file. In a folder
+    with the same files under these names, the recipe reads them there.
+
+    Raises:
+      ValueError: a file does not exist, or lies elsewhere.
+    """
+    shipped, found = tuple(shipped), {}
+    bases = (Path.cwd(), *shipped)
+
+    def add(name: str, within: tuple[Path, ...]) -> str:
+        path = _find(name, within, shipped).resolve()
+        base = next((base.resolve() for base in bases if path.is_relative_to(base.resolve())), None)
+        if base is None:
+            raise ValueError(f"The gin file {path} lies outside of the current directory: start above it.")
+        relative = str(path.relative_to(base))
+        if relative not in found:
+            found[relative] = path
+            for included in _INCLUDE.findall(path.read_text(encoding="utf-8")):
+                add(included, (*within, path))
+        return relative
+
+    given = [add(name, ()) for name in names]
+    return {name: found[name] for name in [*given, *found]}
+
+
+def _find(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -> Path:
+    """The gin file with a name; `within` are the files that include it, outermost first."""
     given = Path(name).expanduser()
     # An included file lies beside the one that includes it, or in a folder further up, from which its name counts.
     bases = (*(within[-1].parents if within else ()), Path.cwd(), *shipped)
@@ -112,6 +141,12 @@ def _read_file(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -
         offered = {str(file.relative_to(base)) for base in shipped for file in base.glob("gin_configs/**/*.gin")}
         near = meant(name, offered) or meant_beside(given) or "."
         raise ValueError(f"There is no gin file {name!r}{asked} in the current directory nor in {where}{near}")
+    return path
+
+
+def _read_file(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -> None:
+    """Reads a file; `within` are the files that include it, outermost first."""
+    path = _find(name, within, shipped)
     path = path.resolve()
     if path in within:
         raise ValueError(f"The gin file {within[-1]} includes {name!r}, which includes it.")

@@ -9,11 +9,15 @@ The train step and the growth of every stage are compiled for the same number of
 from __future__ import annotations
 
 import os
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from flm_jax.cli.flags import define_gin, define_json, launch, refuse
+from flm_jax.cli.flags import define_assumptions, define_gin, define_json, launch, refuse
+
+if TYPE_CHECKING:
+    from flm_jax.planning.topology import Topology
 
 
 def define() -> None:
@@ -27,16 +31,7 @@ def define() -> None:
         ["none", "cpu", "tpu"],
         "none: lower only; cpu: compile for simulated devices; tpu: compile with the TPU compiler.",
     )
-    flags.DEFINE_float(
-        "utilisation",
-        0.5,
-        "Model FLOPs over peak FLOPs, for the estimate of days.",
-        lower_bound=0.01,
-        upper_bound=1.0,
-    )
-    flags.DEFINE_float(
-        "storage", 1.0, "GB/s at which one host reads or writes checkpoints, for estimates.", lower_bound=0.001
-    )
+    define_assumptions()
 
 
 def run(values: Any) -> None:
@@ -49,15 +44,23 @@ def run(values: Any) -> None:
         machine = topology(values.topology)
     except ValueError as error:
         refuse(str(error))
-    # JAX reads both variables when it starts. A plan computes nothing, so it does not occupy a local accelerator.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if values.compiler != "tpu":
-        count = f"--xla_force_host_platform_device_count={machine.devices}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
+    simulate(machine, values.compiler)
     from flm_jax.cli import runs  # Imported here, after the environment is set, and so that --help is fast.
 
     assumed = (values.utilisation, values.storage * 1e9)
-    runs.run_plan(machine, values.compiler, *assumed, values.json, values.gin_file, values.gin_bindings)
+    price = values.price_per_chip_hour
+    fits = runs.run_plan(machine, values.compiler, *assumed, values.json, values.gin_file, values.gin_bindings, price)
+    if not fits:
+        sys.exit(1)
+
+
+def simulate(machine: Topology, compiler: str) -> None:
+    """Sets the environment in which JAX has as many simulated devices as a machine; before JAX is imported."""
+    # JAX reads both variables when it starts. A plan computes nothing, so it does not occupy a local accelerator.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if compiler != "tpu":
+        count = f"--xla_force_host_platform_device_count={machine.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
 
 
 def main() -> None:

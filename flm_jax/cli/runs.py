@@ -299,8 +299,9 @@ def run_plan(
     json_file: str | None,
     gin_files: Sequence[str],
     gin_bindings: Sequence[str],
-) -> None:
-    """Prints the plan of a recipe for a machine, stage by stage; exits with status 1 if a stage does not fit."""
+    price: float | None = None,
+) -> bool:
+    """Prints the plan of a recipe for a machine, stage by stage; returns whether every stage fits."""
     with started():
         check_json_file(json_file)
         parse(gin_files, gin_bindings)
@@ -315,7 +316,7 @@ def run_plan(
         for record in stages.stages(recipe, run, compiled.devices_of(machine, compiler), machine, compiler, assumed):
             records.append(record)
             print(text.stage_text(record), flush=True)
-        print(text.total_text(records, machine))
+        print(text.total_text(records, machine, price))
         if json_file:
             about = {
                 "name": machine.name,
@@ -328,11 +329,10 @@ def run_plan(
                 "compiler": compiler,
                 "assumed": {"utilisation": utilisation, "storage_bytes_per_second_and_host": storage},
                 "stages": records,
-                "total": text.totals(records),
+                "total": text.totals(records) | text.cost(records, machine, price),
             }
             write_json(Path(json_file), found)
-    if not all(record["fits"] for record in records):
-        sys.exit(1)
+    return all(record["fits"] for record in records)
 
 
 def run_select(

@@ -133,12 +133,26 @@ def totals(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def total_text(records: Sequence[dict[str, Any]], topology: Topology | None) -> str:
-    """The text of the totals."""
+def cost(records: Sequence[dict[str, Any]], machine: Topology, price: float | None) -> dict[str, Any]:
+    """Chip-hours of all stages on a machine, and what they cost at `price` per chip-hour; None where that is unknown.
+
+    Growths, saves, compilation and waiting for the machine are not counted.
+    """
+    days = totals(records)["days"]
+    hours = None if days is None else days * 24 * machine.devices
+    return {"chip_hours": hours, "cost": None if hours is None or price is None else hours * price}
+
+
+def total_text(records: Sequence[dict[str, Any]], topology: Topology | None, price: float | None = None) -> str:
+    """The text of the totals; with a machine and a price per chip-hour, what all stages cost."""
     total = totals(records)
     lines = [f"\nAll stages: {costs.count(total['tokens'])} tokens, {total['flops']:.3g} FLOPs"]
     if topology is not None and total["days"] is not None:
         lines[0] += f", {total['days']:.1f} days on {counted(topology.devices, 'device')} of {topology.name}"
+        found = cost(records, topology, price)
+        lines[0] += f", {found['chip_hours']:,.0f} chip-hours"
+        if price is not None:
+            lines[0] += f", {found['cost']:,.0f} at {price:g} per chip-hour"
     if len(records) > 1:
         lines.append(
             f"The last shape from scratch, on as many tokens: {total['scratch_flops']:.3g} FLOPs, "

@@ -1,0 +1,189 @@
+"""Commands of gcloud as lists of words, and running them: time limits, and retries where that can help.
+
+The commands and their flags: https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/create and its
+neighbours `describe`, `delete`, `ssh` and `scp`; states: https://cloud.google.com/tpu/docs/queued-resources; several
+slices: https://cloud.google.com/tpu/docs/multislice-introduction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flm_jax.launching import host
+from flm_jax.launching.description import Launch
+
+_GROUP = ("gcloud", "compute", "tpus", "queued-resources")
+_TRANSIENT = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL\b|\b(429|500|502|503|504)\b|rate limit|[Cc]onnection (reset|refused|"
+    r"closed|timed out)|[Tt]imed? ?out|temporar|Could not (SSH|resolve)|Remote end closed|"
+    r"exit(ed)? with return code \[?255"
+)
+_MISSING = re.compile(r"NOT_FOUND|was not found|\b404\b")
+_EXISTS = re.compile(r"ALREADY_EXISTS|already exists|\b409\b")
+# Seconds. A deletion takes minutes, and so does an installation on a fresh host.
+QUICK, LONG, LONGEST = 120.0, 600.0, 2400.0
+
+
+class GcloudError(ValueError):
+    """A command of gcloud failed.
+
+    Attributes:
+      transient: whether it may succeed later.
+      missing: whether what it names does not exist.
+      exists: whether what it makes exists already.
+      output: what it had printed to stdout.
+    """
+
+    def __init__(self, said: str, transient: bool = False, output: str = "") -> None:
+        super().__init__(said)
+        self.missing, self.exists = bool(_MISSING.search(said)), bool(_EXISTS.search(said))
+        self.transient, self.output = transient, output
+
+
+def _where(launch: Launch) -> list[str]:
+    return [f"--zone={launch.zone}", *([f"--project={launch.project}"] if launch.project else [])]
+
+
+def create(launch: Launch) -> list[str]:
+    """The command that queues the machine."""
+    several = [f"--node-count={launch.slices}", f"--node-prefix={launch.name}"]
+    made: list[str] = []
+    if launch.nfs is not None:  # Without OS Login a user has another id on each host, and NFS goes by ids.
+        made.append("--metadata=enable-oslogin=TRUE")
+    return [
+        *(*_GROUP, "create", launch.name, *_where(launch)),
+        f"--accelerator-type={launch.accelerator}",
+        f"--runtime-version={launch.runtime}",
+        *(several if launch.slices > 1 else [f"--node-id={launch.name}"]),
+        *(["--spot"] if launch.spot else []),
+        *made,
+        "--async",
+        "--quiet",
+        *launch.create_args,
+    ]
+
+
+def describe(launch: Launch) -> list[str]:
+    """The command that prints the state of the queued resource."""
+    return [*_GROUP, "describe", launch.name, *_where(launch), "--format=value(state.state)"]
+
+
+def delete(launch: Launch) -> list[str]:
+    """The command that deletes the machine, and all that is on its disks."""
+    return [*_GROUP, "delete", launch.name, *_where(launch), "--force", "--quiet"]
+
+
+def ssh(launch: Launch, *words: object, node: str = "all", worker: str = "all") -> list[str]:
+    """The command that calls the hosts' script on hosts: `worker` of the slice `node`, or all."""
+    called = f"--command={host.command(launch, *words)}"
+    who = [f"--node={node}", f"--worker={worker}"]
+    return [*_GROUP, "ssh", launch.name, *_where(launch), *who, "--quiet", *launch.ssh_args, called]
+
+
+def copy(launch: Launch, script: str) -> list[str]:
+    """The command that copies the hosts' script, a file here, to the home directory of every host."""
+    who = ["--node=all", "--worker=all"]
+    return [*_GROUP, "scp", script, f"{launch.name}:", *_where(launch), *who, "--quiet", *launch.ssh_args]
+
+
+@dataclass(frozen=True)
+class Gcloud:
+    """Runs commands of gcloud.
+
+    Attributes:
+      say: prints a line.
+      pause: seconds before the first retry; each one waits twice as long as the one before.
+      attempts: how often a command is given that fails for a reason that may pass.
+      patience: what time limits are multiplied by.
+    """
+
+    say: Callable[[str], None]
+    pause: float = 5.0
+    attempts: int = 4
+    patience: float = 1.0
+
+    def call(self, words: list[str], limit: float = QUICK, attempts: int | None = None) -> str:
+        """What a command prints.
+
+        Args:
+          words: the command.
+          limit: seconds after which it is ended.
+          attempts: instead of the usual number.
+
+        Raises:
+          GcloudError: it failed, the last time if it was given several times.
+        """
+        attempts = attempts or self.attempts
+        for attempt in range(1, attempts + 1):
+            try:
+                return self._once(words, limit * self.patience)
+            except GcloudError as error:
+                if not error.transient or attempt == attempts:
+                    raise
+                self.say(f"{error} Trying again ({attempt} of {attempts - 1}).")
+                time.sleep(self.pause * 2 ** (attempt - 1))
+        raise AssertionError
+
+    def _once(self, words: list[str], limit: float) -> str:
+        with _started(words, subprocess.PIPE) as process:
+            try:
+                output, errors = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                _end(process)
+                raise GcloudError(f"{_short(words)} did not end within {limit:.0f} s.", transient=True) from None
+            except BaseException:
+                _end(process)
+                raise
+        if process.returncode:
+            said = " ".join(_telling(errors).split()) or f"exit status {process.returncode}"
+            # 255 is the status of ssh itself, where the connection failed.
+            transient = process.returncode == 255 or bool(_TRANSIENT.search(errors))
+            raise GcloudError(f"{_short(words)}: {said}", transient, output)
+        return output
+
+    def follow(self, words: list[str]) -> int:
+        """The exit status of a command that prints by itself until it ends."""
+        with _started(words) as process:
+            try:
+                return process.wait()
+            except BaseException:
+                _end(process)
+                raise
+
+
+def _started(words: list[str], output: int | None = None) -> subprocess.Popen[str]:
+    try:
+        # A group of its own, because gcloud starts ssh, which would outlive it.
+        return subprocess.Popen(
+            words, text=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    except FileNotFoundError:
+        raise GcloudError(
+            "gcloud is not on the PATH: install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install), or "
+            "see the commands with --dry_run."
+        ) from None
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _short(words: list[str]) -> str:
+    return "gcloud " + shlex.join([word for word in words[1:6] if not word.startswith("--")])
+
+
+def _telling(errors: str) -> str:
+    """The lines of gcloud's messages that say what is wrong."""
+    lines = [line for line in errors.splitlines() if line.strip()]
+    from_here = next((n for n, line in enumerate(lines) if "ERROR" in line or line.startswith("error:")), None)
+    return "\n".join(lines[-3:] if from_here is None else lines[from_here:][:6])[:1000]

@@ -1,0 +1,275 @@
+"""The script that runs on every host: install, start, status, log, stop, kill. One file of bash, which gcloud copies.
+
+Every command may be given twice, because a lost connection does not tell whether the first one arrived: an attempt is
+started once, and a run is asked to stop once (a second SIGTERM would end it without a save). The training program is
+detached from the connection; it holds a lock while it runs, which the kernel drops however it ends.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+
+from flm_jax.launching.description import Launch
+
+MARK = "flm_launch:"
+
+# What brings a release and the gin files onto a machine; manifests use it too.
+_INSTALL = r"""
+shared() {  # Mounts the file system that all hosts share, and checks that the work directory can be written to.
+  if [ -n "$nfs" ] && ! mountpoint -q "$mount"; then
+    command -v mount.nfs >/dev/null || { sudo apt-get -q update && sudo apt-get -q install -y nfs-common; } >&2
+    sudo mkdir -p "$mount"
+    sudo mount -t nfs -o rw,hard "$nfs" "$mount"
+  fi
+  if ! mkdir -p "$workdir" 2>/dev/null || [ ! -w "$workdir" ]; then
+    echo "error: $(hostname): $(id -un) cannot write to $workdir" >&2
+    return 1
+  fi
+}
+
+python_of_host() {  # A Python that flm_jax runs on; many images have only an older one.
+  local name
+  for name in python3.13 python3.12 python3.11; do
+    if command -v "$name" >/dev/null && "$name" -c 'import ensurepip, venv' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  python3 -m pip install --quiet --user uv >&2
+  "$HOME/.local/bin/uv" python install --quiet 3.12 >&2
+  "$HOME/.local/bin/uv" python find 3.12
+}
+
+install_here() {
+  mkdir -p "$home"
+  cd "$home"
+  if [ "$(cat installed 2>/dev/null)" = "$digest" ]; then return; fi
+  if [ "$(cat environment 2>/dev/null)" != "$release ${constraints[*]-}" ]; then
+    local python
+    python=$(python_of_host)
+    rm -rf venv environment
+    "$python" -m venv venv
+    printf '%s\n' "${constraints[@]-}" >constraints.txt
+    venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$release"
+    echo "$release ${constraints[*]-}" >environment
+  fi
+  rm -rf gin
+  mkdir gin
+  gin_files
+  echo "$digest" >installed
+}
+"""
+
+# Bash reads a script while it executes it, and a new copy may be written over this one while a run is supervised.
+# Therefore all of it is functions, and its last line leaves.
+_BODY = r"""
+install() {
+  mkdir -p "$home"
+  exec 7>"$home/installing"
+  flock 7
+  shared
+  install_here
+  status
+}
+
+running() {
+  ! flock -n "$home/lock" true
+}
+
+start() {  # ATTEMPT
+  cd "$home"
+  exec 8>starting
+  flock 8
+  exec 9>lock
+  if [ "$(cat attempt 2>/dev/null)" != "$1" ] && flock -n 9; then
+    shared
+    rm -f status stop_asked pid
+    echo "$digest" >started
+    echo "$1" >attempt
+    setsid bash "$self" supervise </dev/null >>log 2>&1 7>&- 8>&- &
+    disown
+  fi
+  exec 9>&-
+  status
+}
+
+supervise() {  # Runs the training program, and keeps its exit status; it inherits the lock.
+  cd "$home/gin"
+  echo "$MARK attempt $(cat ../attempt) on $(hostname), $(date -u +%FT%TZ)"
+  echo "$$" >../group
+  env "${environment[@]}" "${train[@]}" &
+  echo "$!" >../pid
+  local code=0
+  wait "$!" || code=$?
+  echo "$MARK attempt $(cat ../attempt) on $(hostname) ended with exit status $code, $(date -u +%FT%TZ)"
+  echo "$code" >../status.new
+  mv ../status.new ../status
+}
+
+status() {
+  local state=new attempt=0 code=- asked=0 of=-
+  if [ -e "$home/installed" ]; then
+    state=installed
+    of=$(cat "$home/installed")
+  fi
+  if [ -e "$home/attempt" ]; then
+    attempt=$(cat "$home/attempt")
+    of=$(cat "$home/started")
+    if running; then
+      state=running
+    elif [ -e "$home/status" ]; then
+      state=ended
+      code=$(cat "$home/status")
+    else
+      state=lost
+    fi
+    if [ -e "$home/stop_asked" ]; then asked=1; fi
+  fi
+  echo "$MARK host=$(hostname) state=$state attempt=$attempt status=$code asked=$asked launch=$of"
+}
+
+stop() {
+  cd "$home"
+  local waited=0
+  while running && [ ! -s pid ] && [ "$waited" -lt 50 ]; do
+    sleep 0.1
+    waited=$((waited + 1))
+  done
+  if running && [ ! -e stop_asked ]; then
+    touch stop_asked
+    kill -TERM "$(cat pid)" || true
+  fi
+  status
+}
+
+kill_all() {  # The supervisor and everything that it started are one process group.
+  cd "$home"
+  if running; then
+    kill -KILL -- "-$(cat group)" || true
+    flock lock true
+  fi
+  status
+}
+
+log() {  # LINES [follow]
+  if [ $# -gt 1 ]; then
+    exec tail -n "$1" -F "$home/log"
+  fi
+  tail -n "$1" "$home/log"
+}
+
+self=$(readlink -f "$0")
+case "${1:-}" in
+  install) install ;;
+  start) start "$2" ;;
+  supervise) supervise ;;
+  status) status ;;
+  log) log "${@:2}" ;;
+  stop) stop ;;
+  kill_all) kill_all ;;
+  *)
+    echo "usage: $0 install | start ATTEMPT | status | log LINES [follow] | stop | kill_all" >&2
+    exit 2
+    ;;
+esac
+exit
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one host says of the launch.
+
+    Attributes:
+      host: its name.
+      state: new, installed, running, ended, or lost (it was started, does not run, and left no exit status).
+      attempt: the number of the last start.
+      status: the exit status, if it ended.
+      asked: whether it was asked to stop.
+      launch: the digest of the launch that it was installed or started for.
+    """
+
+    host: str
+    state: str
+    attempt: int
+    status: int | None
+    asked: bool
+    launch: str
+
+
+def reports(output: str) -> list[Report]:
+    """The reports in what a command printed on all hosts, by host."""
+    pattern = rf"{MARK} host=(\S+) state=(\w+) attempt=(\d+) status=(-|\d+) asked=([01]) launch=(\S+)"
+    found = {}
+    for host, state, attempt, status, asked, launch in re.findall(pattern, output):
+        code = None if status == "-" else int(status)
+        found[host] = Report(host, state, int(attempt), code, asked == "1", launch)
+    return [found[host] for host in sorted(found)]
+
+
+def script_name(launch: Launch) -> str:
+    """The script's name, in the home directory of every host."""
+    return f"flm_launch_{launch.name}.sh"
+
+
+def command(launch: Launch, *words: object) -> str:
+    """The shell command that calls the script on a host; a host that has none yet reports that it is new."""
+    name = script_name(launch)
+    call = shlex.join(["bash", name, *map(str, words)])
+    if words[0] not in ("status", "stop", "kill_all"):
+        return call
+    new = f'"{MARK} host=$(hostname) state=new attempt=0 status=- asked=0 launch=-"'
+    return f"if [ -e {name} ]; then {call}; else echo {new}; fi"
+
+
+def _array(name: str, words: tuple[str, ...]) -> str:
+    lines = "".join(f"\n  {shlex.quote(word)}" for word in words)
+    return f"{name}=({lines}\n)" if words else f"{name}=()"
+
+
+def _gin_files_function(launch: Launch) -> str:
+    """A function of bash that writes the recipe's gin files into the folder ``gin``."""
+    lines = ["gin_files() {"]
+    for name, text in launch.files:
+        path = f"gin/{name}"
+        lines.append(f'  mkdir -p "$(dirname {shlex.quote(path)})"')
+        lines += [f"  cat >{shlex.quote(path)} <<'END_OF_GIN_FILE'", text.rstrip("\n"), "END_OF_GIN_FILE"]
+    return "\n".join([*lines, "  :", "}"])
+
+
+def variables(launch: Launch) -> str:
+    """Bash that sets the variables of a launch."""
+    nfs = launch.nfs
+    lines = [
+        f'home="$HOME"/{shlex.quote(f"flm_launch/{launch.name}")}',
+        f"digest={launch.digest}",
+        f"release={shlex.quote(launch.release)}",
+        f"workdir={shlex.quote(launch.workdir)}",
+        f"nfs={shlex.quote(f'{nfs.server}:{nfs.export}' if nfs else '')}",
+        f"mount={shlex.quote(nfs.mount if nfs else '')}",
+        _array("constraints", launch.constraints),
+        "# The output of the program goes to a file or a pipe, where Python would otherwise write in blocks.",
+        _array("environment", ("PYTHONUNBUFFERED=1", *launch.env)),
+        _array("arguments", launch.train_arguments),
+        'train=("$home/venv/bin/flm-train" "${arguments[@]}")',
+    ]
+    return "\n".join(lines)
+
+
+def preamble(launch: Launch) -> str:
+    """Bash that sets the variables of a launch, and defines the functions that install it."""
+    return f"{variables(launch)}\n\n{_gin_files_function(launch)}\n{_INSTALL}"
+
+
+def script(launch: Launch) -> str:
+    """The script for the hosts of a launch."""
+    head = [
+        "#!/usr/bin/env bash",
+        f"# Written by experiments/launch_tpu.py: what every host of the launch {launch.name} does.",
+        "set -euo pipefail",
+        "",
+        f"MARK={shlex.quote(MARK)}",
+    ]
+    return "\n".join(head) + "\n" + preamble(launch) + _BODY
