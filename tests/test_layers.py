@@ -29,7 +29,7 @@ report
 stage_run
 train
 convert evaluation planning
-selection
+selection launching
 cli
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}

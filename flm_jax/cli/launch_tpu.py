@@ -157,8 +157,8 @@ def show_plan(launch: Launch, values: Any) -> None:
     from flm_jax.cli import runs
 
     assumed = (values.utilisation, values.storage * 1e9)
-    price = values.price_per_chip_hour
-    if not runs.run_plan(launch.machine, "none", *assumed, None, values.gin_file, values.gin_bindings, price):
+    recipe = values.gin_file, values.gin_bindings
+    if not runs.run_plan(launch.machine, "none", *assumed, None, *recipe, values.price_per_chip_hour, only=()):
         _fail("The recipe does not fit on this machine, so nothing was created; --noplan creates it all the same.")
     print(flush=True)
 

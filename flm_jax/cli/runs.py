@@ -300,6 +300,7 @@ def run_plan(
     gin_files: Sequence[str],
     gin_bindings: Sequence[str],
     price: float | None = None,
+    only: Sequence[str] | None = None,
 ) -> bool:
     """Prints the plan of a recipe for a machine, stage by stage; returns whether every stage fits."""
     with started():
@@ -312,8 +313,8 @@ def run_plan(
             f"{machine.name}: {counted(machine.devices, 'device')} on {counted(machine.hosts, 'host')}; "
             f"utilisation {utilisation:.0%} assumed"
         )
-        records = []
-        for record in stages.stages(recipe, run, compiled.devices_of(machine, compiler), machine, compiler, assumed):
+        records, devices = [], compiled.devices_of(machine, compiler)
+        for record in stages.stages(recipe, run, devices, machine, compiler, assumed, only):
             records.append(record)
             print(text.stage_text(record), flush=True)
         print(text.total_text(records, machine, price))

@@ -113,7 +113,7 @@ def jobset(launch: Launch, machine: Topology, image: str = "python:3.12") -> str
     per_slice = machine.hosts // machine.slices
     chips = min(machine.devices // machine.slices, machine.chip.per_host)
     spot = '\n                cloud.google.com/gke-spot: "true"' if launch.spot else ""
-    return f"""# kubectl apply -f {launch.name}.yaml, with JobSet in the cluster, and a node pool of this topology per slice
+    return f"""# kubectl apply -f {launch.name}.yaml, with JobSet and a node pool of this topology per slice
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:

@@ -1,0 +1,122 @@
+"""A stand-in for gcloud on the PATH: records calls, runs ssh's commands in folders that are hosts, fails on demand.
+
+Its folder, $FAKE_GCLOUD, holds: `calls.jsonl`; `state.json`, the queued resource; `faults.json`, what goes wrong, each
+once, at the first call that contains its `match`; `hosts/`, the home directory of every host; `bin/`, what hosts find
+on their PATH; `reachable.json`, how many hosts answer.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(os.environ.get("FAKE_GCLOUD", "."))
+# The states that it goes through, one per `describe`.
+QUEUE = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+
+
+def load(name, default):
+    path = ROOT / name
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def store(name, value):
+    (ROOT / name).write_text(json.dumps(value))
+
+
+def fail(said, status=1):
+    print(said, file=sys.stderr)
+    sys.exit(status)
+
+
+def flag(words, name, default=None):
+    return next((word.partition("=")[2] for word in words if word.startswith(f"--{name}=")), default)
+
+
+def homes(words):
+    """The home directories of the hosts that a command is for."""
+    node, worker = flag(words, "node", "0"), flag(words, "worker", "0")
+    chosen = []
+    for home in sorted((ROOT / "hosts").iterdir()):
+        its_node, its_worker = home.name.removeprefix("host-").split("-")
+        if node in ("all", its_node) and worker in ("all", its_worker):
+            chosen.append(home)
+    return chosen
+
+
+def take_away():
+    """Ends everything that runs on the hosts, and what was on their disks."""
+    for group in (ROOT / "hosts").glob("*/flm_launch/*/group"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(group.read_text()), signal.SIGKILL)
+    shutil.rmtree(ROOT / "hosts", ignore_errors=True)
+
+
+def create(words, name):
+    if load("state.json", None):
+        fail(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: {name} already exists")
+    for node in range(int(flag(words, "node-count", "1"))):
+        for worker in range(int(os.environ.get("FAKE_WORKERS", "2"))):
+            (ROOT / f"hosts/host-{node}-{worker}").mkdir(parents=True)
+    store("state.json", {"queue": QUEUE})
+
+
+def ssh(words, state):
+    if state["queue"][0] != "ACTIVE":
+        fail(f"ERROR: the queued resource is {state['queue'][0]}, which cannot be connected to")
+    worst = 0
+    for home in homes(words)[: load("reachable.json", None)]:
+        path = f"{ROOT / 'bin'}:{os.environ['PATH']}"
+        env = {"HOME": str(home), "PATH": path, "FAKE_HOSTNAME": home.name}
+        done = subprocess.run(["bash", "-c", flag(words, "command")], env=env, cwd=home)
+        worst = worst or done.returncode
+    sys.exit(worst)
+
+
+def main():
+    words = sys.argv[1:]
+    with (ROOT / "calls.jsonl").open("a") as file:
+        file.write(json.dumps(["gcloud", *words]) + "\n")
+    faults = load("faults.json", [])
+    fault = next((fault for fault in faults if fault["match"] in " ".join(words)), None)
+    if fault is not None:
+        faults.remove(fault)
+        store("faults.json", faults)
+        if fault["kind"] == "preempt":
+            take_away()
+            store("state.json", {"queue": ["SUSPENDING", "SUSPENDED"]})
+        elif fault["kind"] == "slow":
+            time.sleep(fault["seconds"])
+        elif fault["kind"] == "after":  # it is done, and the answer is lost
+            pass
+        else:
+            fail(fault["said"], fault.get("status", 1))
+    verb = words[3]
+    name = (words[5] if verb == "scp" else words[4]).partition(":")[0]
+    state = load("state.json", None)
+    if verb == "create":
+        create(words, name)
+    elif state is None:
+        fail(f"ERROR: (gcloud.compute.tpus.queued-resources.{verb}) NOT_FOUND: {name} was not found")
+    elif verb == "describe":
+        print(state["queue"][0])
+        store("state.json", {"queue": state["queue"][1:] or state["queue"]})
+    elif verb == "scp":
+        for home in homes(words):
+            shutil.copy(words[4], home)
+    elif verb == "ssh":
+        ssh(words, state)
+    elif verb == "delete":
+        take_away()
+        (ROOT / "state.json").unlink()
+    if fault is not None and fault["kind"] == "after":
+        fail(fault["said"])
+
+
+if __name__ == "__main__":
+    main()
