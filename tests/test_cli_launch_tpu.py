@@ -100,12 +100,12 @@ def test_a_manifest_is_written_to_a_file_and_holds_the_recipe(tmp_path):
 def test_the_gin_files_of_a_recipe_are_found_with_what_they_include(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     (tmp_path / "mine.gin").write_text("include 'base/a.gin'\n  include 'not/at/the/start.gin'\n")
-    (tmp_path / "base/a.gin").write_text('include "b.gin"\ninclude "gin_configs/recipes/demo.gin"\n')
+    (tmp_path / "base/a.gin").write_text('include "b.gin"\ninclude "gin_configs/recipes/minimal.gin"\n')
     (tmp_path / "base/b.gin").write_text("# include 'c.gin'\n")
     monkeypatch.chdir(tmp_path)
     found = gin_reader.files_of(["base/b.gin", "mine.gin"], [ROOT])
-    assert list(found) == ["base/b.gin", "mine.gin", "base/a.gin", "gin_configs/recipes/demo.gin"]
-    assert found["gin_configs/recipes/demo.gin"] == ROOT / "gin_configs/recipes/demo.gin"
+    assert list(found) == ["base/b.gin", "mine.gin", "base/a.gin", "gin_configs/recipes/minimal.gin"]
+    assert found["gin_configs/recipes/minimal.gin"] == ROOT / "gin_configs/recipes/minimal.gin"
     monkeypatch.chdir(tmp_path / "base")
     with pytest.raises(ValueError, match="lies outside of the current directory"):
         gin_reader.files_of(["../mine.gin"], [ROOT])
@@ -145,7 +145,7 @@ def test_a_plan_is_shown_before_a_machine_is_made_and_one_that_does_not_fit_make
     assert last.strip() == "Queued demo: v4-8, in us-central2-b." and verbs(world) == ["create"]
     done = launch(*asked, "--gin_bindings=Stage.batch_size = 4000000", env=world)
     assert done.returncode == 1 and "DOES NOT FIT" in done.stdout
-    assert done.stderr.startswith("error: The recipe does not fit on this machine, so nothing was created; --noplan")
+    assert "error: The recipe does not fit on this machine, so nothing was created; --noplan" in done.stderr
     assert verbs(world) == ["create"]
 
 

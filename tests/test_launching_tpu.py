@@ -15,7 +15,7 @@ from flm_jax.launching import gcloud, tpu
 from flm_jax.launching.description import Launch, machine_of
 from flm_jax.launching.gcloud import Gcloud, GcloudError
 from flm_jax.launching.host import Report, reports
-from flm_jax.launching.tpu import Tpu, Verdict, Watch, judge
+from flm_jax.launching.tpu import GaveUpError, Tpu, Verdict, Watch, judge
 from tests import fake_gcloud, fake_hosts
 
 pytestmark = pytest.mark.integration
@@ -214,13 +214,13 @@ def test_a_host_that_is_killed_is_started_again_with_the_others(world):
 
 def test_losses_in_a_row_end_the_run(world):
     world.faults(*[{"match": " ssh ", "kind": "fail", "said": "Could not SSH into the node", "status": 255}] * 20)
-    with pytest.raises(GcloudError, match="Giving up after 3 failures in a row"):
+    with pytest.raises(GaveUpError, match="Giving up after 3 failures in a row"):
         world.tpu(failures=2).run()
 
 
 def test_hosts_that_do_not_answer_are_noticed_although_gcloud_exits_with_0(world):
     (world.cloud / "reachable.json").write_text("1")
-    with pytest.raises(GcloudError, match="1 of 2 hosts of demo answered"):
+    with pytest.raises(GaveUpError, match="1 of 2 hosts of demo answered"):
         world.tpu(failures=0).run()
 
 
@@ -248,7 +248,7 @@ def test_what_may_pass_is_tried_again_and_what_will_not_is_told(world):
     with pytest.raises(
         GcloudError, match="gcloud compute tpus queued-resources create demo: ERROR.*no permission - code"
     ):
-        world.tpu().create()
+        world.tpu().run()
     assert world.verbs().count("create") == 1
 
 

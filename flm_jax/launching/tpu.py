@@ -42,6 +42,10 @@ class Watch:
     steady: int = 10
 
 
+class GaveUpError(ValueError):
+    """Hosts were lost or out of reach too often in a row."""
+
+
 class Verdict(enum.Enum):
     """What the reports of all hosts amount to."""
 
@@ -69,7 +73,7 @@ def judge(found: list[Report], digest: str) -> Verdict:
     started = [report for report in found if report.attempt > 0 and report.launch == digest]
     if not started:
         return Verdict.NEW
-    if all(report.status == 0 for report in found):
+    if len(started) == len(found) and all(report.status == 0 for report in found):
         return Verdict.FINISHED
     if any(report.asked for report in started):
         return Verdict.STOPPED
@@ -207,6 +211,7 @@ class Tpu:
 
         Raises:
           GcloudError: gcloud failed.
+          GaveUpError: the connection is lost again and again.
         """
         if not follow:
             print(self.cloud.call(gcloud.ssh(self.launch, "log", lines, node=node, worker=worker), LONG), end="")
@@ -248,7 +253,8 @@ class Tpu:
           The exit status: 0 if the recipe is finished, 75 if it was stopped on purpose, 1 if it failed.
 
         Raises:
-          GcloudError: gcloud refuses, or hosts are lost or out of reach too often in a row.
+          GcloudError: gcloud refuses.
+          GaveUpError: hosts are lost or out of reach too often in a row.
           ValueError: the hosts run something else.
         """
         failures = looks = mixed = 0
@@ -288,8 +294,8 @@ class Tpu:
                 first = False
             except GcloudError as error:
                 # On a host that is being taken away, everything fails; whether it was is asked at the next turn.
-                # Before anything was started, an error of the host, such as a release that pip does not find, is final.
-                if first and not error.transient and self.state() == "ACTIVE":
+                # Before anything was started, an error such as no quota, or a release that pip does not find, is final.
+                if first and not error.transient and self.state() in (None, "ACTIVE"):
                     raise
                 failures += 1
                 self._give_up_after(failures, str(error))
@@ -299,7 +305,7 @@ class Tpu:
 
     def _give_up_after(self, failures: int, why: str) -> None:
         if failures > self.watch.failures:
-            raise GcloudError(f"Giving up after {counted(failures, 'failure')} in a row. {why}")
+            raise GaveUpError(f"Giving up after {counted(failures, 'failure')} in a row. {why}")
 
     def _start(self, found: list[Report], verdict: Verdict) -> None:
         again = "" if verdict is Verdict.NEW else f" (it was: {_states(found)})"
