@@ -1,7 +1,7 @@
 """Programs that hosts of the stand-in for gcloud find on their PATH, and a training program that counts steps.
 
 The training program takes a step every 50 ms, $LAST of them. At SIGTERM it saves its count in the work
-directory and exits with 75. A file `behave` there makes it exit at once with the status in it, and a file `last` tells
+directory and exits with 75, unless a second signal comes meanwhile. A file `behave` there makes it exit at once with the status in it, and a file `last` tells
 which step is the last one.
 """
 
@@ -16,7 +16,14 @@ echo "$(hostname) $*" >>"$workdir/started"
 if [ -e "$workdir/behave" ]; then code=$(cat "$workdir/behave"); rm "$workdir/behave"; exit "$code"; fi
 saved="$workdir/saved-$(hostname)"
 count=$(cat "$saved" 2>/dev/null || echo 0)
-trap 'echo "$count" >"$saved"; echo "saved at $count"; exit 75' TERM
+save() {
+  trap 'exit 143' TERM
+  sleep 0.7
+  echo "$count" >"$saved"
+  echo "saved at $count"
+  exit 75
+}
+trap save TERM
 last=${LAST:-8}
 while [ "$count" -lt "$last" ]; do
   if [ -e "$workdir/last" ]; then last=$(<"$workdir/last"); fi

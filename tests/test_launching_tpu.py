@@ -180,6 +180,13 @@ def test_what_one_cannot_know_to_have_arrived_is_done_once(world):
     assert (world.workdir / "saved-host-0-0").exists()
 
 
+def test_a_machine_that_was_queued_although_the_answer_was_lost_is_taken(world):
+    world.faults({"match": "create", "kind": "after", "said": UNAVAILABLE})
+    world.tpu().create()
+    with pytest.raises(GcloudError, match="already exists"):
+        world.tpu().create()
+
+
 def test_a_run_that_was_started_is_watched_and_not_installed_again(world):
     launch = world.launch(env=("LAST=9000",))
     threads = [threading.Thread(target=world.tpu(launch).run) for _ in range(2)]
