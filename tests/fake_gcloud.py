@@ -75,7 +75,7 @@ def ssh(words, state):
         env = {"HOME": str(home), "PATH": path, "FAKE_HOSTNAME": home.name}
         done = subprocess.run(["bash", "-c", flag(words, "command")], env=env, cwd=home)
         worst = worst or done.returncode
-    sys.exit(worst)
+    return worst
 
 
 def main():
@@ -98,7 +98,7 @@ def main():
             fail(fault["said"], fault.get("status", 1))
     verb = words[3]
     name = (words[5] if verb == "scp" else words[4]).partition(":")[0]
-    state = load("state.json", None)
+    state, status = load("state.json", None), 0
     if verb == "create":
         create(words, name)
     elif state is None:
@@ -110,12 +110,13 @@ def main():
         for home in homes(words):
             shutil.copy(words[4], home)
     elif verb == "ssh":
-        ssh(words, state)
+        status = ssh(words, state)
     elif verb == "delete":
         take_away()
         (ROOT / "state.json").unlink()
     if fault is not None and fault["kind"] == "after":
         fail(fault["said"])
+    sys.exit(status)
 
 
 if __name__ == "__main__":
