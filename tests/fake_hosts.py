@@ -1,8 +1,8 @@
 """Programs that hosts of the stand-in for gcloud find on their PATH, and a training program that counts steps.
 
-The training program takes $LAST steps of 50 ms. At SIGTERM it saves its count in the work directory and exits
-with 75, unless a second signal comes meanwhile. A file `behave` there makes it exit at once with the status in it, and a
-file `last` tells which step is the last one.
+The training program takes $LAST steps of 50 ms. At SIGTERM it saves its count in the work directory and exits with 75,
+unless a second signal comes meanwhile. A file `behave` there makes it exit at once with the status in it, `last` tells
+which step is the last one.
 """
 
 import stat

@@ -44,10 +44,10 @@ def shown(command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--name=demo"], "say what to do: create, run, status, logs, stop, delete, write"),
-        (["dance", "--name=a"], "action dance: value should be one of <create|run|"),
-        (["run", "now", "--name=a"], "unexpected argument 'now'"),
-        (["status", "--name=demo"], "status needs --zone"),
+        ([], "say what to do: create, run, status, logs, stop, delete, write"),
+        (["dance"], "action dance: value should be one of <create|run|"),
+        (["run", "now"], "unexpected argument 'now'"),
+        (["status"], "status needs --name and --zone"),
         (["run", "--name=demo"], "run needs --zone and --topology and --workdir"),
         (["run", *WHAT, "--workdir=/shared/run"], "give a recipe with --gin_file"),
         (["run", *WHAT, *RECIPE, "--workdir=gs://bucket/run"], "must lie on a POSIX file system"),

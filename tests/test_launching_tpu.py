@@ -97,7 +97,7 @@ def world(tmp_path, monkeypatch):
 
 def test_run_gives_the_commands_that_a_dry_run_prints_and_finishes(world):
     assert world.tpu().run() == 0
-    printed = tpu.smooth_commands(world.launch(), "run", "flm_launch_demo.sh", "0", "0", 50)
+    printed = tpu.smooth_commands(world.launch(), "run", "flm_launch_demo.sh", "0", "0", (50,))
     distinct = list(dict.fromkeys(map(tuple, world.calls())))
     assert distinct == list(dict.fromkeys(map(tuple, printed)))
     assert sorted(world.started()) == ["host-0-0", "host-0-1"]

@@ -33,7 +33,7 @@ ACTIONS = (*MAKES, "status", "logs", "stop", "delete", "write")
 def define() -> None:
     """Defines the flags."""
     flags.DEFINE_enum("action", None, ACTIONS, "What to do; or the first argument.")
-    flags.DEFINE_string("name", None, "The launch: its queued resource and its nodes, or its job.", required=True)
+    flags.DEFINE_string("name", None, "The launch: its queued resource and its nodes, or its job.")
     flags.DEFINE_string("topology", None, "A machine, such as v5p-2048, 2xv5e-256 or, for write, h100-64.")
     flags.DEFINE_integer("slices", None, "Number of slices of that topology.", lower_bound=1)
     flags.DEFINE_string("zone", None, "The zone of the TPU, such as us-east5-a.")
@@ -85,7 +85,7 @@ def described(values: Any) -> Launch:
     if action is None:
         refuse(f"say what to do: {', '.join(ACTIONS)}")
     makes = action in (*MAKES, "write")
-    needed = ["zone"] if action != "write" else []
+    needed = ["name", *(["zone"] if action != "write" else [])]
     needed += ["topology", "workdir"] if makes else []
     if missing := [f"--{name}" for name in needed if values[name].value is None]:
         refuse(f"{action} needs {' and '.join(missing)}")
@@ -192,7 +192,8 @@ def _act(launch: Launch, values: Any) -> None:
         script = tpu.host.script_name(launch)
         if action == "run":
             print(f"# {script} is printed by: write --format=host. Commands are given again where they fail.")
-        for words in tpu.smooth_commands(launch, action, script, values.node, values.worker, values.lines):
+        log = (values.lines, *(["follow"] if values.follow else []))
+        for words in tpu.smooth_commands(launch, action, script, values.node, values.worker, log):
             print(shlex.join(words))
         return
     pause = min(5.0, values.poll / 6)

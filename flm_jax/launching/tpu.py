@@ -85,8 +85,19 @@ def judge(found: list[Report], digest: str) -> Verdict:
     return Verdict.FAILED
 
 
-def smooth_commands(launch: Launch, action: str, script: str, node: str, worker: str, lines: int) -> list[list[str]]:
-    """The commands that an action gives if nothing goes wrong and nothing was there before, in their order."""
+def smooth_commands(
+    launch: Launch, action: str, script: str, node: str, worker: str, log: tuple[object, ...]
+) -> list[list[str]]:
+    """The commands that an action gives if nothing goes wrong and nothing was there before, in their order.
+
+    Args:
+      launch: what is launched.
+      action: what is done.
+      script: the name of the file with the hosts' script.
+      node: the slice whose log is printed, or all.
+      worker: the host in the slice.
+      log: how many lines of it, and follow, if it is followed.
+    """
     ask = gcloud.ssh(launch, "status")
     if action == "create":
         return [gcloud.create(launch)]
@@ -104,7 +115,7 @@ def smooth_commands(launch: Launch, action: str, script: str, node: str, worker:
     if action == "status":
         return [gcloud.describe(launch), ask]
     if action == "logs":
-        return [gcloud.ssh(launch, "log", lines, node=node, worker=worker)]
+        return [gcloud.ssh(launch, "log", *log, node=node, worker=worker)]
     if action == "stop":
         return [gcloud.ssh(launch, "stop"), ask]
     return [gcloud.delete(launch)]
