@@ -6,6 +6,7 @@ on their PATH; `reachable.json`, how many hosts answer.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -26,7 +27,9 @@ def load(name, default):
 
 
 def store(name, value):
-    (ROOT / name).write_text(json.dumps(value))
+    draft = ROOT / f"{name}.{os.getpid()}"
+    draft.write_text(json.dumps(value))
+    draft.replace(ROOT / name)  # another call may read it meanwhile
 
 
 def fail(said, status=1):
@@ -82,11 +85,14 @@ def main():
     words = sys.argv[1:]
     with (ROOT / "calls.jsonl").open("a") as file:
         file.write(json.dumps(["gcloud", *words]) + "\n")
-    faults = load("faults.json", [])
-    fault = next((fault for fault in faults if fault["match"] in " ".join(words)), None)
+    with (ROOT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        faults = load("faults.json", [])
+        fault = next((fault for fault in faults if fault["match"] in " ".join(words)), None)
+        if fault is not None:
+            faults.remove(fault)
+            store("faults.json", faults)
     if fault is not None:
-        faults.remove(fault)
-        store("faults.json", faults)
         if fault["kind"] == "preempt":
             take_away()
             store("state.json", {"queue": ["SUSPENDING", "SUSPENDED"]})

@@ -53,7 +53,7 @@ class World:
         return Tpu(launch or self.launch(), cloud, Watch(**{"poll": 0.05} | watch))
 
     def faults(self, *faults):
-        (self.cloud / "faults.json").write_text(json.dumps(faults))
+        fake_gcloud.store("faults.json", faults)
 
     def calls(self):
         """The commands that were given, the paths of copied files cut to their names."""
@@ -287,7 +287,7 @@ def test_a_log_is_followed_beyond_a_lost_connection(world, capfd):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gcloud, "ssh", ssh)
-        (world.cloud / "state.json").write_text(json.dumps({"queue": ["ACTIVE", "SUSPENDED"]}))
+        fake_gcloud.store("state.json", {"queue": ["ACTIVE", "SUSPENDED"]})
         with pytest.raises(GcloudError, match="not active any more"):
             machine.logs("0", "0", 5, True)
     assert seen == [("log", 5, "follow"), ("log", 0, "follow")]
