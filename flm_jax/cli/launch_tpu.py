@@ -51,12 +51,10 @@ def define() -> None:
     )
     flags.DEFINE_list("extras", ["data"], "Parts to install besides that of the chip; data prepares text.")
     flags.DEFINE_string("constraints", None, "A file such as requirements.txt, whose versions pip must take.")
-    flags.DEFINE_multi_string("env", [], "NAME=VALUE for the training program; may be repeated.")
+    flags.DEFINE_multi_string("env", [], "NAME=VALUE for the training program")
     flags.DEFINE_string("runtime_version", None, "The TPU software version; by default the usual one of the chip.")
-    flags.DEFINE_multi_string(
-        "create_arg", [], "A further flag of gcloud's create, such as --reserved; may be repeated."
-    )
-    flags.DEFINE_multi_string("ssh_arg", [], "A further flag of gcloud's ssh and scp, such as --internal-ip.")
+    flags.DEFINE_multi_string("create_arg", [], "A further flag of gcloud's create, such as --reserved")
+    flags.DEFINE_multi_string("ssh_arg", [], "A further flag of gcloud's ssh and scp, such as --internal-ip")
     flags.DEFINE_bool("dry_run", False, "Print the commands, and do nothing.")
     flags.DEFINE_bool(
         "plan", True, "Show the plan before a machine is created, and create none on which it does not fit."
