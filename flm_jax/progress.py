@@ -1,152 +1,17 @@
-"""Progress bars, the files of measurements, and stopping by a signal."""
+"""Progress bars, and stopping by a signal."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-import logging
-import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from flm_jax.distributed import is_primary
-
-log = logging.getLogger(__name__)
-
-
-class Totals(NamedTuple):
-    """Steps, tokens and training FLOPs of a run so far, over all stages."""
-
-    steps: int
-    tokens: int
-    flops: int
-
-    def plus(self, steps: int, tokens_per_step: int, flops_per_token: int) -> Totals:
-        """These and some more steps."""
-        tokens = steps * tokens_per_step
-        return Totals(self.steps + steps, self.tokens + tokens, self.flops + tokens * flops_per_token)
-
-
-class MetricsLog:
-    """The measurements of a run, in metrics.jsonl and in TensorBoard events, in process 0.
-
-    Steps, tokens and FLOPs count over all stages, so stages follow each other on every axis. Each line of metrics.jsonl
-    is an object with `kind` ("train", "heldout", "growth", "save" or "skip"), `stage`, `stage_step`, `step`, `tokens`,
-    `flops`, `time` (seconds since 1970) and the measurements; a number that is not finite is null. What cannot be
-    written, to a full disk for example, is given up with one line in the log, and training goes on.
-    """
-
-    def __init__(
-        self, workdir: Path, directory: str, stage: str, before: Totals, tokens_per_step: int, flops_per_token: int
-    ) -> None:
-        """Names the files; `open` begins to write.
-
-        Args:
-          workdir: the work directory.
-          directory: of the stage, for its event files.
-          stage: its name.
-          before: totals of the stages before.
-          tokens_per_step: tokens of one batch of this stage.
-          flops_per_token: training FLOPs per token.
-        """
-        self._lines, self._events = workdir / "metrics.jsonl", workdir / "events" / directory
-        self._stage, self._before = stage, before
-        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        self._sinks: dict[Path, Any] = {}
-
-    def totals(self, step: int) -> Totals:
-        """Totals after `step` steps of the stage."""
-        return self._before.plus(step, self.tokens_per_step, self.flops_per_token)
-
-    def open(self, start: int) -> None:
-        """Opens the files at a step of the stage, unless they are open; what was measured after it comes again."""
-        if self._sinks or not is_primary():
-            return
-        total = self._before.steps + start
-
-        def events() -> Any:
-            # Not its SummaryWriter: the writer's thread dies with the first error, and then the program waits for it.
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-            self._events.mkdir(parents=True, exist_ok=True)
-            writer = EventsWriter(str(self._events / "events"), f".{time.time_ns()}")
-            again = Event(wall_time=time.time(), step=total + 1, session_log=SessionLog(status=SessionLog.START))
-            writer.write_event(again)  # TensorBoard drops earlier events from this step on
-            return writer
-
-        def lines() -> Any:
-            return _reopened(self._lines, total)
-
-        for path, opened in ((self._lines, lines), (self._events, events)):
-            self._try(path, functools.partial(self._begin, path, opened))
-
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes what was measured at a step of the stage; numbers also go to TensorBoard, as `kind/name`."""
-        now, total = time.time(), self.totals(step)
-        line = {"kind": kind, "stage": self._stage, "stage_step": step, **total._asdict()}
-        line["step"] = line.pop("steps")
-        line |= {"time": now, **{name: _finite(value) for name, value in values.items()}}
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-
-        def events() -> None:
-            from tensorboardX.proto.event_pb2 import Event
-            from tensorboardX.summary import scalar
-
-            for name, value in {**numbers, "tokens": total.tokens, "flops": total.flops}.items():
-                event = Event(wall_time=now, step=total.steps, summary=scalar(f"{kind}/{name}", value))
-                self._sinks[self._events].write_event(event)
-            self._sinks[self._events].flush()
-
-        def lines() -> None:
-            self._sinks[self._lines].write(json.dumps(line) + "\n")
-            self._sinks[self._lines].flush()
-
-        for path, written in ((self._lines, lines), (self._events, events)):
-            if path in self._sinks:
-                self._try(path, written)
-
-    def close(self) -> None:
-        """Closes the files."""
-        for path, sink in list(self._sinks.items()):
-            self._try(path, sink.close)
-        self._sinks.clear()
-
-    def _begin(self, path: Path, opened: Callable[[], Any]) -> None:
-        self._sinks[path] = opened()
-
-    def _try(self, path: Path, act: Callable[[], Any]) -> None:
-        try:
-            act()
-        except OSError as error:
-            self._sinks.pop(path, None)
-            log.error("%s cannot be written (%s): training goes on without it.", path, error.strerror or error)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _reopened(path: Path, step: int) -> Any:
-    """The file, opened to append, without its lines of steps after `step` and without a line that was cut off."""
-    file = path.open("a+")
-    file.seek(0)
-    kept = 0
-    while line := file.readline():
-        try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        kept = file.tell()
-    file.truncate(kept)
-    return file
+from flm_jax.tracking import MetricsLog
 
 
 class Progress:

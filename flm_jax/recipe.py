@@ -24,6 +24,7 @@ from flm_jax.records import as_dict, counted, differences, meant, recorded
 from flm_jax.records.fields import Name, NonNegative, Positive, Seed, Size
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
+from flm_jax.tracking import Mlflow, Trackio, Wandb
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Run:
       max_loss: times the loss of a uniform guess over the vocabulary; a step with a greater loss stops the run.
       prompt: beginning of the text that is sampled at the end of the run.
       sample_tokens: length of that sample.
+      tracker: a service that measurements are also sent to; None: they are only in files of the work directory.
     """
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -115,6 +117,7 @@ class Run:
     max_loss: Positive = 3.0
     prompt: str = "def "
     sample_tokens: Size = 120
+    tracker: Wandb | Mlflow | Trackio | None = None
 
     def mesh_of(self, stage: Stage) -> MeshConfig:
         """How devices are laid out for a stage."""

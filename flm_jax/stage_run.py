@@ -29,12 +29,13 @@ from flm_jax.data.vocabulary_files import to_files
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import GrowthError
 from flm_jax.loss import bits_per_byte, make_heldout_loss
-from flm_jax.progress import Interrupts, MetricsLog, Progress, Totals
+from flm_jax.progress import Interrupts, Progress
 from flm_jax.recipe import Recipe, ResolvedStage, Run
 from flm_jax.sharding import make_mesh, own_rows, put_batch
 from flm_jax.source_checkpoint import POSITION, CheckpointMeta, SourceCheckpoint, signature_texts
 from flm_jax.state import TrainState, abstract_state, shardings_of
 from flm_jax.step import Metrics, StageProgram, make_grower, quietly_donated
+from flm_jax.tracking import MetricsLog, Session, Totals
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class StageRun:
         history: dict[str, list[Any]],
         position: bytes | None,
         source: SourceCheckpoint | None,
+        session: Session,
     ) -> None:
         self.recipe, self.settings, self.workdir, self.data, self.stages = recipe, run, workdir, data, stages
         self.store, self.history, self.source = store, history, source
@@ -86,8 +88,8 @@ class StageRun:
         for s in stages[:index]:
             before = before.plus(s.steps, s.batch_size * context, costs.train_flops_per_token(s.cfg, context))
         self.windows_before = before.tokens // context
-        batch_tokens = stage.batch_size * context
-        self.metrics = MetricsLog(workdir, stage.directory, stage.name, before, batch_tokens, self.flops_per_token)
+        per_step = stage.batch_size * context, self.flops_per_token
+        self.metrics = MetricsLog(workdir, stage.directory, stage.name, before, *per_step, session)
 
     @property
     def stage(self) -> ResolvedStage:

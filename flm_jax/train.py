@@ -55,6 +55,7 @@ from flm_jax.source_checkpoint import SourceCheckpoint
 from flm_jax.stage_run import StageRun, stage_program
 from flm_jax.state import TrainState
 from flm_jax.step import StageProgram
+from flm_jax.tracking import Session, check_installed, devices, tracked, where_to_look
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ def train(
         if source is not None:
             distributed.print0(f"The run starts with {source.directory}.")
         run.check(recipe)
+        if distributed.is_primary():  # no other process writes measurements
+            check_installed(run.tracker)
         programs = [stage_program(recipe, run, stage) for stage in stages]
         for program in programs:
             program.check_trains(recipe.data.context)
@@ -120,6 +123,10 @@ def train(
         tables = "\n\n".join(f"{s.name}\n{costs.param_table(s.cfg)}" for s in stages)
         for name, text in {"parameters.txt": tables + "\n", **(records or {})}.items():
             write_record(workdir, name, text)
+        service = stack.enter_context(tracked(run.tracker, workdir, {"recipe": as_dict(recipe), "run": as_dict(run)}))
+        session = Session(service, devices())
+        for line in where_to_look(workdir, service):
+            distributed.print0(line)
         first, restored = _newest(programs, stores)
         begins = restored is None
         state: TrainState | None = None
@@ -135,7 +142,9 @@ def train(
         for index in range(first, len(stages)):
             # The lineage of this stage needs the layer placement that earlier growths by distance have measured.
             stages = _placed(recipe, source, history)
-            worker = StageRun(recipe, run, workdir, data, stages, index, stores[index], history, position, source)
+            worker = StageRun(
+                recipe, run, workdir, data, stages, index, stores[index], history, position, source, session
+            )
             with jax.set_mesh(worker.mesh):
                 if begins or index > first:
                     state = worker.start(state)

@@ -50,7 +50,10 @@ def imports(*folders: str):
 
 @pytest.mark.parametrize(
     ("folders", "extras"),
-    [(("flm_jax", "experiments"), ("data", "eval", "select")), (("tests", "benchmarks"), ("dev",))],
+    [
+        (("flm_jax", "experiments"), ("data", "eval", "select", "wandb", "mlflow", "trackio")),
+        (("tests", "benchmarks"), ("dev",)),
+    ],
 )
 def test_what_is_imported_is_declared(folders, extras):
     undeclared = {(name, file) for owners, name, file, _ in imports(*folders) if not owners & names(*extras)}

@@ -8,7 +8,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "flm_jax"
 ORDER = """
 files counter_rng
 distributed
-records progress
+records
+tracking
+progress
 signature
 config sharding
 kernels

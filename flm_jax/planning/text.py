@@ -13,6 +13,7 @@ from flm_jax.planning import stages
 from flm_jax.planning.topology import Topology
 from flm_jax.recipe import Recipe, Run, begin, check_vocabulary
 from flm_jax.records import counted, from_dict
+from flm_jax.tracking import check_installed
 
 
 def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
@@ -25,6 +26,7 @@ def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
       ValueError, FileNotFoundError: as `survey`: the data cannot be read.
     """
     _, resolved = begin(recipe)
+    check_installed(run.tracker)
     found = survey(recipe.data)
     check_vocabulary(resolved, found.ids or 0)
     yield survey_text(found)

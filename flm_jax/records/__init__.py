@@ -2,7 +2,7 @@
 
 from flm_jax.records.fields import FieldError, classes, recorded
 from flm_jax.records.identity import DATA, LOCK, RECIPE, check_identity, differences, write_identity, write_record
-from flm_jax.records.json import as_dict, completed, from_dict
+from flm_jax.records.json import as_dict, completed, flattened, from_dict
 from flm_jax.records.nearest import meant, meant_beside
 from flm_jax.records.wording import counted
 
@@ -17,6 +17,7 @@ __all__ = [
     "completed",
     "counted",
     "differences",
+    "flattened",
     "from_dict",
     "meant",
     "meant_beside",

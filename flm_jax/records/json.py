@@ -7,6 +7,7 @@ defaults of the fields that its classes have gained since.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from flm_jax.records.fields import classes
@@ -68,6 +69,26 @@ def completed(record: Any) -> Any:
         if _identifies(f) and (default := _default(f)) is not dataclasses.MISSING
     }
     return {**gained, **{name: completed(value) for name, value in record.items()}}
+
+
+def flattened(record: Any, path: str = "") -> dict[str, Any]:
+    """The values inside a record by their paths, such as ``stages.first.model.embed``, without names of classes.
+
+    An entry of a list is called by its field `name`, if it has one, or by its number.
+    """
+    if isinstance(record, Mapping):
+        found: dict[str, Any] = {}
+        for name, value in record.items():
+            if name != "class":
+                found |= flattened(value, f"{path}.{name}" if path else str(name))
+        return found
+    if isinstance(record, list) and any(isinstance(entry, Mapping) for entry in record):
+        names = [entry.get("name", i) if isinstance(entry, Mapping) else i for i, entry in enumerate(record)]
+        found = {}
+        for name, entry in zip(names, record, strict=True):
+            found |= flattened(entry, f"{path}.{name}" if path else str(name))
+        return found
+    return {path: record}
 
 
 def compared(record: Any) -> Any:

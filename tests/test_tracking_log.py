@@ -3,17 +3,21 @@
 import errno
 import json
 
-from flm_jax.progress import MetricsLog, Totals
+import pytest
+
+from flm_jax.tracking import MetricsLog, Session, Totals, read_log
 
 
-def log(workdir, start=0):
-    metrics = MetricsLog(workdir, "1_two", "two", Totals(100, 3200, 6400), tokens_per_step=8, flops_per_token=2)
+def log(workdir, start=0, session=None):
+    before = Totals(100, 3200, 6400)
+    metrics = MetricsLog(workdir, "1_two", "two", before, tokens_per_step=8, flops_per_token=2, session=session)
     metrics.open(start)
     return metrics
 
 
 def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] != "start"]
 
 
 def test_steps_tokens_and_flops_count_over_all_stages(tmp_path):
@@ -62,8 +66,8 @@ def test_a_file_that_cannot_be_written_is_given_up_aloud_and_the_other_goes_on(t
         def close(self):
             raise AssertionError("it is given up")
 
-    metrics._sinks[tmp_path / "metrics.jsonl"].close()
-    metrics._sinks[tmp_path / "metrics.jsonl"] = Full()
+    metrics._writers[tmp_path / "metrics.jsonl"].close()
+    metrics._writers[tmp_path / "metrics.jsonl"] = Full()
     caplog.clear()
     for step in (2, 3):
         metrics.write("train", step, {"loss": 1.0})
@@ -77,4 +81,31 @@ def test_lines_that_are_no_measurements_end_what_is_kept(tmp_path):
     for damage in ("", "[]", "3", '{"step": "x"}', "\x00" * 9):
         (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n' + damage + '\n{"step": 8}\n')
         log(tmp_path, start=3).close()
-        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 7}\n', repr(damage)
+        kept, start = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert kept == '{"step": 7}' and json.loads(start)["step"] == 103, repr(damage)
+
+
+def test_a_start_of_the_program_is_one_line_over_all_its_stages(tmp_path):
+    session = Session(None, {"devices": 8})
+    for stage in range(2):
+        metrics = log(tmp_path, start=stage, session=session)
+        metrics.write("train", stage + 1, {"loss": 1.0})
+        metrics.close()
+    found = [(line["kind"], line["stage_step"], line.get("devices")) for line in read_log(tmp_path / "metrics.jsonl")]
+    assert found == [("start", 0, 8), ("train", 1, None), ("train", 2, None)]
+    assert "start" not in "".join(path.read_bytes().decode("latin1") for path in (tmp_path / "events").rglob("*tfev*"))
+
+
+def test_a_log_is_read_up_to_what_is_being_written_and_other_files_are_refused(tmp_path):
+    metrics = log(tmp_path)
+    metrics.write("train", 1, {"loss": 1.0})
+    metrics.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"kind": "tra')
+    assert [line["kind"] for line in read_log(path)] == ["start", "train"]
+    for line, said in (("3", "is 3; it must be: object"), ('{"kind": 1}', "'kind' is 1; it must be: text")):
+        path.write_text(whole + line + "\n")
+        with pytest.raises(ValueError, match="metrics.jsonl, line 3,.*") as refused:
+            list(read_log(path))
+        assert said in str(refused.value).replace("field 'kind'", "'kind'")

@@ -1,0 +1,24 @@
+"""The measurements of a run: in files of the work directory, always, and at a tracking service, if one is named."""
+
+from flm_jax.tracking.background import Background, tracked
+from flm_jax.tracking.log import MetricsLog, Session, devices, where_to_look
+from flm_jax.tracking.reading import METRICS, read_log
+from flm_jax.tracking.services import Mlflow, Trackio, Wandb, check_installed
+from flm_jax.tracking.writer import Measurement, Totals
+
+__all__ = [
+    "METRICS",
+    "Background",
+    "Measurement",
+    "MetricsLog",
+    "Mlflow",
+    "Session",
+    "Totals",
+    "Trackio",
+    "Wandb",
+    "check_installed",
+    "devices",
+    "read_log",
+    "tracked",
+    "where_to_look",
+]

@@ -1,0 +1,68 @@
+"""The writers of files: a line per measurement as JSON, and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from flm_jax.tracking.writer import Measurement
+
+
+class JsonLines:
+    """The lines of a file, one JSON object per measurement."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Opens the file to append, without its lines of steps after `step` and without a line that was cut off."""
+        self._file: Any = path.open("a+")
+        self._file.seek(0)
+        kept = 0
+        while line := self._file.readline():
+            try:
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept = self._file.tell()
+        self._file.truncate(kept)
+
+    def write(self, measured: Measurement) -> None:
+        """See Writer."""
+        self._file.write(json.dumps(measured.line()) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """See Writer."""
+        self._file.close()
+
+
+class Events:
+    """TensorBoard's event files of one stage, a new one for every start of the program."""
+
+    def __init__(self, directory: Path, step: int) -> None:
+        """Opens a new file; TensorBoard drops what earlier files hold of steps after `step`."""
+        # Not its SummaryWriter: the writer's thread dies with the first error, and then the program waits for it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer: Any = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+        again = Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._writer.write_event(again)
+
+    def write(self, measured: Measurement) -> None:
+        """See Writer; numbers are named `kind/name`. Where the program started is no curve, and left out."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        if measured.kind == "start":
+            return
+        for name, value in measured.numbers().items():
+            event = Event(wall_time=measured.time, step=measured.total.steps, summary=scalar(name, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """See Writer."""
+        self._writer.close()
