@@ -241,6 +241,7 @@ def write(workdir: Path, result: Mapping[str, Any]) -> None:
         ("report.md", "the report"),
         ("report.json", "the report for programs"),
         ("loss.png", "held-out loss against FLOPs"),
+        ("report.html", "every loss, to hover over in a browser"),
         ("metrics.jsonl", "every measurement"),
         ("events", "TensorBoard: tensorboard --logdir"),
         ("checkpoints", "one directory per stage"),

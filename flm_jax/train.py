@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flm_jax import costs, distributed, report
+from flm_jax import costs, distributed, report, run_comparison
 from flm_jax.chat.conversation import USER, Message
 from flm_jax.chat.template import ChatEncoder, Template
 from flm_jax.checkpoint import (
@@ -160,8 +160,17 @@ def train(
         result = report.summary(stages, history, data.describe(), data.bytes_per_token, context, sample)
         with distributed.together("report"):
             if distributed.is_primary():
+                _page(workdir)
                 report.write(workdir, result)
         return result
+
+
+def _page(workdir: Path) -> None:
+    """Writes report.html from what lies in the work directory; it is no reason for a run to fail."""
+    try:
+        run_comparison.write_page([run_comparison.read_run_curves(workdir)], workdir / "report.html")
+    except (OSError, ValueError) as error:
+        log.error("report.html cannot be written: %s", error)
 
 
 def _placed(recipe: Recipe, source: SourceCheckpoint | None, history: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:

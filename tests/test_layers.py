@@ -27,7 +27,7 @@ chat generation
 recipe
 step
 checkpoint_growth
-report
+report run_comparison
 stage_run
 train
 convert evaluation planning

@@ -75,7 +75,8 @@ def launch(
       define: defines the program's flags.
       run: the program, called with the values of all flags.
       computes: whether it runs a model, on a CPU too, where memory in huge pages makes that faster.
-      positional: the flag that an argument without a name sets; None: there is none.
+      positional: the flag that an argument without a name sets, or all of them if it may be repeated; None: there is
+        none.
     """
     global _stderr
     if computes:
@@ -93,10 +94,12 @@ def launch(
 
     def main(argv: list[str]) -> None:
         if positional is not None and len(argv) > 1:
+            taken = argv[1:] if isinstance(FLAGS[positional], flags.MultiFlag) else argv[1:2]
             try:
-                FLAGS[positional].parse(argv.pop(1))
+                FLAGS[positional].parse(taken if len(taken) > 1 else taken[0])
             except flags.Error as error:
                 refuse(str(error).replace(f"flag --{positional}=", f"{positional} "))
+            del argv[1 : 1 + len(taken)]
         if len(argv) > 1:
             refuse(f"unexpected argument {argv[1]!r}")
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gin
 
-from flm_jax import checkpoint_growth, costs, distributed, evaluation
+from flm_jax import checkpoint_growth, costs, distributed, evaluation, run_comparison
 from flm_jax.chat.checkpoint_template import chat_template_of
 from flm_jax.chat.template import ChatEncoder
 from flm_jax.checkpoint import verify
@@ -34,6 +34,7 @@ from flm_jax.train import train
 
 __all__ = [
     "join",
+    "run_compare",
     "run_evaluate",
     "run_export",
     "run_generate",
@@ -334,6 +335,21 @@ def run_plan(
             }
             write_json(Path(json_file), found)
     return all(record["fits"] for record in records)
+
+
+def run_compare(workdirs: Sequence[str], output: str | None, json_file: str | None) -> None:
+    """Compares runs, prints the tables, and writes what is asked for."""
+    with started():
+        check_json_file(json_file)
+        if output is not None:
+            check_directory("output", output)
+        found = run_comparison.compare_runs(workdirs)
+        print(run_comparison.markdown(found))
+        if output is not None:
+            run_comparison.write(found, Path(output))
+            print(f"Written to {output}: compare.md, compare.png, compare.html.")
+        if json_file is not None:
+            write_json(Path(json_file), found.record())
 
 
 def run_select(
