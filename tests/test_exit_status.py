@@ -52,6 +52,7 @@ def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, mon
         ("plan", ["--gin_file=x", "--topology=v5p-2000"], "nearest sizes are v5p-1920 and v5p-2048"),
         ("verify", ["--source=x"], "give --source and --target, or --checkpoint"),
         ("verify", ["--source=x", "--checkpoint=x"], "--checkpoint stands alone, or with --json"),
+        ("compare", [], "give the work directories of the runs to compare"),
         ("bindings", ["--nope"], "Unknown command line flag 'nope'"),
     ],
 )

@@ -18,6 +18,7 @@ from flm_jax.data.source import open_data
 from flm_jax.growth import GrowthError
 from flm_jax.recipe import Recipe, Run, resolve
 from flm_jax.records import check_identity
+from flm_jax.run_comparison import read_run_curves
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram
 from tests import small
@@ -135,6 +136,18 @@ def test_every_measurement_is_a_line_of_metrics_jsonl(reference):
     assert by_kind["save"][-1]["step"] == sum(steps)
     last = report["stages"][-1]
     assert (lines[-1]["tokens"], lines[-1]["flops"]) == (last["total_tokens"], last["total_flops"])
+
+
+def test_the_page_and_a_comparison_see_the_curves_that_the_report_has(reference, recipe):
+    workdir, report, _ = reference
+    curves = read_run_curves(workdir)
+    assert [point.loss for point in curves.heldout] == [e["loss"] for e in report["evals"]]
+    # The log's FLOPs are those of the models that were trained, the curves' those of the recipe.
+    logged = [(line["tokens"], line["flops"]) for line in measurements(workdir) if line["kind"] == "train"]
+    assert [(point.tokens, point.flops) for point in curves.train] == logged
+    assert [stage.grown for stage, _ in curves.growths()] == ["mask", "zero"]
+    assert not curves.notes and curves.device == "8 x cpu"
+    assert '"heldout": [{' in (workdir / "report.html").read_text()
 
 
 def test_stopped_everywhere_and_resumed_equals_never_stopped(reference, recipe, tmp_path, monkeypatch):

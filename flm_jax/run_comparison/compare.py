@@ -61,7 +61,7 @@ class Comparison:
             "runs": [_run_record(run) for run in self.runs],
             "differences": {name: list(values) for name, values in self.differences.items()},
             "heldout_loss_at_equal_flops": [
-                {"flops": flops, **{"losses": dict(zip([run.name for run in self.runs], losses, strict=True))}}
+                {"flops": flops, "losses": dict(zip([run.name for run in self.runs], losses, strict=True))}
                 for flops, losses in self.at_equal_flops
             ],
             "flops_to_the_same_loss": [
