@@ -177,6 +177,7 @@ def test_the_program_prints_and_writes_tables_a_picture_a_page_and_json(work, tm
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["flops_to_the_same_loss"][1]["saving"] == pytest.approx(1 - 821_760 / 2_150_400)
     assert [run["name"] for run in found["runs"]] == ["scratch", "grown"]
+    assert json.loads((tmp_path / "out/compare.json").read_text()) == found
 
 
 class Outline(HTMLParser):

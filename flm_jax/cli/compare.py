@@ -4,7 +4,8 @@
 
 The arguments are work directories of train.py, also of runs that still train; the other runs are compared with the
 first. The tables are printed. --output also writes them as compare.md, with compare.png (held-out loss against FLOPs,
-tokens and wall clock) and compare.html (the same to hover over, with training losses). One run alone gets its curves.
+tokens and wall clock), compare.html (the same to hover over, with training losses) and compare.json. One run alone gets
+its curves.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def define() -> None:
     """Defines the flags."""
     define_json()
     flags.DEFINE_multi_string("run", [], "The work directory of a run; it may also be given without --run=")
-    flags.DEFINE_string("output", None, "A directory to write compare.md, compare.png and compare.html into.")
+    flags.DEFINE_string(
+        "output", None, "A directory to write compare.md, compare.png, compare.html and compare.json into."
+    )
 
 
 def run(values: Any) -> None:

@@ -347,7 +347,7 @@ def run_compare(workdirs: Sequence[str], output: str | None, json_file: str | No
         print(run_comparison.markdown(found))
         if output is not None:
             run_comparison.write(found, Path(output))
-            print(f"Written to {output}: compare.md, compare.png, compare.html.")
+            print(f"Written to {output}: compare.md, compare.png, compare.html, compare.json.")
         if json_file is not None:
             write_json(Path(json_file), found.record())
 

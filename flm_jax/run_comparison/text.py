@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_jax import costs
-from flm_jax.files import atomic_write
+from flm_jax.files import atomic_write, write_json
 from flm_jax.run_comparison.compare import Comparison
 from flm_jax.run_comparison.curves import RunCurves
 from flm_jax.run_comparison.page import write_page
@@ -86,7 +86,8 @@ def _value(value: Any) -> str:
 
 
 def write(found: Comparison, folder: Path) -> None:
-    """Writes compare.md, compare.png and compare.html into a folder, which is made if it does not exist."""
+    """Writes compare.md, .png, .html and .json into a folder, which is made if it does not exist."""
     atomic_write(folder / "compare.png", draw(found.runs))
     atomic_write(folder / "compare.md", markdown(found, "compare.png"))
     write_page(found.runs, folder / "compare.html")
+    write_json(folder / "compare.json", found.record())
