@@ -29,7 +29,7 @@ DATA = DataConfig(TextFolder("texts"), Bytes(), context=4)
 
 
 def write_run(folder, stages, heldout, seed=0, digest="a"):
-    """A work directory with held-out losses (stage, step, loss), a second apart, and a pause of 99 s after the first."""
+    """A work directory with held-out losses (stage, step, loss), a second apart; a pause of 99 s follows the first."""
     folder.mkdir()
     recipe = Recipe(stages=stages, data=DATA, seed=seed)
     (folder / "recipe.json").write_text(json.dumps(as_dict(recipe)))

@@ -96,6 +96,27 @@ def test_a_start_of_the_program_is_one_line_over_all_its_stages(tmp_path):
     assert "start" not in "".join(path.read_bytes().decode("latin1") for path in (tmp_path / "events").rglob("*tfev*"))
 
 
+class Taking:
+    """In place of a service's thread."""
+
+    def __init__(self):
+        self.taken = []
+
+    def write(self, measured):
+        self.taken.append((measured.kind, measured.total.steps))
+
+
+def test_the_service_gets_what_the_file_gets_even_if_the_file_cannot_be_written(tmp_path):
+    service = Taking()
+    metrics = MetricsLog(tmp_path / "gone", "0_one", "one", Totals(0, 0, 0), 8, 2, Session(service))
+    metrics.write("save", 0, {})  # before the log is open
+    metrics.open(0)
+    metrics.write("train", 1, {"loss": 1.0})
+    metrics.close()
+    metrics.write("train", 2, {"loss": 1.0})
+    assert service.taken == [("start", 0), ("train", 1)]
+
+
 def test_a_log_is_read_up_to_what_is_being_written_and_other_files_are_refused(tmp_path):
     metrics = log(tmp_path)
     metrics.write("train", 1, {"loss": 1.0})

@@ -87,6 +87,7 @@ class MetricsLog:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self._session = session or Session()
         self._writers: dict[Path, Writer] = {}
+        self._opened = False
 
     def totals(self, step: int) -> Totals:
         """Totals after `step` steps of the stage."""
@@ -94,8 +95,9 @@ class MetricsLog:
 
     def open(self, start: int) -> None:
         """Opens the files at a step of the stage, unless they are open; what was measured after it comes again."""
-        if self._writers or not is_primary():
+        if self._opened or not is_primary():
             return
+        self._opened = True
         total = self._before.steps + start
         for path, opened in ((self._lines, JsonLines), (self._events, Events)):
             self._try(path, functools.partial(self._begin, path, opened, total))
@@ -103,7 +105,9 @@ class MetricsLog:
             self.write("start", start, begun)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes what was measured at a step of the stage; numbers also go to TensorBoard, as `kind/name`."""
+        """Writes what was measured at a step of the stage; what comes before `open` is written nowhere."""
+        if not self._opened:
+            return
         measured = Measurement(kind, self._stage, step, self.totals(step), time.time(), values)
         for path, writer in list(self._writers.items()):
             self._try(path, functools.partial(writer.write, measured))
@@ -115,6 +119,7 @@ class MetricsLog:
         for path, writer in list(self._writers.items()):
             self._try(path, writer.close)
         self._writers.clear()
+        self._opened = False
 
     def _begin(self, path: Path, opened: Callable[[Path, int], Writer], step: int) -> None:
         self._writers[path] = opened(path, step)
