@@ -31,7 +31,7 @@ report run_comparison
 stage_run
 train
 convert evaluation planning
-selection launching
+selection launching sweeps mup
 cli
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}

@@ -25,6 +25,7 @@ from flm_jax.records.fields import NonNegative, Seed, Size, fitted, hints, says
 from flm_jax.selection.config import Selection
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import model_of
+from flm_jax.sweeps.config import Sweep
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # The folders that may contain `gin_configs/`: beside the package in a checkout, inside it if installed.
@@ -40,7 +41,6 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
     model_of,
 )
 T = TypeVar("T")
-IN_CALL = "\n  In call to configurable '"  # gin adds the calls that it was in to the message of an error
 _registered: set[str] = set()
 
 
@@ -164,6 +164,13 @@ def select_sft(selection: Selection = gin.REQUIRED) -> Selection:
     return found
 
 
+@gin.configurable(module="flm_jax")
+def sweep(over: Sweep = gin.REQUIRED) -> Sweep:
+    """The sweep of `experiments/sweep.py`, from gin; its recipe is that of `train`."""
+    found: Sweep = fitted(sweep, dict(over=over))["over"]
+    return found
+
+
 def configured(program: Callable[[], T]) -> T:
     """The result of a gin configurable; what gin says of wrong or missing values is put into a sentence.
 
@@ -176,7 +183,7 @@ def configured(program: Callable[[], T]) -> T:
     try:
         return program()
     except FieldError as error:
-        text = str(error).split(IN_CALL)[0]
+        text = str(error).split(gin_reader.IN_CALL)[0]
         wrong, references = error.wrong, gin_reader.raw_references(error.owner, error.field)
         if callable(wrong) and references:
             text += f" Write it with parentheses: {references[0]}()."
@@ -195,7 +202,7 @@ def configured(program: Callable[[], T]) -> T:
         raise ValueError(_lacking(lacking[1], lacking[2], "")) from error
     except TypeError as error:
         lacking = re.search(r"No values supplied by Gin or caller for arguments: \[(.*)\]", str(error))
-        called = re.search(IN_CALL + r"(\w+)' \(.*?\)(?: in scope '(.*)')?(?:\n|$)", str(error))
+        called = re.search(gin_reader.IN_CALL + r"(\w+)' \(.*?\)(?: in scope '(.*)')?(?:\n|$)", str(error))
         if lacking is None or called is None:
             raise
         raise ValueError(_lacking(called[1], lacking[1], called[2] or "")) from error
@@ -214,4 +221,4 @@ def _lacking(name: str, quoted: str, scope: str) -> str:
     return f"{full} lacks {', '.join(missing)}: bind {right}.{near}"
 
 
-PROGRAMS = ("train", "grow", "verify", "evaluate", "generate", "select_sft")
+PROGRAMS = ("train", "grow", "verify", "evaluate", "generate", "select_sft", "sweep")

@@ -23,6 +23,7 @@ Key = tuple[str, str, str]  # scope, full name of the configurable, parameter
 MACRO = "gin.macro"
 COMMAND_LINE = "--gin_bindings"
 _INCLUDE = re.compile(r"""^include\s+['"]([^'"]+)['"]""", re.MULTILINE)
+IN_CALL = "\n  In call to configurable '"  # gin adds the calls that it was in to the message of an error
 LIST = "`python experiments/bindings.py` lists all"
 # Where each binding that gin holds was written.
 _PLACES: dict[Key, str] = {}
@@ -114,7 +115,7 @@ def files_of(names: Iterable[str], shipped: Iterable[Path]) -> dict[str, Path]:
     bases = (Path.cwd(), *shipped)
 
     def add(name: str, within: tuple[Path, ...]) -> str:
-        path = _find(name, within, shipped).resolve()
+        path = find(name, within, shipped)
         base = next((base.resolve() for base in bases if path.is_relative_to(base.resolve())), None)
         if base is None:
             raise ValueError(f"The gin file {path} lies outside of the current directory: start above it.")
@@ -129,8 +130,17 @@ def files_of(names: Iterable[str], shipped: Iterable[Path]) -> dict[str, Path]:
     return {name: found[name] for name in [*given, *found]}
 
 
-def _find(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -> Path:
-    """The gin file with a name; `within` are the files that include it, outermost first."""
+def find(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -> Path:
+    """The whole path of a gin file.
+
+    Args:
+      name: as given.
+      within: the files that include it, outermost first.
+      shipped: folders that hold `gin_configs/`.
+
+    Raises:
+      ValueError: there is none.
+    """
     given = Path(name).expanduser()
     # An included file lies beside the one that includes it, or in a folder further up, from which its name counts.
     bases = (*(within[-1].parents if within else ()), Path.cwd(), *shipped)
@@ -141,13 +151,12 @@ def _find(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -> Pat
         offered = {str(file.relative_to(base)) for base in shipped for file in base.glob("gin_configs/**/*.gin")}
         near = meant(name, offered) or meant_beside(given) or "."
         raise ValueError(f"There is no gin file {name!r}{asked} in the current directory nor in {where}{near}")
-    return path
+    return path.resolve()
 
 
 def _read_file(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -> None:
     """Reads a file; `within` are the files that include it, outermost first."""
-    path = _find(name, within, shipped)
-    path = path.resolve()
+    path = find(name, within, shipped)
     if path in within:
         raise ValueError(f"The gin file {within[-1]} includes {name!r}, which includes it.")
     try:

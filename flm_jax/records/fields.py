@@ -264,7 +264,7 @@ def says(kind: Any) -> str:
         words = [says(option) for option in inner]
         return (", or " if any("," in word for word in words) else " or ").join(words)
     if origin in (tuple, Sequence):
-        return f"a list, each entry {says(inner[0])}"
+        return "a list" if inner[0] is Any else f"a list, each entry {says(inner[0])}"
     if origin is Mapping:
         return "a dict" if inner[1] is Any else f"a dict, each value {says(inner[1])}"
     return _WORDS.get(kind) or " or ".join(f"a{'n' * (name[0] in 'AEIOU')} {name}" for name in class_names(kind))
