@@ -19,6 +19,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
 from flm_jax.generation import Sampling
 from flm_jax.growth import Growth
+from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run
 from flm_jax.records import FieldError, meant
 from flm_jax.records.fields import NonNegative, Seed, Size, fitted, hints, says
@@ -171,6 +172,12 @@ def sweep(over: Sweep = gin.REQUIRED) -> Sweep:
     return found
 
 
+@gin.configurable(module="flm_jax")
+def coordinate_check(model: ModelConfig | None = None, optimizer: OptimizerConfig | None = None) -> dict[str, Any]:
+    """The model and the optimizer of `experiments/coordinate_check.py`, from gin; None: those of the small family."""
+    return fitted(coordinate_check, dict(model=model, optimizer=optimizer))
+
+
 def configured(program: Callable[[], T]) -> T:
     """The result of a gin configurable; what gin says of wrong or missing values is put into a sentence.
 
@@ -221,4 +228,4 @@ def _lacking(name: str, quoted: str, scope: str) -> str:
     return f"{full} lacks {', '.join(missing)}: bind {right}.{near}"
 
 
-PROGRAMS = ("train", "grow", "verify", "evaluate", "generate", "select_sft", "sweep")
+PROGRAMS = ("train", "grow", "verify", "evaluate", "generate", "select_sft", "sweep", "coordinate_check")

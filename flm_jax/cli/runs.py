@@ -83,8 +83,8 @@ def chosen(checkpoint: str, say: Callable[[str], None] = distributed.print0) -> 
     return str(step)
 
 
-def check_json_file(json_file: str | None) -> None:
-    """Refuses a --json that cannot be written, before anything is computed.
+def check_json_file(json_file: str | None, flag: str = "json") -> None:
+    """Refuses a --json, or another flag that names a file, that cannot be written, before anything is computed.
 
     Raises:
       ValueError: it is a directory, or its directory does not exist or cannot be written to.
@@ -93,11 +93,11 @@ def check_json_file(json_file: str | None) -> None:
         return
     path = Path(json_file).absolute()
     if path.is_dir():
-        raise ValueError(f"--json={json_file} is a directory; give the name of a file.")
+        raise ValueError(f"--{flag}={json_file} is a directory; give the name of a file.")
     if not path.parent.is_dir():
-        raise ValueError(f"--json={json_file}: there is no directory {path.parent}.")
+        raise ValueError(f"--{flag}={json_file}: there is no directory {path.parent}.")
     if distributed.is_primary():
-        check_writable(path.parent, f"--json={json_file}")
+        check_writable(path.parent, f"--{flag}={json_file}")
 
 
 def check_directory(flag: str, directory: str) -> None:
