@@ -1,4 +1,4 @@
-"""Check muP's coordinates: whether activations keep their size as the model grows wider, after some steps of training.
+r"""Check muP's coordinates: whether activations keep their size as the model grows wider, after some steps of training.
 
   python experiments/coordinate_check.py --widths=64,128,256,512 --plot=coordinates.png [--json=FILE]
 

@@ -57,16 +57,16 @@ def run_sweep(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
     """
     with started():
         check_json_file(how.json_file)
-        sweep, steps = checked(gin_files, gin_bindings, None if workdir is None else Places(Path(workdir).absolute()))
+        places = None if workdir is None else Places(Path(workdir).expanduser().absolute())
+        sweep, steps = checked(gin_files, gin_bindings, places)
         cores = shares(how.parallel)
         if how.dry_run:
             first = space.points(sweep, space.candidates(sweep))
             print("\n".join(f"{point.name}: {'; '.join(point.statements) or 'the recipe as it is'}" for point in first))
             print(_counts(sweep, first))
             return
-        assert workdir is not None
+        assert workdir is not None and places is not None
         check_directory("workdir", workdir)
-        places = Places(Path(workdir).expanduser().absolute())
         with contextlib.ExitStack() as stack:
             stack.enter_context(take_lock(places.workdir))
             record = stack.enter_context(KeptLines(places.workdir / "runs.jsonl", "point"))

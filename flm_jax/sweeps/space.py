@@ -20,7 +20,7 @@ POINT = "point"
 # Longer names of directories are cut, and end with a digest.
 LONGEST = 150
 # Digits of a number that is drawn: more would only lengthen names.
-DIGITS = 4
+DIGITS = 3
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ def shown(value: Any) -> str:
         return "-".join(f"{shown(k)}-{shown(v)}" for k, v in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "-".join(shown(item) for item in value)
-    text = value if isinstance(value, str) else repr(value)
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-") or "empty"
+    if not isinstance(value, str):
+        return repr(value)  # with its sign
+    return re.sub(r"[^\w.+-]+", "-", value).strip("-.") or "empty"
 
 
 def name_of(values: Mapping[str, Any]) -> str:
