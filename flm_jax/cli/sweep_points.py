@@ -143,7 +143,7 @@ def _recipe_of(point: Point, gin_files: Sequence[str], gin_bindings: Sequence[st
 def gin_text(given: tuple[Sequence[str], Sequence[str]], statements: Sequence[str], about: Sequence[str]) -> str:
     """A gin file that `experiments/train.py` takes: the given files, the given bindings, then some statements."""
     files, bindings = given
-    lines = [f"# {text}" for text in about] + [f"include {_lasting(name)!r}" for name in files]
+    lines = [f"# {text}".rstrip() for text in about] + [f"include {_lasting(name)!r}" for name in files]
     return "\n".join([*lines, *bindings, *statements, ""])
 
 
@@ -206,7 +206,9 @@ def _write_results(
     for file, name in pictures.items():
         atomic_write(places.workdir / file, picture.draw(sweep, outcomes, name))
     command = "python experiments/sweep.py " + shlex.join(
-        [*(f"--gin_file={name}" for name in given[0]), *(f"--gin_bindings={text}" for text in given[1])]
+        [f"--gin_file={name}" for name in given[0]]
+        + [f"--gin_bindings={text}" for text in given[1]]
+        + [f"--workdir={places.workdir}"]
     )
     atomic_write(places.workdir / "results.md", results.markdown(sweep, outcomes, list(pictures), command))
     atomic_write(places.workdir / "results.csv", results.csv_text(sweep, outcomes))

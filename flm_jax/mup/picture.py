@@ -30,6 +30,7 @@ def draw(found: Found) -> bytes:
         low, high = min(map(min, sizes)), max(map(max, sizes))
         middle, half = (low * high) ** 0.5, max((high / low) ** 0.5 * 1.1, 10**0.5)
         panel.set_ylim(middle / half, middle * half)
+        panel.set_yticks([low, high], [f"{low:.2g}", f"{high:.2g}"])
         panel.set_xticks(found.widths, [str(width) for width in found.widths])
         panel.minorticks_off()
         panel.set_title(f"{kind}: slope {found.slopes[kind][-1]:+.2f}", fontsize=10)
