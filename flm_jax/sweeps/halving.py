@@ -16,6 +16,6 @@ def survivors(scores: Mapping[str, float | None], keep: float, goal: str) -> lis
     """
     sign = 1 if goal == "min" else -1
     able = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
-    # Without the small number, 0.2 of 15, which is a little more than 3 in binary, would be 4.
+    # Without the small number, 0.07 of 100, which is a little more than 7 in binary, would be 8.
     count = max(math.ceil(keep * len(scores) - 1e-9), 1)
     return sorted(able, key=lambda name: sign * able[name])[:count]
