@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo bench study-sft check test test-search test-slow test-smollm2 test-tpu lint format clean
+.PHONY: demo bench study-sft check test test-search test-slow test-smollm2 test-tpu docs reference lint format clean
 
 # pyproject.toml declares ranges, requirements.txt the versions that are tested.
 .venv/installed: requirements.txt pyproject.toml
@@ -68,6 +68,20 @@ test-smollm2: .venv/smollm2/installed
 
 test-tpu: .venv/libtpu/installed
 	TPU_LIBRARY_PATH=$(CURDIR)/.venv/libtpu/libtpu/libtpu.so $(BIN)/python benchmarks/tpu.py --write=docs/tpu.md
+
+# The site's builder, in an environment of its own: it shares nothing with what it documents.
+.venv/docs/installed: .venv/installed
+	$(BIN)/python -m venv .venv/docs
+	.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19
+	touch $@
+
+# The pages as a site in build/site; a broken link, or a page that the navigation lacks, is an error.
+docs: .venv/docs/installed
+	.venv/docs/bin/sphinx-build -q -W --keep-going -c docs -d build/doctrees -b html . build/site
+
+# docs/reference/, from docstrings, configurables and flags.
+reference: .venv/installed
+	$(BIN)/python -m dev.reference
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
