@@ -97,7 +97,9 @@ def kind_of(words):
         assert program.parent.name == "benchmarks" and program.exists(), words
         given = {match[1] for word in words[2:] if (match := re.match(r"--(\w+)", word))}
         texts = [program.read_text(), *(path.read_text() for path in (ROOT / "benchmarks/parts").glob("*.py"))]
-        known = {flag for text in texts for flag in re.findall(r'(?:DEFINE_\w+\(|add_argument\()\s*"(?:--)?(\w+)"', text)}
+        known = {
+            flag for text in texts for flag in re.findall(r'(?:DEFINE_\w+\(|add_argument\()\s*"(?:--)?(\w+)"', text)
+        }
         assert given <= known, f"{words[1]} has no flags {given - known}"
         return "benchmark"
     if name == "pre-commit":
@@ -156,7 +158,9 @@ def test_every_whole_command_in_a_sentence_names_what_is_there(page, monkeypatch
     monkeypatch.chdir(ROOT)
     start = r"(?:python (?:experiments|benchmarks)/|python -m |make |flm-\w+ )"
     for command in re.findall(rf"(?<!`)`({start}[^`\n]+)`(?!`)", page.read_text()):
-        if not re.search(r"=FILE|/(NAME|X)\.py|\.\.\.$", command) and not command.endswith(" NAME"):  # a form, no command
+        if not re.search(r"=FILE|/(NAME|X)\.py|\.\.\.$", command) and not command.endswith(
+            " NAME"
+        ):  # a form, no command
             try_to_check(page, command)
 
 
