@@ -2,8 +2,8 @@
 
   python -m dev.reference
 
-All of it is read from the code: docstrings, signatures, configurables, definitions of flags. `make reference` runs this,
-and a test compares the pages with what it would write now.
+All of it is read from the code: docstrings, signatures, configurables, definitions of flags. `make reference` runs
+this, and a test compares the pages with what it would write now.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ def _forget(values: Any) -> None:
 
 def programs_page() -> str:
     """The page of programs: the text of --help of each, and a table of its flags."""
-    parts = [
-        f"# Programs\n\n{WRITTEN}\nA program is `python experiments/NAME.py` in a checkout, and an installed command."
-    ]
+    places = "A program is a file in `experiments/` of a checkout, started by `python`, and an installed command."
+    parts = [f"# Programs\n\n{WRITTEN}\n{places}"]
     commands = (ROOT / "pyproject.toml").read_text()
     for program in PROGRAMS:
         (command,) = re.findall(rf'^(flm-\w+) = "flm_jax\.cli\.{program}:main"', commands, re.MULTILINE)

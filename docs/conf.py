@@ -1,4 +1,4 @@
-"""The site: Sphinx with MyST, on the pages as they lie in the repository. `make docs` builds it, and fails on a warning.
+"""The site: Sphinx with MyST, on the pages as they lie in the repository. `make docs` builds it, without a warning.
 
 The front page is README.md. Links between pages stay links; links to other files of the repository become downloads,
 and links to folders text, since the site does not hold them.
@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 project = "flm_jax"
-copyright = "the flm_jax developers, Apache-2.0"  # noqa: A001 - Sphinx reads this name
+copyright = "the flm_jax developers, Apache-2.0"
 extensions = ["myst_parser"]
 myst_heading_anchors = 4  # the anchors that forges give to headings
 root_doc = "README"

@@ -34,7 +34,7 @@ class Block:
 
 
 def blocks(page):
-    """The blocks of a page. An indented one begins after an empty line and may hold empty lines; in lists there are none."""
+    """The blocks of a page; an indented one begins after an empty line and may hold empty lines."""
     lines, number, found = page.read_text().splitlines(), 0, []
     while number < len(lines):
         start = number
@@ -69,7 +69,7 @@ def commands(script):
 
 
 def simple(command):
-    """The simple commands of a line as words: split at pipes and the like, without keywords of the shell; a variable is 0."""
+    """The simple commands of a line as words, split at pipes and the like; keywords are left out, a variable is 0."""
     lexer = shlex.shlex(re.sub(r"\$\w+", "0", command.partition("\n")[0]), posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     words, found = iter(lexer), [[]]
@@ -87,10 +87,8 @@ def launched(words):
     """The program and the arguments of a command that starts a launcher; None: it starts something else."""
     if words[0] in INSTALLED:
         return INSTALLED[words[0]], words[1:]
-    if len(words) > 1 and re.fullmatch(r"(\S*/)?python3?", words[0]):
-        if path := re.fullmatch(r"experiments/(\w+)\.py", words[1]):
-            return path[1], words[2:]
-    return None
+    path = re.fullmatch(r"(?:\S*/)?python3? experiments/(\w+)\.py", " ".join(words[:2]))
+    return (path[1], words[2:]) if path else None
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-# Pages whose Python prints how far logits differ. That of the others: `test_docs_tutorial.py`; python.md has signatures.
+# Pages whose Python prints how far logits differ; `test_docs_tutorial.py` runs that of others, python.md has none.
 EXACT = ["README.md", "growth.md"]
 
 

@@ -1,4 +1,4 @@
-"""Every command on every page: its program, flags, files and bindings exist; what is not run is listed with a reason."""
+"""Every command on every page: its program, flags, files and bindings exist; what is not run has a reason."""
 
 import re
 import tomllib
