@@ -150,7 +150,7 @@ def _parameters(value: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             lines.append("*")
         starred = starred or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        stars = "*" * ((parameter.kind is parameter.VAR_POSITIONAL) + 2 * (parameter.kind is parameter.VAR_KEYWORD))
         said = getattr(parameter.annotation, "__forward_arg__", parameter.annotation)  # a NamedTuple's are references
         typed = "" if said is parameter.empty else f": {said}"
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
