@@ -24,7 +24,8 @@ from flm_jax.cli import bindings, configure
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs/reference"
-PROGRAMS = tuple(sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__"))
+SCRIPTS = re.compile(r'^(flm-[\w-]+) = "flm_jax\.cli\.(\w+):main"', re.MULTILINE)
+COMMANDS = dict(SCRIPTS.findall((ROOT / "pyproject.toml").read_text()))  # installed command -> program
 # What a user imports: the packages whose `__all__` is their interface, in the order of the page.
 MODULES = (
     "flm_jax",
@@ -67,9 +68,7 @@ def programs_page() -> str:
     """The page of programs: the text of --help of each, and a table of its flags."""
     places = "A program is a file in `experiments/` of a checkout, started by `python`, and an installed command."
     parts = [f"# Programs\n\n{WRITTEN}\n{places}"]
-    commands = (ROOT / "pyproject.toml").read_text()
-    for program in PROGRAMS:
-        (command,) = re.findall(rf'^(flm-\w+) = "flm_jax\.cli\.{program}:main"', commands, re.MULTILINE)
+    for command, program in sorted(COMMANDS.items(), key=lambda item: item[1]):
         text = inspect.getdoc(importlib.import_module(f"flm_jax.cli.{program}")) or ""
         parts.append(f"## {program}\n\nInstalled: `{command}`.\n\n```text\n{text}\n```")
         with defined(program) as values:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import gin
 
-from dev.reference import PROGRAMS, defined
+from dev.reference import COMMANDS, defined
 from flm_jax.cli import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL = ("", "sh", "bash", "shell", "console")
-INSTALLED = {f"flm-{name.removesuffix('_sft')}": name for name in PROGRAMS}
 HEREDOC = re.compile(r"<<'(\w+)'")
 
 
@@ -53,9 +52,16 @@ def blocks(page):
 
 
 def commands(script):
-    """The lines of a script, with those that a backslash or a here-document continues joined; comments are left out."""
+    """The lines of a script, with those that a backslash or a here-document continues joined; comments are left out.
+
+    Where a prompt begins one of them, the others are what was printed.
+    """
     found, lines = [], iter(script.splitlines())
     for line in lines:
+        if script.startswith("$ "):
+            if not line.startswith("$ "):
+                continue
+            line = line[2:]
         while line.endswith("\\"):
             line = line[:-1] + " " + next(lines, "").strip()
         if end := HEREDOC.search(line):
@@ -85,8 +91,8 @@ def simple(command):
 
 def launched(words):
     """The program and the arguments of a command that starts a launcher; None: it starts something else."""
-    if words[0] in INSTALLED:
-        return INSTALLED[words[0]], words[1:]
+    if words[0] in COMMANDS:
+        return COMMANDS[words[0]], words[1:]
     path = re.fullmatch(r"(?:\S*/)?python3? experiments/(\w+)\.py", " ".join(words[:2]))
     return (path[1], words[2:]) if path else None
 
@@ -96,7 +102,8 @@ def parsed(program, arguments):
     """The values of a launcher's flags, parsed as it parses them; wrong ones raise absl's error."""
     with defined(program) as values:
         rest = values([program, *arguments])
-        if program != "bindings" and len(rest) > 1:
+        positional = "positional=" in (ROOT / f"flm_jax/cli/{program}.py").read_text()
+        if not positional and program != "bindings" and len(rest) > 1:
             raise ValueError(f"{program}: unexpected argument {rest[1]!r}")
         yield values
 

@@ -18,6 +18,7 @@ PAGES = [
 # What a page calls a file that the reader has, and the shipped one that its command is checked with.
 STAND_INS = {
     ("train", "my.gin"): "gin_configs/recipes/demo.gin",
+    ("launch_tpu", "my.gin"): "gin_configs/recipes/demo.gin",
     ("grow", "..."): "gin_configs/growth/zero_small.gin",
 }
 # Programs that are no launchers, and why a test does not run their commands; what can be checked of each is, below.
@@ -33,7 +34,7 @@ NOT_RUN = {
     "hook": "changes the checkout's git hooks",
     "shell": "a word of the shell",
 }
-WORDS = {"cd", "cat", "cp", "echo", "export", "for", "mkdir", "wait", ".", "git"}
+WORDS = {"cd", "cat", "cp", "echo", "export", "for", "mkdir", "sh", "wait", ".", "git"}
 # Blocks without a language that hold no commands, by page and beginning.
 OTHER = {
     "docs/chat.md": ["/help lists"],
@@ -48,7 +49,7 @@ EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["op
 
 
 def check_launcher(program, arguments):
-    with parsed(program, arguments) as values:
+    with parsed(program, [word for word in arguments if not word.startswith("--flagfile=")]) as values:
         if "gin_file" not in values:
             return
         files = [STAND_INS.get((program, file), file) for file in values.gin_file]
@@ -138,7 +139,7 @@ def paragraphs(block):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_command_of_a_page_names_what_is_there(page, monkeypatch):
+def test_every_command_of_a_page_names_what_is_there(page, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     for block in blocks(page):
         if block.language not in SHELL:
@@ -146,8 +147,9 @@ def test_every_command_of_a_page_names_what_is_there(page, monkeypatch):
         for part in paragraphs(block):
             if any(part.startswith(begun) for begun in OTHER.get(str(page.relative_to(ROOT)), ())):
                 continue
-            if re.match(r"[\w./]+ = ", part):
-                check_gin("", [], part.splitlines())
+            if re.match(r"[\w./]+ = |include ", part):
+                (tmp_path / "page.gin").write_text(part)
+                check_gin("", [str(tmp_path / "page.gin")], [])
                 continue
             for command in commands(part):
                 try_to_check(block, command)

@@ -115,8 +115,8 @@ def main() -> None:
             before = spent()
             subprocess.run(["bash", "-ec", command], cwd=folder, check=True)
             total += (took := spent() - before)
-            words = " ".join(simple(command)[0][:2])
-            print(f"| `{words}` | {took[0]:.0f} s | {took[1]:.0f} s |", flush=True)
+            program, *flags = simple(command)[0]
+            print(f"| `{program}` {flags[0].partition('=')[2]} | {took[0]:.0f} s | {took[1]:.0f} s |", flush=True)
     print(f"| all | {total[0]:.0f} s | {total[1]:.0f} s |")
 
 
