@@ -28,8 +28,9 @@ def define() -> None:
     flags.DEFINE_enum(
         "compiler",
         "cpu",
-        ["none", "cpu", "tpu"],
-        "none: lower only; cpu: compile for simulated devices; tpu: compile with the TPU compiler.",
+        ["arithmetic", "none", "cpu", "tpu"],
+        "arithmetic: count bytes, FLOPs and days, in seconds; none: lower too; cpu: compile for simulated devices; tpu: "
+        "compile with the TPU compiler.",
     )
     define_assumptions()
 

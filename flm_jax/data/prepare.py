@@ -1,16 +1,25 @@
-"""Prepares the token store of a corpus, once, with seqio; later runs read only the store, without TensorFlow."""
+"""Prepares the token store of a corpus, once, with seqio; later runs read only the store, without TensorFlow.
+
+Where TensorFlow and seqio are not installed, files of text and JSON lines are read in Python, to the same store, bit for
+bit.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from flm_jax.data.config import DataConfig
-from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, SeqioTask, TokenCorpus, TokenisedCorpus
-from flm_jax.data.reading import load_tensorflow
+from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, SeqioTask, TokenCorpus, TokenisedCorpus
+from flm_jax.data.reading import MissingExtraError, load_tensorflow
 from flm_jax.data.store import FORMAT, STORE_FILE, WEIGHTED, TokenStore
 from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary, identity
@@ -74,16 +83,11 @@ def prepare(
         return store
     from tqdm import tqdm
 
-    from flm_jax.data import tasks
-
     began = time.monotonic()
     if progress:
         for note in corpus.notes() if isinstance(corpus, FileCorpus) else ():
             print0(note)
-    load_tensorflow()  # if it is missing, the error comes before a vocabulary is trained
-    source = tasks.resolve(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
-    if source.is_mixture:
-        _log.warning("the store holds each task of a mixture once; its rates act only with DataConfig.streamed = True")
+    source = _source(corpus, vocabulary_config, cache_dir)
     with StoreWriter(path, source.vocabulary, corpus.digest(), corpus.describe(), max_shard_tokens) as writer:
         for split in SPLITS:
             hidden = None if progress else True  # None: hidden where there is no terminal
@@ -95,6 +99,48 @@ def prepare(
     if progress:
         _say(store, began)
     return store
+
+
+def _source(corpus: Corpus, vocabulary_config: VocabularyConfig, cache_dir: str | Path) -> _Source:
+    """What yields the documents of a corpus as tokens: seqio or, where it is not installed, Python, if that can.
+
+    Raises:
+      MissingExtraError: the corpus needs what is not installed; nothing was computed before.
+    """
+    try:
+        load_tensorflow()
+    except MissingExtraError:
+        if not isinstance(corpus, FileCorpus | Jsonl):
+            raise
+        return _PlainSource(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
+    from flm_jax.data import tasks
+
+    source = tasks.resolve(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
+    if source.is_mixture:
+        _log.warning("the store holds each task of a mixture once; its rates act only with DataConfig.streamed = True")
+    return source
+
+
+class _Source(Protocol):
+    """What `tasks.Source` and `_PlainSource` have in common."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def documents(self, split: str) -> Iterator[tuple[np.ndarray, int]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlainSource:
+    """A corpus of text, tokenised in Python."""
+
+    corpus: FileCorpus | Jsonl
+    vocabulary: Vocabulary
+
+    def documents(self, split: str) -> Iterator[tuple[np.ndarray, int]]:
+        """As `tasks.Source.documents`."""
+        for text in self.corpus.documents(split):
+            yield np.asarray([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32), len(text.encode())
 
 
 def _prepare_tokens(

@@ -26,7 +26,7 @@ from flm_jax.sharding import spec
 from flm_jax.state import abstract_state
 from flm_jax.step import StageProgram, make_grower, parameter_growers, quietly_donated
 
-COMPILERS = ("none", "cpu", "tpu")
+COMPILERS = ("arithmetic", "none", "cpu", "tpu")
 # Assumed fraction of the chip's peak at which hand-written kernels run; the compiler does not estimate their cycles.
 KERNEL_UTILISATION = 0.5
 _FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -72,7 +72,7 @@ def stages(
       run: how devices are laid out.
       devices: of the machine, simulated, or descriptions for a compiler (`compiled.devices_of`).
       topology: the machine; None: only `devices` is known.
-      compiler: "none" (lower only), "cpu" or "tpu": see the module's docstring.
+      compiler: "arithmetic" (count, and lower nothing), "none" (lower only), "cpu" or "tpu": see the module's docstring.
       assumed: assumptions that no compiler provides.
       only: names of programs to compile; the others are only lowered. None: with "tpu", the growth and the train steps;
         otherwise the train step without masks, and the growth, compiled parameter by parameter, because as one program
@@ -101,12 +101,12 @@ def stages(
         program.check_trains(recipe.data.context)
         record = _arithmetic(recipe, program, topology, assumed)
         found = record["programs"] = {}
-        for name, lowered in programs(recipe, program):
+        for name, lowered in programs(recipe, program) if compiler != "arithmetic" else ():
             found[name] = {"lowered": True}
             if compiler != "none" and name in only:
                 found[name] |= compiled(lowered, topology, mesh)
             del lowered
-        if "growth" in found and "growth of parameters" in only:
+        if compiler != "none" and "growth" in found and "growth of parameters" in only:
             found["growth of parameters"] = parameter_growth(program, topology)
         free_compiled_programs()
         if compiler == "tpu":

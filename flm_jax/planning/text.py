@@ -68,9 +68,9 @@ def stage_text(record: dict[str, Any]) -> str:
         lines.append(f"  {verdict} in {costs.size(record['memory'])}, according to {record['fits_by']}")
     if record["growth"] is not None:
         lines += _growth(record)
-    lowered = ", ".join(record["programs"]) or "nothing"
-    lines.append(f"  lowered: {lowered}")
-    if "growth" not in record["programs"] and "initialisation" not in record["programs"]:
+    if record["programs"]:
+        lines.append(f"  lowered: {', '.join(record['programs'])}")
+    if record["programs"] and not {"growth", "initialisation"} & set(record["programs"]):
         lines.append("  lowered: no initialisation, the stage starts from a checkpoint")
     for name, about in record["programs"].items():
         if "compile_seconds" in about:
