@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo bench study-sft check test test-search test-slow test-smollm2 test-tpu docs reference lint format clean
+.PHONY: demo bench study-sft notebooks check test test-search test-slow test-smollm2 test-tpu docs reference lint format clean
 
 # pyproject.toml declares ranges, requirements.txt the versions that are tested.
 .venv/installed: requirements.txt pyproject.toml
@@ -32,6 +32,10 @@ study-sft: .venv/installed
 	test -d $(WORKDIR)/checkpoints/0_52b_small || $(MAKE) demo
 	$(BIN)/python benchmarks/study_sft.py --base=$(WORKDIR)/checkpoints/0_52b_small --work=runs/study_sft --write=docs/sft_study.md \
 		--command='make study-sft'
+
+# Runs every notebook and stores its outputs.
+notebooks: .venv/installed
+	$(BIN)/python dev/notebooks.py all
 
 # What to run while working: linters, types, and the tests without whole runs, subprocesses, TensorFlow or torch, property
 # tests on few examples.

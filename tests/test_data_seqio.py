@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from flm_jax.data import prepare as preparing
 from flm_jax.data import reading, streaming, tasks
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import Jsonl, SeqioTask, TextFolder, Tfds
@@ -327,6 +328,26 @@ def test_a_prepared_store_needs_no_tensorflow(corpora, cache, module, kind):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == store.digest
+
+
+@pytest.mark.parametrize("kind", ["folder", "single", "jsonl"])
+@pytest.mark.parametrize("config", [Bytes(), BPE], ids=["bytes", "pieces"])
+def test_where_tensorflow_is_missing_text_is_prepared_to_the_same_store(corpora, tmp_path, monkeypatch, kind, config):
+    odd = "\r\n\0 \t￾ e\u0301 \u2581 \U0001f600  two  spaces \n\n" * 40 + "end"
+    (tmp_path / "one.txt").write_bytes(odd.encode())
+    corpus = TextFolder(str(tmp_path / "one.txt"), heldout_percent=30) if kind == "single" else corpora[kind]
+    expected = prepare(corpus, config, tmp_path / "with", progress=False)
+
+    def missing():
+        raise reading.MissingExtraError("it is not installed")
+
+    monkeypatch.setattr(preparing, "load_tensorflow", missing)
+    monkeypatch.setattr(tasks, "resolve", lambda *given: pytest.fail("seqio was asked"))
+    found = prepare(corpus, config, tmp_path / "without", progress=False)
+    assert found.digest == expected.digest
+    assert found.describe() == expected.describe()
+    with pytest.raises(reading.MissingExtraError):
+        prepare(corpora["task"], config, tmp_path / "without", progress=False)
 
 
 def test_a_damaged_store_is_refused_and_not_made_again(corpora, tmp_path):

@@ -55,6 +55,20 @@ def test_a_plan_adds_up():
     assert found["days"] == pytest.approx(found["flops"] / (8 * 989e12 * 0.5) / 86_400)
 
 
+def test_arithmetic_lowers_nothing_and_none_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(stages, "compiled", lambda *given: pytest.fail("a program was compiled"))
+    monkeypatch.setattr(stages, "parameter_growth", lambda *given: pytest.fail("a growth was compiled"))
+    lowered = list(stages.stages(recipe(), RUN, jax.devices(), topology("h100-8"), "none"))
+    monkeypatch.setattr(stages, "programs", lambda *given: pytest.fail("a program was lowered"))
+    counted = list(stages.stages(recipe(), RUN, jax.devices(), topology("h100-8"), "arithmetic"))
+    assert [list(stage["programs"]) for stage in lowered] == [
+        ["initialisation", "train step"],
+        ["growth", "train step with masks", "train step"],
+    ]
+    assert counted == [{**stage, "programs": {}} for stage in lowered]
+    assert "lowered" not in text.stage_text(counted[1])
+
+
 def test_growths_are_compiled_from_mesh_to_mesh_and_gather_no_matrix():
     only = ("growth", "train step")
     found = list(stages.stages(recipe(), RUN, jax.devices(), None, "cpu", only=only))

@@ -29,8 +29,8 @@ def define() -> None:
         "compiler",
         "cpu",
         ["arithmetic", "none", "cpu", "tpu"],
-        "arithmetic: count bytes, FLOPs and days, in seconds; none: lower too; cpu: compile for simulated devices; tpu: "
-        "compile with the TPU compiler.",
+        "arithmetic: count bytes, FLOPs and days, in seconds; none: lower too; cpu: compile for simulated devices; "
+        "tpu: compile with the TPU compiler.",
     )
     define_assumptions()
 

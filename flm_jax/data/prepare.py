@@ -1,7 +1,7 @@
 """Prepares the token store of a corpus, once, with seqio; later runs read only the store, without TensorFlow.
 
-Where TensorFlow and seqio are not installed, files of text and JSON lines are read in Python, to the same store, bit for
-bit.
+Where TensorFlow and seqio are not installed, files of text and JSON lines are read in Python, to the same store, bit
+for bit.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ def load_tensorflow() -> tuple[Any, Any]:
                 tf.config.set_visible_devices([], "GPU")
     except ImportError as error:
         raise MissingExtraError(
-            f"Reading this text needs TensorFlow and seqio, which cannot be imported ({error}): pip install -e '.[data]' "
-            "in a checkout. Files of text and JSON lines without DataConfig.streamed, and prepared token stores, need "
-            "neither."
+            f"Reading this text needs TensorFlow and seqio, which cannot be imported ({error}): "
+            "pip install -e '.[data]' in a checkout. Files of text and JSON lines without DataConfig.streamed, and "
+            "prepared token stores, need neither."
         ) from error
     return tf, seqio
 

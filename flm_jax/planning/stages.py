@@ -72,7 +72,7 @@ def stages(
       run: how devices are laid out.
       devices: of the machine, simulated, or descriptions for a compiler (`compiled.devices_of`).
       topology: the machine; None: only `devices` is known.
-      compiler: "arithmetic" (count, and lower nothing), "none" (lower only), "cpu" or "tpu": see the module's docstring.
+      compiler: "arithmetic" (count, lower nothing), "none" (lower only), "cpu" or "tpu": see the module's docstring.
       assumed: assumptions that no compiler provides.
       only: names of programs to compile; the others are only lowered. None: with "tpu", the growth and the train steps;
         otherwise the train step without masks, and the growth, compiled parameter by parameter, because as one program

@@ -1,0 +1,56 @@
+"""Notebooks as tests see them: their cells, what they printed, and an execution in a place of its own."""
+
+import re
+
+from dev import notebooks
+from tests.environment import as_user
+
+# A number, as rounding may change it from machine to machine, and a duration.
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
+# The last state of a progress bar: the only thing that a good run writes to stderr.
+BAR = re.compile(r"^[\w ]+: +\d+%\|.*\|.*$")
+
+
+def stored(name):
+    return notebooks.read(notebooks.FOLDER / f"{name}.ipynb")
+
+
+def executed(name):
+    """The notebook, run by this interpreter in an empty folder, as a reader with the light package would run it."""
+    return notebooks.run(notebooks.FOLDER / f"{name}.ipynb", as_user())
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def faults(notebook):
+    """Tracebacks, and what was written to stderr, progress bars apart."""
+    for cell in code(notebook):
+        for output in cell.outputs:
+            if output.output_type == "error":
+                yield output.evalue
+            elif output.get("name") == "stderr":
+                yield from (line for line in output.text.splitlines() if line.strip() and not BAR.match(line))
+
+
+def printed(notebook, fixed=False):
+    """All that was printed, as one text; `fixed`: without cells whose words a model makes, or a machine changes."""
+    cells = [cell for cell in code(notebook) if not (fixed and "varies" in cell.metadata.get("tags", ()))]
+    outputs = [output for cell in cells for output in cell.outputs]
+    return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+def pictures(notebook):
+    return [o.data["image/png"] for cell in code(notebook) for o in cell.outputs if "image/png" in o.get("data", {})]
+
+
+def shape(notebook):
+    """The words of what was printed, numbers left out, and how many outputs each cell has."""
+    return re.sub(NUMBER, "#", printed(notebook, fixed=True)).split(), len(pictures(notebook))
+
+
+def found(pattern, text):
+    """The one number that a pattern captures."""
+    (value,) = re.findall(pattern, text)
+    return float(value)

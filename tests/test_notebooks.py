@@ -1,0 +1,157 @@
+"""Every notebook is as its script writes it and readable anywhere; those that train or plan keep what they promise."""
+
+import ast
+import base64
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dev import notebooks
+from tests.notebooks import code, executed, faults, found, pictures, printed, shape, stored
+
+NAMES = sorted(path.stem for path in notebooks.FOLDER.glob("*.ipynb"))
+ADVICE = "run `python dev/notebooks.py NAME`"
+# The place of a machine: outputs hold none.
+PLACE = re.compile(r"/(?:root|home|Users|tmp|usr|opt|work|var)/[\w./-]*|site-packages")
+
+
+def python_of(notebook):
+    """The code as one program, without lines for the shell."""
+    return "\n".join(re.sub(r"^[!%].*$", "", cell.source, flags=re.MULTILINE) for cell in code(notebook))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_as_its_script_writes_it(name):
+    notebook, path = stored(name), notebooks.FOLDER / f"{name}.ipynb"
+    assert not notebooks.common(notebook, path), "run `python dev/notebooks.py`"
+    assert notebook.cells[0].id == "badge" and f"/notebooks/{name}.ipynb)" in notebook.cells[0].source
+    assert code(notebook)[0].id == "install"
+    assert notebook.cells[1].source.startswith("# ")
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_notebook_imports_is_there(name):
+    for node in ast.walk(ast.parse(python_of(stored(name)))):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.Import):
+            assert not {alias.name for alias in node.names} & set(notebooks.EXTRAS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_outputs_are_whole_small_and_of_no_machine(name):
+    notebook, path = stored(name), notebooks.FOLDER / f"{name}.ipynb"
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1)), ADVICE
+    assert not list(faults(notebook))
+    assert path.stat().st_size < 300_000
+    assert all(len(base64.b64decode(picture)) < 60_000 for picture in pictures(notebook))
+    text = path.read_text().replace('"image/png"', "")
+    text = re.sub(r'": "iVBOR[^"]*"', '": ""', text)
+    assert not PLACE.findall(text), PLACE.findall(text)
+
+
+def test_the_readme_lists_every_notebook():
+    rows = re.findall(
+        r"^\| \[\w+\]\(notebooks/(\w+)\.ipynb\)", (notebooks.ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(rows) == NAMES
+
+
+def test_the_first_cell_installs_only_where_nothing_is_found(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    monkeypatch.setenv("PYTHONPATH", "before")
+    exec(notebooks.INSTALL, {})
+    assert not ran  # it can be imported
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    exec(notebooks.INSTALL, {})
+    assert ran == [[sys.executable, "-m", "pip", "install", "--quiet", f"flm_jax @ git+{notebooks.REPOSITORY}"]]
+    clone = tmp_path / "clone"
+    for folder in ("flm_jax", "notebooks"):
+        (clone / folder).mkdir(parents=True)
+    (clone / "flm_jax" / "config.py").touch()
+    monkeypatch.chdir(clone / "notebooks")
+    exec(notebooks.INSTALL, {})
+    assert len(ran) == 1 and sys.path[0] == str(clone)
+
+
+def test_a_notebook_that_fails_says_so_and_sees_no_extra(tmp_path):
+    path = tmp_path / "a.ipynb"
+    cells = ["x = 1\nprint(x)", "import torch"]
+    notebook = notebooks.nbformat.v4.new_notebook(cells=[notebooks.nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebooks.write(notebook, path)
+    with pytest.raises(Exception, match="No module named 'torch': notebooks do without"):
+        notebooks.run(path, {})
+
+
+def kept(name):
+    """What a notebook printed when it was run now; its stored outputs have the same form."""
+    now = executed(name)
+    assert not list(faults(now))
+    assert shape(stored(name)) == shape(now), f"The stored outputs are stale: {ADVICE}."
+    return printed(now)
+
+
+@pytest.mark.integration
+def test_growth_and_training():
+    text = kept("growth_and_training")
+    first, second = text.split("angle at the growth")
+    spike = dict(re.findall(r"^(zero|copy|fresh|none) {2,}(\d.*)$", first, re.MULTILINE))
+    spike = {name: list(map(float, rest.split())) for name, rest in spike.items()}
+    assert set(spike) == {"zero", "copy", "fresh", "none"}
+    assert all((before == after) == (name != "fresh") for name, (before, after, *_) in spike.items())
+    assert spike["fresh"][1] > spike["fresh"][0] + 0.2
+    assert spike["copy"][3] == pytest.approx(spike["none"][3], abs=0.01)  # copies are the model that did not grow
+    angles = dict(re.findall(r"^(copy|uneven|noise|copy, asymmetric) {2,}(\d.*)$", second, re.MULTILINE))
+    angles = {name: list(map(float, rest.split())) for name, rest in angles.items()}
+    assert angles["copy"][:3] == [0, 0, 0]
+    assert angles["noise"][0] > 1
+    assert angles["uneven"][:2] == [0, 0]
+    assert angles["uneven"][2] > 0.1
+    assert angles["copy, asymmetric"][0] == 0
+    assert angles["copy, asymmetric"][1] > 0.05
+    assert found(r"fresh: first update (\S+);", text) > 2 * found(r"carry: first update (\S+);", text)
+    assert found(r"fresh: first .*highest loss (\S+)", text) > 0.01 > found(r"carry: first .*highest loss (\S+)", text)
+    hump = found(r"mask, over .*above zero by (\S+) at most", text)
+    assert 0 < hump < found(r"fresh: no ramp .*above zero by (\S+) at most", text) / 2
+
+
+@pytest.mark.integration
+def test_grow_your_own():
+    text = kept("grow_your_own")
+    assert "greedy continuations: equal" in text
+    assert "exit status 0" in text
+    assert text.count(": the same\n") >= 4
+    ends = {name.strip(): list(map(float, ends)) for name, *ends in
+            re.findall(r"^(as it came|grown) +(\S+) -> (\S+) nats", text, re.MULTILINE)}  # fmt: skip
+    assert ends["grown"][0] == pytest.approx(ends["as it came"][0], abs=2e-3)
+    assert ends["grown"][1] < ends["as it came"][1] < ends["as it came"][0]
+
+
+@pytest.mark.integration
+def test_plan_1t():
+    text = kept("plan_1t")
+    assert found(r"52b +(\S+)% of the FLOPs", text) == pytest.approx(69.4, abs=1)
+    assert re.search(r"^64 x 1 x 16 .* fits ", text, re.MULTILINE)
+    assert "the nearest sizes that work" in text
+    assert "did you mean 'tensor'?" in text
+
+
+@pytest.mark.integration
+def test_chat_and_tune():
+    text = kept("chat_and_tune")
+    before, after = (re.findall(rf"^{which} wording +\d+ +(\S+)", text, re.MULTILINE) for which in ("seen", "new"))
+    assert before[0] == after[0] == "0.0"
+    assert float(before[1]) > 85
+    assert float(after[1]) > 50
+    base, tuned = re.findall(r"^runs/\w+ +(\S+) bits per byte of code", text, re.MULTILINE)
+    assert float(tuned) > float(base) + 0.1
