@@ -10,7 +10,6 @@ cannot be imported. Who moves the repository changes REPOSITORY and runs the fir
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -94,7 +93,7 @@ def common(notebook: Any, path: Path) -> bool:
     return bool(changed)
 
 
-def run(path: Path, environment: Mapping[str, str], timeout: int = 900) -> Any:
+def run(path: Path, environment: Mapping[str, str], timeout: int = 1800) -> Any:
     """A copy of a notebook, run by this interpreter in an empty folder, without the extras.
 
     Args:
@@ -123,6 +122,7 @@ def run(path: Path, environment: Mapping[str, str], timeout: int = 900) -> Any:
             kernel_name="python3",
             resources={"metadata": {"path": str(work)}},
             timeout=timeout,
+            coalesce_streams=True,  # and of what was written over a line, the last
         )
         before = os.environ.get("JUPYTER_RUNTIME_DIR")
         os.environ["JUPYTER_RUNTIME_DIR"] = str(folder / "runtime")
@@ -136,13 +136,8 @@ def run(path: Path, environment: Mapping[str, str], timeout: int = 900) -> Any:
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if output.output_type == "stream":
-                output.text = _last_states(output.text.replace(f"{work}/", ""))
+                output.text = output.text.replace(f"{work}/", "")
     return notebook
-
-
-def _last_states(text: str) -> str:
-    """A text as a terminal leaves it: of what was written over a line, the last."""
-    return re.sub(r"[^\n]*\r(?!\n)(?=[^\n])", "", text)
 
 
 def main(names: list[str]) -> None:

@@ -128,13 +128,13 @@ def test_growth_and_training():
 @pytest.mark.integration
 def test_grow_your_own():
     text = kept("grow_your_own")
-    assert "greedy continuations: equal" in text
-    assert "exit status 0" in text
+    assert text.count("greedy continuation of 64 tokens: equal") == 2
+    assert "HOLDS\nexit status 0" in text
     assert text.count(": the same\n") >= 4
-    ends = {name.strip(): list(map(float, ends)) for name, *ends in
-            re.findall(r"^(as it came|grown) +(\S+) -> (\S+) nats", text, re.MULTILINE)}  # fmt: skip
-    assert ends["grown"][0] == pytest.approx(ends["as it came"][0], abs=2e-3)
-    assert ends["grown"][1] < ends["as it came"][1] < ends["as it came"][0]
+    before, after = map(float, re.search(r"^(\d\S+) -> (\d\S+) nats per token$", text, re.MULTILINE).groups())
+    given = float(re.findall(r"^  loss: (\S+) -> ", text, re.MULTILINE)[0])
+    assert before == pytest.approx(given, abs=0.2)  # on other windows of the same text
+    assert after < before - 0.05
 
 
 @pytest.mark.integration
