@@ -17,6 +17,7 @@ from flm_jax.convert.companions import FormatError
 from flm_jax.convert.importing import import_model
 from flm_jax.convert.repository import located
 from flm_jax.data.hub import HubError, find
+from flm_jax.data.train_vocabulary import load_vocabulary
 from flm_jax.evaluation.loaded import load_model
 from tests import foreign
 from tests.environment import as_user
@@ -259,6 +260,37 @@ def test_a_cache_that_lacks_files_says_which_when_the_hub_cannot_be_asked(hub, m
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, .* the cache lacks model-00001-of-00003.safetensors"):
         located("me/tiny")
+
+
+@pytest.mark.parametrize("lacking", ["config.json", "model.safetensors"])
+def test_what_a_cache_lacks_is_not_said_of_the_repository(lacking, hub, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    directory, _ = located("me/tiny")
+    for path in directory.glob("*.safetensors*" if lacking == "model.safetensors" else lacking):
+        path.unlink()
+    restarted()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=f"so the hub is not asked, and the cache lacks {lacking}. Where there is a net"):
+        located("me/tiny")
+
+
+def test_a_tokenizer_that_the_cache_lacks_is_missed_aloud(hub, monkeypatch, caplog):
+    from huggingface_hub import constants
+
+    directory, _ = located("me/tiny")
+    restarted()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    located("me/tiny")
+    assert not caplog.records
+    (directory / "tokenizer.json").unlink()
+    restarted()
+    located("me/tiny")
+    (said,) = [record.message for record in caplog.records]
+    assert said.endswith("the cache has no tokenizer.json: the model is taken without a tokenizer.")
+    restarted()
+    with pytest.raises(HubError, match=r"the cache lacks tokenizer\.json"):
+        load_vocabulary("me/tiny")
 
 
 def test_an_evaluation_records_the_commit_of_a_tokenizer(hub, made):

@@ -119,9 +119,9 @@ def load_vocabulary(path: str | Path, eos_id: int | None = None) -> Vocabulary:
 
 def _fetched(found: hub.Snapshot) -> Path:
     """The directory of a repository's tokenizer, fetched if it is not in the cache."""
-    if TOKENIZER not in found.files:
+    if TOKENIZER not in found.files and not found.cached:
         raise FileNotFoundError(f"{found.origin} has no {TOKENIZER}; give a repository with one.")
-    return found.fetch(file for file in (TOKENIZER, *CONFIGS, CHAT_TEMPLATE) if file in found.files)
+    return found.fetch([TOKENIZER, *(file for file in (*CONFIGS, CHAT_TEMPLATE) if file in found.files)])
 
 
 def checkpoint_vocabulary(files: Mapping[str, bytes], data: Mapping[str, Any] | None, where: str) -> Vocabulary:
