@@ -77,12 +77,21 @@ def test_a_file_that_cannot_be_written_is_given_up_aloud_and_the_other_goes_on(t
     ]
 
 
-def test_lines_that_are_no_measurements_end_what_is_kept(tmp_path):
-    for damage in ("", "[]", "3", '{"step": "x"}', "\x00" * 9):
-        (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n' + damage + '\n{"step": 8}\n')
+def test_a_damaged_line_costs_no_measurement_after_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for damage in (b"", b"[]", b"3", b'{"step": "x"}', b"\x00" * 9, b"\xff", b"[" * 100_000):
+        path.write_bytes(b'{"step": 7}\n' + damage + b'\n{"step": 8}\n{"step": 104}\n{"st')
         log(tmp_path, start=3).close()
-        kept, start = (tmp_path / "metrics.jsonl").read_text().splitlines()
-        assert kept == '{"step": 7}' and json.loads(start)["step"] == 103, repr(damage)
+        *kept, start = path.read_bytes().splitlines()
+        assert kept == [b'{"step": 7}', damage, b'{"step": 8}'], damage[:20]
+        assert json.loads(start)["step"] == 103
+
+
+def test_lines_that_stay_after_one_that_goes_are_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 104}\n{"step": 8}\n{"step": 105}\nx\n')
+    log(tmp_path, start=3).close()
+    assert path.read_text().splitlines()[:-1] == ['{"step": 8}', "x"]
 
 
 def test_a_start_of_the_program_is_one_line_over_all_its_stages(tmp_path):

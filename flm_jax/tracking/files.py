@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flm_jax.files import atomic_write
 from flm_jax.tracking.writer import Measurement
 
 
@@ -14,18 +15,27 @@ class JsonLines:
     """The lines of a file, one JSON object per measurement."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Opens the file to append, without its lines of steps after `step` and without a line that was cut off."""
-        self._file: Any = path.open("a+")
-        self._file.seek(0)
-        kept = 0
-        while line := self._file.readline():
-            try:
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            kept = self._file.tell()
-        self._file.truncate(kept)
+        """Opens the file to append, without its lines of steps after `step` and without a last line that was cut off.
+
+        A damaged line stays: it is no reason to lose the measurements after it.
+        """
+        with path.open("ab+") as file:
+            file.seek(0)
+            whole, later = 0, []  # bytes before the first line that goes, and the lines after it that stay
+            goes = False
+            while line := file.readline():
+                if not line.endswith(b"\n") or _after(line, step):
+                    goes = True
+                elif goes:
+                    later.append(line)
+                else:
+                    whole = file.tell()
+            if later:
+                file.seek(0)
+                atomic_write(path, b"".join([file.read(whole), *later]))
+            elif goes:
+                file.truncate(whole)
+        self._file: Any = path.open("a")
 
     def write(self, measured: Measurement) -> None:
         """See Writer."""
@@ -35,6 +45,14 @@ class JsonLines:
     def close(self) -> None:
         """See Writer."""
         self._file.close()
+
+
+def _after(line: bytes, step: int) -> bool:
+    """Whether a line is a measurement of a step after `step`; of one that cannot be read nobody knows."""
+    try:
+        return bool(json.loads(line)["step"] > step)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 class Events:
