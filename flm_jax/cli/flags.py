@@ -20,6 +20,8 @@ FLAGS = flags.FLAGS
 # sysexits.h for a run that saved its state and goes on when it is started again, and a shell's for SIGINT; for SIGTERM
 # it is 143.
 STOPPED, INTERRUPTED = 75, 130
+# Flags that name what is written. An empty path would be the current directory.
+WRITTEN = ("workdir", "output", "json", "plot", "to_hf")
 _starting = True
 _interrupted: int | None = None  # the number of the signal
 _stderr = 2  # as it was when the program started: it is held back while TensorFlow is imported
@@ -118,7 +120,7 @@ def parse(argv: list[str]) -> list[str]:
     Absl's own parser would exit with 1, also after --help.
     """
     try:
-        return FLAGS(argv)
+        rest: list[str] = FLAGS(argv)
     except flags.Error as error:
         missing = r"flag --(\w+)=None: Flag --\1 must have a value other than None\."
         said = "; ".join(re.sub(missing, r"give --\1", str(error)).splitlines())
@@ -129,6 +131,10 @@ def parse(argv: list[str]) -> list[str]:
         refuse(said)
     except SystemExit:  # --help has printed its text
         sys.exit(0)
+    for name in WRITTEN:
+        if name in FLAGS and FLAGS[name].value is not None and not str(FLAGS[name].value).strip():
+            refuse(f"--{name} is empty: give a path, or leave the flag out")
+    return rest
 
 
 def refuse(what: str) -> NoReturn:
