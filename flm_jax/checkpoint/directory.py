@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import random
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -114,7 +116,8 @@ def take_lock(directory: Path) -> IO[str]:
     # The lock file is never deleted: if it were deleted and made again, two processes could hold it at once.
     lock = (directory / LOCK).open("a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not _locked(lock):
+            time.sleep(random.uniform(0.001, 0.01))  # so that two who look at each other do not do so for ever
     except OSError as error:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
@@ -124,3 +127,18 @@ def take_lock(directory: Path) -> IO[str]:
     lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Takes a lock for this process alone; False if others only looked at it, by a shared lock, and it may be free.
+
+    Raises:
+      OSError: another process has it for itself, or files cannot be locked there.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        return False
+    return True

@@ -213,10 +213,13 @@ def reason(log: Path, offset: int, code: int) -> str:
 
 
 def held(workdir: Path) -> bool:
-    """Whether another process trains in a work directory, such as one that a script has started."""
-    with contextlib.suppress(OSError), (workdir / LOCK).open("r+") as lock:
+    """Whether another process trains in a work directory, such as one that a script has started.
+
+    The shared lock that this takes for a moment keeps nobody from training there; see `take_lock`.
+    """
+    with contextlib.suppress(OSError), (workdir / LOCK).open() as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False
