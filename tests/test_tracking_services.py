@@ -1,6 +1,7 @@
 """Tracking services, with stand-ins for their packages: what they are told, and that a failure stops nothing."""
 
 import importlib.util
+import shutil
 import sys
 import threading
 import time
@@ -206,3 +207,19 @@ def test_a_key_that_cannot_be_read_gives_a_new_run(said, tmp_path):
     send(Wandb(), tmp_path, 2)
     keys = [kwargs["id"] for name, _, kwargs in said if name == "init"]
     assert keys[0] == keys[1] and len(keys[0]) == 8
+
+
+def test_a_copy_of_a_work_directory_begins_a_run_of_its_own(said, tmp_path, caplog):
+    first, copied = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    (first / "tracker.json").write_text('{"key": "01234567"}')  # as earlier versions wrote it
+    send(Wandb(), first, 1)
+    shutil.copytree(first, copied)
+    (tmp_path / "link").symlink_to(first)
+    for workdir in (tmp_path / "link", copied, copied):
+        send(Wandb(), workdir, 2)
+    keys = [kwargs["id"] for name, _, kwargs in said if name == "init"]
+    assert keys[:2] == ["01234567"] * 2
+    assert keys[2] == keys[3] != keys[0]
+    (warning,) = [record.message for record in caplog.records]
+    assert f"is of {first}, so {copied} begins a new run" in warning and '{"key": "01234567"}' in warning

@@ -126,11 +126,25 @@ def tracked(tracker: Tracker | None, workdir: Path, settings: Mapping[str, Any])
 
 
 def _key(workdir: Path) -> str:
-    """Eight hex digits that a work directory keeps."""
-    path = workdir / KEY
+    """Eight hex digits that a work directory keeps; a copy of it gets its own, so that two runs are never one there."""
+    path, here = workdir / KEY, str(workdir.resolve())
     with contextlib.suppress(OSError, ValueError):  # a file that cannot be read only costs the way back to that run
-        found: str = field(read_json(path), "key", str, str(path))
-        return found
+        kept = read_json(path)
+        found: str = field(kept, "key", str, str(path))
+        if "workdir" not in kept:  # of an earlier version
+            write_json(path, {"key": found, "workdir": here})
+            return found
+        there = field(kept, "workdir", str, str(path))
+        if there == here:
+            return found
+        log.warning(
+            "%s is of %s, so %s begins a new run at the tracking service. If it was moved, not copied, stop, and "
+            'write {"key": "%s"} into that file to go on in the old run.',
+            path,
+            there,
+            workdir,
+            found,
+        )
     key = uuid.uuid4().hex[:8]
-    write_json(path, {"key": key})
+    write_json(path, {"key": key, "workdir": here})
     return key
