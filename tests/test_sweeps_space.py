@@ -55,6 +55,18 @@ def test_a_long_name_is_cut_and_stays_its_own():
     many = names(Sweep(axes={**axes, "Name0.parameter_of_some_length": [0.125, 0.25]}))
     assert len(set(many)) == 2
     assert all(len(name) == space.LONGEST for name in many)
+    wide = space.name_of({"path": "é" * 120})
+    assert space.LONGEST - 2 < len(wide.encode()) <= space.LONGEST
+
+
+def test_what_is_added_to_a_sweep_keeps_the_names_of_what_is_done():
+    def made(**more):
+        return set(names(Sweep(**{"axes": {RATE: [1, 2]}, "seeds": [0], **more})))
+
+    done = made()
+    assert done < made(axes={RATE: [0.5, 1, 2]}) and done < made(seeds=[0, 1])
+    assert done.isdisjoint(made(seeds=[])), "docs/sweeps.md says so"
+    assert done.isdisjoint(made(axes={RATE: [1, 2], "Stage.steps": [3]}))
 
 
 @given(
@@ -116,6 +128,7 @@ def test_rungs_have_their_bindings_and_their_names():
         (lambda: Sweep(points={"a": {RATE: 1.0}}, axes={RATE: [1.0]}), r"set by Sweep.points\['a'\] and by Sweep.axes"),
         (lambda: Range(2, 1), "must be less than"),
         (lambda: Range(0, 1), "has no logarithm"),
+        (lambda: Range(0.2, 0.8, "linear", whole=True), "no integer lies between Range.low=0.2 and Range.high=0.8"),
         (lambda: Halving([{"Stage.steps": 5}]), "two rungs or more"),
         (lambda: Halving([{"Stage.steps": 5}, {"Stage.stops": 5}]), "the same names in every rung"),
         (lambda: Sweep(axes={RATE: 3}), "use a Range or a list"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -34,6 +35,10 @@ class Range:
             raise ValueError(f"Range.low={self.low:g} must be less than Range.high={self.high:g}.")
         if self.scale == "log" and self.low <= 0:
             raise ValueError(f"Range.low={self.low:g} has no logarithm: take one above 0, or Range.scale = 'linear'.")
+        if self.whole and math.ceil(self.low) > math.floor(self.high):
+            raise ValueError(
+                f"Range.whole: no integer lies between Range.low={self.low:g} and Range.high={self.high:g}."
+            )
 
 
 @dataclass(frozen=True)

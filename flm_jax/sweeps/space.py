@@ -17,7 +17,7 @@ from flm_jax.sweeps.config import Range, Sweep
 SEED = "Recipe.seed"
 # The column and the axis of a picture that named points have.
 POINT = "point"
-# Longer names of directories are cut, and end with a digest.
+# Bytes; longer names of directories are cut, and end with a digest. File systems take 255, with every ending.
 LONGEST = 150
 # Digits of a number that is drawn: more would only lengthen names.
 DIGITS = 3
@@ -116,9 +116,10 @@ def name_of(values: Mapping[str, Any]) -> str:
     """The name of a point from what differs; a long one is cut and ends with a digest of the whole."""
     parts = [shown(value) if key == POINT else f"{key}={shown(value)}" for key, value in values.items()]
     whole = ",".join(parts) or "all"
-    if len(whole) <= LONGEST:
+    if len(whole.encode()) <= LONGEST:
         return whole
-    return f"{whole[: LONGEST - 9]}~{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    cut = whole.encode()[: LONGEST - 9].decode(errors="ignore")  # without a part of a character
+    return f"{cut}~{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def candidates(sweep: Sweep) -> list[Candidate]:
