@@ -3,7 +3,9 @@
 `python -m tests.test_launching_manifests` writes the reviewed texts.
 """
 
+import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,8 +60,17 @@ def shells(name):
     if name == "jobset.yaml":
         (container,) = job(found)["template"]["spec"]["containers"]
         assert container["command"][:2] == ["bash", "-c"]
-        return [container["command"][2]]
+        return [expanded(container["command"][2])]
     return [found["setup"], found["run"]]
+
+
+def expanded(command, **variables):
+    """What Kubernetes makes of a command: ``$$`` is ``$``, and ``$(NAME)`` the value of a variable, if there is one."""
+
+    def one(match):
+        return "$" if match[1] is None else variables.get(match[1], match[0])
+
+    return re.sub(r"\$(?:\$|\(([^)]*)\))", one, command)
 
 
 def job(found):
@@ -100,6 +111,13 @@ def test_a_jobset_has_a_job_per_slice_and_a_pod_per_host():
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["volumeMounts"][0]["mountPath"] == "/shared"
     assert pod["volumes"][0]["nfs"] == {"server": "10.0.0.2", "path": "/vol1"}
+
+
+def test_kubernetes_changes_nothing_in_the_shell_of_a_jobset():
+    described = launch("v5p-8", env=("A=$(POD)", "B=$$", "C=$$(POD)", "D=${POD}"))
+    (container,) = job(yaml.safe_load(manifests.manifest(described, "jobset")))["template"]["spec"]["containers"]
+    read = expanded(container["command"][2], POD="replaced")
+    assert host.preamble(dataclasses.replace(described, nfs=None)).rstrip("\n") in read
 
 
 def test_a_task_for_skypilot_goes_on_after_75():
@@ -151,7 +169,7 @@ def test_the_shell_of_manifests_installs_and_trains(machine, kind):
     parts = (
         [found["setup"], found["run"]]
         if kind == "skypilot"
-        else [job(found)["template"]["spec"]["containers"][0]["command"][2]]
+        else [expanded(job(found)["template"]["spec"]["containers"][0]["command"][2])]
     )
     for text in parts:
         done = machine(text)

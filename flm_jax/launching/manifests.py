@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 from flm_jax.launching import host
 from flm_jax.launching.description import Launch, is_tpu
@@ -93,6 +94,11 @@ def _block(text: str, indent: int) -> str:
     return "\n".join(" " * indent + line if line else "" for line in text.rstrip("\n").splitlines())
 
 
+def _for_kubernetes(shell: str) -> str:
+    """Shell for a container's command, where Kubernetes replaces ``$(NAME)`` and ``$$`` unless they are escaped."""
+    return re.sub(r"\$(?=[$(])", "$$", shell)
+
+
 def jobset(launch: Launch, machine: Topology, image: str = "python:3.12") -> str:
     """A JobSet: a job per slice, a pod per host. All pods are started again together until all end with 0."""
     assert launch.nfs is not None
@@ -174,7 +180,7 @@ spec:
                     - bash
                     - -c
                     - |
-{_block(script, 22)}
+{_block(_for_kubernetes(script), 22)}
 """
 
 
