@@ -50,6 +50,34 @@ def test_the_command_that_queues_a_machine_names_all_of_it():
     assert "--node-id=n" in gcloud.create(launch("v4-8"))
 
 
+def test_metadata_that_is_given_is_joined_with_that_of_the_file_system():
+    given = ("--metadata=startup-script-url=gs://a/b,c=d", "--metadata-from-file=e=f")
+    description.check_create_args(given, NFS)
+    words = gcloud.create(launch("v4-8", nfs=NFS, create_args=given))
+    assert [word for word in words if "metadata" in word] == [
+        "--metadata=enable-oslogin=TRUE,startup-script-url=gs://a/b,c=d",
+        "--metadata-from-file=e=f",
+    ]
+    assert given[0] in gcloud.create(launch("v4-8", create_args=given))
+
+
+@pytest.mark.parametrize(
+    ("errors", "transient"),
+    [
+        ("ERROR: (gcloud.compute.tpus) UNAVAILABLE: the service is currently unavailable", True),
+        ("##### worker 0\nERROR: (gcloud.x.ssh) ResponseError: code=503,\nmessage=try later", True),
+        ("ERROR: gcloud crashed (ConnectionError): Connection reset by peer", True),
+        ("ssh: connect to host 10.0.0.3 port 22: Connection timed out", True),
+        ("ERROR: (gcloud.x.ssh) [/usr/bin/ssh] exited with return code [255].", True),
+        ("WARNING: a temporary version of pip\nERROR: No matching distribution for flm_jax==500", False),
+        ("ERROR: (gcloud.x.ssh) status 1\nERROR: Failed building wheel: INTERNAL", False),
+        ("error: host: cannot write to /shared: Connection timed out", False),
+    ],
+)
+def test_only_gcloud_and_ssh_say_that_an_error_may_pass(errors, transient):
+    assert gcloud.is_transient(errors) is transient
+
+
 def test_launches_that_run_something_else_have_another_digest():
     one = launch("v4-8", release="flm_jax==1", workdir="/a/b")
     digests = {
@@ -88,6 +116,10 @@ NFS = Nfs("10.0.0.2", "/vol1", "/shared")
         (lambda: description.nfs_of("10.0.0.2:/vol1"), "must be SERVER:/EXPORT=/MOUNT"),
         (lambda: description.nfs_of("10.0.0.2:/vol1=/"), "must be SERVER:/EXPORT=/MOUNT"),
         (lambda: description.check_env(("A=1", "B")), "--env=B must be NAME=VALUE"),
+        (lambda: description.check_zone("mars", machine_of("h100-8", None)), "not the name of a zone; such as"),
+        (lambda: description.check_create_args(("--metadata", "a=b"), NFS), "--create_arg=--metadata: with --nfs give"),
+        (lambda: description.check_create_args(("--metadata=^:^a=b:c=d",), NFS), "give one --create_arg=--metadata="),
+        (lambda: description.check_create_args(("--metadata=a=b", "--metadata=c=d"), NFS), "with --nfs give one"),
         (lambda: release.requirement("flm_jax", ("tpu",)), "is not pinned: give flm_jax==VERSION"),
         (lambda: release.requirement("flm_jax>=1", ()), "is not pinned"),
         (lambda: release.requirement("git+https://h/o/flm_jax@main", ()), "main may be a branch"),
@@ -133,6 +165,8 @@ def test_the_commit_of_a_checkout_is_a_release_if_hosts_can_fetch_it(tmp_path):
     git("remote", "add", "origin", "https://me:secret@example.org/flm")
     refused("cannot clone .* without a password")
     git("remote", "set-url", "origin", "https://example.org/flm")
+    refused("is at a commit that is not pushed")
+    git("update-ref", "refs/remotes/mine/main", "HEAD")
     refused("is at a commit that is not pushed")
     git("update-ref", "refs/remotes/origin/main", "HEAD")
     head = subprocess.run(

@@ -166,21 +166,24 @@ def check_name(name: str) -> None:
         )
 
 
-def check_zone(zone: str, machine: Topology, anywhere: bool = False) -> None:
-    """Refuses a zone that has no such TPUs.
+def check_zone(zone: str, machine: Topology | None, anywhere: bool = False) -> None:
+    """Refuses what is not the name of a zone, and a zone that has no such TPUs.
 
     Args:
       zone: such as us-east5-a.
-      machine: what is wanted there.
+      machine: what is wanted there; of GPUs, or without it, only the form of the name is checked.
       anywhere: whether to take every zone with a possible name, because the list here may be old.
 
     Raises:
       ValueError: there is no such zone, or it does not have these TPUs.
     """
-    known = ZONES[kind_of(machine)]
+    known = ZONES.get(kind_of(machine), ()) if machine is not None else ()
     if not re.fullmatch(r"[a-z]+-[a-z]+[0-9]+-[a-z0-9]+", zone):
-        raise ValueError(f"--zone={zone} is not the name of a zone; {kind_of(machine)} is in {', '.join(known)}.")
-    if zone not in known and not anywhere:
+        right = (
+            f"{kind_of(machine)} is in {', '.join(known)}" if machine is not None and known else "such as us-east5-a"
+        )
+        raise ValueError(f"--zone={zone} is not the name of a zone; {right}.")
+    if machine is not None and known and zone not in known and not anywhere:
         raise ValueError(
             f"--zone={zone}: Google Cloud offers {kind_of(machine)} in {', '.join(known)}; --any_zone takes {zone} all "
             "the same, if it is newer than this list."
@@ -220,6 +223,20 @@ def nfs_of(text: str | None) -> Nfs | None:
     if not match or match[3] == "/":
         raise ValueError(f"--nfs={text} must be SERVER:/EXPORT=/MOUNT, such as 10.0.0.2:/vol1=/shared.")
     return Nfs(match[1], match[2], match[3].rstrip("/"))
+
+
+def check_create_args(create_args: tuple[str, ...], nfs: Nfs | None) -> None:
+    """Refuses metadata that cannot be joined with that of a machine which mounts a file system.
+
+    Raises:
+      ValueError: it is not written as --metadata=KEY=VALUE,KEY=VALUE, or given twice.
+    """
+    given = [one for one in create_args if re.match(r"--metadata(=|$)", one)]
+    if nfs is not None and (len(given) > 1 or not all(re.match(r"--metadata=[\w-]+=", one) for one in given)):
+        raise ValueError(
+            f"--create_arg={given[-1]}: with --nfs give one --create_arg=--metadata=KEY=VALUE,KEY=VALUE, to which "
+            "enable-oslogin=TRUE can be added, or --metadata-from-file."
+        )
 
 
 def check_env(env: tuple[str, ...]) -> None:

@@ -21,10 +21,14 @@ from flm_jax.launching import host
 from flm_jax.launching.description import Launch
 
 _GROUP = ("gcloud", "compute", "tpus", "queued-resources")
+# What passes, in messages of gcloud or ssh themselves; what a program on a host prints, such as pip, says nothing.
 _TRANSIENT = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL\b|\b(429|500|502|503|504)\b|rate limit|[Cc]onnection (reset|refused|"
     r"closed|timed out)|[Tt]imed? ?out|temporar|Could not (SSH|resolve)|Remote end closed|"
     r"exit(ed)? with return code \[?255"
+)
+_OF_GCLOUD = re.compile(
+    r"^(ERROR: (\(gcloud|gcloud crashed).*(\n(?!ERROR).*)*|ssh: .*|.*return code \[?255.*)", re.MULTILINE
 )
 _MISSING = re.compile(r"NOT_FOUND|was not found|\b404\b")
 _EXISTS = re.compile(r"ALREADY_EXISTS|already exists|\b409\b")
@@ -48,6 +52,11 @@ class GcloudError(ValueError):
         self.transient, self.output = transient, output
 
 
+def is_transient(errors: str) -> bool:
+    """Whether gcloud or ssh name, in what a failed command printed to stderr, a reason that may pass."""
+    return any(_TRANSIENT.search(message[0]) for message in _OF_GCLOUD.finditer(errors))
+
+
 def _where(launch: Launch) -> list[str]:
     return [f"--zone={launch.zone}", *([f"--project={launch.project}"] if launch.project else [])]
 
@@ -56,8 +65,12 @@ def create(launch: Launch) -> list[str]:
     """The command that queues the machine."""
     several = [f"--node-count={launch.slices}", f"--node-prefix={launch.name}"]
     made: list[str] = []
+    others = list(launch.create_args)
     if launch.nfs is not None:  # Without OS Login a user has another id on each host, and NFS goes by ids.
-        made.append("--metadata=enable-oslogin=TRUE")
+        # gcloud takes the last --metadata alone, so the one that was given is joined with ours.
+        given = [word for word in others if word.startswith("--metadata=")]
+        others = [word for word in others if word not in given]
+        made.append(",".join(["--metadata=enable-oslogin=TRUE", *(word.partition("=")[2] for word in given)]))
     return [
         *(*_GROUP, "create", launch.name, *_where(launch)),
         f"--accelerator-type={launch.accelerator}",
@@ -67,7 +80,7 @@ def create(launch: Launch) -> list[str]:
         *made,
         "--async",
         "--quiet",
-        *launch.create_args,
+        *others,
     ]
 
 
@@ -145,7 +158,7 @@ class Gcloud:
         if process.returncode:
             said = " ".join(_telling(errors).split()) or f"exit status {process.returncode}"
             # 255 is the status of ssh itself, where the connection failed.
-            transient = process.returncode == 255 or bool(_TRANSIENT.search(errors))
+            transient = process.returncode == 255 or is_transient(errors)
             raise GcloudError(f"{_short(words)}: {said}", transient, output)
         return output
 

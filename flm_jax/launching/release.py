@@ -57,7 +57,7 @@ def of_checkout(root: Path) -> str:
         )
         changed, pushed = (
             git("status", "--porcelain", "--untracked-files=no"),
-            git("branch", "-r", "--contains", "HEAD"),
+            git("branch", "-r", "--contains", "HEAD", "--list", "origin/*"),  # hosts clone that one
         )
     except (OSError, subprocess.CalledProcessError):
         raise ValueError(
