@@ -1,91 +1,24 @@
 """Launches on TPU VMs, against a stand-in for gcloud whose hosts run the real shell: run, restarts, stop, delete."""
 
-import json
 import os
-import re
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from flm_jax.launching import gcloud, tpu
-from flm_jax.launching.description import Launch, machine_of
-from flm_jax.launching.gcloud import Gcloud, GcloudError
+from flm_jax.launching.description import machine_of
+from flm_jax.launching.gcloud import GcloudError
 from flm_jax.launching.host import Report, reports
-from flm_jax.launching.tpu import GaveUpError, Tpu, Verdict, Watch, judge
-from tests import fake_gcloud, fake_hosts
+from flm_jax.launching.tpu import GaveUpError, Verdict, judge
+from tests import fake_gcloud
+from tests.launch_world import MARK, World
 
 pytestmark = pytest.mark.integration
 
 UNAVAILABLE = "ERROR: (gcloud.compute.tpus) UNAVAILABLE: the service is currently unavailable"
-
-
-class World:
-    """The stand-in, and a launch on it."""
-
-    def __init__(self, root, monkeypatch):
-        fake_hosts.make(root)
-        self.cloud, self.workdir = root / "cloud", root / "shared/run"
-        self.workdir.parent.mkdir()
-        monkeypatch.setenv("PATH", f"{root / 'path'}:{os.environ['PATH']}")
-        monkeypatch.setenv("FAKE_GCLOUD", str(self.cloud))
-        monkeypatch.setattr(fake_gcloud, "ROOT", self.cloud)
-        self.said = []
-
-    def launch(self, **changes):
-        fields = {
-            "name": "demo",
-            "machine": machine_of("v4-16", None),
-            "zone": "us-central2-b",
-            "release": "flm_jax[tpu]==0.1.0",
-            "workdir": str(self.workdir),
-            "gin_files": ("my.gin",),
-            "files": (("my.gin", "x = 1\n"),),
-            "runtime": "tpu-ubuntu2204-base",
-        }
-        return Launch(**fields | changes)
-
-    def tpu(self, launch=None, patience=1.0, **watch):
-        cloud = Gcloud(self.said.append, pause=0.01, patience=patience)
-        return Tpu(launch or self.launch(), cloud, Watch(**{"poll": 0.05} | watch))
-
-    def faults(self, *faults):
-        fake_gcloud.store("faults.json", faults)
-
-    def calls(self):
-        """The commands that were given, the paths of copied files cut to their names."""
-        lines = [json.loads(line) for line in (self.cloud / "calls.jsonl").read_text().splitlines()]
-        return [[Path(word).name if word.endswith(".sh") else word for word in line] for line in lines]
-
-    def verbs(self):
-        """What was asked of gcloud, and of the hosts' script."""
-        found = []
-        for call in self.calls():
-            asked = re.findall(r"bash flm_launch_demo.sh ([a-z_]+(?: \d+)?)", " ".join(call))
-            found.append(asked[0] if asked else call[4])
-        return found
-
-    def started(self):
-        return [line.split()[0] for line in (self.workdir / "started").read_text().splitlines()]
-
-    def wait_for(self, what, seconds=120):
-        end = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < end, self.said
-            time.sleep(0.02)
-
-    def last(self, step):
-        """Tells the training program which step is the last one."""
-        (self.workdir / "last.new").write_text(str(step))
-        (self.workdir / "last.new").replace(self.workdir / "last")
-
-    def steps(self):
-        """Whether every host has begun to train."""
-        logs = list(self.cloud.glob("hosts/*/flm_launch/demo/log"))
-        return len(logs) == 2 and all("step" in log.read_text() for log in logs)
 
 
 @pytest.fixture
@@ -104,6 +37,7 @@ def test_run_gives_the_commands_that_a_dry_run_prints_and_finishes(world):
     arguments = f"--gin_file=my.gin --workdir={world.workdir} --distributed"
     assert (world.workdir / "started").read_text().count(arguments) == 2
     assert "flm_jax[tpu]==0.1.0" in (world.cloud / "hosts/host-0-1/pip").read_text()
+    assert world.said[0] == f"demo: flm_jax[tpu]==0.1.0, launch {world.launch().digest}."
     assert world.said[-1] == "demo: finished."
 
 
@@ -155,11 +89,13 @@ def test_stop_saves_and_a_watching_run_does_not_start_again(world):
     assert world.tpu(launch).stop() is Verdict.STOPPED
     thread.join()
     assert codes == [75]
+    assert (world.workdir / MARK).exists()  # on the disks of the hosts alone it would be lost with the machine
     saved = int((world.workdir / "saved-host-0-0").read_text())
     assert 0 < saved < 9000
     # It goes on from what was saved, if it is asked to.
     assert world.tpu(world.launch(env=(f"LAST={saved + 3}",))).run() == 0
     assert int((world.workdir / "saved-host-0-0").read_text()) == saved + 3
+    assert not (world.workdir / MARK).exists()
 
 
 def test_what_one_cannot_know_to_have_arrived_is_done_once(world):

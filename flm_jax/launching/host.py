@@ -65,17 +65,21 @@ install_here() {
 # Bash reads a script while it executes it, and a new copy may be written over this one while a run is supervised.
 # Therefore all of it is functions, and its last line leaves.
 _BODY = r"""
+# That a stop was asked for is kept in the work directory too: a machine that is taken away loses its disks.
+stop_mark="$workdir/.flm_launch_stop_asked"
+
 install() {
   mkdir -p "$home"
   exec 7>"$home/installing"
   flock 7
   shared
   install_here
+  if [ -e "$stop_mark" ]; then touch stop_asked; fi
   status
 }
 
-running() {
-  ! flock -n "$home/lock" true
+running() {  # A shared lock, so that two that ask at once do not take each other for the run.
+  ! flock -n -s "$home/lock" true
 }
 
 start() {  # ATTEMPT
@@ -83,9 +87,13 @@ start() {  # ATTEMPT
   exec 8>starting
   flock 8
   exec 9>lock
-  if [ "$(cat attempt 2>/dev/null)" != "$1" ] && flock -n 9; then
+  if [ "$(cat attempt 2>/dev/null)" != "$1" ]; then
+    if ! flock -w 10 9; then  # it waits for those that ask whether it runs
+      echo "error: $(hostname): attempt $1 was not started, because attempt $(cat attempt 2>/dev/null) still runs" >&2
+      return 1
+    fi
     shared
-    rm -f status stop_asked pid
+    rm -f status stop_asked pid "$stop_mark"
     echo "$digest" >started
     echo "$1" >attempt
     setsid bash "$self" supervise </dev/null >>log 2>&1 7>&- 8>&- &
@@ -125,8 +133,8 @@ status() {
     else
       state=lost
     fi
-    if [ -e "$home/stop_asked" ]; then asked=1; fi
   fi
+  if [ -e "$home/stop_asked" ]; then asked=1; fi
   echo "$MARK host=$(hostname) state=$state attempt=$attempt status=$code asked=$asked launch=$of"
 }
 
@@ -139,6 +147,7 @@ stop() {
   done
   if running && [ ! -e stop_asked ]; then
     touch stop_asked
+    touch "$stop_mark" || true
     kill -TERM "$(cat pid)" || true
   fi
   status

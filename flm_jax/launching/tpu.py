@@ -66,8 +66,8 @@ def judge(found: list[Report], digest: str) -> Verdict:
     if any(report.state == "running" for report in found):
         if any(report.state == "running" and report.launch != digest for report in found):
             raise ValueError(
-                "The hosts run something else under this name (another release, recipe or work directory): stop that "
-                "first, or take another --name."
+                "The hosts run something else under this name (another release, recipe or work directory) than this "
+                f"launch, {digest}: take what it was started with, stop it first, or take another --name."
             )
         return Verdict.RUNNING
     started = [report for report in found if report.attempt > 0 and report.launch == digest]
@@ -214,8 +214,16 @@ class Tpu:
             ended = f" with exit status {report.status}" if report.status is not None else ""
             asked = ", asked to stop" if report.asked else ""
             self.cloud.say(f"  {report.host}: {report.state}{ended}, attempt {report.attempt}{asked}")
-        # `status` is not told the recipe, so it takes the one that the hosts have.
-        return judge(found, found[0].launch)
+        return self._judged(found)
+
+    def _judged(self, found: list[Report]) -> Verdict:
+        """What reports amount to for the launch that the hosts have: `status` and `stop` are not told the recipe."""
+        if self.launch.machine is None:
+            answered = f"{counted(len(found), 'host')} of {self.launch.name} answered"
+            self.cloud.say(f"{answered}; with --topology (and --slices) it is checked that these are all.")
+        # A host that is new has none, and one that was left behind has an older one.
+        latest = max(found, key=lambda report: (report.state == "running", report.attempt))
+        return judge(found, latest.launch)
 
     def logs(self, node: str, worker: str, lines: int, follow: bool) -> None:
         """Prints the end of the log of one host, or of all; goes on with what is added to it, if `follow`.
@@ -251,7 +259,7 @@ class Tpu:
         while any(report.state == "running" for report in found):
             time.sleep(self.watch.poll / 10)
             found = self.reports()
-        verdict = judge(found, found[0].launch)
+        verdict = self._judged(found)
         self.cloud.say(
             f"{self.launch.name}: {verdict.value}. The machine is still there, and costs: delete it if not needed."
         )
@@ -268,6 +276,7 @@ class Tpu:
           GaveUpError: hosts are lost or out of reach too often in a row.
           ValueError: the hosts run something else.
         """
+        self.cloud.say(f"{self.launch.name}: {self.launch.release}, launch {self.launch.digest}.")
         failures = looks = mixed = 0
         first = True  # What an earlier `run` left stopped or failed is started again, what this one sees is not.
         while True:
@@ -293,11 +302,11 @@ class Tpu:
                     if verdict is Verdict.AGAIN and not any(report.status == STOPPED for report in found):
                         failures += 1
                         self._give_up_after(failures, f"Hosts were lost or killed: {_states(found)}.")
-                    self._start(found, verdict)
+                    if not self._start(found, verdict, even_if_stopped=first):
+                        return self._stopped()
                     looks = mixed = 0
                 elif verdict is Verdict.STOPPED:
-                    self.cloud.say(f"{self.launch.name}: stopped, as asked; the same command goes on.")
-                    return STOPPED
+                    return self._stopped()
                 else:
                     self.cloud.say(f"{self.launch.name}: failed: {_states(found)}.")
                     self._last_words()
@@ -306,7 +315,7 @@ class Tpu:
             except GcloudError as error:
                 # On a host that is being taken away, everything fails; whether it was is asked at the next turn.
                 # Before anything was started, an error such as no quota, or a release that pip does not find, is final.
-                if first and not error.transient and self.state() in (None, "ACTIVE"):
+                if first and self._is_final(error):
                     raise
                 failures += 1
                 self._give_up_after(failures, str(error))
@@ -314,17 +323,50 @@ class Tpu:
                 looks = 0
             time.sleep(self.watch.poll)
 
+    def _stopped(self) -> int:
+        self.cloud.say(f"{self.launch.name}: stopped, as asked; the same command goes on.")
+        return STOPPED
+
+    def _is_final(self, error: GcloudError) -> bool:
+        """Whether an error will not pass, and is not one of a machine that is being taken away."""
+        try:
+            return not error.transient and self.state() in (None, "ACTIVE")
+        except GcloudError as another:
+            return not another.transient
+
+    def settle(self, delete: bool) -> None:
+        """Deletes the machine after `run` raised an error, if no host runs anything; or says that it still costs.
+
+        Args:
+          delete: whether to delete it at all.
+        """
+        try:
+            state = self.state()
+            if state is None:
+                return
+            if delete and not (state == "ACTIVE" and any(report.state == "running" for report in self.reports())):
+                self.delete()
+                return
+            why = "its hosts are running" if delete else "without --delete_at_end it is kept"
+        except GcloudError as error:
+            why = str(error)
+        self.cloud.say(f"The machine of {self.launch.name} may still be there, and costs ({why}): see `delete`.")
+
     def _give_up_after(self, failures: int, why: str) -> None:
         if failures > self.watch.failures:
             raise GaveUpError(f"Giving up after {counted(failures, 'failure')} in a row. {why}")
 
-    def _start(self, found: list[Report], verdict: Verdict) -> None:
+    def _start(self, found: list[Report], verdict: Verdict, even_if_stopped: bool) -> bool:
+        """Installs and starts; returns False, and starts nothing, if a stop was asked for on a machine that is gone."""
         again = "" if verdict is Verdict.NEW else f" (it was: {_states(found)})"
         self.cloud.say(f"Installing and starting on {counted(len(found), 'host')}{again}.")
         with script_file(self.launch) as script:
             self.cloud.call(gcloud.copy(self.launch, script), LONG)
-        self.reports("install")
+        installed = self.reports("install")
+        if not even_if_stopped and any(report.asked for report in installed):
+            return False
         self.reports("start", max(report.attempt for report in found) + 1)
+        return True
 
     def _activate(self) -> None:
         """Waits until there is a machine; makes it, if there is none or it was taken away."""
