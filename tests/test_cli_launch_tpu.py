@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flm_jax.cli import gin_reader
+from flm_jax.cli import gin_reader, launch_tpu
 from flm_jax.planning import text
 from flm_jax.planning.topology import topology
 from tests import fake_gcloud, fake_hosts
@@ -26,6 +26,7 @@ PAGE = ROOT / "docs/launch.md"
 BLOCK = re.compile(r"```console\n\$ (python experiments/launch_tpu\.py (?:.*\\\n)*.*)\n((?:(?!```).*\n)*)```")
 WHAT = ["--name=demo", "--topology=v4-8", "--zone=us-central2-b"]
 RECIPE = ["--gin_file=gin_configs/recipes/minimal.gin", "--release=flm_jax==0.1.0"]
+TEXTS = "--gin_bindings=TextFolder.path = '/a'"
 
 
 def launch(*arguments, env=(), cwd=ROOT):
@@ -54,6 +55,7 @@ def shown(command):
         (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--topology=v4-7"], "the nearest sizes are v4-8"),
         (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--topology=h100-8"], "run is for TPUs; for h100-8 there is write"),
         (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--zone=mars"], "--zone=mars is not the name of a zone"),
+        (["status", "--name=demo", "--zone=mars"], "--zone=mars is not the name of a zone; such as us-east5-a"),
         (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--name=Demo"], "--name=Demo: give 1 to 57"),
         (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--release=flm_jax"], "--release=flm_jax is not pinned"),
         (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--gin_file=nope.gin"], "There is no gin file 'nope.gin'"),
@@ -76,9 +78,23 @@ def test_a_missing_gcloud_is_told(tmp_path):
 
 @pytest.mark.integration
 def test_a_manifest_that_cannot_be_is_told(tmp_path):
-    done = launch("write", *WHAT, *RECIPE, "--workdir=/a/b", "--format=slurm", f"--output={tmp_path / 'x'}")
+    done = launch("write", *WHAT, *RECIPE, TEXTS, "--workdir=/a/b", "--format=slurm", f"--output={tmp_path / 'x'}")
     assert done.returncode == 1 and not (tmp_path / "x").exists()
     assert done.stderr == "error: --format=slurm is for GPU nodes, such as --topology=h100-64; v4-8 is a TPU.\n"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("action", [["write", "--format=host"], ["run", "--noplan"]])
+def test_a_recipe_with_a_mistyped_name_reaches_no_host(action, tmp_path):
+    wrong = [*RECIPE, TEXTS, "--gin_bindings=Recipe.sedd = 1", "--workdir=/a/b"]
+    fake_hosts.make(tmp_path)
+    env = {"PATH": f"{tmp_path / 'path'}:{os.environ['PATH']}", "FAKE_GCLOUD": str(tmp_path / "cloud")}
+    # The machine is there already, so that no plan would be shown.
+    (tmp_path / "cloud/state.json").write_text('{"queue": ["ACTIVE"]}')
+    done = launch(*action[:1], *WHAT, *wrong, *action[1:], env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "sedd" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not {"scp", "ssh", "create"} & set(verbs(env))
 
 
 @pytest.mark.integration
@@ -92,7 +108,11 @@ def test_the_page_shows_what_dry_runs_print():
 @pytest.mark.integration
 def test_a_manifest_is_written_to_a_file_and_holds_the_recipe(tmp_path):
     file = tmp_path / "demo.sh"
-    made = launch("write", *WHAT, *RECIPE, "--workdir=/a/b", "--format=host", f"--output={file}")
+    asked = ["write", *WHAT, *RECIPE, TEXTS, "--workdir=/a/b", "--format=host", f"--output={file}"]
+    shown = launch(*asked, "--dry_run")
+    assert shown.returncode == 0 and not file.exists()
+    made = launch(*asked)
+    assert shown.stdout == file.read_text()
     assert (made.returncode, made.stdout) == (0, f"Written to {file}.\n")
     assert "small/Stage.name = 'small'" in file.read_text()
 
@@ -103,9 +123,13 @@ def test_the_gin_files_of_a_recipe_are_found_with_what_they_include(tmp_path, mo
     (tmp_path / "base/a.gin").write_text('include "b.gin"\ninclude "gin_configs/recipes/minimal.gin"\n')
     (tmp_path / "base/b.gin").write_text("# include 'c.gin'\n")
     monkeypatch.chdir(tmp_path)
-    found = gin_reader.files_of(["base/b.gin", "mine.gin"], [ROOT])
+    names, found = gin_reader.files_of(["base/b.gin", "mine.gin"], [ROOT])
+    assert names == ["base/b.gin", "mine.gin"]
     assert list(found) == ["base/b.gin", "mine.gin", "base/a.gin", "gin_configs/recipes/minimal.gin"]
     assert found["gin_configs/recipes/minimal.gin"] == ROOT / "gin_configs/recipes/minimal.gin"
+    # One file by two names is read twice, and what it includes is not taken for one that was given.
+    twice = ["base/a.gin", str(tmp_path / "base/a.gin")]
+    assert launch_tpu._gin_files(twice)[0] == ("base/a.gin", "base/a.gin")
     monkeypatch.chdir(tmp_path / "base")
     with pytest.raises(ValueError, match="lies outside of the current directory"):
         gin_reader.files_of(["../mine.gin"], [ROOT])
@@ -152,7 +176,7 @@ def test_a_plan_is_shown_before_a_machine_is_made_and_one_that_does_not_fit_make
 @pytest.mark.integration
 def test_the_hosts_go_on_when_the_program_is_interrupted_and_stop_and_delete_end_them(world, tmp_path):
     where = [*WHAT[:2], "--zone=us-central2-b", "--poll=0.1"]
-    asked = [*where, *RECIPE, f"--workdir={tmp_path}/run", "--noplan", "--env=LAST=9000"]
+    asked = [*where, *RECIPE, TEXTS, f"--workdir={tmp_path}/run", "--noplan", "--env=LAST=9000"]
     command = [sys.executable, "experiments/launch_tpu.py", "run", *asked]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**as_user(), **world})
     for line in program.stdout:

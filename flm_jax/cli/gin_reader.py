@@ -102,8 +102,10 @@ def scopes() -> set[str]:
     return {scope for scope, selector in gin.config._CONFIG if scope and selector != MACRO}
 
 
-def files_of(names: Iterable[str], shipped: Iterable[Path]) -> dict[str, Path]:
-    """The gin files that a recipe consists of, those that its files include too, by their names for another machine.
+def files_of(names: Iterable[str], shipped: Iterable[Path]) -> tuple[list[str], dict[str, Path]]:
+    """The names of a recipe's gin files for another machine, one per given name, and all files by these names.
+
+    The second holds the files that are included too.
 
     These names are relative to the current directory, or to the folder of `shipped` that holds the file. In a folder
     with the same files under these names, the recipe reads them there.
@@ -127,7 +129,7 @@ def files_of(names: Iterable[str], shipped: Iterable[Path]) -> dict[str, Path]:
         return relative
 
     given = [add(name, ()) for name in names]
-    return {name: found[name] for name in [*given, *found]}
+    return given, {name: found[name] for name in [*given, *found]}
 
 
 def find(name: str, within: tuple[Path, ...], shipped: tuple[Path, ...]) -> Path:

@@ -62,7 +62,7 @@ def define() -> None:
     define_assumptions()
     flags.DEFINE_float("poll", 60.0, "run: seconds between two looks.", lower_bound=0.01)
     flags.DEFINE_integer("max_failures", 10, "run: losses in a row after which it gives up.", lower_bound=0)
-    flags.DEFINE_bool("delete_at_end", False, "run: delete the machine when the recipe is finished or has failed.")
+    flags.DEFINE_bool("delete_at_end", False, "run: delete the machine when the recipe is finished or failed.")
     flags.DEFINE_string("node", "0", "logs: the slice; or all.")
     flags.DEFINE_string("worker", "0", "logs: the host in the slice; or all. Worker 0 of slice 0 says most.")
     flags.DEFINE_integer("lines", 50, "logs: how many lines.", lower_bound=0)
@@ -100,14 +100,15 @@ def described(values: Any) -> Launch:
                 raise ValueError(
                     f"{action} is for TPUs; for {values.topology} there is write --format=slurm or skypilot."
                 )
-            if values.zone is not None and description.is_tpu(machine):
-                description.check_zone(values.zone, machine, values.any_zone)
+        if values.zone is not None:
+            description.check_zone(values.zone, machine, values.any_zone)
         if not makes:
             return description.Launch(
                 values.name, machine, values.zone, values.project, nfs=nfs, ssh_args=tuple(values.ssh_arg)
             )
         assert machine is not None
         description.check_workdir(values.workdir, nfs)
+        description.check_create_args(tuple(values.create_arg), nfs)
         package = Path(release.__file__).resolve().parents[2]
         pinned = values.release or release.of_checkout(package)
         constraints = values.constraints
@@ -142,8 +143,23 @@ def _gin_files(names: list[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str]
     from flm_jax.cli import gin_reader
 
     package = Path(gin_reader.__file__).resolve().parents[1]
-    found = gin_reader.files_of(names, (package.parent, package))
-    return tuple(found)[: len(set(names))], tuple((name, path.read_text()) for name, path in found.items())
+    given, found = gin_reader.files_of(names, (package.parent, package))
+    return tuple(given), tuple((name, path.read_text()) for name, path in found.items())
+
+
+def check_recipe(launch: Launch, values: Any) -> None:
+    """Reads the recipe as the hosts will; what is wrong in it ends the program, before anything is written or made."""
+    from flm_jax.cli.plan import simulate
+
+    assert launch.machine is not None
+    simulate(launch.machine, "none")
+    from flm_jax.cli import configure
+    from flm_jax.cli.errors import started
+
+    with started():
+        configure.parse(values.gin_file, values.gin_bindings)
+        configure.configured(configure.train)
+        configure.check_used()
 
 
 def show_plan(launch: Launch, values: Any) -> None:
@@ -175,8 +191,9 @@ def _act(launch: Launch, values: Any) -> None:
 
     action = values.action
     if action == "write":
+        check_recipe(launch, values)
         text = manifests.manifest(launch, values.format, values.image, values.hours)
-        if values.output is None:
+        if values.output is None or values.dry_run:
             print(text, end="")
             return
         from flm_jax.files import atomic_write
@@ -185,8 +202,8 @@ def _act(launch: Launch, values: Any) -> None:
         print(f"Written to {values.output}.")
         return
     if values.dry_run:
-        if values.plan and action in MAKES:
-            show_plan(launch, values)
+        if action in MAKES:
+            (show_plan if values.plan else check_recipe)(launch, values)
         script = tpu.host.script_name(launch)
         if action == "run":
             print(f"# {script} is printed by: write --format=host. Commands are given again where they fail.")
@@ -197,8 +214,9 @@ def _act(launch: Launch, values: Any) -> None:
     pause = min(5.0, values.poll / 6)
     cloud = Gcloud(functools.partial(print, flush=True), pause=pause)
     machine = tpu.Tpu(launch, cloud, tpu.Watch(poll=values.poll, failures=values.max_failures))
-    if values.plan and action in MAKES and (action == "create" or machine.state() is None):
-        show_plan(launch, values)
+    if action in MAKES:
+        shown = values.plan and (action == "create" or machine.state() is None)
+        (show_plan if shown else check_recipe)(launch, values)
     if action == "create":
         machine.create()
     elif action == "run":
@@ -215,10 +233,16 @@ def _act(launch: Launch, values: Any) -> None:
 
 
 def _run(machine: Any, delete_at_end: bool) -> None:
+    from flm_jax.launching.gcloud import GcloudError
+    from flm_jax.launching.tpu import GaveUpError
+
     try:
         status = machine.run()
     except KeyboardInterrupt:
         print("The hosts go on without this program; the same command watches them again.", flush=True)
+        raise
+    except (GcloudError, GaveUpError):
+        machine.settle(delete_at_end)
         raise
     if delete_at_end and status != STOPPED:
         machine.delete()
