@@ -116,7 +116,10 @@ def main() -> None:
             subprocess.run(["bash", "-ec", command], cwd=folder, check=True)
             total += (took := spent() - before)
             program, *flags = simple(command)[0]
-            print(f"| `{program}` {flags[0].partition('=')[2]} | {took[0]:.0f} s | {took[1]:.0f} s |", flush=True)
+            print(
+                f"| `{program}` {''.join(flags[:1]).partition('=')[2]} | {took[0]:.0f} s | {took[1]:.0f} s |",
+                flush=True,
+            )
     print(f"| all | {total[0]:.0f} s | {total[1]:.0f} s |")
 
 
