@@ -9,6 +9,7 @@ cannot be imported. Who moves the repository changes REPOSITORY and runs the fir
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -133,6 +134,10 @@ def run(path: Path, environment: Mapping[str, str], timeout: int = 1800) -> Any:
             os.environ.pop("JUPYTER_RUNTIME_DIR")
             if before is not None:
                 os.environ["JUPYTER_RUNTIME_DIR"] = before
+    # The client's finalizer logs, and logging parses code. Left to the garbage collector it may run while Python 3.11
+    # parses code, which then fails.
+    del client
+    gc.collect()
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if output.output_type == "stream":

@@ -18,7 +18,7 @@ from tests.environment import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OURS = {"flm_jax", "experiments", "benchmarks", "tests"}
+OURS = {"flm_jax", "experiments", "benchmarks", "dev", "tests"}
 
 
 def declared(*extras: str) -> list[Requirement]:
@@ -52,7 +52,7 @@ def imports(*folders: str):
     ("folders", "extras"),
     [
         (("flm_jax", "experiments"), ("data", "eval", "select", "wandb", "mlflow", "trackio")),
-        (("tests", "benchmarks"), ("dev",)),
+        (("tests", "benchmarks", "dev"), ("dev",)),
     ],
 )
 def test_what_is_imported_is_declared(folders, extras):

@@ -27,6 +27,9 @@ GIVEN = {
     "SeqioTask": dict(name="a"),
     "Pretrained": dict(path="a"),
     "ScoringBase": dict(checkpoint="runs/base"),
+    "Range": dict(low=1.0, high=2.0),
+    "Halving": dict(rungs=[{"Stage.steps": 1}, {"Stage.steps": 2}]),
+    "Sweep": dict(seeds=[0, 1]),
 }
 # Where a thing lies is no part of what it is: these records cannot be read back alone.
 NOT_RECORDED = {"Conversations", "TextFolder", "Jsonl", "Pretrained", "ScoringBase"}
