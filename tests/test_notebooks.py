@@ -101,7 +101,7 @@ def kept(name):
     return printed(now)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_growth_and_training():
     text = kept("growth_and_training")
     first, second = text.split("angle at the growth")
@@ -125,7 +125,7 @@ def test_growth_and_training():
     assert 0 < hump < found(r"fresh: no ramp .*above zero by (\S+) at most", text) / 2
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_grow_your_own():
     text = kept("grow_your_own")
     assert text.count("greedy continuation of 64 tokens: equal") == 2
@@ -146,7 +146,7 @@ def test_plan_1t():
     assert "did you mean 'tensor'?" in text
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_chat_and_tune():
     text = kept("chat_and_tune")
     before, after = (re.findall(rf"^{which} wording +\d+ +(\S+)", text, re.MULTILINE) for which in ("seen", "new"))
