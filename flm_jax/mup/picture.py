@@ -18,7 +18,7 @@ def draw(found: Found) -> bytes:
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     last = max(len(each) for each in found.sizes.values()) - 1
     colours = colormaps["viridis"]
-    for panel, (kind, sizes) in zip(panels, found.sizes.items(), strict=False):
+    for panel, (kind, sizes) in zip(panels[: len(found.sizes)], found.sizes.items(), strict=True):
         for step, at in enumerate(sizes):
             label = f"step {step}" if step in (0, last) else None
             panel.plot(
