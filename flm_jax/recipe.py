@@ -38,8 +38,8 @@ class Stage:
       steps: optimizer steps.
       batch_size: windows per step, in all processes together.
       optimizer: the optimizer's configuration.
-      growth: how the model grows from that of the stage before; None for the first stage, which is initialised, or
-        continues with the model of `Recipe.start`.
+      growth: how the model grows from that of the stage before; None: it continues with that model. A first stage
+        without a growth is initialised, or continues with the model of `Recipe.start`.
       accumulate: parts that a batch is split into, one after the other.
     """
 
@@ -58,7 +58,7 @@ class Recipe:
     """A run from the first stage to the last: everything that determines its numbers.
 
     Attributes:
-      stages: in order; the first is initialised or begins with `start`, the others grow.
+      stages: in order; the first is initialised or begins with `start`, the others grow or continue.
       data: corpus, vocabulary, context. A vocabulary that is not named is that of `start`.
       seed: for initialisation and for entries drawn by a growth.
       loss_chunks: parts of a window that the head runs on, one at a time.
@@ -145,15 +145,15 @@ class ResolvedStage:
       lineage: its model, grown, and the growths that led to it.
       since_growth: steps between the lineage's last growth and the stage's first step: 0 if it begins with the growth,
         more if it continues a model whose masks or rate of new entries still rise; None if nothing rises any more.
-      restored: whether its first state is that of the checkpoint that the recipe starts with, rather than grown from
-        it.
+      continues: whether its first state is the last one of the stage before, or of the checkpoint that the recipe
+        starts with, rather than initialised or grown from it.
     """
 
     index: int
     stage: Stage
     lineage: Lineage
     since_growth: int | None = 0
-    restored: bool = False
+    continues: bool = False
 
     @property
     def cfg(self) -> ModelConfig:
@@ -168,7 +168,7 @@ class ResolvedStage:
     @property
     def grows(self) -> bool:
         """Whether the stage itself applies that growth."""
-        return self.growth is not None and not self.restored
+        return self.growth is not None and not self.continues
 
     @property
     def name(self) -> str:
@@ -241,12 +241,16 @@ def resolve(recipe: Recipe, source: SourceCheckpoint | None = None) -> tuple[Res
     for index, stage in enumerate(recipe.stages):
         try:
             _check_steps(stage)
-            if source is not None and not resolved and stage.growth is None:
-                found = _continued(stage, source)
+            if stage.growth is not None:
+                before = resolved[-1].lineage if resolved else None if source is None else source.lineage
+                found = ResolvedStage(index, stage, _grown(stage, before))
+            elif resolved:
+                # By the end of a stage, its masks and the rate of its new entries have risen: see `_check_rising`.
+                found = _continued(stage, index, resolved[-1].lineage, None, f"stage {resolved[-1].name!r}")
+            elif source is not None:
+                found = _continued(stage, index, source.lineage, _risen_in(source), "the checkpoint")
             else:
-                start = None if source is None else source.lineage
-                before = resolved[-1].lineage if resolved else start
-                found = ResolvedStage(index, stage, _lineage(stage, before, resolved[-1].name if resolved else ""))
+                found = ResolvedStage(index, stage, Lineage(stage.model))
             _check_rising(found)
         except ValueError as error:
             raise ValueError(f"Stage {stage.name!r}: {error}") from error
@@ -270,30 +274,38 @@ def check_vocabulary(stages: Sequence[ResolvedStage], size: int) -> None:
             )
 
 
-def _continued(stage: Stage, source: SourceCheckpoint) -> ResolvedStage:
-    """The first stage if it continues a checkpoint's model, with the stage's own numerics."""
-    kept = {name: getattr(source.cfg, name) for name in ("norm_width", "head_width")}
+def _continued(stage: Stage, index: int, before: Lineage, since: int | None, name: str) -> ResolvedStage:
+    """A stage that continues a model, with the stage's own numerics.
+
+    Args:
+      stage: as the recipe gives it.
+      index: its place in the recipe.
+      before: the model.
+      since: steps since the model's last growth, if its masks or rate of new entries still rise; otherwise None.
+      name: what to call the model's owner in errors.
+    """
+    kept = {field: getattr(before.cfg, field) for field in ("norm_width", "head_width")}
     model = stage.model.replace(**kept)
-    same = model.replace(**{name: getattr(source.cfg, name) for name in NUMERICS})
-    if found := list(differences(as_dict(source.cfg), as_dict(same))):
+    same = model.replace(**{field: getattr(before.cfg, field) for field in NUMERICS})
+    if found := list(differences(as_dict(before.cfg), as_dict(same))):
         raise ValueError(
-            f"its model is not that of the checkpoint: {'; '.join(found)}. Take the same, or give the stage a Growth."
+            f"its model is not that of {name}: {'; '.join(found)}. Take the same, or give the stage a Growth."
         )
+    return ResolvedStage(index, stage, dataclasses.replace(before, cfg=model), since_growth=since, continues=True)
+
+
+def _risen_in(source: SourceCheckpoint) -> int | None:
+    """Steps since a checkpoint's last growth, if its masks or rate of new entries still rise; otherwise None."""
     # Of a checkpoint that has just grown, everything rises from here, even over no steps.
     begins = source.step == 0 and source.lineage.growth is not None
     since = source.meta.since_growth
-    since = since + source.step if since is not None and (source.rising or begins) else None
-    lineage = dataclasses.replace(source.lineage, cfg=model)
-    return ResolvedStage(0, stage, lineage, since_growth=since, restored=True)
+    return since + source.step if since is not None and (source.rising or begins) else None
 
 
-def _lineage(stage: Stage, before: Lineage | None, name: str) -> Lineage:
+def _grown(stage: Stage, before: Lineage | None) -> Lineage:
+    assert stage.growth is not None
     if before is None:
-        if stage.growth is not None:
-            raise ValueError("the first stage is initialised, so its growth must be None.")
-        return Lineage(stage.model)
-    if stage.growth is None:
-        raise ValueError(f"it follows {name!r} and must say how it grows: give it a Growth.")
+        raise ValueError("the first stage is initialised, so its growth must be None.")
     return before.grown(stage.model, stage.growth)
 
 

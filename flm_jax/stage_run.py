@@ -99,16 +99,20 @@ class StageRun:
     def start(self, state: TrainState | None) -> TrainState:
         """The state at step 0, measured and saved.
 
-        It is initialised, taken from the recipe's start checkpoint, or grown from the given state and verified.
+        It is initialised, grown from the given state and verified, or the given state itself: that of the stage before
+        or of the recipe's start checkpoint.
         """
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), self.stage.index)
         provenance = beginning(self.recipe, self.stage.index)
         if state is None:
             state = self.program.initialiser()(key)
-        elif self.stage.restored:
-            assert self.source is not None
+        elif self.stage.continues:
+            # The stage before may have used another mesh; if not, this moves nothing.
+            state = jax.device_put(state, self.program.shardings)
             state = state.replace(step=jax.numpy.zeros_like(state.step))
-            provenance |= {"start": self.source.digest}
+            if self.stage.index == 0:
+                assert self.source is not None
+                provenance |= {"start": self.source.digest}
         else:
             state, record = self._grow(state, key)
             provenance |= record

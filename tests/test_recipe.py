@@ -19,7 +19,10 @@ def test_an_unmasked_growth_of_nothing_and_other_impossible_recipes(recipe):
     cases = [
         ((), "Recipe.stages is empty"),
         ((second,), "Stage 'second': the first stage is initialised"),
-        ((first, grow(second, growth=None)), "Stage 'second': it follows 'first' and must say how it grows"),
+        (
+            (first, grow(second, growth=None)),
+            r"Stage 'second': its model is not that of stage 'first': .*embed: 24 -> 32.*give the stage a Growth",
+        ),
         (
             (first, grow(second, growth=Growth("mask"))),
             r"ramp_steps=0 on embed: give the ramp at least one step",

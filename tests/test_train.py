@@ -15,15 +15,16 @@ from flm_jax.checkpoint import Checkpoints
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.source import open_data
-from flm_jax.growth import GrowthError
-from flm_jax.recipe import Recipe, Run, resolve
+from flm_jax.growth import Growth, GrowthError
+from flm_jax.optimizer import OptimizerConfig
+from flm_jax.recipe import Recipe, Run, Stage, resolve
 from flm_jax.records import check_identity
 from flm_jax.run_comparison import read_run_curves
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.step import StageProgram
 from tests import small
-from tests.runs import RAMP, RUN, StopAfter
-from tests.small import write_corpus
+from tests.runs import RAMP, RUN, StopAfter, recipe_of
+from tests.small import shape, write_corpus
 
 pytestmark = pytest.mark.integration
 
@@ -68,6 +69,28 @@ def test_a_run_learns_grows_exactly_and_reports(reference, recipe):
     assert list((workdir / "events").rglob("events.out.tfevents*"))
     assert "blocks/attention/query" in (workdir / "parameters.txt").read_text()
     assert (workdir / "config.gin").read_text() == "# as given"
+
+
+def test_a_stage_without_a_growth_continues_the_one_before_bit_for_bit(data, tmp_path):
+    """At a constant rate, cutting a stage in two changes nothing: not the batches, the moments or Adam's count.
+
+    The growth before it is by `asymmetric`, whose rate of new entries has risen by then.
+    """
+    steady = OptimizerConfig(learning_rate=1e-2, schedule="constant")
+    growth = Growth("zero", optimizer="asymmetric", rewarm_steps=3)
+    first, grown = Stage("first", shape(), 2, 8, steady), Stage("grown", shape(layers=3), 4, 8, steady, growth)
+    last = dataclasses.replace(grown, name="last", growth=None, steps=2)
+    run = dataclasses.replace(RUN, meshes={"last": MeshConfig(fsdp=4)})
+    cut = recipe_of(data, first, grown, last, dataclasses.replace(last, name="end", steps=1))
+    whole = recipe_of(data, first, grown, dataclasses.replace(last, steps=3))
+    digests = []
+    for name, recipe in (("cut", cut), ("whole", whole)):
+        training.train(recipe, run if recipe is whole else RUN, tmp_path / name)
+        digests.append(digest(recipe, RUN, tmp_path / name))
+    report = json.loads((tmp_path / "cut" / "report.json").read_text())
+    assert [g["stage"] for g in report["growths"]] == ["grown"]
+    assert resolve(cut)[2].since_growth is None
+    assert digests[0] == digests[1]
 
 
 def test_stages_on_meshes_of_their_own_give_the_same_losses(reference, recipe, tmp_path):

@@ -88,7 +88,7 @@ def programs(recipe: Recipe, program: StageProgram) -> Iterator[tuple[str, Any]]
             with quietly_donated():
                 lowered = make_grower(stage.lineage, mesh, donate=True).lower(before, key)
             yield "growth", lowered
-        elif not stage.restored:
+        elif not stage.continues:
             yield "initialisation", program.initialiser().lower(key)
         if stage.ramp_steps:
             yield "train step with masks", program.stepper(masked=True).lower(program.abstract_state, batch)
