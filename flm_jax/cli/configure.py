@@ -23,6 +23,7 @@ from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run
 from flm_jax.records import FieldError, meant
 from flm_jax.records.fields import NonNegative, Seed, Size, fitted, hints, says
+from flm_jax.savings.study import Study
 from flm_jax.selection.config import Selection
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import model_of
@@ -173,6 +174,13 @@ def sweep(over: Sweep = gin.REQUIRED) -> Sweep:
 
 
 @gin.configurable(module="flm_jax")
+def savings(study: Study = gin.REQUIRED) -> Study:
+    """The study of `experiments/savings.py`, from gin."""
+    found: Study = fitted(savings, dict(study=study))["study"]
+    return found
+
+
+@gin.configurable(module="flm_jax")
 def coordinate_check(model: ModelConfig | None = None, optimizer: OptimizerConfig | None = None) -> dict[str, Any]:
     """The model and the optimizer of `experiments/coordinate_check.py`, from gin; None: those of the small family."""
     return fitted(coordinate_check, dict(model=model, optimizer=optimizer))
@@ -228,4 +236,4 @@ def _lacking(name: str, quoted: str, scope: str) -> str:
     return f"{full} lacks {', '.join(missing)}: bind {right}.{near}"
 
 
-PROGRAMS = ("train", "grow", "verify", "evaluate", "generate", "select_sft", "sweep", "coordinate_check")
+PROGRAMS = ("train", "grow", "verify", "evaluate", "generate", "select_sft", "sweep", "savings", "coordinate_check")

@@ -1,0 +1,153 @@
+"""Trains what a list of recipes needs, stage by stage, in some processes at a time, and keeps every snapshot.
+
+Stages that several recipes begin with are trained once. What is kept is not trained again, so that a study goes on
+where it was stopped.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flm_jax.files import sha256_json
+from flm_jax.recipe import Recipe
+from flm_jax.savings.replicas import Snapshot, alike, train_stage
+from flm_jax.savings.snapshots import Snapshots
+
+
+@dataclass(frozen=True)
+class How:
+    """How recipes are trained.
+
+    Attributes:
+      snapshots: where what is trained is kept.
+      cores: for each process that may run at the same time, its cores; empty: all in this process.
+      replicas: the most runs that are trained as one program.
+      deadline: `time.monotonic()` after which no stage begins any more; None: none.
+    """
+
+    snapshots: Snapshots
+    cores: Sequence[tuple[int, ...]] = ()
+    replicas: int = 1
+    deadline: float | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage of recipes that are trained as replicas."""
+
+    recipes: tuple[Recipe, ...]
+    index: int
+
+
+def perform(task: Task, snapshots: Snapshots) -> list[float]:
+    """Trains a task's stage, keeps the snapshots, and returns their held-out losses."""
+    before = [snapshots.read(recipe, task.index - 1) if task.index else None for recipe in task.recipes]
+    if all(snapshot is not None and snapshot.diverged for snapshot in before):
+        after = [_given_up(snapshot) for snapshot in before if snapshot is not None]
+    else:
+        after = train_stage(task.recipes, task.index, before)
+    for recipe, snapshot in zip(task.recipes, after, strict=True):
+        snapshots.write(recipe, task.index, snapshot)
+    return [float(snapshot.evals[-1]["loss"]) for snapshot in after]
+
+
+def _given_up(snapshot: Snapshot) -> Snapshot:
+    last = {**snapshot.evals[-1], "stage": snapshot.evals[-1]["stage"] + 1, "step": 0, "loss": math.inf}
+    return dataclasses.replace(snapshot, evals=(*snapshot.evals, last))
+
+
+def tasks_of(recipes: Sequence[Recipe], how: How) -> tuple[list[Task], int]:
+    """The tasks that can begin now, and how many stages are left in all, these included."""
+    left: dict[Any, tuple[Recipe, int]] = {}
+    for recipe in recipes:
+        for index in range(len(recipe.stages)):
+            if not how.snapshots.has(recipe, index):
+                left.setdefault(how.snapshots.path(recipe, index), (recipe, index))
+    ready = [(recipe, index) for recipe, index in left.values() if not index or how.snapshots.has(recipe, index - 1)]
+    groups: dict[str, list[tuple[Recipe, int]]] = collections.defaultdict(list)
+    for recipe, index in ready:
+        groups[sha256_json([index, alike(recipe, index)])].append((recipe, index))
+    tasks = [
+        Task(tuple(recipe for recipe, _ in group[start : start + how.replicas]), group[0][1])
+        for group in groups.values()
+        for start in range(0, len(group), how.replicas)
+    ]
+    return tasks, len(left)
+
+
+def train_all(recipes: Sequence[Recipe], how: How, show: Callable[[str], None] = print) -> bool:
+    """Trains all stages of all recipes that are not kept yet; whether all are kept afterwards.
+
+    A stage that fails is reported, and what would follow it is left; the others go on.
+    """
+    failed: set[Any] = set()
+    running: dict[concurrent.futures.Future[list[float]], Task] = {}
+    with _pool(how) as pool:
+        while True:
+            tasks, left = tasks_of(recipes, how)
+            busy = {how.snapshots.path(r, task.index) for task in running.values() for r in task.recipes} | failed
+            fresh = [task for task in tasks if busy.isdisjoint(how.snapshots.path(r, task.index) for r in task.recipes)]
+            # No more than the processes can begin at once: later tasks may be grouped better.
+            room = max(len(how.cores), 1) - len(running)
+            for task in () if how.late else fresh[:room]:
+                running[pool.submit(perform, task, how.snapshots)] = task
+            if not running:
+                return left == 0
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                task = running.pop(future)
+                names = ", ".join(f"seed {r.seed}" for r in task.recipes)
+                what = f"stage {task.index + 1} of {len(task.recipes[0].stages)}, {_shape(task)}, {names}"
+                if error := future.exception():
+                    failed |= {how.snapshots.path(r, task.index) for r in task.recipes}
+                    show(f"{what} failed: {error}")
+                else:
+                    losses = ", ".join(f"{loss:.4f}" for loss in future.result())
+                    show(f"{left - len(task.recipes)} stages left; {what}: held-out loss {losses}")
+
+
+def _shape(task: Task) -> str:
+    stage = task.recipes[0].stages[task.index]
+    return f"{stage.model.layers} x {stage.model.embed}, {stage.steps} steps at {stage.optimizer.learning_rate:g}"
+
+
+class _Here(concurrent.futures.Executor):
+    """An executor that runs what it is given at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _pool(how: How) -> concurrent.futures.Executor:
+    if not how.cores:
+        return _Here()
+    context = multiprocessing.get_context("spawn")
+    shares = context.SimpleQueue()
+    for cores in how.cores:
+        shares.put(cores)
+    return concurrent.futures.ProcessPoolExecutor(len(how.cores), context, _take_cores, (shares,))
+
+
+def _take_cores(shares: Any) -> None:
+    """Restricts a new process to its share of the cores, before JAX counts them."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, shares.get())

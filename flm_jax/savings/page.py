@@ -1,0 +1,235 @@
+"""The page of a study: what runs from scratch reach, the frontier, and what each growth saves, with plots beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from flm_jax import costs
+from flm_jax.files import atomic_write
+from flm_jax.records import counted
+from flm_jax.savings import picture
+from flm_jax.savings.fit import Point, Ratio
+from flm_jax.savings.results import Result
+from flm_jax.savings.study import baselines
+from flm_jax.savings.summary import GrownRow, Summary, spread
+
+
+def write_page(summary: Summary, path: Path, command: str) -> None:
+    """Writes the page of a study, and its plots beside it.
+
+    Args:
+      summary: of the study.
+      path: of the page, a Markdown file.
+      command: that made it.
+    """
+    plots = {
+        "rates": picture.rates(summary),
+        "scratch": picture.scratch(summary),
+        "savings": picture.savings(summary),
+        "curves": picture.curves(summary),
+    }
+    for name, plot in plots.items():
+        if plot is not None:
+            atomic_write(path.parent / f"{path.stem}_{name}.png", plot)
+    shown = {name: f"{path.stem}_{name}.png" for name, plot in plots.items() if plot is not None}
+    atomic_write(path, "\n".join(page(summary, command, shown)) + "\n")
+
+
+def page(summary: Summary, command: str, plots: dict[str, str]) -> Iterator[str]:
+    """The lines of the page."""
+    study = summary.study
+    target, context = study.target, study.target.data.context
+    tokens = target.steps(target.tokens_per_param) * target.batch_size * context
+    yield f"# Does growing pay: {target.name}"
+    yield ""
+    yield f"Made by `{command}`."
+    yield ""
+    yield (
+        f"The target has {costs.shape_line(target.model)}: {costs.count(target.params)} parameters, the embedding "
+        f"included. A full run is {costs.count(tokens)} tokens, {target.tokens_per_param:g} per parameter, "
+        f"in steps of {target.batch_size} x {context}. Losses are held-out, in nats per token, on "
+        f"{counted(target.eval_windows, 'window')}. FLOPs are those of all stages of a run, counted from shapes "
+        "(`flm_jax.costs`); tuning is not in them. All runs of an arm's seed read the same data in the same order."
+    )
+    yield ""
+    if summary.noise:
+        yield f"The loss of a run has a standard deviation of {summary.noise:.4f} over seeds, pooled over all arms."
+        yield ""
+    yield from _rates(summary, plots)
+    yield from _scratch(summary, plots)
+    yield from _frontier(summary)
+    yield from _plans(summary, plots)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def _plot(plots: dict[str, str], name: str, about: str) -> Iterator[str]:
+    if name in plots:
+        yield f"![{about}]({plots[name]})"
+        yield ""
+
+
+def _rates(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
+    """The tuning of scratch runs of the target."""
+    yield "## Tuned rates"
+    yield ""
+    families = baselines(summary.study)
+    found = [(family, family.search(summary.results)) for family in families]
+    spent = 0.0
+    rows = []
+    for family, (arms, rate) in found:
+        for arm in arms:
+            if arm.name in summary.results:
+                result = summary.results[arm.name]
+                spent += result.flops
+                mark = " (best)" if rate == _rate_of(result) else ""
+                rows.append([family.optimizer, family.schedule, f"{_rate_of(result):g}{mark}", spread(result.losses)])
+    yield f"Scratch runs of the target. The search took {spent:.3g} FLOPs, which no ratio below counts."
+    yield ""
+    yield from _table(("optimizer", "schedule", "peak rate", "loss"), rows)
+    yield from _plot(plots, "rates", "loss against the learning rate")
+
+
+def _rate_of(result: Result) -> float:
+    return result.recipe.stages[0].optimizer.learning_rate
+
+
+def _scratch(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
+    """Scratch runs of the target at all budgets."""
+    yield "## From scratch"
+    yield ""
+    per_param = summary.study.target.params
+    rows = []
+    for family in baselines(summary.study):
+        if family.search(summary.results)[1] is None:
+            continue
+        for arm in family.budgets(summary.results, 1):
+            if arm.name in summary.results:
+                r = summary.results[arm.name]
+                rows.append(
+                    [
+                        family.optimizer,
+                        family.schedule,
+                        f"{r.tokens / per_param:.1f}",
+                        f"{r.flops:.3g}",
+                        spread(r.losses),
+                        str(len(r.runs)),
+                    ]
+                )
+    yield from _table(("optimizer", "schedule", "tokens per parameter", "FLOPs", "loss", "seeds"), rows)
+    yield from _plot(plots, "scratch", "loss of scratch runs against FLOPs, with the fitted frontier")
+
+
+def _frontier(summary: Summary) -> Iterator[str]:
+    """The fit over sizes and budgets, and its residuals."""
+    fitted = summary.frontier
+    if fitted is None:
+        return
+    floor, a_log, a, b_log, b = fitted.values
+    yield "## The frontier"
+    yield ""
+    yield (
+        f"Scratch runs of {len({p.params for p in summary.others})} sizes, fitted by L(N, D) = E + A / N^a + B / D^b "
+        f"with E = {floor:.3f}, A = {math.exp(a_log):.3g}, a = {a:.3f}, B = {math.exp(b_log):.3g}, b = {b:.3f}. "
+        "At each budget the best size is that with the lowest fitted loss, among sizes within the data."
+    )
+    yield ""
+    sizes = {p.params: name for name, p in _named(summary)}
+    rows = [
+        [
+            sizes.get(p.params, "target"),
+            costs.count(p.params),
+            costs.count(p.tokens),
+            f"{p.flops:.3g}",
+            f"{p.loss:.4f}",
+            f"{left:+.4f}",
+        ]
+        for p, left in zip(summary.others, fitted.residuals, strict=True)
+    ]
+    yield from _table(("size", "parameters", "tokens", "FLOPs", "loss", "minus fit"), rows)
+    full = next((p for p in summary.others if p.params == summary.study.target.params), None)
+    if full is not None:
+        at = summary.study.target.tokens_per_param * full.params * full.flops / full.tokens
+        loss, size = fitted.best(at)
+        per = at / math.exp(float(_cost(fitted.cost, size))) / size
+        yield (
+            f"At the FLOPs of a full run of the target the best size has {costs.count(size)} parameters "
+            f"({per:.0f} tokens per parameter) and a fitted loss of {loss:.4f}."
+        )
+        yield ""
+
+
+def _cost(coefficients: Sequence[float], size: float) -> float:
+    total = 0.0
+    for coefficient in coefficients:
+        total = total * math.log(size) + coefficient
+    return total
+
+
+def _named(summary: Summary) -> Iterator[tuple[str, Point]]:
+    study = summary.study
+    for name, changes in study.sizes.items():
+        yield name, Point(costs.param_count(study.target.shape(**changes)), 0, 0, 0)
+
+
+def _plans(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
+    """What growths reached, a table per group of plans."""
+    if not summary.rows:
+        return
+    yield "## Growths"
+    yield ""
+    yield (
+        "Same-size: FLOPs of scratch runs of the target, with the same optimizer and the best of its schedules, at the "
+        "growth's loss, divided by its own FLOPs. Frontier: the same against the best scratch run of any size. Both "
+        "have an interval of 95 % from the noise over seeds and the residuals of the fit; '-': the loss lies outside "
+        "the runs that were measured. Gain: the loss of a scratch run of the target with the same FLOPs, minus the "
+        "growth's own. Spike: the rise of the loss at the growth; recovered after: the tokens until it is gone."
+    )
+    yield ""
+    yield from _plot(plots, "savings", "loss against FLOPs: growths and scratch runs")
+    groups: dict[str, list[GrownRow]] = {}
+    for row in summary.rows:
+        groups.setdefault(row.name.split("-")[0], []).append(row)
+    several = len(summary.study.optimizers) > 1
+    head = ["plan", "exact", "loss", "FLOPs", "gain", "same-size"]
+    head += ["against the best optimizer"] if several else []
+    head += ["frontier", "spike", "recovered after"]
+    for group, members in groups.items():
+        yield f"### {group}"
+        yield ""
+        yield from _table(head, [_cells(row, several) for row in members])
+    yield from _plot(plots, "curves", "held-out loss during training")
+
+
+def _cells(row: GrownRow, several: bool) -> list[str]:
+    growths = row.result.growths()
+    rises = ", ".join(f"{rise:+.3f}" for rise, _ in growths[: _per_run(row)])
+    back = ", ".join("not" if math.isinf(tokens) else costs.count(tokens) for _, tokens in growths[: _per_run(row)])
+    return [
+        row.name,
+        "yes" if row.preserving else "no",
+        spread(row.result.losses),
+        f"{row.result.flops:.3g}",
+        "-" if row.gain is None else f"{row.gain:+.4f}",
+        _shown(row.same_size),
+        *([_shown(row.best_optimizer)] if several else []),
+        _shown(row.frontier),
+        rises,
+        back,
+    ]
+
+
+def _per_run(row: GrownRow) -> int:
+    return sum(stage.growth is not None for stage in row.result.recipe.stages)
+
+
+def _shown(ratio: Ratio | None) -> str:
+    return "-" if ratio is None else str(ratio)

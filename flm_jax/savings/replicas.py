@@ -1,0 +1,220 @@
+"""Trains one stage of recipes that differ only in seed and learning rate as one program, in memory.
+
+What `flm_jax.train` does with checkpoints, logs and reports is done here without them, for models that train in
+minutes: the same states from the same recipe. A stage begins with a `Snapshot` of the stage before and ends with
+another, so that runs which share their first stages share the work: many decays can follow one stable stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flm_jax import costs
+from flm_jax.data.batches import Batch, TokenBatches
+from flm_jax.data.source import Data, open_data
+from flm_jax.growth import Growth
+from flm_jax.growth.distance import settle
+from flm_jax.loss import make_heldout_loss
+from flm_jax.recipe import Recipe, ResolvedStage, Run, resolve
+from flm_jax.records import as_dict
+from flm_jax.sharding import few_rows, put_batch
+from flm_jax.stage_run import stage_program
+from flm_jax.state import TrainState
+from flm_jax.step import StageProgram, make_grower
+
+# Times the loss of a uniform guess: a run with a greater loss has diverged.
+MAX_LOSS = 3.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a run stands at the end of a stage.
+
+    Attributes:
+      state: its train state, on the host.
+      position: in the data.
+      placed: the growths so far, by the index of their stage, with their layers placed.
+      evals: held-out measurements so far: stage (index), step, tokens, flops (both of the whole run) and loss.
+      seconds: wall-clock seconds that the stages took; replicas share them.
+    """
+
+    state: TrainState
+    position: bytes
+    placed: Mapping[int, Growth]
+    evals: tuple[Mapping[str, Any], ...]
+    seconds: float = 0.0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a held-out loss is not a number, or the run was given up."""
+        return not math.isfinite(self.evals[-1]["loss"])
+
+
+def alike(recipe: Recipe, index: int) -> dict[str, Any]:
+    """A record that is equal for recipes whose stages up to `index` can be trained as replicas of each other."""
+    record = stages_record(recipe, index)
+    record["seed"] = record["data"]["seed"] = None
+    for stage in record["stages"]:
+        stage["optimizer"]["learning_rate"] = None
+    return record
+
+
+def stages_record(recipe: Recipe, index: int) -> dict[str, Any]:
+    """A record of everything that determines a run up to the end of stage `index`; names of stages are left out."""
+    whole = as_dict(dataclasses.replace(recipe, stages=recipe.stages[: index + 1]))
+    stages = [{key: value for key, value in stage.items() if key != "name"} for stage in whole["stages"]]
+    return {**whole, "stages": stages}
+
+
+def train_stage(recipes: Sequence[Recipe], index: int, before: Sequence[Snapshot | None]) -> list[Snapshot]:
+    """The snapshots at the end of stage `index` of each recipe, from those at the end of the stage before.
+
+    Args:
+      recipes: equal but for `Recipe.seed`, `DataConfig.seed` and learning rates.
+      index: of the stage.
+      before: a snapshot per recipe; None for the first stage.
+
+    Raises:
+      ValueError: the recipes differ in something else.
+    """
+    begun = time.monotonic()
+    if any(alike(recipe, index) != alike(recipes[0], index) for recipe in recipes):
+        raise ValueError("Replicas must be equal but for their seeds and learning rates.")
+    data = [open_data(recipe.data) for recipe in recipes]
+    replicas = [
+        _Replica(recipe, index, snapshot, about) for recipe, snapshot, about in zip(recipes, before, data, strict=True)
+    ]
+    lead = replicas[0]
+    if len(replicas) > 1 and any(replica.placed != lead.placed for replica in replicas):
+        raise ValueError("Replicas whose layers were placed by measured distances cannot share a program.")
+    program, stage = lead.program, lead.program.stage
+    with jax.set_mesh(program.mesh):
+        measure = _Measure(recipes[0], program, data[0])
+        state = _stacked([replica.start() for replica in replicas])
+        paces = jnp.asarray(
+            [r.recipe.stages[index].optimizer.learning_rate / stage.optimizer.learning_rate for r in replicas]
+        )
+        for replica, own in zip(replicas, _each(state, len(replicas)), strict=True):
+            if index == 0 or stage.grows:
+                replica.measured(0, measure(own, 0))
+        masked, stepper = None, None
+        for step in range(stage.steps):
+            if masked != (step < stage.ramp_steps):
+                masked = step < stage.ramp_steps
+                stepper = _stepper(program, masked, len(replicas))
+            batches = [put_batch(r.batches.next(stage.batch_size), program.mesh) for r in replicas]
+            assert stepper is not None
+            state = stepper(state, batches[0]) if len(replicas) == 1 else stepper(state, _stacked(batches), paces)
+            done = step + 1
+            if done % recipes[0].eval_every == 0 or done == stage.steps:
+                for replica, own in zip(replicas, _each(state, len(replicas)), strict=True):
+                    replica.measured(done, measure(own, done))
+                if all(replica.diverged for replica in replicas):
+                    break
+        seconds = time.monotonic() - begun
+        hosts = jax.device_get(_each(state, len(replicas)))
+        return [replica.end(own, seconds) for replica, own in zip(replicas, hosts, strict=True)]
+
+
+class _Replica:
+    """One recipe during a stage: its data, its first state, and what is measured of it."""
+
+    def __init__(self, recipe: Recipe, index: int, before: Snapshot | None, data: Data) -> None:
+        self.recipe, self.index, self.before, self.data = recipe, index, before, data
+        self.placed = dict(before.placed) if before else {}
+        self.evals: list[Mapping[str, Any]] = list(before.evals) if before else []
+        self.program = stage_program(recipe, Run(), self._resolved()[index])
+        self.batches: TokenBatches = data.train()
+        if before is not None:
+            self.batches.restore(before.position)
+        # Tokens and FLOPs of the stages before, of which each has its own model.
+        context = recipe.data.context
+        earlier = [(s.steps * s.batch_size * context, s.cfg) for s in self._resolved()[:index]]
+        self.tokens = sum(tokens for tokens, _ in earlier)
+        self.flops = sum(tokens * costs.train_flops_per_token(cfg, context) for tokens, cfg in earlier)
+
+    def _resolved(self) -> tuple[ResolvedStage, ...]:
+        """The stages up to this one, with new layers placed as far as that is known."""
+        stages = [
+            dataclasses.replace(stage, growth=self.placed.get(number, stage.growth))
+            for number, stage in enumerate(self.recipe.stages[: self.index + 1])
+        ]
+        return resolve(dataclasses.replace(self.recipe, stages=tuple(stages)))
+
+    @property
+    def diverged(self) -> bool:
+        return not math.isfinite(self.evals[-1]["loss"])
+
+    def start(self) -> TrainState:
+        """The state at step 0 of the stage; the keys are those of `flm_jax.train`."""
+        key = jax.random.fold_in(jax.random.key(self.recipe.seed), self.index)
+        if self.before is None:
+            first: TrainState = self.program.initialiser()(key)
+            return first
+        if not self.program.stage.grows:
+            state: TrainState = jax.device_put(self.before.state, self.program.shardings)
+            return state.replace(step=jnp.zeros_like(state.step))
+        lineage, mesh = self.program.stage.lineage, self.program.mesh
+        few = put_batch(next(iter(self.data.heldout(few_rows(mesh), few_rows(mesh)))), mesh)
+        lineage, _ = settle(lineage, self.before.state.params, few.inputs_BT, few.segments_BT)
+        self.placed[self.index] = lineage.last_growth
+        self.program = stage_program(self.recipe, Run(), self._resolved()[self.index])
+        grown: TrainState = make_grower(lineage, mesh)(self.before.state, key)
+        return grown
+
+    def measured(self, step: int, loss: float) -> None:
+        """Adds a held-out measurement; a loss far above that of a guess counts as none."""
+        stage, context = self.program.stage, self.recipe.data.context
+        own = step * stage.batch_size * context
+        flops = self.flops + own * costs.train_flops_per_token(stage.cfg, context)
+        if not loss < MAX_LOSS * math.log(stage.cfg.vocab):
+            loss = math.inf
+        self.evals.append(
+            {"stage": self.index, "step": step, "tokens": self.tokens + own, "flops": flops, "loss": loss}
+        )
+
+    def end(self, state: TrainState, seconds: float) -> Snapshot:
+        spent = seconds + (self.before.seconds if self.before else 0.0)
+        return Snapshot(state, self.batches.state(), self.placed, tuple(self.evals), spent)
+
+
+class _Measure:
+    """The held-out loss of a state: (state, step) -> nats per token."""
+
+    def __init__(self, recipe: Recipe, program: StageProgram, data: Data) -> None:
+        self.program = program
+        self.loss = make_heldout_loss(program.stage.cfg, program.mesh, recipe.loss_chunks)
+        self.batches: list[Batch] = list(data.heldout(program.stage.batch_size, recipe.eval_windows))
+
+    def __call__(self, state: TrainState, step: int) -> float:
+        return self.loss(state.params, self.batches, self.program.masks(step))
+
+
+def _stepper(program: StageProgram, masked: bool, replicas: int) -> Any:
+    """The jitted train step: for one run (state, batch), for several (states, batches, paces), stacked."""
+    step = program.step_function(masked)
+
+    def one(state: TrainState, batch: Any, pace: Any = 1.0) -> TrainState:
+        after: TrainState = step(state, batch, pace)[0]
+        return after
+
+    several = jax.vmap(one) if replicas > 1 else one
+    return jax.jit(several, donate_argnums=0, compiler_options=program.options)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    """Trees of equal shapes as one tree with a leading axis; a single tree as it is."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+def _each(tree: Any, replicas: int) -> list[Any]:
+    """The trees that `_stacked` made one of."""
+    return [tree] if replicas == 1 else [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(replicas)]

@@ -1,0 +1,42 @@
+"""Runs the steps of a study and keeps its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flm_jax.savings import results as kept
+from flm_jax.savings.execute import How, train_all
+from flm_jax.savings.results import Result
+from flm_jax.savings.study import STEPS, Study, missing
+
+
+def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> dict[str, Result]:
+    """Trains what steps of a study still lack, and returns all results; each is also a file of `directory`.
+
+    Args:
+      study: what to compare.
+      steps: names of `STEPS`, in their order.
+      directory: of the results.
+      how: how to train.
+
+    Raises:
+      ValueError: a step needs another one that has not come to its end.
+    """
+    found = kept.read(directory)
+    for step in steps:
+        while True:
+            arms = missing(list(STEPS[step](study, found)), found)
+            if not arms:
+                break
+            recipes = [recipe for arm in arms for recipe in arm.recipes]
+            print(f"{step}: {len(recipes)} runs: {', '.join(arm.name for arm in arms)}", flush=True)
+            complete = train_all(recipes, how, lambda line: print(f"  {line}", flush=True))
+            for arm in arms:
+                if (result := kept.collect(study.target, arm, how.snapshots)) is not None:
+                    kept.write(directory, result)
+                    found[arm.name] = result
+                    print(f"  {arm.name}: {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)
+            if not complete:  # the time is over, or a run has failed
+                return found
+    return found

@@ -1,0 +1,205 @@
+"""The steps of a study: which arms each one trains, given the results so far.
+
+    tune      rates and schedules of scratch runs of the target
+    baseline  the best of them at several budgets, with seeds: what runs of the same size reach
+    frontier  scratch runs of other sizes, each with its own rate: what runs of the best size reach
+    plans     the growths that are compared
+
+The rates that later steps use are the best of what was measured before, so a study is determined by its configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flm_jax.records import as_dict, recorded
+from flm_jax.records.fields import Positive, Size
+from flm_jax.savings.results import Arm, Result
+from flm_jax.savings.target import SCHEDULES, GrowthPlan, PlanGrid, Target, Tuning, run_recipe
+
+Results = Mapping[str, Result]
+
+
+@dataclass(frozen=True)
+@recorded
+class Study:
+    """What a study compares.
+
+    Attributes:
+      target: the model to reach.
+      plans: ways to reach it by growth, by a name for each; what comes before a name's first dash is its table.
+      grids: more of them, as combinations, by the name of their table.
+      optimizers: fields of `OptimizerConfig` that differ from the target's, by a name for them.
+      rates: learning rates to begin with, in geometric steps; the range is extended until its best is inside.
+      budgets: tokens per parameter of the baseline's runs, in rising order.
+      sizes: changes to the target's sizes for the frontier, by a name for each.
+      seeds: runs of an arm whose figures are published.
+    """
+
+    target: Target
+    plans: Mapping[str, GrowthPlan] = field(default_factory=dict)
+    grids: Mapping[str, PlanGrid] = field(default_factory=dict)
+    optimizers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"adamw": {}})
+    rates: Sequence[Positive] = (8e-3, 1.6e-2, 3.2e-2)
+    budgets: Sequence[Positive] = (5.0, 10.0, 14.0, 20.0, 28.0)
+    sizes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
+    seeds: Size = 3
+
+    def __post_init__(self) -> None:
+        if len(self.rates) < 2:
+            raise ValueError(
+                "Study.rates must be two or more, in geometric steps: the range is extended by their ratio."
+            )
+        if self.target.tokens_per_param not in self.budgets:
+            raise ValueError(
+                f"Study.budgets must hold the target's own, tokens_per_param={self.target.tokens_per_param:g}."
+            )
+        for name, plan in self.all_plans.items():
+            if plan.optimizer and plan.optimizer not in self.optimizers:
+                raise ValueError(
+                    f"Study.plans[{name!r}] names the optimizer {plan.optimizer!r}; Study.optimizers has "
+                    f"{', '.join(self.optimizers)}."
+                )
+
+    @property
+    def all_plans(self) -> dict[str, GrowthPlan]:
+        """`plans` and those of `grids`, by name."""
+        found = dict(self.plans)
+        for name, grid in self.grids.items():
+            found |= grid.plans(name)
+        return found
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One family of scratch runs: a size, an optimizer and a schedule.
+
+    Attributes:
+      study: the study.
+      size: "target", or a name of `Study.sizes`.
+      optimizer: a name of `Study.optimizers`.
+      schedule: wsd or linear.
+    """
+
+    study: Study
+    size: str
+    optimizer: str
+    schedule: str
+
+    def arm(self, rate: float, budget: float, seeds: int = 1) -> Arm:
+        """The arm at some rate and budget, in tokens per parameter of the target."""
+        study = self.study
+        model = study.target.shape(**study.sizes.get(self.size, {}))
+        tuning = Tuning(rate, self.schedule, study.optimizers[self.optimizer])
+        cuts = [other for other in study.budgets if other < budget]
+        recipe = run_recipe(study.target, model, tuning, budget, cuts=cuts)
+        name = f"scratch-{self.size}-{self.optimizer}-{self.schedule}-{rate:g}-{budget:g}"
+        return Arm(name, "scratch", recipe, tuple(range(seeds)))
+
+    def search(self, results: Results) -> tuple[list[Arm], float | None]:
+        """Arms at rising rates, at the full budget, and the best rate once it has a worse one on both sides."""
+        rates = sorted(self.study.rates)
+        factor = rates[1] / rates[0]
+        while True:
+            arms = [self.arm(rate, self.study.target.tokens_per_param) for rate in rates]
+            if any(arm.name not in results for arm in arms):
+                return arms, None
+            at = min(range(len(arms)), key=lambda i: results[arms[i].name].losses[0])
+            if 0 < at < len(arms) - 1:
+                return arms, rates[at]
+            rates = [rates[0] / factor, *rates] if at == 0 else [*rates, rates[-1] * factor]
+
+    def rate(self, results: Results) -> float:
+        """The best rate.
+
+        Raises:
+          ValueError: it is not known yet.
+        """
+        rate = self.search(results)[1]
+        if rate is None:
+            raise ValueError(
+                f"The rate of {self.optimizer} with {self.schedule} is not known yet: run the step 'tune' first."
+            )
+        return rate
+
+    def budgets(self, results: Results, seeds: int) -> list[Arm]:
+        """The arms at the best rate, one per budget."""
+        rate = self.rate(results)
+        return [self.arm(rate, budget, seeds) for budget in self.study.budgets]
+
+
+def baselines(study: Study) -> list[Baseline]:
+    """The families of scratch runs of the target."""
+    return [Baseline(study, "target", optimizer, schedule) for optimizer in study.optimizers for schedule in SCHEDULES]
+
+
+def favourite(study: Study, results: Results) -> str:
+    """The optimizer with the best tuned scratch run of the target: growth is studied with it."""
+    budget = study.target.tokens_per_param
+    tuned = [(results[family.arm(family.rate(results), budget).name], family) for family in baselines(study)]
+    return min(tuned, key=lambda pair: pair[0].losses[0])[1].optimizer
+
+
+def tune(study: Study, results: Results) -> Iterator[Arm]:
+    """Scratch runs of the target at several rates, for each optimizer and schedule."""
+    for family in baselines(study):
+        yield from family.search(results)[0]
+
+
+def baseline(study: Study, results: Results) -> Iterator[Arm]:
+    """Scratch runs of the target at every budget, by the best rate of each optimizer and schedule."""
+    for family in baselines(study):
+        yield from family.budgets(results, study.seeds)
+
+
+def frontier(study: Study, results: Results) -> Iterator[Arm]:
+    """Scratch runs of other sizes: rates at the full budget, then all budgets at the best rate."""
+    for name in study.sizes:
+        family = Baseline(study, name, favourite(study, results), "wsd")
+        arms, rate = family.search(results)
+        yield from arms if rate is None else family.budgets(results, 1)
+
+
+def plans(study: Study, results: Results) -> Iterator[Arm]:
+    """The growths."""
+    for name, plan in study.all_plans.items():
+        yield plan_arm(study, results, name, plan)
+
+
+def plan_arm(study: Study, results: Results, name: str, plan: GrowthPlan) -> Arm:
+    """The arm of a plan, at the tuned rate of scratch runs."""
+    optimizer = plan.optimizer or favourite(study, results)
+    rate = plan.rate * Baseline(study, "target", optimizer, plan.schedule).rate(results)
+    target, tuning = study.target, Tuning(rate, plan.schedule, study.optimizers[optimizer])
+    try:
+        recipe = run_recipe(target, target.shape(**plan.start), tuning, target.tokens_per_param, plan.points)
+    except ValueError as error:
+        raise ValueError(f"Study.plans[{name!r}]: {error}") from error
+    return Arm(name, "plans", recipe, tuple(range(plan.seeds or study.seeds)))
+
+
+STEPS: Mapping[str, Callable[[Study, Results], Iterator[Arm]]] = {
+    "tune": tune,
+    "baseline": baseline,
+    "frontier": frontier,
+    "plans": plans,
+}
+
+
+def missing(arms: Sequence[Arm], results: Results) -> list[Arm]:
+    """The arms that have no result for each of their seeds, each once, with the most seeds that are asked for.
+
+    A result of another recipe, as an arm has after its rate was tuned again, does not count.
+    """
+    found: dict[str, Arm] = {}
+    for arm in arms:
+        result = results.get(arm.name)
+        current = result is not None and as_dict(result.recipe) == as_dict(arm.recipe)
+        done = {run["seed"] for run in result.runs} if result is not None and current else set()
+        if not done >= set(arm.seeds):
+            most = max(arm.seeds, found[arm.name].seeds if arm.name in found else (), key=len)
+            found[arm.name] = dataclasses.replace(arm, seeds=most)
+    return list(found.values())

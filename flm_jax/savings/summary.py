@@ -1,0 +1,158 @@
+"""What a study has found: the baseline, its noise, the frontier, and for each growth its two ratios."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flm_jax.growth.lineage import Lineage
+from flm_jax.savings.fit import Frontier, Point, Ratio, fit_frontier, frontier_ratio, pooled_noise, same_size_ratio
+from flm_jax.savings.results import Result
+from flm_jax.savings.study import Baseline, Study, baselines, favourite
+
+
+@dataclass(frozen=True)
+class GrownRow:
+    """What a growth reached, against runs from scratch.
+
+    Attributes:
+      name: of the plan.
+      result: of its arm.
+      preserving: whether all its growths promise to preserve the function.
+      same_size: FLOPs of scratch runs of the target with the same optimizer, at its loss, divided by its own.
+      best_optimizer: the same against the best optimizer.
+      frontier: FLOPs of the best scratch run of any size, divided by its own.
+      gain: the loss of a scratch run with the same FLOPs, minus its own, in nats per token.
+    """
+
+    name: str
+    result: Result
+    preserving: bool
+    same_size: Ratio | None
+    best_optimizer: Ratio | None
+    frontier: Ratio | None
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a study has found so far.
+
+    Attributes:
+      study: the study.
+      results: of all arms.
+      noise: standard deviation of a run's loss over seeds, pooled over the arms that ran with several; 0 if none did.
+      scratch: by optimizer, for each budget the best of its schedules.
+      others: scratch runs of other sizes and the favourite's of the target with wsd: what the frontier is fitted to.
+      frontier: fitted to them; None if there are too few.
+      rows: a row per growth that has come to its end.
+    """
+
+    study: Study
+    results: Mapping[str, Result]
+    noise: float
+    scratch: Mapping[str, Sequence[Point]]
+    others: Sequence[Point]
+    frontier: Frontier | None
+    rows: Sequence[GrownRow]
+
+    @property
+    def best_scratch(self) -> list[Point]:
+        """For each budget the best of all optimizers."""
+        return lowest([point for points in self.scratch.values() for point in points])
+
+
+def lowest(points: Sequence[Point]) -> list[Point]:
+    """For each budget, the point with the lowest loss."""
+    found: dict[float, Point] = {}
+    for point in points:
+        if point.tokens not in found or point.loss < found[point.tokens].loss:
+            found[point.tokens] = point
+    return [found[tokens] for tokens in sorted(found)]
+
+
+def point_of(result: Result) -> Point:
+    """The point of a scratch run."""
+    return Point(result.params, result.tokens, result.flops, result.loss, len(result.runs))
+
+
+def family_points(family: Baseline, results: Mapping[str, Result]) -> list[Point]:
+    """The points of a family at its best rate, as far as they are there and did not diverge."""
+    if family.search(results)[1] is None:
+        return []
+    arms = family.budgets(results, 1)
+    points = [point_of(results[arm.name]) for arm in arms if arm.name in results]
+    return [point for point in points if math.isfinite(point.loss)]
+
+
+def loss_at(points: Sequence[Point], flops: float) -> float | None:
+    """The loss of scratch runs of one size with so many FLOPs, interpolated in their logarithm; None outside."""
+    ordered = sorted(points, key=lambda point: point.flops)
+    for before, after in itertools.pairwise(ordered):
+        if before.flops <= flops <= after.flops:
+            part = math.log(flops / before.flops) / math.log(after.flops / before.flops)
+            return before.loss + part * (after.loss - before.loss)
+    return None
+
+
+def summarise(study: Study, results: Mapping[str, Result]) -> Summary:
+    """The summary of a study's results so far."""
+    losses = [[loss for loss in r.losses if math.isfinite(loss)] for r in results.values()]
+    noise = pooled_noise(losses) or 0.0
+    scratch: dict[str, list[Point]] = {}
+    for family in baselines(study):
+        scratch[family.optimizer] = lowest([*scratch.get(family.optimizer, []), *family_points(family, results)])
+    others: list[Point] = []
+    tuned = all(family.search(results)[1] is not None for family in baselines(study))
+    if tuned:
+        for size in ("target", *study.sizes):
+            others += family_points(Baseline(study, size, favourite(study, results), "wsd"), results)
+    try:
+        fitted = fit_frontier(others)
+    except ValueError:
+        fitted = None
+    found = Summary(study, results, noise, scratch, others, fitted, ())
+    rows = [_row(found, name) for name in study.all_plans if tuned and name in results]
+    return Summary(study, results, noise, scratch, others, fitted, rows)
+
+
+def _row(summary: Summary, name: str) -> GrownRow:
+    study, result = summary.study, summary.results[name]
+    plan, noise = study.all_plans[name], summary.noise
+    own = summary.scratch[plan.optimizer or favourite(study, summary.results)]
+    about = (result.loss, result.flops, noise, len(result.runs))
+    finite = math.isfinite(result.loss)
+    scratch_loss = loss_at(own, result.flops)
+    return GrownRow(
+        name,
+        result,
+        preserving(result),
+        same_size_ratio(own, *about) if finite and own else None,
+        same_size_ratio(summary.best_scratch, *about) if finite and own else None,
+        frontier_ratio(summary.others, *about) if finite and summary.frontier else None,
+        scratch_loss - result.loss if finite and scratch_loss is not None else None,
+    )
+
+
+def preserving(result: Result) -> bool:
+    """Whether all growths of a run promise to preserve the function."""
+    lineage: Lineage | None = None
+    promises = []
+    for stage in result.recipe.stages:
+        if lineage is None or stage.growth is None:
+            lineage = lineage or Lineage(stage.model)
+        else:
+            lineage = lineage.grown(stage.model, stage.growth)
+            promises.append(lineage.preserving)
+    return all(promises)
+
+
+def spread(losses: Sequence[float]) -> str:
+    """A mean with its standard deviation over seeds, as text."""
+    if not all(map(math.isfinite, losses)):
+        return "diverged"
+    mean = f"{statistics.fmean(losses):.4f}"
+    return mean if len(losses) < 2 else f"{mean} ± {statistics.stdev(losses):.4f}"
