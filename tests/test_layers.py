@@ -31,7 +31,7 @@ report run_comparison
 stage_run
 train
 convert evaluation planning
-selection launching sweeps mup
+selection launching sweeps savings mup
 cli
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
