@@ -288,9 +288,7 @@ def _continued(stage: Stage, index: int, before: Lineage, since: int | None, nam
     model = stage.model.replace(**kept)
     same = model.replace(**{field: getattr(before.cfg, field) for field in NUMERICS})
     if found := list(differences(as_dict(before.cfg), as_dict(same))):
-        raise ValueError(
-            f"its model is not that of {name}: {'; '.join(found)}. Take the same, or give the stage a Growth."
-        )
+        raise ValueError(f"its model is not that of {name}: {'; '.join(found)}. Take the same, or give it a Growth.")
     return ResolvedStage(index, stage, dataclasses.replace(before, cfg=model), since_growth=since, continues=True)
 
 

@@ -21,7 +21,7 @@ def test_an_unmasked_growth_of_nothing_and_other_impossible_recipes(recipe):
         ((second,), "Stage 'second': the first stage is initialised"),
         (
             (first, grow(second, growth=None)),
-            r"Stage 'second': its model is not that of stage 'first': .*embed: 24 -> 32.*give the stage a Growth",
+            "Stage 'second': its model is not that of stage 'first': embed: 24 there, 32 here; .*give it a Growth",
         ),
         (
             (first, grow(second, growth=Growth("mask"))),

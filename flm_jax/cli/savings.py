@@ -48,7 +48,7 @@ def run(values: Any) -> None:
     if unknown := [step for step in steps if step not in STEPS]:
         refuse(f"--steps names {unknown[0]!r}; the steps are {', '.join(STEPS)}")
     from flm_jax.cli import configure  # Imported here, so that --help is fast.
-    from flm_jax.savings.execute import How
+    from flm_jax.savings.execute import How, keep_programs
     from flm_jax.savings.page import write_page
     from flm_jax.savings.run import run_steps
     from flm_jax.savings.snapshots import Snapshots
@@ -62,7 +62,10 @@ def run(values: Any) -> None:
     results = Path(values.results).expanduser() if values.results else workdir / "results"
     deadline = None if values.minutes is None else time.monotonic() + 60 * values.minutes
     cores = shares(values.parallel) if values.parallel > 1 else ()
-    found = run_steps(study, steps, results, How(Snapshots(workdir / "snapshots"), cores, values.replicas, deadline))
+    programs = workdir / "programs"
+    keep_programs(programs)
+    how = How(Snapshots(workdir / "snapshots"), cores, values.replicas, programs, deadline)
+    found = run_steps(study, steps, results, how)
     if values.write:
         command = values.command or shlex.join(["python", *sys.argv])
         write_page(summarise(study, found), Path(values.write).expanduser(), command)

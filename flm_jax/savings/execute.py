@@ -15,7 +15,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from flm_jax.files import sha256_json
 from flm_jax.recipe import Recipe
@@ -31,12 +34,14 @@ class How:
       snapshots: where what is trained is kept.
       cores: for each process that may run at the same time, its cores; empty: all in this process.
       replicas: the most runs that are trained as one program.
+      programs: where compiled programs are kept, so that each is compiled once by all processes; None: nowhere.
       deadline: `time.monotonic()` after which no stage begins any more; None: none.
     """
 
     snapshots: Snapshots
     cores: Sequence[tuple[int, ...]] = ()
     replicas: int = 1
+    programs: Path | None = None
     deadline: float | None = None
 
     @property
@@ -144,10 +149,18 @@ def _pool(how: How) -> concurrent.futures.Executor:
     shares = context.SimpleQueue()
     for cores in how.cores:
         shares.put(cores)
-    return concurrent.futures.ProcessPoolExecutor(len(how.cores), context, _take_cores, (shares,))
+    return concurrent.futures.ProcessPoolExecutor(len(how.cores), context, _begin, (shares, how.programs))
 
 
-def _take_cores(shares: Any) -> None:
-    """Restricts a new process to its share of the cores, before JAX counts them."""
+def _begin(shares: Any, programs: Path | None) -> None:
+    """Restricts a new process to its share of the cores, before JAX counts them, and keeps compiled programs."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, shares.get())
+    keep_programs(programs)
+
+
+def keep_programs(directory: Path | None) -> None:
+    """Lets JAX keep this process's compiled programs in a directory, and take them from there."""
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -11,7 +11,6 @@ from flm_jax.files import atomic_write
 from flm_jax.records import counted
 from flm_jax.savings import picture
 from flm_jax.savings.fit import Point, Ratio
-from flm_jax.savings.results import Result
 from flm_jax.savings.study import baselines
 from flm_jax.savings.summary import GrownRow, Summary, spread
 
@@ -90,16 +89,12 @@ def _rates(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
             if arm.name in summary.results:
                 result = summary.results[arm.name]
                 spent += result.flops
-                mark = " (best)" if rate == _rate_of(result) else ""
-                rows.append([family.optimizer, family.schedule, f"{_rate_of(result):g}{mark}", spread(result.losses)])
+                mark = " (best)" if rate == result.rate else ""
+                rows.append([family.optimizer, family.schedule, f"{result.rate:g}{mark}", spread(result.losses)])
     yield f"Scratch runs of the target. The search took {spent:.3g} FLOPs, which no ratio below counts."
     yield ""
     yield from _table(("optimizer", "schedule", "peak rate", "loss"), rows)
     yield from _plot(plots, "rates", "loss against the learning rate")
-
-
-def _rate_of(result: Result) -> float:
-    return result.recipe.stages[0].optimizer.learning_rate
 
 
 def _scratch(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
@@ -228,7 +223,7 @@ def _cells(row: GrownRow, several: bool) -> list[str]:
 
 
 def _per_run(row: GrownRow) -> int:
-    return sum(stage.growth is not None for stage in row.result.recipe.stages)
+    return sum(stage.growth is not None for stage in row.result.stages)
 
 
 def _shown(ratio: Ratio | None) -> str:

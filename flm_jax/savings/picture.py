@@ -27,7 +27,7 @@ def rates(summary: Summary) -> bytes | None:
         found = [result for result in found if math.isfinite(result.loss)]
         if found:
             some = True
-            xs = [result.recipe.stages[0].optimizer.learning_rate for result in found]
+            xs = [result.rate for result in found]
             plot.plot(xs, [result.loss for result in found], "o-", label=f"{family.optimizer}, {family.schedule}")
     plot.set_xscale("log")
     plot.set_xlabel("peak learning rate at the base width")

@@ -74,13 +74,16 @@ def stages_record(recipe: Recipe, index: int) -> dict[str, Any]:
     return {**whole, "stages": stages}
 
 
-def train_stage(recipes: Sequence[Recipe], index: int, before: Sequence[Snapshot | None]) -> list[Snapshot]:
+def train_stage(
+    recipes: Sequence[Recipe], index: int, before: Sequence[Snapshot | None], run: Run | None = None
+) -> list[Snapshot]:
     """The snapshots at the end of stage `index` of each recipe, from those at the end of the stage before.
 
     Args:
       recipes: equal but for `Recipe.seed`, `DataConfig.seed` and learning rates.
       index: of the stage.
       before: a snapshot per recipe; None for the first stage.
+      run: how devices are laid out, and the compiler's options; None: as `Run` has them.
 
     Raises:
       ValueError: the recipes differ in something else.
@@ -90,15 +93,16 @@ def train_stage(recipes: Sequence[Recipe], index: int, before: Sequence[Snapshot
         raise ValueError("Replicas must be equal but for their seeds and learning rates.")
     data = [open_data(recipe.data) for recipe in recipes]
     replicas = [
-        _Replica(recipe, index, snapshot, about) for recipe, snapshot, about in zip(recipes, before, data, strict=True)
+        _Replica(recipe, index, snapshot, about, run or Run())
+        for recipe, snapshot, about in zip(recipes, before, data, strict=True)
     ]
     lead = replicas[0]
-    if len(replicas) > 1 and any(replica.placed != lead.placed for replica in replicas):
-        raise ValueError("Replicas whose layers were placed by measured distances cannot share a program.")
-    program, stage = lead.program, lead.program.stage
-    with jax.set_mesh(program.mesh):
-        measure = _Measure(recipes[0], program, data[0])
+    with jax.set_mesh(lead.program.mesh):
         state = _stacked([replica.start() for replica in replicas])
+        if any(replica.placed != lead.placed for replica in replicas):
+            raise ValueError("Replicas whose layers were placed by measured distances cannot share a program.")
+        program, stage = lead.program, lead.program.stage  # a growth has placed its layers by now
+        measure = _Measure(recipes[0], program, data[0])
         paces = jnp.asarray(
             [r.recipe.stages[index].optimizer.learning_rate / stage.optimizer.learning_rate for r in replicas]
         )
@@ -127,11 +131,11 @@ def train_stage(recipes: Sequence[Recipe], index: int, before: Sequence[Snapshot
 class _Replica:
     """One recipe during a stage: its data, its first state, and what is measured of it."""
 
-    def __init__(self, recipe: Recipe, index: int, before: Snapshot | None, data: Data) -> None:
-        self.recipe, self.index, self.before, self.data = recipe, index, before, data
+    def __init__(self, recipe: Recipe, index: int, before: Snapshot | None, data: Data, run: Run) -> None:
+        self.recipe, self.index, self.before, self.data, self.run = recipe, index, before, data, run
         self.placed = dict(before.placed) if before else {}
         self.evals: list[Mapping[str, Any]] = list(before.evals) if before else []
-        self.program = stage_program(recipe, Run(), self._resolved()[index])
+        self.program = stage_program(recipe, run, self._resolved()[index])
         self.batches: TokenBatches = data.train()
         if before is not None:
             self.batches.restore(before.position)
@@ -166,7 +170,7 @@ class _Replica:
         few = put_batch(next(iter(self.data.heldout(few_rows(mesh), few_rows(mesh)))), mesh)
         lineage, _ = settle(lineage, self.before.state.params, few.inputs_BT, few.segments_BT)
         self.placed[self.index] = lineage.last_growth
-        self.program = stage_program(self.recipe, Run(), self._resolved()[self.index])
+        self.program = stage_program(self.recipe, self.run, self._resolved()[self.index])
         grown: TrainState = make_grower(lineage, mesh)(self.before.state, key)
         return grown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -13,10 +14,10 @@ from typing import Any
 
 from flm_jax import costs
 from flm_jax.files import atomic_write
-from flm_jax.recipe import Recipe
-from flm_jax.records import as_dict, from_dict
+from flm_jax.recipe import Recipe, Stage
+from flm_jax.records import as_dict, completed, from_dict
 from flm_jax.savings.snapshots import Snapshots
-from flm_jax.savings.target import Target, run_flops, seeded
+from flm_jax.savings.target import run_flops, seeded
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class Result:
     Attributes:
       name: of the arm.
       step: of the study.
-      target: of the study.
-      recipe: with seed 0.
+      recipe: its record, with seed 0.
       runs: per seed: seed, evals (as in a `Snapshot`), seconds.
       params: parameters of the last model.
       tokens: of a run.
@@ -58,12 +58,25 @@ class Result:
 
     name: str
     step: str
-    target: Target
-    recipe: Recipe
+    recipe: Mapping[str, Any]
     runs: tuple[Mapping[str, Any], ...]
     params: int
     tokens: int
     flops: int
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of its recipe."""
+        return tuple(from_dict(stage) for stage in self.recipe["stages"])
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate of its first stage."""
+        return self.stages[0].optimizer.learning_rate
+
+    def is_of(self, arm: Arm) -> bool:
+        """Whether it is a result of this arm: of the same recipe, but for fields that recipes have gained since."""
+        return bool(completed(self.recipe) == as_dict(arm.recipe))
 
     @property
     def losses(self) -> list[float]:
@@ -92,7 +105,7 @@ class Result:
 
     def record(self) -> dict[str, Any]:
         """The fields as JSON-able data."""
-        fields = {"name": self.name, "step": self.step, "target": as_dict(self.target), "recipe": as_dict(self.recipe)}
+        fields = {"name": self.name, "step": self.step, "recipe": dict(self.recipe)}
         numbers = {"params": self.params, "tokens": self.tokens, "flops": self.flops}
         return {**fields, **numbers, "runs": [_finite(run) for run in self.runs]}
 
@@ -100,13 +113,11 @@ class Result:
     def from_record(cls, record: Mapping[str, Any]) -> Result:
         """Reads what `record` returns."""
         runs = tuple(_infinite(run) for run in record["runs"])
-        target, recipe = from_dict(record["target"]), from_dict(record["recipe"])
-        return cls(
-            record["name"], record["step"], target, recipe, runs, record["params"], record["tokens"], record["flops"]
-        )
+        numbers = record["params"], record["tokens"], record["flops"]
+        return cls(record["name"], record["step"], record["recipe"], runs, *numbers)
 
 
-def collect(target: Target, arm: Arm, snapshots: Snapshots) -> Result | None:
+def collect(arm: Arm, snapshots: Snapshots) -> Result | None:
     """The result of an arm from what is kept of it; None if no run has come to its end."""
     last = len(arm.recipe.stages) - 1
     runs = []
@@ -118,9 +129,8 @@ def collect(target: Target, arm: Arm, snapshots: Snapshots) -> Result | None:
         return None
     model = arm.recipe.stages[-1].model
     tokens = sum(stage.steps * stage.batch_size for stage in arm.recipe.stages) * arm.recipe.data.context
-    return Result(
-        arm.name, arm.step, target, arm.recipe, tuple(runs), costs.param_count(model), tokens, run_flops(arm.recipe)
-    )
+    numbers = costs.param_count(model), tokens, run_flops(arm.recipe)
+    return Result(arm.name, arm.step, as_dict(arm.recipe), tuple(runs), *numbers)
 
 
 def write(directory: Path, result: Result) -> None:

@@ -33,7 +33,7 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
             print(f"{step}: {len(recipes)} runs: {', '.join(arm.name for arm in arms)}", flush=True)
             complete = train_all(recipes, how, lambda line: print(f"  {line}", flush=True))
             for arm in arms:
-                if (result := kept.collect(study.target, arm, how.snapshots)) is not None:
+                if (result := kept.collect(arm, how.snapshots)) is not None:
                     kept.write(directory, result)
                     found[arm.name] = result
                     print(f"  {arm.name}: {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)

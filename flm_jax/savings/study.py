@@ -11,14 +11,15 @@ The rates that later steps use are the best of what was measured before, so a st
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flm_jax.records import as_dict, recorded
+from flm_jax.records import recorded
 from flm_jax.records.fields import Positive, Size
 from flm_jax.savings.results import Arm, Result
-from flm_jax.savings.target import SCHEDULES, GrowthPlan, PlanGrid, Target, Tuning, run_recipe
+from flm_jax.savings.target import SCHEDULES, GrowthPlan, PlanGrid, Schedule, Target, Tuning, run_recipe
 
 Results = Mapping[str, Result]
 
@@ -35,6 +36,7 @@ class Study:
       optimizers: fields of `OptimizerConfig` that differ from the target's, by a name for them.
       rates: learning rates to begin with, in geometric steps; the range is extended until its best is inside.
       budgets: tokens per parameter of the baseline's runs, in rising order.
+      schedules: of the baseline's runs.
       sizes: changes to the target's sizes for the frontier, by a name for each.
       seeds: runs of an arm whose figures are published.
     """
@@ -45,6 +47,7 @@ class Study:
     optimizers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"adamw": {}})
     rates: Sequence[Positive] = (8e-3, 1.6e-2, 3.2e-2)
     budgets: Sequence[Positive] = (5.0, 10.0, 14.0, 20.0, 28.0)
+    schedules: Sequence[Schedule] = SCHEDULES
     sizes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
     seeds: Size = 3
 
@@ -53,11 +56,18 @@ class Study:
             raise ValueError(
                 "Study.rates must be two or more, in geometric steps: the range is extended by their ratio."
             )
+        if not self.schedules:
+            raise ValueError("Study.schedules is empty.")
         if self.target.tokens_per_param not in self.budgets:
             raise ValueError(
                 f"Study.budgets must hold the target's own, tokens_per_param={self.target.tokens_per_param:g}."
             )
         for name, plan in self.all_plans.items():
+            if plan.schedule not in self.schedules:
+                raise ValueError(
+                    f"Study.plans[{name!r}] has the schedule {plan.schedule!r}, for which no rate is tuned: add it to "
+                    "Study.schedules."
+                )
             if plan.optimizer and plan.optimizer not in self.optimizers:
                 raise ValueError(
                     f"Study.plans[{name!r}] names the optimizer {plan.optimizer!r}; Study.optimizers has "
@@ -133,7 +143,8 @@ class Baseline:
 
 def baselines(study: Study) -> list[Baseline]:
     """The families of scratch runs of the target."""
-    return [Baseline(study, "target", optimizer, schedule) for optimizer in study.optimizers for schedule in SCHEDULES]
+    pairs = itertools.product(study.optimizers, study.schedules)
+    return [Baseline(study, "target", optimizer, schedule) for optimizer, schedule in pairs]
 
 
 def favourite(study: Study, results: Results) -> str:
@@ -158,7 +169,7 @@ def baseline(study: Study, results: Results) -> Iterator[Arm]:
 def frontier(study: Study, results: Results) -> Iterator[Arm]:
     """Scratch runs of other sizes: rates at the full budget, then all budgets at the best rate."""
     for name in study.sizes:
-        family = Baseline(study, name, favourite(study, results), "wsd")
+        family = Baseline(study, name, favourite(study, results), study.schedules[0])
         arms, rate = family.search(results)
         yield from arms if rate is None else family.budgets(results, 1)
 
@@ -197,8 +208,7 @@ def missing(arms: Sequence[Arm], results: Results) -> list[Arm]:
     found: dict[str, Arm] = {}
     for arm in arms:
         result = results.get(arm.name)
-        current = result is not None and as_dict(result.recipe) == as_dict(arm.recipe)
-        done = {run["seed"] for run in result.runs} if result is not None and current else set()
+        done = {run["seed"] for run in result.runs} if result is not None and result.is_of(arm) else set()
         if not done >= set(arm.seeds):
             most = max(arm.seeds, found[arm.name].seeds if arm.name in found else (), key=len)
             found[arm.name] = dataclasses.replace(arm, seeds=most)

@@ -46,7 +46,7 @@ class Summary:
       results: of all arms.
       noise: standard deviation of a run's loss over seeds, pooled over the arms that ran with several; 0 if none did.
       scratch: by optimizer, for each budget the best of its schedules.
-      others: scratch runs of other sizes and the favourite's of the target with wsd: what the frontier is fitted to.
+      others: what the frontier is fitted to: scratch runs of all sizes, by the favourite and the first schedule.
       frontier: fitted to them; None if there are too few.
       rows: a row per growth that has come to its end.
     """
@@ -109,7 +109,7 @@ def summarise(study: Study, results: Mapping[str, Result]) -> Summary:
     tuned = all(family.search(results)[1] is not None for family in baselines(study))
     if tuned:
         for size in ("target", *study.sizes):
-            others += family_points(Baseline(study, size, favourite(study, results), "wsd"), results)
+            others += family_points(Baseline(study, size, favourite(study, results), study.schedules[0]), results)
     try:
         fitted = fit_frontier(others)
     except ValueError:
@@ -141,7 +141,7 @@ def preserving(result: Result) -> bool:
     """Whether all growths of a run promise to preserve the function."""
     lineage: Lineage | None = None
     promises = []
-    for stage in result.recipe.stages:
+    for stage in result.stages:
         if lineage is None or stage.growth is None:
             lineage = lineage or Lineage(stage.model)
         else:

@@ -18,6 +18,7 @@ from flm_jax.records import recorded
 from flm_jax.records.fields import Count, Limit, Name, Positive, Size, one_of
 
 SCHEDULES = ("wsd", "linear")
+Schedule = Annotated[str, one_of(SCHEDULES)]
 Share = Annotated[float, Limit("greater than 0 and less than 1", lambda share: 0 < share < 1)]
 
 
@@ -76,7 +77,7 @@ class Tuning:
     """
 
     rate: Positive
-    schedule: Annotated[str, one_of(SCHEDULES)] = "wsd"
+    schedule: Schedule = "wsd"
     optimizer: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -112,7 +113,7 @@ class GrowthPlan:
 
     start: Mapping[str, Size]
     points: Sequence[GrowthPoint]
-    schedule: Annotated[str, one_of(SCHEDULES)] = "wsd"
+    schedule: Schedule = "wsd"
     optimizer: str = ""
     rate: Positive = 1.0
     seeds: Count = 1
@@ -137,7 +138,7 @@ class PlanGrid:
     times: Sequence[Share]
     growths: Mapping[str, Growth]
     optimizers: Sequence[str] = ("",)
-    schedules: Sequence[Annotated[str, one_of(SCHEDULES)]] = ("wsd",)
+    schedules: Sequence[Schedule] = ("wsd",)
     rates: Sequence[Positive] = (1.0,)
     seeds: Count = 1
 

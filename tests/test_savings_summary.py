@@ -1,0 +1,159 @@
+"""A whole study whose losses come from a law: what was planted in the growths is found, in tables, ratios and plots."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from flm_jax.costs import param_count
+from flm_jax.data.config import DataConfig
+from flm_jax.growth import Growth
+from flm_jax.records import as_dict
+from flm_jax.savings.page import page, write_page
+from flm_jax.savings.results import Result
+from flm_jax.savings.study import STEPS, Study, favourite, missing
+from flm_jax.savings.summary import spread, summarise
+from flm_jax.savings.target import GrowthPlan, GrowthPoint, PlanGrid, Target, run_flops
+from tests.small import shape
+
+NOISE = 0.002
+# How many times the FLOPs of a scratch run each growth is worth.
+SAVED = {"when-1layer-0.5-zero": 1.0, "when-1layer-0.5-stack": 1.5, "other-twice": 0.7}
+
+
+def study() -> Study:
+    target = Target("planted", shape(layers=4, embed=64, mlp=172), DataConfig(context=128), 32)
+    return Study(
+        target,
+        plans={
+            "other-twice": GrowthPlan(
+                {"layers": 1}, (GrowthPoint(0.3, Growth("zero"), {"layers": 2}), GrowthPoint(0.6, Growth("stack")))
+            )
+        },
+        grids={
+            "when": PlanGrid(
+                {"1layer": {"layers": 1}}, [0.5], {"zero": Growth("zero"), "stack": Growth("stack")}, seeds=0
+            )
+        },
+        optimizers={"adamw": {}, "slow": {"b2": 0.99}},
+        rates=(1e-3, 2e-3, 4e-3),
+        sizes={"small": {"layers": 2}, "thin": {"embed": 32, "mlp": 86}, "large": {"layers": 8}},
+    )
+
+
+def law(params, tokens, rate, optimizer, schedule):
+    """A loss with its best rate at 8e-3, where one optimizer and one schedule are better."""
+    base = 1.2 + 40 * params**-0.34 + 60 * tokens**-0.28 + 0.05 * math.log2(rate / 8e-3) ** 2
+    return base + (0.02 if optimizer["b2"] == 0.99 else 0) + (0.01 if schedule == "wsd" else 0)
+
+
+def result(arm, rng) -> Result:
+    """What the law gives for an arm, with a measurement at each border of its stages."""
+    recipe, context = arm.recipe, arm.recipe.data.context
+    first, last = recipe.stages[0].optimizer, recipe.stages[-1].optimizer
+    tokens = sum(stage.steps * stage.batch_size for stage in recipe.stages) * context
+    params, flops = param_count(recipe.stages[-1].model), run_flops(recipe)
+    schedule = "wsd" if last.schedule == "linear" and not last.decay_span else "linear"
+    if arm.name in SAVED:
+        # The loss of a scratch run of the target that had so many times the FLOPs of this one.
+        per_token = run_flops(dataclasses.replace(recipe, stages=(recipe.stages[-1],)))
+        per_token /= recipe.stages[-1].steps * recipe.stages[-1].batch_size * context
+        loss = law(params, flops * SAVED[arm.name] / per_token, first.learning_rate, {"b2": first.b2}, "linear")
+    else:
+        loss = law(params, tokens, first.learning_rate, {"b2": first.b2}, schedule)
+    runs = []
+    for seed in arm.seeds:
+        end = loss + NOISE * rng.standard_normal()
+        evals = [{"stage": 0, "step": 9, "tokens": tokens // 2, "flops": flops // 2, "loss": loss + 0.3}]
+        if recipe.stages[1:] and recipe.stages[1].growth is not None:
+            evals.append({"stage": 1, "step": 0, "tokens": tokens // 2, "flops": flops // 2, "loss": loss + 0.5})
+        evals.append({"stage": len(recipe.stages) - 1, "step": 9, "tokens": tokens, "flops": flops, "loss": end})
+        runs.append({"seed": seed, "evals": evals, "seconds": 1.0})
+    return Result(arm.name, arm.step, as_dict(recipe), tuple(runs), params, tokens, flops)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """All results of the study."""
+    results, rng = {}, np.random.default_rng(0)
+    for step in STEPS.values():
+        while arms := missing(list(step(study(), results)), results):
+            results |= {arm.name: result(arm, rng) for arm in arms}
+    return results
+
+
+def test_rates_are_searched_until_the_best_is_inside(found):
+    rates = sorted(r.rate for name, r in found.items() if name.startswith("scratch-target-adamw-wsd") and "-20" in name)
+    assert rates[-1] == pytest.approx(1.6e-2)  # one beyond the best
+    assert favourite(study(), found) == "adamw"
+    assert found["when-1layer-0.5-zero"].rate == pytest.approx(8e-3)
+
+
+def test_planted_savings_are_found(found):
+    summary = summarise(study(), found)
+    assert summary.noise == pytest.approx(NOISE, rel=0.5)
+    rows = {row.name: row for row in summary.rows}
+    assert rows.keys() == SAVED.keys()
+    for name, saving in SAVED.items():
+        ratio = rows[name].same_size
+        assert ratio is not None
+        assert ratio.value == pytest.approx(saving, rel=0.03)
+        assert 0.99 * ratio.low <= saving <= 1.01 * ratio.high
+        assert saving == 1 or not ratio.low <= 1 <= ratio.high
+        assert (rows[name].gain > 0.01) == (saving > 1)
+    best = rows["when-1layer-0.5-stack"]
+    assert best.frontier is not None
+    assert best.frontier.value < best.same_size.value  # another size than the target is better for these FLOPs
+    assert [rows[name].preserving for name in SAVED] == [True, False, False]
+    assert len(found["when-1layer-0.5-stack"].runs) == 3
+
+
+def test_a_plan_that_has_changed_is_run_again(found):
+    changed = study()
+    plans = {"other-twice": dataclasses.replace(changed.plans["other-twice"], rate=0.5)}
+    changed = dataclasses.replace(changed, plans=plans)
+    assert [arm.name for arm in missing(list(STEPS["plans"](changed, found)), found)] == ["other-twice"]
+    # So is every growth, if the best rate is another one.
+    moved = {name: r for name, r in found.items() if "-adamw-" not in name or "wsd" not in name}
+    lower = {**moved, **{n: r for n, r in found.items() if n.startswith("scratch-target-adamw-wsd") and r.rate < 5e-3}}
+    assert missing(list(STEPS["tune"](study(), lower)), lower)
+    with pytest.raises(ValueError, match="The rate of adamw with wsd is not known yet: run the step 'tune' first"):
+        list(STEPS["plans"](study(), lower))
+
+
+def test_the_page_shows_every_arm_and_the_plots_are_drawn(found, tmp_path):
+    write_page(summarise(study(), found), tmp_path / "page.md", "the command")
+    text = (tmp_path / "page.md").read_text()
+    assert "| when-1layer-0.5-zero | yes |" in text
+    assert "| other-twice | no |" in text
+    assert text.count("0.008 (best)") == 4
+    assert "### other" in text
+    for name in ("rates", "scratch", "savings", "curves"):
+        assert f"page_{name}.png" in text
+        assert (tmp_path / f"page_{name}.png").stat().st_size > 10_000
+    empty = "\n".join(page(summarise(study(), {}), "the command", {}))
+    assert "# Does growing pay: planted" in empty
+    assert "## Growths" not in empty
+
+
+def test_a_study_that_cannot_be_is_refused():
+    given = study()
+    cases = [
+        (dict(rates=(1e-3,)), "Study.rates must be two or more"),
+        (dict(budgets=(5.0, 10.0)), r"Study.budgets must hold the target's own, tokens_per_param=20"),
+        (dict(schedules=("linear",)), r"has the schedule 'wsd', for which no rate is tuned"),
+        (
+            dict(plans={"x": dataclasses.replace(given.plans["other-twice"], optimizer="lion")}),
+            r"Study.plans\['x'\] names the optimizer 'lion'; Study.optimizers has adamw, slow",
+        ),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(given, **changes)
+
+
+def test_losses_are_shown_with_their_spread():
+    assert spread([2.0]) == "2.0000"
+    assert spread([2.0, 2.2]) == "2.1000 ± 0.1414"
+    assert spread([math.inf]) == "diverged"
