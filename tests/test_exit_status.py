@@ -55,6 +55,8 @@ def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, mon
         ("plan", ["--gin_file=x", "--topology=v5p-2000"], "nearest sizes are v5p-1920 and v5p-2048"),
         ("verify", ["--source=x"], "give --source and --target, or --checkpoint"),
         ("verify", ["--source=x", "--checkpoint=x"], "--checkpoint stands alone, or with --json"),
+        ("savings", ["--gin_file=x", "--workdir=y", "--steps=tune,plan"], "--steps names 'plan'; the steps are tune,"),
+        ("savings", ["--gin_file=x"], "give a --workdir"),
         ("compare", [], "give the work directories of the runs to compare"),
         ("bindings", ["--nope"], "Unknown command line flag 'nope'"),
     ],

@@ -11,10 +11,13 @@ from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.data.config import DataConfig
 from flm_jax.data.text import TextFolder
 from flm_jax.data.train_vocabulary import Pretrained
+from flm_jax.growth import Growth
 from flm_jax.recipe import Recipe, Stage
+from flm_jax.savings.target import GrowthPoint, Target
 from tests import small
 
 # What classes without defaults for every field are made of.
+TARGET = dict(name="a", model=small.config(), data=DataConfig(context=128), batch_size=4)
 GIVEN = {
     "ModelConfig": dict(embed=8, layers=1, heads=2, mlp=8, vocab=9),
     "RopeScaling": dict(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8),
@@ -30,6 +33,12 @@ GIVEN = {
     "Range": dict(low=1.0, high=2.0),
     "Halving": dict(rungs=[{"Stage.steps": 1}, {"Stage.steps": 2}]),
     "Sweep": dict(seeds=[0, 1]),
+    "Target": TARGET,
+    "Study": dict(target=Target(**TARGET)),
+    "GrowthPoint": dict(at=0.5, growth=Growth("zero")),
+    "GrowthPlan": dict(start={"layers": 1}, points=[GrowthPoint(0.5, Growth("zero"))]),
+    "PlanGrid": dict(starts={"one": {"layers": 1}}, times=[0.5], growths={"zero": Growth("zero")}),
+    "Tuning": dict(rate=1e-2),
 }
 # Where a thing lies is no part of what it is: these records cannot be read back alone.
 NOT_RECORDED = {"Conversations", "TextFolder", "Jsonl", "Pretrained", "ScoringBase"}

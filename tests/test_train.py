@@ -95,7 +95,9 @@ def test_a_stage_without_a_growth_continues_the_one_before_bit_for_bit(data, tmp
     first, last = Stage("first", shape(), 3, 8, steady), Stage("last", shape(), 2, 8, steady)
     training.train(recipe_of(data, first, last), RUN, tmp_path / "run")
     (whole,) = train_stage([recipe_of(data, dataclasses.replace(first, steps=5))], 0, [None], RUN)
-    assert digest(recipe_of(data, first, last), RUN, tmp_path / "run") == state_digest(whole.state.replace(step=np.int32(2)))
+    assert digest(recipe_of(data, first, last), RUN, tmp_path / "run") == state_digest(
+        whole.state.replace(step=np.int32(2))
+    )
     # What rises after a growth has risen by the end of its stage, so a stage that continues has no masks.
     grown = dataclasses.replace(last, growth=Growth("mask", ramp_steps=2), model=shape(layers=3))
     stages = resolve(recipe_of(data, first, grown, dataclasses.replace(grown, name="end", growth=None)))

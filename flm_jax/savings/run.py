@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from flm_jax.data.source import open_data
 from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, train_all
 from flm_jax.savings.results import Result
@@ -29,6 +30,7 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
             arms = missing(list(STEPS[step](study, found)), found)
             if not arms:
                 break
+            open_data(study.target.data)  # prepared once, not by several processes at the same time
             recipes = [recipe for arm in arms for recipe in arm.recipes]
             print(f"{step}: {len(recipes)} runs: {', '.join(arm.name for arm in arms)}", flush=True)
             complete = train_all(recipes, how, lambda line: print(f"  {line}", flush=True))

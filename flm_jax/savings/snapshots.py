@@ -48,7 +48,9 @@ class Snapshots:
             "evals": list(snapshot.evals),
             "seconds": snapshot.seconds,
         }
-        leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(snapshot.state))}
+        leaves: dict[str, Any] = {
+            f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(snapshot.state))
+        }
         content = io.BytesIO()
         np.savez(content, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **leaves)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ class Snapshots:
         outline = jax.tree.structure(abstract_state(stage.lineage, make_mesh(None, jax.devices()[:1])))
         with np.load(self.path(recipe, index), allow_pickle=False) as found:
             about = json.loads(found["about"].tobytes())
-            state = outline.unflatten([found[f"leaf{i}"] for i in range(outline.num_leaves)])
+            state = jax.tree.unflatten(outline, [found[f"leaf{i}"] for i in range(len(found.files) - 1)])
         placed = {int(number): from_dict(growth) for number, growth in about["placed"].items()}
         return Snapshot(
             state, about["position"].encode("latin-1"), placed, tuple(about["evals"]), float(about["seconds"])
