@@ -12,6 +12,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,15 @@ def _begin(shares: Any, programs: Path | None) -> None:
     """Restricts a new process to its share of the cores, before JAX counts them, and keeps compiled programs."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, shares.get())
+    # A process of a pool waits for work for ever if the one that it belongs to is killed.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     keep_programs(programs)
+
+
+def _end_with(parent: Any) -> None:
+    """Waits for a process to end, and ends this one."""
+    parent.join()
+    os._exit(1)
 
 
 def keep_programs(directory: Path | None) -> None:
