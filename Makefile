@@ -57,7 +57,7 @@ test: .venv/installed
 
 # The property tests, on examples that are drawn anew each time.
 test-search: .venv/installed
-	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_growth_exact.py tests/test_growth_masks.py tests/test_exact_adamw.py
+	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_growth_exact.py tests/test_growth_masks.py tests/test_growth_rescaling.py
 
 # What takes minutes per test: the published page of growth errors, the plan of the full-size recipe, an installation of
 # the base alone; and the model under the remat that JAX will turn on.

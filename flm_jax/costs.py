@@ -44,6 +44,19 @@ def train_flops_per_token(cfg: ModelConfig, context: int) -> int:
     return 3 * forward_flops_per_token(cfg, context)
 
 
+def orthogonalisation_flops(cfg: ModelConfig, steps: int) -> float:
+    """FLOPs per train step of Muon's orthogonalisation of all matrices, by so many Newton-Schulz steps.
+
+    Each of these has three products for each matrix of a x b, a <= b: X X', its square, and their sum times X.
+    """
+    total = 0.0
+    for _, _, sig in leaves(cfg):
+        if sig.is_matrix_like:
+            a, b = sorted(sig.fans(cfg.sizes))
+            total += (cfg.layers if sig.stacked else 1) * steps * (4 * a**2 * b + 2 * a**3)
+    return total
+
+
 def count(number: float) -> str:
     """A count as text with a metric suffix: 52.85 B."""
     for size, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

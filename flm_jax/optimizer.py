@@ -1,4 +1,4 @@
-"""AdamW with muP's multipliers, learning-rate schedules, and the table of which state leaves are moving averages.
+"""AdamW and Muon with muP's multipliers, learning-rate schedules, and what their states hold.
 
 The learning rate is applied in the train step and follows the step within the stage. The optimizer's own state is
 therefore only moments and one count, and no schedule in it has to be reset when the model grows.
@@ -6,27 +6,36 @@ therefore only moments and one count, and no schedule in it has to be reset when
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flm_jax.config import ModelConfig
+from flm_jax.kernels.orthogonal import orthogonalized
 from flm_jax.records import counted, recorded
-from flm_jax.records.fields import Count, Fraction, Limit, NonNegative, Positive, one_of
+from flm_jax.records.fields import Count, Fraction, Limit, NonNegative, Positive, Size, one_of
 from flm_jax.sharding import param_shardings, replicated
+from flm_jax.signature import Signature, Sizes
 
+OPTIMIZERS = ("adamw", "muon")
+# Fields of `OptimizerConfig` that only Muon has. AdamW's apply to both: Muon leaves vector-like parameters to AdamW.
+OF_MUON = ("momentum", "nesterov", "newton_schulz_steps")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
+# The root mean square of Muon's updates at the base width, about that of AdamW's (2502.16982, section 2.2).
+MUON_RMS = 0.2
 Decay = Annotated[float, Limit("at least 0 and less than 1", lambda rate: 0 <= rate < 1)]
 
 
 @dataclass(frozen=True)
 @recorded
 class OptimizerConfig:
-    """AdamW's settings and the learning-rate schedule of one stage.
+    """The optimizer's settings and the learning-rate schedule of one stage.
 
     Attributes:
       learning_rate: peak rate at the base width; for matrix-like parameters it is divided by their width multiplier.
@@ -44,6 +53,11 @@ class OptimizerConfig:
       eps: added to the root of the second moment.
       weight_decay: decoupled, multiplied by the rate at the base width; gains and biases are exempt.
       clip: largest global norm of the gradient; 0: no clipping.
+      name: adamw, or muon: for matrix-like parameters the momentum of the gradient with its singular values made equal
+        (Newton-Schulz steps in the model's compute_dtype), for the others AdamW with the settings above.
+      momentum: decay of the moving average of gradients (muon).
+      nesterov: whether the gradient is averaged in once more before the step (muon).
+      newton_schulz_steps: steps of the orthogonalisation (muon).
     """
 
     learning_rate: Positive = 1e-3
@@ -60,8 +74,15 @@ class OptimizerConfig:
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.0
     clip: NonNegative = 1.0
+    name: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
+    momentum: Decay = 0.95
+    nesterov: bool = True
+    newton_schulz_steps: Size = 5
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if self.name != "muon" and field.name in OF_MUON and (given := getattr(self, field.name)) != field.default:
+                raise ValueError(f"OptimizerConfig.{field.name}={given} belongs to muon, not {self.name}.")
         if self.decay_steps and self.schedule != "wsd":
             raise ValueError(f"OptimizerConfig.decay_steps={self.decay_steps} belongs to wsd, not {self.schedule}.")
         if (self.decay_span or self.decay_passed) and self.schedule not in ("cosine", "linear"):
@@ -128,12 +149,12 @@ def _decaying(cfg: OptimizerConfig, peak: float, final: float, steps: int) -> op
     return optax.linear_schedule(peak, final, steps)
 
 
-def scale_by_width(width_mults: Any) -> optax.GradientTransformation:
-    """The transformation that divides each parameter's update by its width multiplier (muP, 2203.03466, Table 8)."""
+def scale_by_width(mults: Any) -> optax.GradientTransformation:
+    """The transformation that divides each parameter's update by a number, such as its width multiplier."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         del params
-        return jax.tree.map(lambda mult, u: u if mult == 1 else u / mult, width_mults, updates), state
+        return jax.tree.map(lambda mult, u: u if mult == 1 else u / mult, mults, updates), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
@@ -152,42 +173,142 @@ def decay(rate: float, decays: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def width_mults(model: ModelConfig, signatures: Any) -> Any:
-    """The tree of muP's width multipliers, one number per parameter."""
-    return jax.tree.map(lambda sig: sig.width_mult(model.sizes, model.base_sizes), signatures)
+def width_mult(cfg: OptimizerConfig, sig: Signature, sizes: Sizes, base: Sizes) -> float:
+    """The number that a parameter's update is divided by, so that one rate serves every width.
+
+    For AdamW this is muP's width multiplier (2203.03466, Table 8). The singular values of Muon's updates are about 1,
+    whatever the width. They become 0.2 sqrt(max(fan-in, fan-out)) at the base width, where the root mean square of the
+    update is then 0.2, and grow as sqrt(fan-out / fan-in) from there: so do the largest ones of AdamW's under muP.
+
+    Args:
+      cfg: the optimizer's name, and its `matrix_rate`.
+      sig: the parameter's signature.
+      sizes: of the model's axes.
+      base: of the axes of muP's base model.
+    """
+    if not sig.is_matrix_like:
+        return 1.0
+    mult = sig.width_mult(sizes, base)
+    if cfg.name == "muon":
+        (fan_in, fan_out), (base_in, base_out) = sig.fans(sizes), sig.fans(base)
+        mult = 1 / (MUON_RMS * math.sqrt(max(base_in, base_out) * (fan_out / base_out) / (fan_in / base_in)))
+    return mult / cfg.matrix_rate
 
 
-def adamw(cfg: OptimizerConfig, signatures: Any, mults: Any) -> optax.GradientTransformation:
-    """AdamW without clipping, sign and learning rate: the train step adds minus the rate times these updates.
+def direction(
+    cfg: OptimizerConfig, signatures: Any, mults: Any, dtype: Any, shares: Any = None
+) -> optax.GradientTransformation:
+    """The optimizer without clipping, sign and learning rate: the train step adds minus the rate times these updates.
 
     Weight decay is added after muP's division. This is the published rule, where the decay is multiplied by the width
     multiplier and the rate divided by it: every parameter that decays shrinks by the same fraction per step, at any
     width.
 
     Args:
-      cfg: Adam's settings and weight decay.
+      cfg: the optimizer's settings and weight decay.
       signatures: tree of the parameters' signatures.
-      mults: tree of their width multipliers.
+      mults: tree of what their updates are divided by, see `width_mult`.
+      dtype: of Muon's orthogonalisation.
+      shares: see `scale_by_muon`.
     """
-    mults = jax.tree.map(lambda sig, m: m / cfg.matrix_rate if sig.is_matrix_like else m, signatures, mults)
     decays = jax.tree.map(lambda sig: sig.decays, signatures)
-    return optax.chain(
-        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
-        scale_by_width(mults),
-        decay(cfg.weight_decay, decays),
-    )
+    adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
+    first = adam if cfg.name == "adamw" else scale_by_muon(cfg, signatures, dtype, shares)
+    return optax.chain(first, scale_by_width(mults), decay(cfg.weight_decay, decays))
 
 
-# For each class of optimizer state: its fields that are moving averages, and of which power of the gradient. They grow
-# by the duals of the parameters' maps. Its other fields are counts. A new optimizer adds the class of its state here.
+# One vector per dimension, shaped to broadcast; the factor of an entry is the product of its vectors' values.
+Factors = tuple[np.ndarray, ...]
+
+
+def times(x: jax.Array, factors: Factors, power: float = 1) -> jax.Array:
+    """`x` times the product of `factors`, each to the given power, in the dtype of `x`."""
+    for factor in factors:
+        if not np.all(factor == 1):
+            x = x * np.power(factor, float(power)).astype(x.dtype)
+    return x
+
+
+def scale_by_muon(
+    cfg: OptimizerConfig, signatures: Any, dtype: Any, shares: Any = None
+) -> optax.GradientTransformation:
+    """The transformation of Muon for matrix-like parameters, and of Adam for the others.
+
+    Its state is that of Adam, without the second moments of matrices. The momentum m is a moving average of gradients
+    without bias correction, since the size of m has no effect. With a gradient g the direction is
+    b m + (1 - b) g, orthogonalised; m itself without Nesterov's look ahead.
+
+    Args:
+      cfg: its settings.
+      signatures: tree of the parameters' signatures.
+      dtype: of the orthogonalisation.
+      shares: tree of `Factors`; the entries of a matrix that are copies of one entry have shares that add up to 1. The
+        matrix is orthogonalised without the copies, and copies get the update of what they are copies of. None: no
+        entries are copies.
+    """
+    matrices = jax.tree.map(lambda sig: sig.is_matrix_like, signatures)
+    others = jax.tree.map(lambda sig: not sig.is_matrix_like, signatures)
+    adam, b = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps), cfg.momentum
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        state = adam.init(only(others, params))
+        return state._replace(mu=joined(matrices, optax.tree.zeros_like(params), state.mu))
+
+    def step(sig: Signature, ahead: jax.Array, share: Factors = ()) -> jax.Array:
+        # With counts n of copies, the rows and columns of P G Q' / sqrt(n_r n_c) have the singular values of G.
+        return times(orthogonalized(times(ahead, share, 0.5), sig, cfg.newton_schulz_steps, dtype), share, -0.5)
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        del params
+        of_others, rest = adam.update(only(others, grads), state._replace(mu=only(others, state.mu)))
+        seen = only(matrices, grads)
+        m = jax.tree.map(lambda m, g: b * m + (1 - b) * g, only(matrices, state.mu), seen)
+        ahead = jax.tree.map(lambda m, g: b * m + (1 - b) * g, m, seen) if cfg.nesterov else m
+        given = [only(matrices, shares)] if shares is not None else []
+        of_matrices = jax.tree.map(step, only(matrices, signatures), ahead, *given)
+        return joined(matrices, of_matrices, of_others), rest._replace(mu=joined(matrices, m, rest.mu))
+
+    return optax.GradientTransformation(init, update)
+
+
+# The optimizer's state
+#
+# For each class of state: its fields that are moving averages, and of which power of the gradient. They grow by the
+# duals of the parameters' maps. Its other fields are counts. A new optimizer adds the class of its state here.
+#
+# An average is a tree like the parameters. Where a parameter has no such average, the tree has `optax.MaskedNode()`
+# in place of an array: it costs no memory, and no checkpoint has a leaf for it. `only` makes such trees, `map_average`
+# maps over them, and all that handles averages goes through it.
 AVERAGES: dict[type, dict[str, int]] = {optax.ScaleByAdamState: {"mu": 1, "nu": 2}}
+
+
+def only(flags: Any, tree: Any) -> Any:
+    """A tree like the parameters, with `optax.MaskedNode()` where `flags`, a tree of bools, is False."""
+    return jax.tree.map(lambda on, leaf: leaf if on else optax.MaskedNode(), flags, tree)
+
+
+def joined(flags: Any, a: Any, b: Any) -> Any:
+    """A tree like the parameters: that of `a` where `flags` is True, that of `b` where it is False."""
+    return jax.tree.map(lambda on, x, y: x if on else y, flags, a, b)
+
+
+def is_masked(node: Any) -> bool:
+    """Whether a node of an average says that a parameter has none."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def map_average(one: Callable[..., Any], average: Any, *rest: Any) -> Any:
+    """`jax.tree.map` over an average and trees like the parameters; it leaves out parameters that have no average."""
+    return jax.tree.map(
+        lambda leaf, *others: leaf if is_masked(leaf) else one(leaf, *others), average, *rest, is_leaf=is_masked
+    )
 
 
 def map_parts(one: Callable[[int | None, Any], Any], state: Any) -> Any:
     """An optimizer's state with every moving average and every count replaced by the result of `one`.
 
     Args:
-      one: called with the power of the gradient and the average (a tree like the parameters), or with None and a count.
+      one: called with the power of the gradient and the average, or with None and a count.
       state: the optimizer's state; its leaves may be anything in the place of arrays.
 
     Raises:
@@ -211,17 +332,9 @@ def map_parts(one: Callable[[int | None, Any], Any], state: Any) -> Any:
 
 def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: Any, mesh: Mesh) -> tuple[Any, Any]:
     """The optimizer state's shapes and shardings: moments are sharded like their parameters, counts replicated."""
-    state = jax.eval_shape(tx.init, shapes)
-    where, found = param_shardings(signatures, shapes, mesh), []
+    state, where = jax.eval_shape(tx.init, shapes), param_shardings(signatures, shapes, mesh)
 
-    def place() -> None:
-        found.append(
-            optax.tree_utils.tree_map_params(
-                tx, lambda _, place: place, state, where, transform_non_params=lambda _: replicated(mesh)
-            )
-        )
+    def place(power: int | None, part: Any) -> Any:
+        return replicated(mesh) if power is None else map_average(lambda _, place: place, part, where)
 
-    # Optax initialises a state to see where parameters are. Traced, it makes no array: the devices of a mesh that is
-    # only described have no memory for one.
-    jax.eval_shape(place)
-    return state, found[0]
+    return state, map_parts(place, state)

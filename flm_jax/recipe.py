@@ -16,9 +16,9 @@ from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import SeqioTask
 from flm_jax.data.train_vocabulary import Pretrained, SentencePiece
-from flm_jax.growth.exact_adamw import check_continues
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import NUMERICS, Growth
+from flm_jax.growth.rescaling import check_continues
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.records import as_dict, counted, differences, meant, recorded
 from flm_jax.records.fields import Name, NonNegative, Positive, Seed, Size
@@ -147,6 +147,7 @@ class ResolvedStage:
         more if it continues a model whose masks or rate of new entries still rise; None if nothing rises any more.
       continues: whether its first state is the last one of the stage before, or of the checkpoint that the recipe
         starts with, rather than initialised or grown from it.
+      optimizer_before: the name of the optimizer whose state it begins with.
     """
 
     index: int
@@ -154,6 +155,7 @@ class ResolvedStage:
     lineage: Lineage
     since_growth: int | None = 0
     continues: bool = False
+    optimizer_before: str = "adamw"
 
     @property
     def cfg(self) -> ModelConfig:
@@ -251,6 +253,9 @@ def resolve(recipe: Recipe, source: SourceCheckpoint | None = None) -> tuple[Res
                 found = _continued(stage, index, source.lineage, _risen_in(source), "the checkpoint")
             else:
                 found = ResolvedStage(index, stage, Lineage(stage.model))
+            before_it = resolved[-1].optimizer.name if resolved else _optimizer_of(source)
+            found = dataclasses.replace(found, optimizer_before=before_it or stage.optimizer.name)
+            _check_optimizer(found)
             _check_rising(found)
         except ValueError as error:
             raise ValueError(f"Stage {stage.name!r}: {error}") from error
@@ -307,8 +312,27 @@ def _grown(stage: Stage, before: Lineage | None) -> Lineage:
     return before.grown(stage.model, stage.growth)
 
 
+def _optimizer_of(source: SourceCheckpoint | None) -> str | None:
+    """The optimizer whose state a checkpoint has; None: it has none, or there is no checkpoint."""
+    return source.meta.optimizer if source is not None and source.trained else None
+
+
+def _check_optimizer(found: ResolvedStage) -> None:
+    """Checks that a stage can begin with the optimizer state that it is given.
+
+    Raises:
+      ValueError: it is that of another optimizer, and is not replaced by a fresh one.
+    """
+    name, before, growth = found.optimizer.name, found.optimizer_before, found.stage.growth
+    if name != before and (growth is None or growth.optimizer != "fresh"):
+        raise ValueError(
+            f"OptimizerConfig.name={name!r}, but the optimizer state that it begins with is {before}'s: keep {before}, "
+            "or change the optimizer at a growth with Growth.optimizer='fresh', which begins without moments."
+        )
+
+
 def _check_rising(found: ResolvedStage) -> None:
-    check_continues(found.lineage)
+    check_continues(found.lineage, found.optimizer.name)
     since = found.since_growth or 0
     if found.growth is not None and found.growth.rewarm_steps - since > found.steps:
         passed = f", {since} of them passed," if since else ""

@@ -36,6 +36,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("stream", ("sequence", "tensor")),
     ("history", ()),
     ("layers", ()),
+    # Layers while they are orthogonalised: a device needs whole rows or whole columns of a layer then.
+    ("matrices", ("data", "fsdp", "sequence")),
     ("vocab", ("tensor",)),
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),

@@ -165,7 +165,11 @@ class Signature:
         """
         if not self.is_matrix_like:
             return 1.0
-        return math.prod(sizes[a] for a in self.reads) / math.prod(base[a] for a in self.reads)
+        return self.fans(sizes)[0] / self.fans(base)[0]
+
+    def fans(self, sizes: Sizes) -> tuple[float, float]:
+        """Fan-in and fan-out: how many entries each output is a sum of, and how many outputs each entry is part of."""
+        return math.prod(sizes[a] for a in self.reads), math.prod(sizes[a] for a in self.writes)
 
 
 class Declared(struct.PyTreeNode, meta.AxisMetadata[Any]):

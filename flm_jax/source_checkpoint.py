@@ -20,10 +20,10 @@ from flm_jax.costs import leaves
 from flm_jax.data.train_vocabulary import checkpoint_vocabulary
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.data.vocabulary_files import FILES, VocabularyError, to_files
-from flm_jax.growth.exact_adamw import rescaled_adamw
 from flm_jax.growth.lineage import Lineage
+from flm_jax.growth.rescaling import rescaled_optimizer
 from flm_jax.model import Masks, Params, declared
-from flm_jax.optimizer import OptimizerConfig
+from flm_jax.optimizer import OPTIMIZERS, OptimizerConfig
 from flm_jax.records import as_dict, counted
 from flm_jax.records.foreign_json import check, field, parse_json
 from flm_jax.state import TrainState, abstract_state, kept, shardings_of
@@ -47,6 +47,7 @@ class CheckpointMeta:
       data: the training data's description of itself; after a growth, that of the data before it.
       history: measurements, growths and skipped steps of the run so far.
       converted: the config.json that an imported model came with.
+      optimizer: the name of the optimizer that its state belongs to, if it has optimizer state.
     """
 
     stage: str
@@ -56,6 +57,7 @@ class CheckpointMeta:
     data: Mapping[str, Any] | None = None
     history: Mapping[str, Any] | None = None
     converted: Mapping[str, Any] | None = None
+    optimizer: str = "adamw"
 
     @property
     def ramp_steps(self) -> int:
@@ -74,6 +76,7 @@ class CheckpointMeta:
             "ramp_steps": self.ramp_steps,
             "provenance": self.provenance,
             **({"since_growth": self.since_growth} if self.since_growth else {}),
+            **({"optimizer": self.optimizer} if self.optimizer != "adamw" else {}),
             **{name: value for name, value in given.items() if value is not None},
         }
 
@@ -97,7 +100,10 @@ class CheckpointMeta:
             name: check(record.get(name), (dict, type(None)), f"its {name}")
             for name in ("provenance", "data", "history", "converted")
         }
-        return cls(field(record, "stage", str, "it"), lineage, since, **rest)
+        optimizer = check(record.get("optimizer", "adamw"), str, "its optimizer")
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"its optimizer is {optimizer!r:.40}; this version knows {', '.join(OPTIMIZERS)}")
+        return cls(field(record, "stage", str, "it"), lineage, since, **rest, optimizer=optimizer)
 
 
 def signature_texts(cfg: ModelConfig) -> dict[str, str]:
@@ -204,26 +210,27 @@ class SourceCheckpoint:
             kept[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
         return {**kept, **to_files(vocabulary)}
 
-    def restore(self, mesh: Mesh, optimizer: bool = True) -> TrainState:
+    def restore(self, mesh: Mesh, optimizer: str | None = "adamw") -> TrainState:
         """The state on a mesh, with every bit checked; a weights-only checkpoint gets fresh optimizer state.
 
         Args:
           mesh: where to place the state.
-          optimizer: False: a weights-only checkpoint gets no optimizer state.
+          optimizer: the optimizer whose fresh state a weights-only checkpoint gets; None: it gets none.
 
         Raises:
           DamagedError: it is not as it was saved.
         """
-        abstract = abstract_state(self.lineage, mesh, weights=not self.trained)
+        abstract = abstract_state(self.lineage, mesh, not self.trained, self.meta.optimizer)
         with Checkpoints(self.directory.parent, read_only=True) as checkpoints:
             found = checkpoints.restore(kept(abstract), self.directory.name).state
         if self.trained:
             state: TrainState = found
             return state
-        if not optimizer:
+        if optimizer is None:
             return TrainState(found["step"], found["params"], ())
-        tx = rescaled_adamw(OptimizerConfig(), self.cfg, declared(self.cfg)[1])
-        init = jax.jit(tx.init, out_shardings=shardings_of(abstract_state(self.lineage, mesh).opt_state))
+        tx = rescaled_optimizer(OptimizerConfig(name=optimizer), self.cfg, declared(self.cfg)[1])
+        where = shardings_of(abstract_state(self.lineage, mesh, optimizer=optimizer).opt_state)
+        init = jax.jit(tx.init, out_shardings=where)
         return TrainState(found["step"], found["params"], init(found["params"]))
 
     def restore_params(self, mesh: Mesh) -> Params:

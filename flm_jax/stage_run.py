@@ -132,7 +132,8 @@ class StageRun:
         """The grown state, verified, and the record of the growth; the given state is donated."""
         lineage, chunks = self.stage.lineage, self.recipe.loss_chunks
         # The stage before may have used another mesh; if not, this moves nothing.
-        state = jax.device_put(state, shardings_of(abstract_state(lineage.before, self.mesh)))
+        given = abstract_state(lineage.before, self.mesh, optimizer=self.stage.optimizer_before)
+        state = jax.device_put(state, shardings_of(given))
         text = heldout_text(self.data, self.mesh, self.recipe.eval_windows)
         batch = put_batch(text.few, self.mesh)
         lineage, distances = settle(lineage, state.params, batch.inputs_BT, batch.segments_BT)
@@ -141,8 +142,9 @@ class StageRun:
         # The old model's outputs are computed before the growth, so that its memory is free for the new model.
         before = observe_before(lineage, state.params, text, self.mesh, chunks)
         with quietly_donated():
-            grown = make_grower(lineage, self.mesh, donate=True)(state, key)
-        found = verify_growth(lineage, before, grown, text, self.mesh, self.recipe.tolerance, chunks)
+            grown = make_grower(lineage, self.mesh, donate=True, optimizer=stage.optimizer.name)(state, key)
+        given = (text, self.mesh, self.recipe.tolerance, chunks, stage.optimizer.name)
+        found = verify_growth(lineage, before, grown, *given)
         if not found["holds"]:
             raise GrowthError(f"The growth does not preserve what its method promises: {failures_text(found)}")
         step = self._grown_from()
@@ -269,6 +271,7 @@ class StageRun:
 
     def _save(self, step: int, state: TrainState, provenance: dict[str, Any] | None) -> None:
         about = {"provenance": provenance, "data": self.data.describe(), "history": self.history}
+        about["optimizer"] = self.stage.optimizer.name
         meta = CheckpointMeta(self.stage.name, self.stage.lineage, self.stage.since_growth, **about).record()
         advice = "Read the data from a token store, with streamed=False."
         distributed.assert_equal("The data read so far", self.batches.mark(), advice)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from flm_jax.growth.exact_adamw import rescaled_adamw
 from flm_jax.growth.lineage import Lineage
+from flm_jax.growth.rescaling import rescaled_optimizer
 from flm_jax.model import Params, declared
 from flm_jax.optimizer import OptimizerConfig, state_shardings
 from flm_jax.sharding import abstract, param_shardings, replicated
@@ -30,13 +30,14 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
 
 
-def abstract_state(lineage: Lineage, mesh: Mesh, weights: bool = False) -> TrainState:
+def abstract_state(lineage: Lineage, mesh: Mesh, weights: bool = False, optimizer: str = "adamw") -> TrainState:
     """Shapes, dtypes and shardings of a model's state: `jax.ShapeDtypeStruct`s.
 
     Args:
       lineage: the model; its new layers need not be placed yet.
       mesh: where the state lives.
       weights: True: without optimizer state.
+      optimizer: the name of the optimizer that the state belongs to.
     """
     shapes, signatures = declared(lineage.cfg)
     step = jax.ShapeDtypeStruct((), jnp.int32)
@@ -46,7 +47,7 @@ def abstract_state(lineage: Lineage, mesh: Mesh, weights: bool = False) -> Train
         opt_shardings: Any = ()
     else:
         # Rates and rescalings do not change the structure of a state.
-        tx = rescaled_adamw(OptimizerConfig(), lineage.cfg, signatures)
+        tx = rescaled_optimizer(OptimizerConfig(name=optimizer), lineage.cfg, signatures)
         opt_shapes, opt_shardings = state_shardings(tx, signatures, shapes, mesh)
     found: TrainState = abstract(
         TrainState(step, shapes, opt_shapes), TrainState(replicated(mesh), where, opt_shardings)

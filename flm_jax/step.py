@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from flm_jax import attention
 from flm_jax.compiler_options import for_step
 from flm_jax.config import ModelConfig
-from flm_jax.growth.exact_adamw import new_entries, rate_of_new, rescaled_adamw, rescaling, scale_new
 from flm_jax.growth.grow import grow_opt_state, grow_params
 from flm_jax.growth.lineage import Lineage
+from flm_jax.growth.rescaling import paced, rescaled_optimizer, rescaling
 from flm_jax.loss import loss_sum
 from flm_jax.model import Masks, Params, declared, init_params
 from flm_jax.optimizer import schedule
@@ -52,7 +52,9 @@ def quietly_donated() -> Iterator[None]:
         yield
 
 
-def make_grower(lineage: Lineage, mesh: Mesh, donate: bool = False, weights: bool = False) -> Any:
+def make_grower(
+    lineage: Lineage, mesh: Mesh, donate: bool = False, weights: bool = False, optimizer: str = "adamw"
+) -> Any:
     """The jitted function (state before the growth, key) -> state of the grown model at step 0.
 
     Args:
@@ -61,17 +63,25 @@ def make_grower(lineage: Lineage, mesh: Mesh, donate: bool = False, weights: boo
       donate: whether the given state is donated. Leaves that keep their shape and sharding then reuse their memory, for
         example the embedding if only the depth grows. Other leaves cannot, and XLA warns (see `quietly_donated`).
       weights: whether the state has no optimizer state.
+      optimizer: whose state the grown one is. If the growth takes over no moments, the given one may be another's.
     """
+    target = abstract_state(lineage, mesh, weights, optimizer)
+
+    def grow_opt(state: Any) -> Any:
+        if weights:
+            return ()
+        if lineage.last_growth.optimizer == "fresh":
+            return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), target.opt_state)
+        return grow_opt_state(lineage, state)
 
     def grow_state(state: TrainState, key: jax.Array) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=grow_params(lineage, state.params, key),
-            opt_state=() if weights else grow_opt_state(lineage, state.opt_state),
+            opt_state=grow_opt(state.opt_state),
         )
 
-    where = shardings_of(abstract_state(lineage, mesh, weights))
-    return jax.jit(grow_state, donate_argnums=(0,) if donate else (), out_shardings=where)
+    return jax.jit(grow_state, donate_argnums=(0,) if donate else (), out_shardings=shardings_of(target))
 
 
 def parameter_growers(lineage: Lineage, mesh: Mesh) -> Iterator[Any]:
@@ -99,7 +109,7 @@ class StageProgram:
     ) -> None:
         self.stage, self.mesh, self.chunks = stage, mesh, chunks
         self.options = for_step(mesh, stage.cfg, compiler_options)
-        self.abstract_state = abstract_state(stage.lineage, mesh)
+        self.abstract_state = abstract_state(stage.lineage, mesh, optimizer=stage.optimizer.name)
         self.shardings = shardings_of(self.abstract_state)
         self.rate = schedule(stage.optimizer, stage.steps)
 
@@ -107,7 +117,7 @@ class StageProgram:
     def tx(self) -> optax.GradientTransformation:
         """The optimizer; after a growth with `optimizer="exact"`, it needs to know where new layers were placed."""
         signatures = declared(self.stage.cfg)[1]
-        return rescaled_adamw(self.stage.optimizer, self.stage.cfg, signatures, rescaling(self.stage.lineage))
+        return rescaled_optimizer(self.stage.optimizer, self.stage.cfg, signatures, rescaling(self.stage.lineage))
 
     def check_trains(self, context: int) -> None:
         """Checks that the mesh splits this stage's batches evenly, and that its devices have the attention kernel.
@@ -154,12 +164,11 @@ class StageProgram:
 
     def _paced(self, updates: Params, state: TrainState) -> Params:
         """The updates, with those of new entries scaled by their own rate if the growth is "asymmetric"."""
-        growth, cfg = self.stage.growth, self.stage.optimizer
+        growth = self.stage.growth
         if growth is None or growth.optimizer != "asymmetric":
             return updates
-        count = optax.tree_utils.tree_get(state.opt_state, "count")
-        factor = rate_of_new(growth, state.step + (self.stage.since_growth or 0), count, cfg.b1, cfg.b2)
-        return scale_new(updates, new_entries(self.stage.lineage), factor)
+        since, count = state.step + (self.stage.since_growth or 0), optax.tree_utils.tree_get(state.opt_state, "count")
+        return paced(self.stage.optimizer, self.stage.lineage, updates, since, count)
 
     def step_function(self, masked: bool) -> Any:
         """The train step, not jitted: (state, batch, pace) -> (next state, metrics).

@@ -136,7 +136,7 @@ def train(
             where = stores[first].directory / str(restored.step)
             state, (history, position) = restored.state, report.read_run(restored.meta, restored.blobs, where)
         elif source is not None:
-            state = source.restore(programs[0].mesh)
+            state = source.restore(programs[0].mesh, stages[0].optimizer.name)
         del restored  # or it would keep the restored arrays in memory for the whole run
         interrupts = stack.enter_context(Interrupts())
         for index in range(first, len(stages)):

@@ -1,10 +1,12 @@
 """Parameters and FLOPs: those that are published, and those that XLA counts."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from flm_jax.config import tele_flm_1t, tele_flm_52b, tele_flm_102b
-from flm_jax.costs import forward_flops_per_token, param_count
+from flm_jax.costs import forward_flops_per_token, leaves, orthogonalisation_flops, param_count
+from flm_jax.kernels.orthogonal import orthogonalized
 from tests import small
 
 
@@ -23,3 +25,13 @@ def test_flops_count_what_xla_counts():
     compiled = small.apply.lower(cfg, small.params(cfg), tokens).compile()
     measured = compiled.cost_analysis()["flops"]
     assert measured == pytest.approx(64 * forward_flops_per_token(cfg, 64), rel=0.15)
+
+
+def test_flops_of_orthogonalisation_are_those_that_xla_counts():
+    cfg = small.config(embed=128, mlp=320, heads=4, head_dim=32)
+    measured = 0.0
+    for _, like, sig in leaves(cfg):
+        if sig.is_matrix_like:
+            lowered = jax.jit(orthogonalized, static_argnums=(1, 2, 3)).lower(like, sig, 3, jnp.float32)
+            measured += lowered.compile().cost_analysis()["flops"]
+    assert measured == pytest.approx(orthogonalisation_flops(cfg, 3), rel=0.05)

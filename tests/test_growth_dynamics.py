@@ -16,7 +16,7 @@ from flm_jax.growth import (
     grow_optimizer,
     masks_at,
 )
-from flm_jax.growth.exact_adamw import rescaled_adamw
+from flm_jax.growth.rescaling import rescaled_optimizer
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.signature import Role
 from tests import small
@@ -94,7 +94,7 @@ def copied_dual(old, new):
 def test_adam_moments_grow_by_the_dual_of_the_map():
     growth = Growth(method="zero")
     old, params, new, grown = grow_pair(GROWN, growth)
-    tx = rescaled_adamw(OptimizerConfig(), old, model.declared(old)[1])
+    tx = rescaled_optimizer(OptimizerConfig(), old, model.declared(old)[1])
     grads = gradient(old, params, None, small.tokens())
     state = jax.jit(lambda params, grads: tx.update(grads, tx.init(params), params)[1])(params, grads)
 

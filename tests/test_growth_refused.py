@@ -11,10 +11,10 @@ from flm_jax.growth import (
     grown_config,
 )
 from flm_jax.growth import masks as growth_masks
-from flm_jax.growth.exact_adamw import check_continues
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.operators import ALIASES
 from flm_jax.growth.plan import changed
+from flm_jax.growth.rescaling import check_continues
 from tests import small
 from tests.growing import (
     KEY,

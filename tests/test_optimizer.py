@@ -1,4 +1,6 @@
-"""AdamW with muP: rates and decay by signature, where moments live, and schedules."""
+"""AdamW and Muon with muP: rates and decay by signature, what their states hold and where, and schedules."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ from jax.sharding import PartitionSpec
 
 from flm_jax import model, sharding
 from flm_jax.config import tele_flm_52b
-from flm_jax.growth.exact_adamw import rescaled_adamw
-from flm_jax.optimizer import OptimizerConfig, schedule, state_shardings
+from flm_jax.growth.rescaling import rescaled_optimizer
+from flm_jax.optimizer import OPTIMIZERS, OptimizerConfig, direction, only, schedule, state_shardings
 from tests import small
+
+MUON = OptimizerConfig(name="muon")
 
 
 def test_muP_divides_updates_of_matrices_and_spares_gains_from_decay():
@@ -20,9 +24,9 @@ def test_muP_divides_updates_of_matrices_and_spares_gains_from_decay():
     params = small.params(cfg)
     grads = jax.tree.map(jnp.ones_like, params)
     plain = OptimizerConfig(clip=0.0, eps=0.0)
-    tx = rescaled_adamw(plain, cfg, signatures)
+    tx = rescaled_optimizer(plain, cfg, signatures)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-    decaying = rescaled_adamw(OptimizerConfig(clip=0.0, eps=0.0, weight_decay=0.5), cfg, signatures)
+    decaying = rescaled_optimizer(OptimizerConfig(clip=0.0, eps=0.0, weight_decay=0.5), cfg, signatures)
     decayed, _ = jax.jit(decaying.update)(grads, decaying.init(params), params)
 
     def check(sig, w, u, d):
@@ -37,11 +41,100 @@ def test_matrix_like_parameters_may_have_a_rate_of_their_own():
     cfg = tele_flm_52b()
     _, signatures = model.declared(cfg)
     for matrix_rate, ratio in ((1.0, 1 / 32), (32.0, 1.0)):
-        tx = rescaled_adamw(OptimizerConfig(matrix_rate=matrix_rate, clip=0.0), cfg, signatures)
+        tx = rescaled_optimizer(OptimizerConfig(matrix_rate=matrix_rate, clip=0.0), cfg, signatures)
         ones = jax.tree.map(lambda sig: np.ones((1,) * len(sig.axes)), signatures)
         updates, _ = tx.update(ones, tx.init(ones), ones)
         assert updates["embedding"].item() == pytest.approx(1.0, rel=1e-5)
         assert updates["blocks"]["attention"]["query"].item() == pytest.approx(ratio, rel=1e-5)
+
+
+def small_step(cfg, optimizer, **changes):
+    """The updates of one step from a random gradient, the gradient, the state after it, and the signatures."""
+    _, signatures = model.declared(cfg)
+    params, grads = small.params(cfg), small.params(cfg, 1)
+    tx = rescaled_optimizer(dataclasses.replace(optimizer, **changes), cfg, signatures)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    return updates, grads, state, signatures
+
+
+@pytest.mark.parametrize("wider", [{}, dict(embed=48, heads=6, mlp=80)], ids=["base width", "wider"])
+def test_muons_updates_have_the_spectral_norm_of_their_fans(wider):
+    """At the base width their root mean square is 0.2; from there the largest singular value follows the fans."""
+    cfg = small.config(**{**dict(embed=24, heads=3, head_dim=8, mlp=64, base_width=24), **wider})
+    updates, _, _, signatures = small_step(cfg, MUON, matrix_rate=0.5)
+
+    def check(sig, u):
+        if not sig.is_matrix_like:
+            return
+        (fan_in, fan_out), bases = sig.fans(cfg.sizes), sig.fans(cfg.base_sizes)
+        matrix = np.asarray(u)[0].reshape(int(fan_in), int(fan_out))
+        spectral = 0.1 * np.sqrt(max(bases) * fan_out * bases[0] / (fan_in * bases[1]))
+        assert np.linalg.norm(matrix, 2) == pytest.approx(spectral, rel=0.21)
+        if not wider:
+            assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.1, rel=0.2)
+
+    jax.tree.map(check, signatures, updates)
+
+
+def test_muon_leaves_vectors_to_adamw_and_decays_what_adamw_decays():
+    cfg = small.config(embed=64, qkv_bias=True)
+    plain = dict(clip=0.0)
+    (mine, _, _, signatures), (theirs, *_) = (small_step(cfg, OptimizerConfig(name=n), **plain) for n in OPTIMIZERS)
+    decayed, *_ = small_step(cfg, MUON, weight_decay=0.5, **plain)
+
+    def check(sig, w, a, m, d):
+        assert np.allclose(a, m, rtol=1e-6) != sig.is_matrix_like
+        np.testing.assert_allclose(d - m, 0.5 * w if sig.decays else 0 * w, atol=1e-5)
+
+    jax.tree.map(check, signatures, small.params(cfg), theirs, mine, decayed)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_muons_direction_is_that_of_optax(nesterov):
+    """Over steps, since the average is what matters; optax's bias correction has no effect without a look ahead."""
+    cfg = small.config(layers=1)
+    _, signatures = model.declared(cfg)
+    tx = direction(
+        dataclasses.replace(MUON, nesterov=nesterov), signatures, jax.tree.map(lambda _: 1.0, signatures), jnp.float32
+    )
+    theirs = optax.contrib.scale_by_muon(
+        nesterov=nesterov, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers((1,), (2, 3))
+    )
+    params = small.params(cfg)
+    state, other = tx.init(params), theirs.init(params["blocks"]["attention"]["query"])
+    for seed in range(1, 4):
+        grads = small.params(cfg, seed)
+        updates, state = tx.update(grads, state, params)
+        expected, other = theirs.update(grads["blocks"]["attention"]["query"], other)
+        found = updates["blocks"]["attention"]["query"]
+    away = np.abs(found - expected).max() / np.abs(expected).max()
+    assert away < (0.05 if nesterov else 1e-4)
+
+
+def test_muons_state_has_one_moment_for_matrices_and_two_for_the_rest():
+    cfg = small.config(heads=4, vocab=64, qkv_bias=True)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=4), jax.devices())
+    shapes, signatures = model.declared(cfg)
+    state, shardings = state_shardings(rescaled_optimizer(MUON, cfg, signatures), signatures, shapes, mesh)
+    where = sharding.param_shardings(signatures, shapes, mesh)
+    matrices = jax.tree.map(lambda sig: sig.is_matrix_like, signatures)
+    flags = jax.tree.leaves(matrices)
+    assert 0 < sum(flags) < len(flags)
+    assert jax.tree.leaves(state[0].mu) == jax.tree.leaves(shapes) and shardings[0].mu == where
+    assert jax.tree.structure(state[0].nu) == jax.tree.structure(shardings[0].nu)
+    assert shardings[0].nu == only(jax.tree.map(lambda on: not on, matrices), where)
+    assert len(jax.tree.leaves(state)) == 1 + len(flags) + flags.count(False)
+    made = rescaled_optimizer(MUON, cfg, signatures).init(small.params(cfg))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
+def test_what_belongs_to_one_optimizer_is_refused_with_the_other():
+    for field, value in (("momentum", 0.9), ("nesterov", False), ("newton_schulz_steps", 6)):
+        assert getattr(OptimizerConfig(name="muon", **{field: value}), field) == value
+        with pytest.raises(ValueError, match=f"OptimizerConfig.{field}={value} belongs to muon, not adamw"):
+            OptimizerConfig(**{field: value})
+    with pytest.raises(ValueError, match=r"OptimizerConfig.name = 'moun'.*adamw, muon"):
+        OptimizerConfig(name="moun")
 
 
 def test_moments_live_where_their_parameters_do():
@@ -49,7 +142,7 @@ def test_moments_live_where_their_parameters_do():
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=4), jax.devices())
     cfg = cfg.replace(vocab=64)
     shapes, signatures = model.declared(cfg)
-    tx = rescaled_adamw(OptimizerConfig(weight_decay=0.1), cfg, signatures)
+    tx = rescaled_optimizer(OptimizerConfig(weight_decay=0.1), cfg, signatures)
     _, shardings = state_shardings(tx, signatures, shapes, mesh)
     adam = next(s for s in shardings if isinstance(s, optax.ScaleByAdamState))
     where = sharding.param_shardings(signatures, shapes, mesh)

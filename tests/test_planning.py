@@ -16,6 +16,7 @@ from flm_jax.config import small_52b, small_102b
 from flm_jax.data.config import DataConfig
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.growth import Growth
+from flm_jax.optimizer import OptimizerConfig
 from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.topology import topology
 from flm_jax.recipe import Recipe, Run, Stage, resolve
@@ -53,6 +54,26 @@ def test_a_plan_adds_up():
     assert found["bytes_per_device"]["moments"] == 2 * 4 * split + 4  # and the count of steps
     assert found["fits"]
     assert found["days"] == pytest.approx(found["flops"] / (8 * 989e12 * 0.5) / 86_400)
+
+
+def test_a_plan_of_muon_has_one_moment_for_matrices_and_says_what_it_computes():
+    muon = OptimizerConfig(name="muon", newton_schulz_steps=3)
+    small = Recipe((Stage("one", small_52b(260), 5, 16, muon),), DataConfig(vocabulary=Bytes(), context=64))
+    given = (Run(mesh=MeshConfig(fsdp=2, tensor=4)), jax.devices(), topology("h100-8"), "arithmetic")
+    (found,) = stages.stages(small, *given)
+    cfg = small.stages[0].model
+    parts = [(math.prod(x.shape) / (2 if sig.gains else 8), sig) for _, x, sig in costs.leaves(cfg)]
+    moments = sum(size * (1 if sig.is_matrix_like else 2) for size, sig in parts)
+    assert found["bytes_per_device"]["moments"] == 4 * moments + 4
+    said = found["orthogonalisation"]
+    assert said["flops"] == costs.orthogonalisation_flops(cfg, 3)
+    # Four layers on two groups of four devices, which split the products of long sides and repeat those of short ones.
+    assert said["flops"] / 8 < said["flops_per_device"] < said["flops"] / 2
+    a, b = sorted((cfg.embed, cfg.mlp))
+    assert said["bytes_per_device"] == 2 * 4 * (3 * a * b / 4 + 2 * a * a)
+    seconds = found["flops"] / 8 + 5 * said["flops_per_device"]
+    assert found["days"] == pytest.approx(seconds / (989e12 * 0.5) / 86_400)
+    assert f"Muon orthogonalises in {said['flops']:.3g} FLOPs per step" in text.stage_text(found)
 
 
 def test_arithmetic_lowers_nothing_and_none_compiles_nothing(monkeypatch):

@@ -13,6 +13,25 @@ from tests.small import shape
 pytestmark = pytest.mark.integration
 
 
+def test_the_optimizer_changes_only_where_a_growth_begins_without_moments(recipe):
+    first, second, third = recipe.stages
+    muon = dataclasses.replace(first.optimizer, name="muon")
+    changes = dataclasses.replace(second, optimizer=muon)
+    goes_on = dataclasses.replace(first, name="more", optimizer=muon)
+    for stages in ((first, changes), (first, goes_on), (dataclasses.replace(first, optimizer=muon), second)):
+        before, after = (stage.optimizer.name for stage in stages)
+        message = f"OptimizerConfig.name='{after}', but the optimizer state that it begins with is {before}'s: keep"
+        with pytest.raises(ValueError, match=f"Stage '{stages[1].name}': {message}.*Growth.optimizer='fresh'"):
+            resolve(dataclasses.replace(recipe, stages=stages))
+    fresh = dataclasses.replace(changes, growth=dataclasses.replace(second.growth, optimizer="fresh"))
+    last = dataclasses.replace(third, optimizer=muon)
+    found = resolve(dataclasses.replace(recipe, stages=(first, fresh, last)))
+    assert [stage.optimizer_before for stage in found] == ["adamw", "adamw", "muon"]
+    exact = dataclasses.replace(last, growth=Growth("zero", optimizer="exact"))
+    with pytest.raises(ValueError, match="Stage 'third': optimizer='exact': Muon cannot go on exactly where embed"):
+        resolve(dataclasses.replace(recipe, stages=(first, fresh, exact)))
+
+
 def test_an_unmasked_growth_of_nothing_and_other_impossible_recipes(recipe):
     first, second, _ = recipe.stages
     grow = dataclasses.replace

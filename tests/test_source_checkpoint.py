@@ -20,11 +20,11 @@ from flm_jax.data.train_vocabulary import Bytes, Pretrained, SentencePiece, chec
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.data.vocabulary_files import RECORD, VocabularyError, from_files, to_files
 from flm_jax.evaluation import EvalRequest, evaluate_checkpoint
-from flm_jax.growth import Growth
+from flm_jax.growth import Growth, Lineage
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.source_checkpoint import read_source
+from flm_jax.source_checkpoint import CheckpointMeta, read_source
 from tests import hub, small
 from tests.golden_run import RUN as GOLDEN
 
@@ -73,6 +73,16 @@ def test_the_vocabulary_is_that_of_the_training_whatever_became_of_the_texts(run
     source = read_source(workdir)
     assert sorted(source.files) == ["tokenizer.model", "vocabulary.json"]
     assert source.vocabulary.digest == source.meta.data["vocabulary"]["digest"]
+
+
+def test_a_record_says_whose_state_it_is_and_one_without_a_word_is_of_adamw():
+    meta = CheckpointMeta("one", Lineage(SHAPE), optimizer="muon")
+    assert CheckpointMeta.from_record(meta.record()).optimizer == "muon"
+    record = CheckpointMeta("one", Lineage(SHAPE)).record()
+    assert "optimizer" not in record and CheckpointMeta.from_record(record).optimizer == "adamw"
+    for wrong, message in ((1, "its optimizer"), ("sgd", "its optimizer is 'sgd'; this version knows adamw, muon")):
+        with pytest.raises(ValueError, match=message):
+            CheckpointMeta.from_record({**record, "optimizer": wrong})
 
 
 class Shallow(tuple):

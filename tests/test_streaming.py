@@ -44,7 +44,7 @@ SILENT = {"head_dim": "zero", "layers": "zero"}
 CHUNK = 900
 
 
-def save(workdir: Path, cfg, mesh=None) -> Path:
+def save(workdir: Path, cfg, mesh=None, optimizer="adamw") -> Path:
     """A checkpoint of random values, as a run saves it."""
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     rng = np.random.default_rng(0)
@@ -54,8 +54,8 @@ def save(workdir: Path, cfg, mesh=None) -> Path:
         return jax.device_put(value.astype(like.dtype), like.sharding)
 
     with jax.set_mesh(mesh):
-        state = jax.tree.map(one, abstract_state(Lineage(cfg), mesh))
-        meta = CheckpointMeta("first", Lineage(cfg)).record()
+        state = jax.tree.map(one, abstract_state(Lineage(cfg), mesh, optimizer=optimizer))
+        meta = CheckpointMeta("first", Lineage(cfg), optimizer=optimizer).record()
         with Checkpoints(workdir / "checkpoints" / "0_first") as store:
             store.save(3, state, meta=meta)
     return workdir
@@ -75,7 +75,8 @@ def in_memory(source: Path, target, growth, seed=0) -> dict[str, str]:
     lineage = lineage_to(source, target, growth)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        grown = make_grower(lineage, mesh)(read_source(source).restore(mesh), jax.random.key(seed))
+        grower = make_grower(lineage, mesh, optimizer=read_source(source).meta.optimizer)
+        grown = grower(read_source(source).restore(mesh), jax.random.key(seed))
         return checksum.digests({p: checksum.of(x) for p, x in manifest.leaf_paths(grown).items()})
 
 
@@ -114,6 +115,23 @@ def test_streamed_is_in_memory_bit_for_bit(name, source, tmp_path):
     read = record["verification"]["streamed"]["source"]["leaves"]
     assert read == (12 if growth.optimizer == "fresh" else 37)
     assert json.loads((tmp_path / "grown" / "growth.json").read_text())["source_digest"] == read_source(source).digest
+
+
+@pytest.mark.parametrize("mode", ["exact", "fresh"])
+def test_a_state_of_muon_is_streamed_to_the_same_bits(mode, tmp_path):
+    """Its matrices have no second moment, and it stays Muon's."""
+    source = save(tmp_path / "run", OLD, optimizer="muon")
+    growth = Growth("copy", methods={"layers": "zero", "vocab": "mean"}, optimizer=mode)
+    target = NEW.replace(head_dim=OLD.head_dim)
+    record = stream(source, tmp_path / "grown", target, growth)
+    assert checksums(tmp_path / "grown") == in_memory(source, target, growth)
+    assert read_source(tmp_path / "grown").meta.optimizer == "muon"
+    assert not any("nu/blocks/mlp/" in path for path in checksums(tmp_path / "grown"))
+    read = record["verification"]["streamed"]["source"]["leaves"]
+    assert read == (12 if mode == "fresh" else 37 - 7)
+    with pytest.raises(ValueError, match="Muon cannot go on exactly where head_dim grows by 'zero'"):
+        stream(source, tmp_path / "refused", NEW, Growth("copy", methods=SILENT, optimizer="exact"))
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_sharded_source_with_masks_and_a_tied_embedding_restores_sharded(tmp_path):

@@ -23,6 +23,7 @@ from flm_jax.run_comparison import read_run_curves
 from flm_jax.savings.replicas import train_stage
 from flm_jax.savings.target import run_flops
 from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.source_checkpoint import read_source
 from flm_jax.step import StageProgram
 from tests import small
 from tests.runs import RAMP, RUN, StopAfter, recipe_of
@@ -103,6 +104,31 @@ def test_a_stage_without_a_growth_continues_the_one_before_bit_for_bit(data, tmp
     stages = resolve(recipe_of(data, first, grown, dataclasses.replace(grown, name="end", growth=None)))
     assert (stages[1].ramp_steps, stages[2].ramp_steps, stages[2].growth) == (2, 0, None)
     assert stages[2].lineage.growth == grown.growth
+
+
+def test_muon_trains_grows_goes_on_exactly_and_resumes_bit_for_bit(data, tmp_path, monkeypatch):
+    """AdamW, then Muon without AdamW's moments, on a mesh; then Muon's momentum through an exact growth."""
+    adamw = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    muon = dataclasses.replace(adamw, name="muon")
+    wider = shape(embed=32, heads=6, kv_heads=2, mlp=60)
+    recipe = recipe_of(
+        data,
+        Stage("adamw", shape(), 2, 8, adamw),
+        Stage("muon", wider, 4, 8, muon, Growth("copy", optimizer="fresh")),
+        Stage("wider", wider.replace(embed=40, layers=3), 3, 8, muon, Growth("uneven", methods={"layers": "zero"},
+              optimizer="exact")),
+    )  # fmt: skip
+    report = training.train(recipe, RUN, tmp_path / "whole")
+    assert report["stages"][-1]["eval_loss"] < report["stages"][0]["eval_loss"] < np.log(264)
+    saved = read_source(tmp_path / "whole" / "checkpoints" / "2_wider")
+    assert saved.meta.optimizer == "muon" and saved.meta.record()["optimizer"] == "muon"
+    assert read_source(tmp_path / "whole" / "checkpoints" / "0_adamw").meta.optimizer == "adamw"
+    monkeypatch.setattr(training, "Interrupts", lambda: StopAfter(5))
+    starts = 1
+    while training.train(recipe, RUN, tmp_path / "stopped") is None:
+        starts += 1
+    assert starts > 1
+    assert digest(recipe, RUN, tmp_path / "stopped") == digest(recipe, RUN, tmp_path / "whole")
 
 
 def test_stages_on_meshes_of_their_own_give_the_same_losses(reference, recipe, tmp_path):

@@ -20,6 +20,7 @@ from flm_jax.distributed import print0
 from flm_jax.growth.distance import settle
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import Growth, changed
+from flm_jax.growth.rescaling import check_continues
 from flm_jax.progress import phases
 from flm_jax.records import write_identity, write_record
 from flm_jax.sharding import MeshConfig, make_mesh, put_batch
@@ -83,6 +84,7 @@ def grow_checkpoint(
     checkpoint.check_settled()
     wanted = changed(checkpoint.cfg, target, growth) if isinstance(target, Mapping) else target
     lineage = checkpoint.lineage.grown(wanted, growth)
+    check_continues(lineage, checkpoint.meta.optimizer)
     if not lineage.outline:
         raise ValueError(
             f"Nothing grows: the checkpoint has the target's shape already, {costs.shape_line(checkpoint.cfg)}."
@@ -137,7 +139,8 @@ def _grow_streamed(
         return describe(lineage, (), {**method, "streamed": verified, **run})
 
     def meta(verified: Mapping[str, Any]) -> Mapping[str, Any]:
-        return CheckpointMeta(STAGE, lineage, provenance=described(verified).record(), data=source.meta.data).record()
+        about = dict(data=source.meta.data, optimizer=source.meta.optimizer)
+        return CheckpointMeta(STAGE, lineage, provenance=described(verified).record(), **about).record()
 
     return described(grow_streamed(source, lineage, directory, seed, meta, chunk_bytes))
 
@@ -191,21 +194,24 @@ def _grow_in_memory(
     names = ("reading the source", "running it", "growing it", "running the grown model", "saving it")
     with jax.set_mesh(placed), phases(*names) as begin:
         begin()
-        state = source.restore(placed, optimizer=False)
+        state = source.restore(placed, optimizer=None)
         begin()
         batch = put_batch(text.few, placed)
         lineage, distances = settle(lineage, state.params, batch.inputs_BT, batch.segments_BT)
         CheckpointMeta(STAGE, lineage).record()  # Refuses a ramp that does not fit, before anything is grown.
         before = observe_before(lineage, state.params, text, placed)
         begin()
-        grown = make_grower(lineage, placed, weights=not source.trained)(state, jax.random.key(seed))
+        optimizer = source.meta.optimizer
+        grower = make_grower(lineage, placed, weights=not source.trained, optimizer=optimizer)
+        grown = grower(state, jax.random.key(seed))
         begin()
-        found = verify_growth(lineage, before, grown, text, placed, tolerance)
+        found = verify_growth(lineage, before, grown, text, placed, tolerance, optimizer=optimizer)
         record = describe(lineage, distances, found)
         if not found["holds"]:
             raise CheckpointError(f"The growth does not hold, and nothing was written: {failures_text(found)}")
         begin()
-        meta = CheckpointMeta(STAGE, lineage, provenance=record.record(), data=source.meta.data).record()
+        about = dict(provenance=record.record(), data=source.meta.data, optimizer=optimizer)
+        meta = CheckpointMeta(STAGE, lineage, **about).record()
         blobs = source.files_with(None)
         with Checkpoints(directory) as checkpoints:
             checkpoints.save(0, kept(grown), signatures=signature_texts(lineage.cfg), meta=meta, blobs=blobs)

@@ -17,11 +17,11 @@ import numpy as np
 
 from flm_jax import costs
 from flm_jax.checkpoint.manifest import leaf_paths
-from flm_jax.growth.exact_adamw import rescaling
 from flm_jax.growth.grow import fresh, moment_maps, param_maps
 from flm_jax.growth.leaf_map import EntryValues, LeafMap
 from flm_jax.growth.lineage import Lineage
-from flm_jax.optimizer import map_parts
+from flm_jax.growth.rescaling import rescaling
+from flm_jax.optimizer import is_masked, map_average, map_parts
 from flm_jax.sharding import mesh_axes
 
 # A block is stored in at most PIECES pieces of at least PIECE_BYTES each, split along an axis that meshes split: each
@@ -116,10 +116,10 @@ def jobs(lineage: Lineage, states: tuple[Any, Any], chunk_bytes: int) -> tuple[l
     known = {path: sig for path, _, sig in costs.leaves(lineage.cfg)}
 
     def add(leaf_maps: Any, sources: Any, targets: Any) -> None:
-        for (param, sig), leaf_map, source, target in zip(
-            known.items(), *(jax.tree.leaves(tree) for tree in (leaf_maps, sources, targets)), strict=True
-        ):
-            found.append(_job(target, source, leaf_map, param, lineage.cfg.std(sig), chunk_bytes))
+        trees = (jax.tree.leaves(tree, is_leaf=is_masked) for tree in (leaf_maps, sources, targets))
+        for (param, sig), leaf_map, source, target in zip(known.items(), *trees, strict=True):
+            if not is_masked(target):
+                found.append(_job(target, source, leaf_map, param, lineage.cfg.std(sig), chunk_bytes))
 
     add(param_maps(lineage), labels[0].params, labels[1].params)
     scalings = rescaling(lineage.before), rescaling(lineage)
@@ -127,7 +127,7 @@ def jobs(lineage: Lineage, states: tuple[Any, Any], chunk_bytes: int) -> tuple[l
         if power is None:
             kept[target] = None if fresh_state else source
         else:
-            sources = jax.tree.map(lambda path: "" if fresh_state else path, source)
+            sources = map_average(lambda path: "" if fresh_state else path, source)
             add(moment_maps(lineage, power, *scalings), sources, target)
     return found, kept
 

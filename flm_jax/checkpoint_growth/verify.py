@@ -125,6 +125,7 @@ def verify_growth(
     mesh: Mesh,
     tolerance: float,
     chunks: int = 1,
+    optimizer: str = "adamw",
 ) -> dict[str, Any]:
     """Checks a grown state against what its method promises.
 
@@ -136,6 +137,7 @@ def verify_growth(
       mesh: where the state lives.
       tolerance: largest relative difference of logits, in float32.
       chunks: parts of a window that the head runs on, one at a time.
+      optimizer: the name of the optimizer that the state belongs to.
 
     Returns:
       JSON-able: method, preserving, holds, failures (sentences), logits, hidden, eval_loss, greedy, fresh, dead,
@@ -149,7 +151,7 @@ def verify_growth(
     del after
     loss = _loss(new, grown.params, text, mesh, chunks, masks)
     greedy = _greedy(new, grown.params, batch.inputs_BT, masks)
-    optimizer = _optimizer_faults(lineage, grown, mesh)
+    faults = _optimizer_faults(lineage, grown, mesh, optimizer)
     dead = dead_slices(grown.params, lineage, batch.inputs_BT)
     failures = []
     if measured.preserving:
@@ -159,7 +161,7 @@ def verify_growth(
         if old.vocab == new.vocab and far:
             failures.append(f"held-out loss goes from {before.loss:.6f} to {loss:.6f}")
         failures += [f"{line} would never learn" for line in dead]
-    failures += optimizer
+    failures += faults
     return {
         "method": growth.name,
         "preserving": measured.preserving,
@@ -174,7 +176,7 @@ def verify_growth(
         "fresh": fresh_entries(grown.params, lineage),
         "dead": dead,
         "copies_apart": copies_apart(grown.params, lineage),
-        "optimizer": {"mode": growth.optimizer, "problems": optimizer},
+        "optimizer": {"mode": growth.optimizer, "problems": faults},
         "multipliers": {
             name: {"before": getattr(old, name), "after": getattr(new, name)}
             for name in ("input_mult", "logits_mult", "effective_norm_width", "effective_head_width")
@@ -195,9 +197,9 @@ def _greedy(cfg: Any, params: Params, tokens_BT: jax.Array, masks: Masks | None)
     return found
 
 
-def _optimizer_faults(lineage: Lineage, grown: TrainState, mesh: Mesh) -> list[str]:
+def _optimizer_faults(lineage: Lineage, grown: TrainState, mesh: Mesh, optimizer: str) -> list[str]:
     """Leaves of the state whose shape or dtype is not that of a fresh state."""
-    expected = abstract_state(lineage, mesh, weights=not jax.tree.leaves(grown.opt_state))
+    expected = abstract_state(lineage, mesh, not jax.tree.leaves(grown.opt_state), optimizer)
     pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree_util.tree_leaves_with_path(grown), strict=True)
     return [
         f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, not {like.dtype}{list(like.shape)}"
@@ -257,14 +259,15 @@ def verify_checkpoints(
     with jax.set_mesh(placed), phases(*names) as begin:
         # Whole states are read, so that every bit is checked, whatever the comparison needs.
         begin()
-        params = before.restore(placed, optimizer=False).params
+        params = before.restore(placed, optimizer=None).params
         begin()
         observed = observe_before(after.lineage, params, text, placed)
         del params
         begin()
-        grown = after.restore(placed, optimizer=False)
+        grown = after.restore(placed, optimizer=None)
         begin()
-        return verify_growth(after.lineage, observed, grown, text, placed, tolerance)
+        optimizer = after.meta.optimizer
+        return verify_growth(after.lineage, observed, grown, text, placed, tolerance, optimizer=optimizer)
 
 
 def failures_text(found: Mapping[str, Any]) -> str:

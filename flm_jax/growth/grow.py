@@ -11,7 +11,7 @@ Two functions grow parameters, and two grow an optimizer's state:
 - `grow_params` and `grow_opt_state` take the `Lineage` of the grown model, as a run and a checkpoint record it.
 
 `grow` calls `grow_params` with the lineage of that one growth. `grow_optimizer` must be told the rescalings in which
-AdamW's moments are stored (`exact_adamw`); `grow_opt_state` finds them from the lineage.
+moments are stored (`rescaling`); `grow_opt_state` finds them from the lineage.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import numpy as np
 
 from flm_jax.config import ModelConfig
 from flm_jax.growth.axis_map import AxisMap, Rule
-from flm_jax.growth.exact_adamw import LeafRescaling, Rescaling, rescaling
 from flm_jax.growth.leaf_map import GrownDim, LeafMap, make_leaf_map
 from flm_jax.growth.lineage import Lineage, lineage_of
 from flm_jax.growth.plan import Growth
+from flm_jax.growth.rescaling import LeafRescaling, Rescaling, rescaling
 from flm_jax.model import Params, declared
-from flm_jax.optimizer import map_parts
+from flm_jax.optimizer import is_masked, map_average, map_parts
 from flm_jax.signature import Signature, draw
 
 
@@ -149,7 +149,7 @@ def grow_moments(
       new: the configuration after growth.
       growth: how to grow.
       power: of the gradients.
-      before: the rescaling that the old moments are stored in (see `exact_adamw`).
+      before: the rescaling that the old moments are stored in (see `rescaling`).
       after: the rescaling that the new moments are stored in.
 
     Raises:
@@ -175,7 +175,7 @@ def grow_optimizer(
       old: the configuration before growth.
       new: the configuration after growth.
       growth: how to grow.
-      before: the rescaling that the old moments are stored in (see `exact_adamw`).
+      before: the rescaling that the old moments are stored in (see `rescaling`).
       after: the rescaling that the new moments are stored in.
 
     Raises:
@@ -196,7 +196,7 @@ def _grow_state(lineage: Lineage, state: Any, before: Rescaling | None, after: R
         if power is None:
             return jnp.zeros_like(part) if fresh_state else part
         if fresh_state:
-            return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), declared(lineage.cfg)[0])
+            return map_average(lambda _, like: jnp.zeros(like.shape, like.dtype), part, declared(lineage.cfg)[0])
         return _grow_average(lineage, part, power, before, after)
 
     return map_parts(one, state)
@@ -206,20 +206,22 @@ def _grow_average(
     lineage: Lineage, moments: Params, power: int, before: Rescaling | None, after: Rescaling | None
 ) -> Params:
     check_shapes(moments, lineage.before.cfg)
-    return jax.tree.map(lambda value, leaf: leaf.grow(value), moments, moment_maps(lineage, power, before, after))
+    return map_average(lambda value, leaf: leaf.grow(value), moments, moment_maps(lineage, power, before, after))
 
 
 def check_shapes(tree: Params, cfg: ModelConfig) -> None:
-    """Checks that a tree has the structure and shapes of a model's parameters.
+    """Checks that a tree has the structure and shapes of a model's parameters; an average may leave some out.
 
     Raises:
       ValueError: it does not; the message names the first path that differs, and both shapes.
     """
     shapes, _ = declared(cfg)
     expected = {jax.tree_util.keystr(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(shapes)}
-    found = {jax.tree_util.keystr(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+    absent = {jax.tree_util.keystr(p) for p, x in leaves if is_masked(x)}
+    found = {jax.tree_util.keystr(p): jnp.shape(x) for p, x in leaves if not is_masked(x)}
     for path in sorted(expected.keys() | found.keys()):
-        if expected.get(path) != found.get(path):
+        if path not in absent and expected.get(path) != found.get(path):
             raise ValueError(
                 f"Parameter {path} has shape {found.get(path, 'none: it is missing')}, but the source configuration "
                 f"gives it {expected.get(path, 'no place')}."

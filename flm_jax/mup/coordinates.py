@@ -14,7 +14,7 @@ import optax
 from flm_jax.config import ModelConfig
 from flm_jax.loss import loss_sum
 from flm_jax.model import Attention, Mlp, Params, Transformer, declared, init_params
-from flm_jax.optimizer import OptimizerConfig, adamw, width_mults
+from flm_jax.optimizer import OptimizerConfig, direction, width_mult
 
 # What is measured besides the streams that the model itself records: the outputs of these, and the logits.
 MEASURED = (Attention, Mlp, Transformer)
@@ -144,10 +144,10 @@ def _run(asked: Check, cfg: ModelConfig) -> list[list[dict[str, float]]]:
     """For each seed and each step, the mean absolute size of each kind of activation."""
     cfg = cfg.for_comparison.replace(remat="none", vocab=max(cfg.vocab, IDS))
     signatures = declared(cfg)[1]
-    mults = width_mults(cfg, signatures)
-    if asked.same_rate:
-        mults = jax.tree.map(lambda _: 1.0, mults)
-    tx, rate = adamw(asked.optimizer, signatures, mults), asked.optimizer.learning_rate
+    # Without muP every width is a base width.
+    base = cfg.sizes if asked.same_rate else cfg.base_sizes
+    mults = jax.tree.map(lambda sig: width_mult(asked.optimizer, sig, cfg.sizes, base), signatures)
+    tx, rate = direction(asked.optimizer, signatures, mults, cfg.compute), asked.optimizer.learning_rate
 
     def sizes(params: Params, tokens_BT: jax.Array) -> dict[str, jax.Array]:
         _, state = Transformer(cfg).apply(

@@ -84,9 +84,10 @@ def programs(recipe: Recipe, program: StageProgram) -> Iterator[tuple[str, Any]]
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         if stage.grows:
-            before = abstract_state(stage.lineage.before, mesh)
+            before = abstract_state(stage.lineage.before, mesh, optimizer=stage.optimizer_before)
             with quietly_donated():
-                lowered = make_grower(stage.lineage, mesh, donate=True).lower(before, key)
+                grower = make_grower(stage.lineage, mesh, donate=True, optimizer=stage.optimizer.name)
+                lowered = grower.lower(before, key)
             yield "growth", lowered
         elif not stage.continues:
             yield "initialisation", program.initialiser().lower(key)

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from flm_jax import costs
 from flm_jax.config import ModelConfig
-from flm_jax.growth.lineage import Lineage
 from flm_jax.kernels import ATTENDED
 from flm_jax.model import SAVED
 from flm_jax.planning.compiled import (
@@ -29,9 +28,10 @@ from flm_jax.planning.compiled import (
     prefer_compiler_memory,
     programs,
 )
+from flm_jax.planning.muon import orthogonalisation
 from flm_jax.planning.topology import Topology
 from flm_jax.planning.traffic import least_sent
-from flm_jax.recipe import Recipe, Run, begin
+from flm_jax.recipe import Recipe, ResolvedStage, Run, begin
 from flm_jax.records import as_dict
 from flm_jax.sharding import check_slices, fitting_axes, make_mesh, mesh_axes
 from flm_jax.state import abstract_state
@@ -140,7 +140,12 @@ def _arithmetic(
         **activations(cfg, s.batch_size // s.accumulate, context, recipe.loss_chunks, mesh),
     }
     size["slack"] = int(SLACK * (size["saved_activations"] + size["working"]))
-    size["total"] = sum(size.values())
+    muon = None
+    if s.optimizer.name == "muon":
+        muon = orthogonalisation(cfg, s.optimizer.newton_schulz_steps, mesh.shape)
+    # The optimizer's arrays take the place of the activations, once these have served the backward pass.
+    kept = size["parameters"] + size["moments"] + size["gradients"]
+    size["total"] = max(sum(size.values()), kept + int(muon["bytes_per_device"]) if muon else 0)
     record: dict[str, Any] = {
         "name": s.name,
         "model": as_dict(cfg),
@@ -151,6 +156,8 @@ def _arithmetic(
         "tokens": tokens,
         "flops_per_token": per_token,
         "flops": tokens * per_token,
+        "optimizer": s.optimizer.name,
+        "orthogonalisation": muon,
         "mesh": dict(mesh.shape),
         "accumulate": s.accumulate,
         "ramp_steps": s.ramp_steps,
@@ -166,9 +173,11 @@ def _arithmetic(
         record["memory"] = chip.memory
         record["fits_by"] = "arithmetic"
         seconds = tokens * per_token / (topology.devices * chip.flops * assumed.utilisation)
+        if muon:
+            seconds += s.steps * muon["flops_per_device"] / (chip.flops * assumed.utilisation)
         record["days"] = seconds / 86_400
     if s.grows:
-        record["growth"] = _growth(s.lineage, mesh, topology, assumed)
+        record["growth"] = _growth(s, mesh, topology, assumed)
     if topology is not None:
         # During a growth, both states are in memory.
         growing = 0 if record["growth"] is None else record["growth"]["on_device_bytes"]
@@ -176,9 +185,12 @@ def _arithmetic(
     return record
 
 
-def _growth(lineage: Lineage, mesh: Mesh, topology: Topology | None, assumed: Assumptions) -> dict[str, Any]:
+def _growth(stage: ResolvedStage, mesh: Mesh, topology: Topology | None, assumed: Assumptions) -> dict[str, Any]:
     """Bytes and seconds of a growth: on the mesh, with all hosts reading and writing, and streamed by one host."""
-    states = [abstract_state(of, mesh) for of in (lineage.before, lineage)]
+    lineage, names = stage.lineage, (stage.optimizer_before, stage.optimizer.name)
+    states = [
+        abstract_state(of, mesh, optimizer=name) for of, name in zip((lineage.before, lineage), names, strict=True)
+    ]
     read, written = map(_bytes_in_all, states)
     on_device = sum(map(_bytes_here, states))
     record = {

@@ -60,6 +60,12 @@ def stage_text(record: dict[str, Any]) -> str:
         + (f", {record['days']:.1f} days" if record["days"] is not None else ""),
         f"  bytes per device: {_sizes(record['bytes_per_device'])}",
     ]
+    if muon := record["orthogonalisation"]:
+        part = muon["flops"] / (record["flops_per_token"] * record["batch_tokens"])
+        lines.append(
+            f"  Muon orthogonalises in {muon['flops']:.3g} FLOPs per step, {part:.2%} of the step's, not counted in "
+            f"them; {muon['flops_per_device']:.3g} on one device, with {costs.size(muon['bytes_per_device'])} there"
+        )
     least = record["least_sent_bytes"]
     if total := sum(least.values()):
         lines.append(f"  a step sends {costs.size(total)} per device at least, in this layout: {_sizes(least)}")

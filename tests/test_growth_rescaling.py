@@ -1,5 +1,6 @@
-"""AdamW after a growth: exact continuation, copies that diverge or stay identical, and the rate of new entries."""
+"""The optimizer after a growth: exact continuation, copies that part or stay equal, and the rate of new entries."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,14 +11,23 @@ import pytest
 
 from flm_jax import model
 from flm_jax.growth import Growth, Lineage, axis_maps, grow, grow_optimizer, grown_config
-from flm_jax.growth.exact_adamw import new_entries, rate_of_new, rescaled_adamw, rescaling, scale_new
 from flm_jax.growth.lineage import lineage_of
+from flm_jax.growth.rescaling import (
+    check_continues,
+    new_entries,
+    paced,
+    rate_of_new,
+    rescaled_optimizer,
+    rescaling,
+    scale_new,
+)
 from flm_jax.loss import loss_sum
 from flm_jax.optimizer import OptimizerConfig
 from tests import small
 
 # Decay, clipping and an eps that is felt: everything that a growth has to carry over.
 ADAMW = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, clip=0.5, eps=1e-3)
+MUON = dataclasses.replace(ADAMW, name="muon")
 WIDE = dict(compute_dtype="float64", param_dtype="float64")
 KEY = jax.random.key(3)
 OLD = small.config(heads=4, head_dim=4, **WIDE)
@@ -25,20 +35,24 @@ TWICE = small.config(embed=48, heads=8, head_dim=4, mlp=80, **WIDE)
 QUARTER = small.config(embed=30, heads=5, head_dim=4, mlp=50, **WIDE)
 
 
+def exact(methods):
+    return Growth("copy", methods=methods, optimizer="exact")
+
+
 def loss(cfg, params, tokens):
     x, y = tokens[:, :-1], tokens[:, 1:]
     return loss_sum(cfg, params, x, y, jnp.ones(x.shape), jnp.zeros_like(x)) / x.size
 
 
-def trainer(cfg, view=None, adamw=ADAMW):
+def trainer(cfg, view=None, optimizer=ADAMW):
     """A jitted step: params, optimizer state, tokens -> the next, and the gradient's loss."""
-    tx = rescaled_adamw(adamw, cfg, model.declared(cfg)[1], view)
+    tx = rescaled_optimizer(optimizer, cfg, model.declared(cfg)[1], view)
 
     @jax.jit
     def step(params, state, tokens):
         value, grads = jax.value_and_grad(lambda p: loss(cfg, p, tokens))(params)
         updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, jax.tree.map(lambda u: -adamw.learning_rate * u, updates)), state, value
+        return optax.apply_updates(params, jax.tree.map(lambda u: -optimizer.learning_rate * u, updates)), state, value
 
     return tx, step
 
@@ -47,8 +61,8 @@ def batches(count):
     return [small.tokens((4, 13), seed) for seed in range(count)]
 
 
-def after_warm_up(cfg, adamw=ADAMW):
-    tx, step = trainer(cfg, adamw=adamw)
+def after_warm_up(cfg, optimizer=ADAMW):
+    tx, step = trainer(cfg, optimizer=optimizer)
     params = small.params(cfg)
     state = tx.init(params)
     for tokens in batches(5):
@@ -61,12 +75,12 @@ def distance(a, b):
     return max(float(jnp.abs(x - y).max() / jnp.abs(x).max()) for x, y in pairs)
 
 
-def run_on(old, target, plan, steps=25):
+def run_on(old, target, plan, steps=25, optimizer=ADAMW):
     """How far the grown model is from what the small one would grow into, after each has trained on its own."""
-    params, state, step = after_warm_up(old)
+    params, state, step = after_warm_up(old, optimizer)
     new = grown_config(old, target, plan)
     view = rescaling(lineage_of(old, new, plan))
-    _, big_step = trainer(new, view)
+    _, big_step = trainer(new, view, optimizer)
     big = jax.jit(lambda p: grow(p, old, new, plan, KEY))(params)
     big_state = jax.jit(lambda s: grow_optimizer(s, old, new, plan, None, view))(state)
     for tokens in batches(steps):
@@ -85,12 +99,24 @@ def test_adamw_continues_exactly_for_25_steps(target, method, x64):
     assert worse < 1e-12
 
 
+@pytest.mark.battery
+@pytest.mark.parametrize("target", [TWICE, QUARTER], ids=["twice", "1.25 times"])
+@pytest.mark.parametrize("method", ["copy", "uneven", "net2net"])
+def test_muon_continues_exactly_for_20_steps(target, method, x64):
+    """Its matrices then hold copies in uneven numbers, whose singular values are not those of the small ones."""
+    far, worse = run_on(OLD, target, Growth(method, optimizer="exact"), 20, MUON)
+    assert far < 1e-10
+    assert worse < 1e-10
+
+
 @pytest.mark.integration
-def test_adamw_continues_exactly_with_biases_and_query_and_key_norms(x64):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_each_optimizer_continues_exactly_with_biases_and_query_and_key_norms(name, x64):
     fields = dict(qkv_bias=True, qk_norm=True, kv_heads=2)
     target = QUARTER.replace(**{**fields, "heads": 6, "kv_heads": 3})
-    far, worse = run_on(OLD.replace(**fields), target, Growth("uneven", optimizer="exact"))
-    assert far < 1e-12
+    optimizer = dataclasses.replace(ADAMW, name=name)
+    far, worse = run_on(OLD.replace(**fields), target, Growth("uneven", optimizer="exact"), 20, optimizer)
+    assert far < (1e-10 if name == "muon" else 1e-12)
     assert worse < 1e-12
 
 
@@ -107,17 +133,32 @@ def test_a_growth_that_adamw_cannot_continue_exactly_is_refused(new, growth, mes
         rescaling(lineage_of(old, old.replace(**new), growth))
 
 
+def test_muon_continues_exactly_only_where_all_that_is_new_in_a_matrix_is_a_copy():
+    """Layers and tokens are no axes of its matrices: they may grow in any way."""
+    old, silent = small.config(), {"layers": "zero", "vocab": "zero"}
+    check_continues(lineage_of(old, old.replace(mlp=50, layers=3, vocab=70), exact(silent)), "muon")
+    for axis, method, rest in (("mlp", "zero", "copy, .*uneven allow it"), ("head_dim", "zero", "no method allows it")):
+        lineage = lineage_of(old, old.replace(**{axis: 48}), exact({axis: method}))
+        check_continues(lineage)
+        with pytest.raises(
+            ValueError, match=f"Muon cannot go on exactly where {axis} grows by 'zero'.*{rest}.*'carry'"
+        ):
+            check_continues(lineage, "muon")
+
+
 @pytest.mark.integration
-def test_carried_moments_alone_do_not_continue_exactly(x64):
-    """The same growth, rates and eps left as they are: the test above would see it."""
-    far, _ = run_on(OLD, TWICE, Growth("copy", optimizer="carry"))
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_carried_moments_alone_do_not_continue_exactly(optimizer, x64):
+    """The same growth, rates and eps left as they are: the tests above would see it."""
+    far, _ = run_on(OLD, QUARTER, Growth("copy", optimizer="carry"), 5, optimizer)
     assert far > 1e-3
 
 
 @pytest.mark.integration
-def test_a_second_exact_growth_continues_in_the_rescaling_of_the_first(x64):
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_a_second_exact_growth_continues_in_the_rescaling_of_the_first(optimizer, x64):
     plan = Growth("copy", optimizer="exact")
-    params, state, step = after_warm_up(OLD)
+    params, state, step = after_warm_up(OLD, optimizer)
     cfgs = [OLD, grown_config(OLD, QUARTER, plan)]
     target = QUARTER.replace(embed=54, mlp=90, heads=10)
     cfgs.append(grown_config(cfgs[1], target, plan))
@@ -128,7 +169,7 @@ def test_a_second_exact_growth_continues_in_the_rescaling_of_the_first(x64):
         views.append(rescaling(lineage))
         big = grow(big, old, new, plan, KEY)
         big_state = grow_optimizer(big_state, old, new, plan, views[-2], views[-1])
-    _, big_step = trainer(cfgs[-1], views[-1])
+    _, big_step = trainer(cfgs[-1], views[-1], optimizer)
     for tokens in batches(6):
         params, state, small_loss = step(params, state, tokens)
         big, big_state, big_loss = big_step(big, big_state, tokens)
@@ -170,6 +211,7 @@ def asymmetry(cfg, params, old, plan):
 
 
 @pytest.mark.battery
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize(
     ("plan", "parts"),
     [
@@ -182,19 +224,19 @@ def asymmetry(cfg, params, old, plan):
     ],
     ids=lambda value: f"{value.name} {value.optimizer}" if isinstance(value, Growth) else "",
 )
-def test_copies_diverge_when_a_method_breaks_symmetry_and_stay_identical_otherwise(plan, parts, x64):
-    params, state, _ = after_warm_up(OLD)
+def test_copies_diverge_when_a_method_breaks_symmetry_and_stay_identical_otherwise(plan, parts, optimizer, x64):
+    params, state, _ = after_warm_up(OLD, optimizer)
     new = grown_config(OLD, TWICE, plan)
-    view = rescaling(lineage_of(OLD, new, plan))
-    tx = rescaled_adamw(ADAMW, new, model.declared(new)[1], view)
+    lineage = lineage_of(OLD, new, plan)
+    view = rescaling(lineage)
+    tx = rescaled_optimizer(optimizer, new, model.declared(new)[1], view)
     big, big_state = grow(params, OLD, new, plan, KEY), grow_optimizer(state, OLD, new, plan, None, view)
-    flags = new_entries(lineage_of(OLD, new, plan))
 
     @jax.jit
     def step(params, state, tokens, number):
         updates, state = tx.update(jax.grad(lambda p: loss(new, p, tokens))(params), state, params)
         if plan.optimizer == "asymmetric":
-            updates = scale_new(updates, flags, rate_of_new(plan, number, jnp.int32(5) + number, 0.9, 0.95))
+            updates = paced(optimizer, lineage, updates, number, jnp.int32(5) + number)
         return optax.apply_updates(params, jax.tree.map(lambda u: -1e-2 * u, updates)), state
 
     for number, tokens in enumerate(batches(10)):
@@ -215,6 +257,20 @@ def test_the_rate_of_new_entries_corrects_for_their_age_and_warms_up():
         factor = float(rate_of_new(plan, jnp.int32(step), jnp.int32(late + step), b1, b2))
         # A constant gradient makes an Adam of the right age step by exactly one rate.
         assert adam * factor == pytest.approx(1.3 * min((step + 1) / 4, 1), rel=1e-4)
+
+
+def test_muons_new_entries_are_only_rewarmed():
+    """Its momentum has no bias correction to make up for; what AdamW trains has."""
+    old, plan = small.config(), Growth("copy", optimizer="asymmetric", rewarm_steps=4, rewarm_to=1.3)
+    lineage = lineage_of(old, old.replace(mlp=50, vocab=70), dataclasses.replace(plan, methods={"vocab": "zero"}))
+    ones = jax.tree.map(jnp.ones_like, small.params(lineage.cfg))
+    step, count = jnp.int32(1), jnp.int32(1000)
+    found = paced(MUON, lineage, ones, step, count)
+    age = float(rate_of_new(plan, step, count, MUON.b1, MUON.b2))
+    assert age != pytest.approx(0.65, rel=0.01)
+    np.testing.assert_allclose(found["blocks"]["mlp"]["down"][:, 40:], 0.65, rtol=1e-6)
+    np.testing.assert_allclose(found["blocks"]["mlp"]["down"][:, :40], 1.0)
+    np.testing.assert_allclose(found["head"][:, 61:], age, rtol=1e-6)
 
 
 def test_only_new_entries_are_scaled():
