@@ -43,7 +43,7 @@ NAVIGATION = {
         "docs/pods.md",
         "docs/gpu.md",
     ],
-    "Background": ["docs/growth.md", "docs/growth_math.md", "docs/facts.md", "docs/layout.md"],
+    "Background": ["docs/growth.md", "docs/growth_math.md", "docs/muon.md", "docs/facts.md", "docs/layout.md"],
     "Results": [
         "docs/results/README.md",
         "docs/growth_errors.md",

@@ -132,7 +132,7 @@ class Rule:
       fill: content of fresh entries: drawn as at initialisation, zero, a copy of their source, or the mean of the old
         entries.
       scale: weight of taken entries, W' = scale * W[source]: a number or (new,).
-      dual: the effect on the gradient, g' = dual * g[source]; Adam's moments are carried over by it.
+      dual: the effect on the gradient, g' = dual * g[source]; moments are carried over by it.
       noise: (new,) relative sizes of the activations that the copies multiply: noise that cancels over the copies is
         added. None: no noise.
       from_above: whether fresh entries are copied from the layer above, where there is one.

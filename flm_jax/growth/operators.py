@@ -26,7 +26,7 @@ class Operator:
       name: its name in `Growth.method` and `Growth.methods`.
       map: from a span to an axis map.
       preserving: whether the grown model computes what the old one did.
-      continues: whether AdamW with `optimizer="exact"` then takes the same steps as without the growth.
+      continues: whether the optimizer with `optimizer="exact"` then takes the same steps as without the growth.
       kinds: the kinds of axes that it grows.
       source: where it is described.
     """

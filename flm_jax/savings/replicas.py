@@ -171,7 +171,8 @@ class _Replica:
         lineage, _ = settle(lineage, self.before.state.params, few.inputs_BT, few.segments_BT)
         self.placed[self.index] = lineage.last_growth
         self.program = stage_program(self.recipe, self.run, self._resolved()[self.index])
-        grown: TrainState = make_grower(lineage, mesh)(self.before.state, key)
+        grower = make_grower(lineage, mesh, optimizer=self.program.stage.optimizer.name)
+        grown: TrainState = grower(self.before.state, key)
         return grown
 
     def measured(self, step: int, loss: float) -> None:

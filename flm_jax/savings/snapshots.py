@@ -73,7 +73,8 @@ class Snapshots:
           OSError: it is not there.
         """
         stage = resolve(recipe)[index]
-        outline = jax.tree.structure(abstract_state(stage.lineage, make_mesh(None, jax.devices()[:1])))
+        mesh = make_mesh(None, jax.devices()[:1])
+        outline = jax.tree.structure(abstract_state(stage.lineage, mesh, optimizer=stage.optimizer.name))
         with np.load(self.path(recipe, index), allow_pickle=False) as found:
             about = json.loads(found["about"].tobytes())
             state = jax.tree.unflatten(outline, [found[f"leaf{i}"] for i in range(len(found.files) - 1)])
