@@ -46,9 +46,9 @@ class Growth:
       norm: keep (norms keep dividing by the width from before, where the method allows it) or ramp (that width rises to
         the new one, as masks do, so that the model ends with ordinary norms).
       optimizer: carry (moments follow their entries, by the dual of the axis maps; those of drawn entries start at 0),
-        exact (the same, and the optimizer continues as if nothing had grown, see `rescaling`), asymmetric (old entries keep
-        their moments; those of all new entries, copies included, start at 0, and new entries have their own learning
-        rate: SPARKLING, 2602.02472), or fresh (all moments start at 0).
+        exact (the same, and the optimizer continues as if nothing had grown, see `rescaling`), asymmetric (old entries
+        keep their moments; those of all new entries, copies included, start at 0, and new entries have their own
+        learning rate: SPARKLING, 2602.02472), or fresh (all moments start at 0).
       rewarm_steps: steps over which the learning rate of new entries rises from 0 (asymmetric).
       rewarm_to: the multiple of the ordinary learning rate at which new entries then stay (asymmetric; 1.3 in
         SPARKLING).
