@@ -220,7 +220,7 @@ class SourceCheckpoint:
         Raises:
           DamagedError: it is not as it was saved.
         """
-        abstract = abstract_state(self.lineage, mesh, not self.trained, self.meta.optimizer)
+        abstract = abstract_state(self.lineage, mesh, weights=not self.trained, optimizer=self.meta.optimizer)
         with Checkpoints(self.directory.parent, read_only=True) as checkpoints:
             found = checkpoints.restore(kept(abstract), self.directory.name).state
         if self.trained:

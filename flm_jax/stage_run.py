@@ -143,8 +143,8 @@ class StageRun:
         before = observe_before(lineage, state.params, text, self.mesh, chunks)
         with quietly_donated():
             grown = make_grower(lineage, self.mesh, donate=True, optimizer=stage.optimizer.name)(state, key)
-        given = (text, self.mesh, self.recipe.tolerance, chunks, stage.optimizer.name)
-        found = verify_growth(lineage, before, grown, *given)
+        given = (text, self.mesh, self.recipe.tolerance, chunks)
+        found = verify_growth(lineage, before, grown, *given, optimizer=stage.optimizer.name)
         if not found["holds"]:
             raise GrowthError(f"The growth does not preserve what its method promises: {failures_text(found)}")
         step = self._grown_from()

@@ -112,8 +112,9 @@ class _Pass:
         self.arrays = self.partial / "arrays"
         self.journal = Journal(directory / "0.growing.jsonl")
         one, weights = make_mesh(devices=jax.devices()[:1]), not source.trained
-        states = [abstract_state(of, one, weights, source.meta.optimizer) for of in (source.lineage, lineage)]
-        self.jobs, self.kept = jobs(lineage, (states[0], states[1]), chunk_bytes)
+        form = dict(weights=weights, optimizer=source.meta.optimizer)
+        states = abstract_state(source.lineage, one, **form), abstract_state(lineage, one, **form)
+        self.jobs, self.kept = jobs(lineage, states, chunk_bytes)
         wanted, self.target = map(leaf_paths, states)
         self.manifest = read_manifest(source.directory)
         manifest.compare(self.manifest.leaves, wanted, where=str(source.directory))

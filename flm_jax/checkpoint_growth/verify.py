@@ -199,7 +199,7 @@ def _greedy(cfg: Any, params: Params, tokens_BT: jax.Array, masks: Masks | None)
 
 def _optimizer_faults(lineage: Lineage, grown: TrainState, mesh: Mesh, optimizer: str) -> list[str]:
     """Leaves of the state whose shape or dtype is not that of a fresh state."""
-    expected = abstract_state(lineage, mesh, not jax.tree.leaves(grown.opt_state), optimizer)
+    expected = abstract_state(lineage, mesh, weights=not jax.tree.leaves(grown.opt_state), optimizer=optimizer)
     pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree_util.tree_leaves_with_path(grown), strict=True)
     return [
         f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, not {like.dtype}{list(like.shape)}"
