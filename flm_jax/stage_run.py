@@ -143,8 +143,8 @@ class StageRun:
         before = observe_before(lineage, state.params, text, self.mesh, chunks)
         with quietly_donated():
             grown = make_grower(lineage, self.mesh, donate=True, optimizer=stage.optimizer.name)(state, key)
-        given = (text, self.mesh, self.recipe.tolerance, chunks)
-        found = verify_growth(lineage, before, grown, *given, optimizer=stage.optimizer.name)
+        tolerance, name = self.recipe.tolerance, stage.optimizer.name
+        found = verify_growth(lineage, before, grown, text, self.mesh, tolerance, chunks, optimizer=name)
         if not found["holds"]:
             raise GrowthError(f"The growth does not preserve what its method promises: {failures_text(found)}")
         step = self._grown_from()
@@ -270,8 +270,8 @@ class StageRun:
         return record
 
     def _save(self, step: int, state: TrainState, provenance: dict[str, Any] | None) -> None:
-        about = {"provenance": provenance, "data": self.data.describe(), "history": self.history}
-        about["optimizer"] = self.stage.optimizer.name
+        about: dict[str, Any] = {"provenance": provenance, "data": self.data.describe(), "history": self.history}
+        about |= {"optimizer": self.stage.optimizer.name}
         meta = CheckpointMeta(self.stage.name, self.stage.lineage, self.stage.since_growth, **about).record()
         advice = "Read the data from a token store, with streamed=False."
         distributed.assert_equal("The data read so far", self.batches.mark(), advice)

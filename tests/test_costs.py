@@ -32,6 +32,6 @@ def test_flops_of_orthogonalisation_are_those_that_xla_counts():
     measured = 0.0
     for _, like, sig in leaves(cfg):
         if sig.is_matrix_like:
-            lowered = jax.jit(orthogonalized, static_argnums=(1, 2, 3)).lower(like, sig, 3, jnp.float32)
+            lowered = jax.jit(orthogonalized, static_argnums=(1, 2, 3)).lower(like, sig, 1, jnp.float32)
             measured += lowered.compile().cost_analysis()["flops"]
-    assert measured == pytest.approx(orthogonalisation_flops(cfg, 3), rel=0.05)
+    assert measured == pytest.approx(orthogonalisation_flops(cfg, 1), rel=0.05)

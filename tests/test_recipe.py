@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from flm_jax.growth import Growth
 from flm_jax.recipe import Run, resolve
 from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.step import StageProgram
+from flm_jax.state import abstract_state
+from flm_jax.step import StageProgram, make_grower
 from tests.small import shape
 
 pytestmark = pytest.mark.integration
@@ -27,6 +29,10 @@ def test_the_optimizer_changes_only_where_a_growth_begins_without_moments(recipe
     last = dataclasses.replace(third, optimizer=muon)
     found = resolve(dataclasses.replace(recipe, stages=(first, fresh, last)))
     assert [stage.optimizer_before for stage in found] == ["adamw", "adamw", "muon"]
+    lineage, mesh = found[1].lineage, make_mesh(MeshConfig(fsdp=8))
+    before, after = abstract_state(lineage.before, mesh), abstract_state(lineage, mesh, optimizer="muon")
+    grown = make_grower(lineage, mesh, optimizer="muon").eval_shape(before, jax.random.key(0))
+    assert jax.tree.structure(grown) == jax.tree.structure(after)
     exact = dataclasses.replace(last, growth=Growth("zero", optimizer="exact"))
     with pytest.raises(ValueError, match="Stage 'third': optimizer='exact': Muon cannot go on exactly where embed"):
         resolve(dataclasses.replace(recipe, stages=(first, fresh, exact)))

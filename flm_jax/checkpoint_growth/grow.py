@@ -139,7 +139,7 @@ def _grow_streamed(
         return describe(lineage, (), {**method, "streamed": verified, **run})
 
     def meta(verified: Mapping[str, Any]) -> Mapping[str, Any]:
-        about = dict(data=source.meta.data, optimizer=source.meta.optimizer)
+        about: dict[str, Any] = {"data": source.meta.data, "optimizer": source.meta.optimizer}
         return CheckpointMeta(STAGE, lineage, provenance=described(verified).record(), **about).record()
 
     return described(grow_streamed(source, lineage, directory, seed, meta, chunk_bytes))
@@ -210,7 +210,7 @@ def _grow_in_memory(
         if not found["holds"]:
             raise CheckpointError(f"The growth does not hold, and nothing was written: {failures_text(found)}")
         begin()
-        about = dict(provenance=record.record(), data=source.meta.data, optimizer=optimizer)
+        about: dict[str, Any] = {"provenance": record.record(), "data": source.meta.data, "optimizer": optimizer}
         meta = CheckpointMeta(STAGE, lineage, **about).record()
         blobs = source.files_with(None)
         with Checkpoints(directory) as checkpoints:
