@@ -130,6 +130,20 @@ def test_muons_state_has_one_moment_for_matrices_and_two_for_the_rest():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
 
+def test_muon_takes_the_same_steps_on_one_device_and_on_eight():
+    cfg = small.shape(layers=3)
+    shapes, signatures = model.declared(cfg)
+    tx = rescaled_optimizer(MUON, cfg, signatures)
+    given = (small.params(cfg, 1), tx.init(small.params(cfg)), small.params(cfg))
+    expected = jax.jit(tx.update)(*given)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, sequence=2, tensor=2))
+    params = sharding.param_shardings(signatures, shapes, mesh)
+    _, state = state_shardings(tx, signatures, shapes, mesh)
+    with jax.set_mesh(mesh):
+        found = jax.jit(tx.update, out_shardings=(params, state))(*jax.device_put(given, (params, state, params)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), expected, found)
+
+
 def test_what_belongs_to_one_optimizer_is_refused_with_the_other():
     for field, value in (("momentum", 0.9), ("nesterov", False), ("newton_schulz_steps", 6)):
         assert getattr(OptimizerConfig(name="muon", **{field: value}), field) == value

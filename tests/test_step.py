@@ -19,16 +19,7 @@ pytestmark = pytest.mark.integration
     "mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, tensor=4), MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=str
 )
 def test_one_device_and_eight_give_the_same_loss(mesh, recipe):
-    check_devices(recipe, mesh, recipe.stages[0].optimizer)
-
-
-def test_one_device_and_eight_give_the_same_loss_under_muon(recipe):
-    muon = dataclasses.replace(recipe.stages[0].optimizer, name="muon")
-    check_devices(recipe, MeshConfig(fsdp=2, sequence=2, tensor=2), muon)
-
-
-def check_devices(recipe, mesh, optimizer):
-    stage = dataclasses.replace(recipe.stages[0], model=shape(kv_heads=4), optimizer=optimizer)
+    stage = dataclasses.replace(recipe.stages[0], model=shape(kv_heads=4))
     recipe = dataclasses.replace(recipe, stages=(stage,))
     losses = []
     for where in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(mesh)):
