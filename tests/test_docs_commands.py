@@ -41,7 +41,7 @@ OTHER = {
     "docs/demo.md": ["def 01"],
     "docs/growth.md": ["plan = Growth", "plan = plan.settled"],
     "docs/growth_math.md": ["norm(x)_i = g_i", "g' = g", "c_i = sqrt", "norm(x)_i = m_i", "m' = a m"],
-    "docs/muon.md": ["0.2 sqrt"],
+    "docs/muon.md": ["0.2 sqrt", "bytes per device"],
     "docs/sft.md": ["category     n"],
     "docs/smollm2.md": ['"The capital'],
 }
