@@ -2,7 +2,7 @@
 
 Its folder, $FAKE_GCLOUD, holds: `calls.jsonl`; `state.json`, the queued resource; `faults.json`, what goes wrong, each
 once, at the first call that contains its `match`; `hosts/`, the home directory of every host; `bin/`, what hosts find
-on their PATH; `reachable.json`, how many hosts answer.
+on their PATH; `reachable.json`, how many hosts answer; `queue.json`, the states of a request that is made.
 """
 
 import contextlib
@@ -66,7 +66,16 @@ def create(words, name):
     for node in range(int(flag(words, "node-count", "1"))):
         for worker in range(int(os.environ.get("FAKE_WORKERS", "2"))):
             (ROOT / f"hosts/host-{node}-{worker}").mkdir(parents=True)
-    store("state.json", {"queue": QUEUE})
+    store("state.json", {"queue": load("queue.json", QUEUE)})
+
+
+def describe_node(name):
+    """Prints the endpoints of one slice, a host each."""
+    number = name.rpartition("-")[2]
+    hosts = list((ROOT / "hosts").glob(f"host-{number if number.isdigit() else 0}-*"))
+    if not hosts:
+        fail(f"ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: {name} was not found")
+    print(json.dumps({"networkEndpoints": [{"ipAddress": host.name} for host in hosts]}))
 
 
 def ssh(words, state):
@@ -105,7 +114,9 @@ def main():
     verb = words[3]
     name = (words[5] if verb == "scp" else words[4]).partition(":")[0]
     state, status = load("state.json", None), 0
-    if verb == "create":
+    if words[2] == "tpu-vm":
+        describe_node(name)
+    elif verb == "create":
         create(words, name)
     elif state is None:
         fail(f"ERROR: (gcloud.compute.tpus.queued-resources.{verb}) NOT_FOUND: {name} was not found")

@@ -56,7 +56,7 @@ class World:
         found = []
         for call in self.calls():
             asked = re.findall(r"bash flm_launch_demo.sh ([a-z_]+(?: \d+)?)", " ".join(call))
-            found.append(asked[0] if asked else call[4])
+            found.append(asked[0] if asked else call[4] if call[3] == "queued-resources" else f"{call[3]} {call[4]}")
         return found
 
     def started(self):

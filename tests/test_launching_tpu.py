@@ -8,11 +8,13 @@ import time
 
 import pytest
 
-from flm_jax.launching import gcloud, tpu
+from flm_jax.launching import gcloud
 from flm_jax.launching.description import machine_of
 from flm_jax.launching.gcloud import GcloudError
 from flm_jax.launching.host import Report, reports
-from flm_jax.launching.tpu import GaveUpError, Verdict, judge
+from flm_jax.launching.running import run_to_end
+from flm_jax.launching.tpu import GaveUpError
+from flm_jax.launching.verdict import Verdict, judge
 from tests import fake_gcloud
 from tests.launch_world import MARK, World
 
@@ -29,8 +31,8 @@ def world(tmp_path, monkeypatch):
 
 
 def test_run_gives_the_commands_that_a_dry_run_prints_and_finishes(world):
-    assert world.tpu().run() == 0
-    printed = tpu.smooth_commands(world.launch(), "run", "flm_launch_demo.sh", "0", "0", (50,))
+    assert run_to_end(world.tpu()) == 0
+    printed = gcloud.smooth_commands(world.launch(), "run", "flm_launch_demo.sh", "0", "0", (50,))
     distinct = list(dict.fromkeys(map(tuple, world.calls())))
     assert distinct == list(dict.fromkeys(map(tuple, printed)))
     assert sorted(world.started()) == ["host-0-0", "host-0-1"]
@@ -43,7 +45,7 @@ def test_run_gives_the_commands_that_a_dry_run_prints_and_finishes(world):
 
 def test_a_preempted_machine_is_made_again_and_the_run_goes_on(world):
     world.faults({"match": "start 1", "kind": "preempt"}, {"match": "start 1", "kind": "preempt"})
-    assert world.tpu().run() == 0
+    assert run_to_end(world.tpu()) == 0
     assert [verb for verb in world.verbs() if verb in ("create", "delete", "start 1")] == [
         *("create", "start 1", "delete", "create", "start 1", "delete", "create", "start 1"),
     ]
@@ -58,7 +60,7 @@ def test_a_machine_that_is_taken_away_while_it_trains_is_made_again(world):
 
     thread = threading.Thread(target=preempt)
     thread.start()
-    assert world.tpu(world.launch(env=("LAST=9000",))).run() == 0
+    assert run_to_end(world.tpu(world.launch(env=("LAST=9000",)))) == 0
     thread.join()
     assert len(world.started()) == 4
     assert "The machine is gone (SUSPENDED): deleting what is left, and queueing it again." in world.said
@@ -67,23 +69,23 @@ def test_a_machine_that_is_taken_away_while_it_trains_is_made_again(world):
 def test_a_run_that_saved_and_stopped_by_itself_is_started_again(world):
     world.workdir.mkdir()
     (world.workdir / "behave").write_text("75")
-    assert world.tpu().run() == 0
+    assert run_to_end(world.tpu()) == 0
     assert world.verbs().count("start 2") == 1 and len(world.started()) in (3, 4)
 
 
 def test_a_run_that_fails_is_not_started_again_and_its_log_is_shown(world, capsys):
     launch = world.launch(files=())  # the training program ends with 2 where it does not find its recipe
-    assert world.tpu(launch).run() == 1
+    assert run_to_end(world.tpu(launch)) == 1
     assert len(world.started()) == 2
     assert "ended with exit status 2" in capsys.readouterr().out
     assert "demo: failed: 2 hosts ended with exit status 2." in world.said
     # The same command again starts again, because the cause may have been removed.
-    assert world.tpu(world.launch()).run() == 0
+    assert run_to_end(world.tpu(world.launch())) == 0
 
 
 def test_stop_saves_and_a_watching_run_does_not_start_again(world):
     launch, codes = world.launch(env=("LAST=9000",)), []
-    thread = threading.Thread(target=lambda: codes.append(world.tpu(launch).run()))
+    thread = threading.Thread(target=lambda: codes.append(run_to_end(world.tpu(launch))))
     thread.start()
     world.wait_for(world.steps)
     assert world.tpu(launch).stop() is Verdict.STOPPED
@@ -93,7 +95,7 @@ def test_stop_saves_and_a_watching_run_does_not_start_again(world):
     saved = int((world.workdir / "saved-host-0-0").read_text())
     assert 0 < saved < 9000
     # It goes on from what was saved, if it is asked to.
-    assert world.tpu(world.launch(env=(f"LAST={saved + 3}",))).run() == 0
+    assert run_to_end(world.tpu(world.launch(env=(f"LAST={saved + 3}",)))) == 0
     assert int((world.workdir / "saved-host-0-0").read_text()) == saved + 3
     assert not (world.workdir / MARK).exists()
 
@@ -102,7 +104,7 @@ def test_what_one_cannot_know_to_have_arrived_is_done_once(world):
     said = {"kind": "after", "said": UNAVAILABLE}
     world.faults({"match": "create", **said}, {"match": "start 1", **said}, {"match": "install", **said})
     launch = world.launch(env=("LAST=9000",))
-    thread = threading.Thread(target=world.tpu(launch).run)
+    thread = threading.Thread(target=run_to_end, args=(world.tpu(launch),))
     thread.start()
     world.wait_for(world.steps)
     world.faults({"match": ".sh stop", **said})
@@ -125,7 +127,7 @@ def test_a_machine_that_was_queued_although_the_answer_was_lost_is_taken(world):
 
 def test_a_run_that_was_started_is_watched_and_not_installed_again(world):
     launch = world.launch(env=("LAST=9000",))
-    threads = [threading.Thread(target=world.tpu(launch).run) for _ in range(2)]
+    threads = [threading.Thread(target=run_to_end, args=(world.tpu(launch),)) for _ in range(2)]
     threads[0].start()
     world.wait_for(world.steps)
     threads[1].start()
@@ -150,7 +152,7 @@ def test_a_host_that_is_killed_is_started_again_with_the_others(world):
     thread = threading.Thread(target=kill)
     thread.start()
     # The other host does not notice, as one that hangs: it is killed after some looks, and all begin again.
-    assert world.tpu(launch, straggling=2).run() == 0
+    assert run_to_end(world.tpu(launch, straggling=2)) == 0
     thread.join()
     assert world.verbs().count("kill_all") >= 1 and world.verbs().count("start 2") == 1
 
@@ -158,19 +160,19 @@ def test_a_host_that_is_killed_is_started_again_with_the_others(world):
 def test_losses_in_a_row_end_the_run(world):
     world.faults(*[{"match": " ssh ", "kind": "fail", "said": "Could not SSH into the node", "status": 255}] * 20)
     with pytest.raises(GaveUpError, match="Giving up after 3 failures in a row"):
-        world.tpu(failures=2).run()
+        run_to_end(world.tpu(failures=2))
 
 
 def test_hosts_that_do_not_answer_are_noticed_although_gcloud_exits_with_0(world):
     (world.cloud / "reachable.json").write_text("1")
     with pytest.raises(GaveUpError, match="1 of 2 hosts of demo answered"):
-        world.tpu(failures=0).run()
+        run_to_end(world.tpu(failures=0))
 
 
 def test_slices_are_nodes_of_one_queued_resource(world, monkeypatch):
     monkeypatch.setenv("FAKE_WORKERS", "1")
     launch = world.launch(machine=machine_of("v4-8", 2))
-    assert world.tpu(launch).run() == 0
+    assert run_to_end(world.tpu(launch)) == 0
     assert sorted(world.started()) == ["host-0-0", "host-1-0"]
     create = next(call for call in world.calls() if call[4] == "create")
     assert "--node-count=2" in create and "--node-prefix=demo" in create
@@ -191,7 +193,7 @@ def test_what_may_pass_is_tried_again_and_what_will_not_is_told(world):
     with pytest.raises(
         GcloudError, match="gcloud compute tpus queued-resources create demo: ERROR.*no permission - code"
     ):
-        world.tpu().run()
+        run_to_end(world.tpu())
     assert world.verbs().count("create") == 1
 
 
@@ -199,7 +201,7 @@ def test_status_logs_and_delete(world, capsys):
     machine = world.tpu()
     assert machine.status() is None
     assert world.said == ["There is no queued resource demo in us-central2-b."]
-    assert machine.run() == 0
+    assert run_to_end(machine) == 0
     world.said.clear()
     assert machine.status() is Verdict.FINISHED
     assert "  host-0-1: ended with exit status 0, attempt 1" in world.said
@@ -211,7 +213,7 @@ def test_status_logs_and_delete(world, capsys):
 
 
 def test_a_log_is_followed_beyond_a_lost_connection(world, capfd):
-    world.tpu().run()
+    run_to_end(world.tpu())
     world.faults({"match": "follow", "kind": "fail", "said": "Connection reset", "status": 255})
     tail = [sys.executable, "-c", "import time; time.sleep(0.3)"]
     machine = world.tpu(failures=1, poll=0.1)
@@ -265,7 +267,7 @@ def test_the_release_is_really_installed_and_its_program_started(world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAKE_WORKERS", "1")
         patch.setenv("PIP_NO_INDEX", "1")
-        assert world.tpu(launch).run() == 0
+        assert run_to_end(world.tpu(launch)) == 0
     arguments = (world.workdir / "trained").read_text()
     assert arguments == f"--gin_file=my.gin --workdir={world.workdir} --distributed"
 

@@ -9,7 +9,9 @@ from flm_jax.cli import launch_tpu
 from flm_jax.launching.description import machine_of
 from flm_jax.launching.gcloud import GcloudError
 from flm_jax.launching.host import Report
-from flm_jax.launching.tpu import Tpu, Verdict
+from flm_jax.launching.running import Run, run_to_end, settle
+from flm_jax.launching.tpu import Tpu
+from flm_jax.launching.verdict import Verdict
 from tests import fake_gcloud
 from tests.launch_world import MARK, World
 
@@ -31,18 +33,18 @@ def test_a_stop_outlives_a_machine_that_is_taken_away(world):
 
     thread = threading.Thread(target=stop_and_preempt)
     thread.start()
-    assert world.tpu(world.launch(env=("LAST=9000",))).run() == 75
+    assert run_to_end(world.tpu(world.launch(env=("LAST=9000",)))) == 75
     thread.join()
     assert len(world.started()) == 2 and world.verbs().count("create") == 2
     # A new `run` was asked for, so it starts.
-    assert world.tpu(world.launch(env=("LAST=1",))).run() == 0
+    assert run_to_end(world.tpu(world.launch(env=("LAST=1",)))) == 0
 
 
 def test_a_host_is_probed_by_several_at_once_and_a_start_that_does_not_start_fails(world):
     launch = world.launch(machine=machine_of("v4-8", None))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAKE_WORKERS", "1")
-        assert world.tpu(launch).run() == 0
+        assert run_to_end(world.tpu(launch)) == 0
         lock = world.cloud / "hosts/host-0-0/flm_launch/demo/lock"
         machine = world.tpu(launch)
         with lock.open() as probe:
@@ -75,7 +77,7 @@ def test_a_machine_is_deleted_at_the_end_or_said_to_cost_when_run_fails(world, d
 def test_a_machine_whose_hosts_run_is_not_deleted_after_an_error(world, monkeypatch):
     monkeypatch.setattr(Tpu, "state", lambda self: "ACTIVE")
     monkeypatch.setattr(Tpu, "reports", lambda self: [Report("a", "running", 1, None, False, "0")])
-    world.tpu().settle(True)
+    settle(world.tpu(), True)
     assert "may still be there, and costs (its hosts are running)" in world.said[-1]
 
 
@@ -94,5 +96,5 @@ def test_an_error_while_asking_for_the_machine_does_not_end_a_run(world, monkeyp
 
     monkeypatch.setattr(Tpu, "state", state)
     errors = [GcloudError("denied"), GcloudError("later", transient=True)]
-    assert not world.tpu()._is_final(GcloudError("pip"))
-    assert world.tpu()._is_final(GcloudError("pip"))
+    assert not Run(world.tpu()).is_final(GcloudError("pip"))
+    assert Run(world.tpu()).is_final(GcloudError("pip"))

@@ -60,7 +60,7 @@ def define() -> None:
         "plan", True, "Show the plan before a machine is created, and create none on which it does not fit."
     )
     define_assumptions()
-    flags.DEFINE_float("poll", 60.0, "run: seconds between two looks.", lower_bound=0.01)
+    flags.DEFINE_float("poll", 60.0, "run, stop: seconds between two looks of `run`.", lower_bound=0.01)
     flags.DEFINE_integer("max_failures", 10, "run: losses in a row after which it gives up.", lower_bound=0)
     flags.DEFINE_bool("delete_at_end", False, "run: delete the machine when the recipe is finished or failed.")
     flags.DEFINE_string("node", "0", "logs: the slice; or all.")
@@ -186,8 +186,7 @@ def run(values: Any) -> None:
 
 
 def _act(launch: Launch, values: Any) -> None:
-    from flm_jax.launching import manifests, tpu
-    from flm_jax.launching.gcloud import Gcloud
+    from flm_jax.launching import gcloud, host, manifests, tpu
 
     action = values.action
     if action == "write":
@@ -204,15 +203,15 @@ def _act(launch: Launch, values: Any) -> None:
     if values.dry_run:
         if action in MAKES:
             (show_plan if values.plan else check_recipe)(launch, values)
-        script = tpu.host.script_name(launch)
+        script = host.script_name(launch)
         if action == "run":
             print(f"# {script} is printed by: write --format=host. Commands are given again where they fail.")
         log = (values.lines, *(["follow"] if values.follow else []))
-        for words in tpu.smooth_commands(launch, action, script, values.node, values.worker, log):
+        for words in gcloud.smooth_commands(launch, action, script, values.node, values.worker, log):
             print(shlex.join(words))
         return
     pause = min(5.0, values.poll / 6)
-    cloud = Gcloud(functools.partial(print, flush=True), pause=pause)
+    cloud = gcloud.Gcloud(functools.partial(print, flush=True), pause=pause)
     machine = tpu.Tpu(launch, cloud, tpu.Watch(poll=values.poll, failures=values.max_failures))
     if action in MAKES:
         shown = values.plan and (action == "create" or machine.state() is None)
@@ -234,15 +233,16 @@ def _act(launch: Launch, values: Any) -> None:
 
 def _run(machine: Any, delete_at_end: bool) -> None:
     from flm_jax.launching.gcloud import GcloudError
+    from flm_jax.launching.running import run_to_end, settle
     from flm_jax.launching.tpu import GaveUpError
 
     try:
-        status = machine.run()
+        status = run_to_end(machine)
     except KeyboardInterrupt:
         print("The hosts go on without this program; the same command watches them again.", flush=True)
         raise
     except (GcloudError, GaveUpError):
-        machine.settle(delete_at_end)
+        settle(machine, delete_at_end)
         raise
     if delete_at_end and status != STOPPED:
         machine.delete()

@@ -2,12 +2,14 @@
 
 The commands and their flags: https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/create and its
 neighbours `describe`, `delete`, `ssh` and `scp`; states: https://cloud.google.com/tpu/docs/queued-resources; several
-slices: https://cloud.google.com/tpu/docs/multislice-introduction.
+slices: https://cloud.google.com/tpu/docs/multislice-introduction; a node, which has a network endpoint per host:
+https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -20,7 +22,8 @@ from dataclasses import dataclass
 from flm_jax.launching import host
 from flm_jax.launching.description import Launch
 
-_GROUP = ("gcloud", "compute", "tpus", "queued-resources")
+_TPUS = ("gcloud", "compute", "tpus")
+_GROUP = (*_TPUS, "queued-resources")
 # What passes, in messages of gcloud or ssh themselves; what a program on a host prints, such as pip, says nothing.
 _TRANSIENT = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL\b|\b(429|500|502|503|504)\b|rate limit|[Cc]onnection (reset|refused|"
@@ -89,6 +92,22 @@ def describe(launch: Launch) -> list[str]:
     return [*_GROUP, "describe", launch.name, *_where(launch), "--format=value(state.state)"]
 
 
+def describe_nodes(launch: Launch) -> list[list[str]]:
+    """The commands that print the hosts of each slice, as JSON; none where the number of slices is not known."""
+    if launch.machine is None:
+        return []
+    names = [launch.name] if launch.slices == 1 else [f"{launch.name}-{number}" for number in range(launch.slices)]
+    return [[*_TPUS, "tpu-vm", "describe", name, *_where(launch), "--format=json(networkEndpoints)"] for name in names]
+
+
+def hosts_in(described: str) -> int:
+    """The number of hosts of a slice, from what a command of `describe_nodes` printed; 0 if it does not say."""
+    try:
+        return len(json.loads(described)["networkEndpoints"])
+    except (ValueError, TypeError, KeyError):
+        return 0
+
+
 def delete(launch: Launch) -> list[str]:
     """The command that deletes the machine, and all that is on its disks."""
     return [*_GROUP, "delete", launch.name, *_where(launch), "--force", "--quiet"]
@@ -105,6 +124,35 @@ def copy(launch: Launch, script: str) -> list[str]:
     """The command that copies the hosts' script, a file here, to the home directory of every host."""
     who = ["--node=all", "--worker=all"]
     return [*_GROUP, "scp", script, f"{launch.name}:", *_where(launch), *who, "--quiet", *launch.ssh_args]
+
+
+def smooth_commands(
+    launch: Launch, action: str, script: str, node: str, worker: str, log: tuple[object, ...]
+) -> list[list[str]]:
+    """The commands that an action gives if nothing goes wrong and nothing was there before, in their order.
+
+    Args:
+      launch: what is launched.
+      action: what is done.
+      script: the name of the file with the hosts' script.
+      node: the slice whose log is printed, or all.
+      worker: the host in the slice.
+      log: how many lines of it, and follow, if it is followed.
+    """
+    there = [describe(launch), *describe_nodes(launch)]
+    ask = ssh(launch, "status")
+    if action == "create":
+        return [create(launch)]
+    if action == "run":
+        begin = [ssh(launch, "forget"), ssh(launch, "install"), ssh(launch, "start", 1)]
+        return [describe(launch), create(launch), *there, ask, copy(launch, script), *begin, ask]
+    if action == "status":
+        return [*there, ask]
+    if action == "logs":
+        return [ssh(launch, "log", *log, node=node, worker=worker)]
+    if action == "stop":
+        return [*there, ssh(launch, "stop"), ask]
+    return [delete(launch)]
 
 
 @dataclass(frozen=True)
@@ -141,9 +189,36 @@ class Gcloud:
             except GcloudError as error:
                 if not error.transient or attempt == attempts:
                     raise
-                self.say(f"{error} Trying again ({attempt} of {attempts - 1}).")
-                time.sleep(self.pause * 2 ** (attempt - 1))
+                self._wait(error, attempt, attempts)
         raise AssertionError
+
+    def give(self, words: list[str], limit: float, arrived: Callable[[GcloudError], bool]) -> None:
+        """Gives a command that is refused where it was obeyed before, and does not mind that of a further try.
+
+        Of a command that failed on the way one cannot know whether it arrived.
+
+        Args:
+          words: the command.
+          limit: seconds after which it is ended.
+          arrived: whether an error is that of a command which was obeyed before.
+
+        Raises:
+          GcloudError: it failed, or the first try is refused.
+        """
+        for attempt in range(1, self.attempts + 1):
+            try:
+                self.call(words, limit, attempts=1)
+                return
+            except GcloudError as error:
+                if attempt > 1 and arrived(error):
+                    return
+                if not error.transient or attempt == self.attempts:
+                    raise
+                self._wait(error, attempt, self.attempts)
+
+    def _wait(self, error: GcloudError, attempt: int, attempts: int) -> None:
+        self.say(f"{error} Trying again ({attempt} of {attempts - 1}).")
+        time.sleep(self.pause * 2 ** (attempt - 1))
 
     def _once(self, words: list[str], limit: float) -> str:
         with _started(words, subprocess.PIPE) as process:
