@@ -41,7 +41,7 @@ from flm_jax.checkpoint import (
     NoCheckpointError,
     Restored,
 )
-from flm_jax.checkpoint.directory import take_lock
+from flm_jax.checkpoint.directory import locked
 from flm_jax.checkpoint.find import STAGES
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.data.source import Data, open_data
@@ -102,7 +102,7 @@ def train(
         with distributed.together("lock"):
             if distributed.is_primary():
                 # Held while data is prepared, or two runs could both find the work directory new.
-                stack.enter_context(take_lock(workdir))
+                stack.enter_context(locked(workdir))
                 check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         data = open_data(recipe.data)
         check_vocabulary(stages, data.vocabulary.size)

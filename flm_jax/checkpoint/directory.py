@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -10,7 +11,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -105,6 +106,24 @@ def structure_faults(step_dir: Path) -> list[str]:
         return [str(error)]
 
 
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """A context that holds the writer's lock of a directory, as `take_lock`; nothing is left of one that wrote nothing.
+
+    Where the directory holds the lock alone at the end, the lock is removed, with the folders that were made for it.
+    """
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    with take_lock(directory):
+        try:
+            yield
+        finally:
+            if [entry.name for entry in directory.iterdir()] == [LOCK]:
+                (directory / LOCK).unlink()  # held: `take_lock` does not take one that is not there any more
+                with contextlib.suppress(OSError):  # another run has put something there meanwhile
+                    for folder in made:
+                        folder.rmdir()
+
+
 def take_lock(directory: Path) -> IO[str]:
     """Takes the writer's lock of a directory for this process, until the returned file is closed.
 
@@ -112,21 +131,38 @@ def take_lock(directory: Path) -> IO[str]:
       CheckpointError: another process holds it, or checkpoints cannot be read back from there.
     """
     _check_path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    # The lock file is never deleted: if it were deleted and made again, two processes could hold it at once.
-    lock = (directory / LOCK).open("a+")
-    try:
-        while not _locked(lock):
-            time.sleep(random.uniform(0.001, 0.01))  # so that two who look at each other do not do so for ever
-    except OSError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
+    path = directory / LOCK
+    while True:
+        lock = _opened(path)
+        try:
+            while not _locked(lock):
+                time.sleep(random.uniform(0.001, 0.01))  # so that two who look at each other do not do so for ever
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            lock.close()
+            raise CheckpointError(f"{directory} is being written by another run (process {holder})") from error
+        # Who held it may have removed it, and a third one made another: the file that has the name is the lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                break
         lock.close()
-        raise CheckpointError(f"{directory} is being written by another run (process {holder})") from error
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
+
+
+def _opened(path: Path) -> IO[str]:
+    """The file of a lock, which is made if necessary, as its folder is."""
+    for left in range(100, -1, -1):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a+")
+        except FileNotFoundError:  # who held it may have removed the folder in between
+            if not left:
+                raise
+    raise AssertionError
 
 
 def _locked(lock: IO[str]) -> bool:

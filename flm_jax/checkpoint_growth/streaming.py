@@ -39,7 +39,7 @@ import numpy as np
 
 from flm_jax.checkpoint import blocks, checksum, manifest
 from flm_jax.checkpoint.commit import commit_step, small_files
-from flm_jax.checkpoint.directory import take_lock
+from flm_jax.checkpoint.directory import locked
 from flm_jax.checkpoint.manifest import CheckpointError, DamagedError, Leaf, leaf_paths, read_manifest
 from flm_jax.checkpoint_growth.jobs import BlockGroup, BlockProgram, grow_block, jobs
 from flm_jax.checkpoint_growth.journal import Journal, Sum
@@ -127,8 +127,7 @@ class _Pass:
 
     def run(self, meta: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with take_lock(self.directory), self._cleared_if_damaged():
+            with locked(self.directory), self._cleared_if_damaged():
                 if (self.directory / "0").exists():
                     if self.journal.resume(self.identity):
                         return self._verified()

@@ -12,7 +12,7 @@ from typing import Any
 
 import gin
 
-from flm_jax.checkpoint.directory import take_lock
+from flm_jax.checkpoint.directory import locked
 from flm_jax.cli import configure, gin_reader
 from flm_jax.cli.configure import SHIPPED, check_used, configured, parse
 from flm_jax.cli.errors import EXPECTED, started
@@ -68,7 +68,7 @@ def run_sweep(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
         assert workdir is not None and places is not None
         check_directory("workdir", workdir)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(take_lock(places.workdir))
+            stack.enter_context(locked(places.workdir))
             record = stack.enter_context(KeptLines(places.workdir / "runs.jsonl", "point"))
             table = Table(places, steps)
             runner = Runner(places, sweep.measure, cores, how.environment, record, table)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flm_jax.chat.template import passed_over
-from flm_jax.checkpoint.directory import take_lock
+from flm_jax.checkpoint.directory import locked
 from flm_jax.files import draft_of, fsync, write_json
 from flm_jax.progress import count_bar
 from flm_jax.records import as_dict, completed, counted, differences
@@ -77,7 +77,7 @@ def select(
         "base": None if model is None else model.digest,
     }
     _check(output, identity)
-    with take_lock(output):
+    with locked(output):
         if (output / REPORT).exists():
             say(f"{output} holds this selection already.")
             return dict(read_json(output / REPORT, finite=False))
