@@ -59,7 +59,15 @@ def digest_of(workdir):
 
 def restarted():
     """What a program knows of the hub when it starts."""
+    from huggingface_hub import _tree_cache
+
     find.cache_clear()
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+
+
+def unlisted(directory):
+    """Makes a snapshot one of a program that fetched files one by one, so that nothing says which there are."""
+    (directory.parents[1] / "trees" / f"{directory.name}.json").unlink()
 
 
 def test_a_repository_becomes_the_checkpoint_that_its_directory_becomes_and_records_the_commit(hub, made, tmp_path):
@@ -267,6 +275,7 @@ def test_what_a_cache_lacks_is_not_said_of_the_repository(lacking, hub, monkeypa
     from huggingface_hub import constants
 
     directory, _ = located("me/tiny")
+    unlisted(directory)
     for path in directory.glob("*.safetensors*" if lacking == "model.safetensors" else lacking):
         path.unlink()
     restarted()
@@ -279,6 +288,7 @@ def test_a_tokenizer_that_the_cache_lacks_is_missed_aloud(hub, monkeypatch, capl
     from huggingface_hub import constants
 
     directory, _ = located("me/tiny")
+    unlisted(directory)
     restarted()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     located("me/tiny")
@@ -291,6 +301,48 @@ def test_a_tokenizer_that_the_cache_lacks_is_missed_aloud(hub, monkeypatch, capl
     restarted()
     with pytest.raises(HubError, match=r"the cache lacks tokenizer\.json"):
         load_vocabulary("me/tiny")
+
+
+@pytest.mark.parametrize("lacking", ["tokenizer_config.json", "tokenizer.json", "model-00002-of-00003.safetensors"])
+def test_a_download_that_broke_off_is_not_taken_for_the_whole_repository(lacking, hub, made, monkeypatch, tmp_path):
+    """Neither by its name, where the hub is not asked, nor as the directory that it is."""
+    from huggingface_hub import constants, file_download
+
+    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
+    hub.cut, hub.breaks = {lacking: 0}, 100
+    with pytest.raises(HubError, match="the download broke off"):
+        located("me/tiny")
+    hub.breaks = 0
+    restarted()
+    (snapshot,) = tmp_path.glob("cache/models--me--tiny/snapshots/*")
+    if not lacking.endswith(".safetensors"):  # what else there is came by other ways
+        for file in (made / "in").glob("*.*"):
+            if file.name != lacking and not (snapshot / file.name).exists():
+                (snapshot / file.name).write_bytes(file.read_bytes())
+        with pytest.raises(HubError, match=f"that was not fetched whole: it lacks {lacking}. Give its name, org/name@"):
+            importing.examine(snapshot)
+        with pytest.raises(HubError, match=f"it lacks {lacking}"):
+            load_vocabulary(str(snapshot))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=f"me/tiny@{COMMIT}: HF_HUB_OFFLINE is set.*, and the cache lacks {lacking}"):
+        located("me/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    restarted()
+    assert import_model("me/tiny", tmp_path / "run")["commit"] == COMMIT
+    assert digest_of(tmp_path / "run") == digest_of(made / "checkpoint")
+
+
+def test_what_a_repository_does_not_have_is_said_of_it_without_the_hub_too(hub, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    foreign.write(tmp_path / "other", tokenizer=False)
+    hub.add("me/other", tmp_path / "other")
+    located("me/other")
+    restarted()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    located("me/other")
+    with pytest.raises(FileNotFoundError, match=rf"me/other@{COMMIT} has no tokenizer.json; give a repository with"):
+        load_vocabulary("me/other")
 
 
 def test_an_evaluation_records_the_commit_of_a_tokenizer(hub, made):

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flm_jax import costs
 from flm_jax.checkpoint import blocks, checksum
 from flm_jax.checkpoint.commit import commit_step, small_files
-from flm_jax.checkpoint.directory import take_lock
+from flm_jax.checkpoint.directory import locked
 from flm_jax.checkpoint.find import STAGES, stage_directory
 from flm_jax.checkpoint.manifest import CheckpointError, Leaf
 from flm_jax.config import ModelConfig
 from flm_jax.convert import families
-from flm_jax.convert.companions import read_companions
+from flm_jax.convert.companions import FILES, read_companions
 from flm_jax.convert.layout import Part, parts
 from flm_jax.convert.pieces import DTYPES, block_checksum, cast, check_dtype, check_finite, in_parallel
 from flm_jax.convert.repository import located
@@ -96,8 +96,7 @@ def import_model(
         check_dtype(dtype)
     source, origin = located(source)
     cfg, config, found, files = examine(source, dtype)
-    directory.mkdir(parents=True, exist_ok=True)
-    with take_lock(directory):
+    with locked(directory):
         partial = directory / "0.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -143,6 +142,7 @@ def examine(source: Path, dtype: str | None = None) -> tuple[ModelConfig, dict[s
             f"{source} is not a directory; give one with {families.CONFIG} and safetensors files"
             f"{meant_beside(source) or '.'}{hub.advice(source)}"
         )
+    hub.check_whole(source, FILES)
     config = families.read_json(source / families.CONFIG)
     cfg = families.model_config(config, str(source / families.CONFIG))
     stored = open_shards(source)

@@ -37,20 +37,20 @@ def located(source: str | Path) -> tuple[Path, dict[str, str]]:
         return Path(source).expanduser(), {"source": str(source)}
     found = hub.find(name)
     beside = [file for file in (*FILES, INDEX) if file in found.files]
-    # Without the hub, the files are those of the cache: what they lack the repository may have.
-    if families.CONFIG not in beside and not found.cached:
+    # If the files are those of the cache, the repository may have what they lack.
+    if families.CONFIG not in beside and found.listed:
         raise FormatError(f"{found.origin} has no {families.CONFIG}: it is no model that transformers loads.")
     directory = found.fetch({*beside, families.CONFIG})
     config = directory / families.CONFIG
     families.model_config(families.read_json(config), f"{found.origin}: {families.CONFIG}")
-    if INDEX not in beside and SINGLE not in found.files and not found.cached:
+    if INDEX not in beside and SINGLE not in found.files and found.listed:
         other = sorted(file for file in found.files if file.endswith((".bin", ".pt", ".pth", ".safetensors", ".gguf")))
         raise FormatError(
             f"{found.origin} holds neither {SINGLE} nor {INDEX}{f'; it has {few(other)}' if other else ''}: only "
             "safetensors are read."
         )
     found.fetch(read_index(directory / INDEX).values() if INDEX in beside else [SINGLE])
-    if found.cached and TOKENIZER not in beside:
+    if not found.listed and TOKENIZER not in beside:
         log.warning(
             "%s: %s, and the cache has no %s: the model is taken without a tokenizer.",
             found.origin,

@@ -79,15 +79,19 @@ class Snapshot:
     Attributes:
       name: what was asked for.
       commit: the commit that this was, 40 hex digits.
-      files: the size of each file, in bytes, by its path in the repository; if the hub could not be asked, of those
-        that the cache holds.
+      files: the size of each file, in bytes, by its path in the repository.
       cached: why the hub was not asked, and the cache is all there is; '' if it was.
+      directory: of the commit in the cache, if that is all there is.
+      listed: whether `files` are all that the repository has; otherwise they are those that the cache holds, which does
+        not know whether there are more.
     """
 
     name: Name
     commit: str
     files: Mapping[str, int]
     cached: str = ""
+    directory: Path | None = None
+    listed: bool = True
 
     @property
     def origin(self) -> str:
@@ -111,35 +115,42 @@ class Snapshot:
         wanted = sorted(set(wanted))
         if lacking := [file for file in wanted if file not in self.files]:
             raise self._lacks(lacking)
+        directory = self.directory or self._download(wanted)
+        if lacking := [file for file in wanted if not (directory / file).is_file()]:
+            raise self._lacks(lacking)
+        return directory
+
+    def _download(self, wanted: list[str]) -> Path:
         import huggingface_hub
         from huggingface_hub import constants
 
-        repository, cache = self.name.repository, Path(constants.HF_HUB_CACHE)
-        if not self.cached:
-            here = huggingface_hub.try_to_load_from_cache
-            new = [file for file in wanted if not isinstance(here(repository, file, revision=self.commit), str)]
-            there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
-            if missing := missing_room(there, sum(self.files[file] for file in new)):
-                raise HubError(f"{self.name}: {missing}, or set HF_HUB_CACHE to another directory.")
+        repository, cache, here = (
+            self.name.repository,
+            Path(constants.HF_HUB_CACHE),
+            huggingface_hub.try_to_load_from_cache,
+        )
+        new = [file for file in wanted if not isinstance(here(repository, file, revision=self.commit), str)]
+        there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+        if missing := missing_room(there, sum(self.files[file] for file in new)):
+            raise HubError(f"{self.name}: {missing}, or set HF_HUB_CACHE to another directory.")
+        get = functools.partial(
+            huggingface_hub.snapshot_download, repository, revision=self.commit, allow_patterns=wanted
+        )
         try:
             with _told(self.name, "the download broke off"):
-                how = {"allow_patterns": wanted, "local_files_only": bool(self.cached)}
-                get = functools.partial(huggingface_hub.snapshot_download, repository, revision=self.commit, **how)
                 directory = Path(_interruptible(get))
         except _UnreachableError as error:
             raise HubError(
                 f"{self.origin}: {error}. Run the same command again: the files that are complete are kept."
             ) from error
-        if lacking := [file for file in wanted if not (directory / file).is_file()]:
-            raise self._lacks(lacking)
-        if not self.cached and self.name.revision != self.commit:
+        if self.name.revision != self.commit:
             with contextlib.suppress(OSError):  # so that the name is found offline too, as after other downloads
                 atomic_write(directory.parents[1] / "refs" / self.name.revision, self.commit)
         return directory
 
     def _lacks(self, files: list[str]) -> HubError:
         listed = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
-        if self.cached:
+        if self.cached and not (self.listed and set(files) - set(self.files)):
             return HubError(f"{self.origin}: {self.cached}, and the cache lacks {listed}. {_by_hand(self.name)}")
         return HubError(f"{self.origin} has no {listed}: give another repository or revision.")
 
@@ -205,8 +216,50 @@ def _in_cache(name: Name, reason: str) -> Snapshot:
     except OSError:
         raise HubError(f"{name}: {reason}, and {constants.HF_HUB_CACHE} does not hold it. {_by_hand(name)}") from None
     root = Path(found)
-    files = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
-    return Snapshot(name, root.name, files, reason)
+    files = _listed(root)
+    if files is not None:
+        return Snapshot(name, root.name, files, reason, root)
+    there = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
+    return Snapshot(name, root.name, there, reason, root, listed=False)
+
+
+def _listed(snapshot: Path) -> dict[str, int] | None:
+    """The files, with their sizes, of the repository whose commit a directory of a cache holds, all or some of them.
+
+    A download begins by writing down which there are, so this is known of one that broke off too. None: it is not, as
+    of files that other programs have fetched one by one; or the directory lies in no cache.
+    """
+    repository = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")
+    if snapshot.parent.name != "snapshots" or not _COMMIT.fullmatch(snapshot.name) or _match(repository) is None:
+        return None
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        found = huggingface_hub.get_cached_repo_tree(repository, revision=snapshot.name, cache_dir=snapshot.parents[2])
+    except errors.CachedRepoTreeNotFoundError:
+        return None
+    return {file.path: file.size for file in found}
+
+
+def check_whole(directory: Path, wanted: Iterable[str]) -> None:
+    """Refuses a directory of the hub's cache that lacks files because their download broke off.
+
+    Args:
+      directory: any; one that lies in no cache passes, and so does one whose cache does not know what there is.
+      wanted: names of files that are read from it where the repository has them.
+
+    Raises:
+      HubError: it lacks some of them.
+    """
+    there = directory.expanduser().resolve()
+    lacking = [file for file in wanted if file in (_listed(there) or ()) and not (there / file).exists()]
+    if lacking:
+        raise HubError(
+            f"{directory} is a repository of the Hugging Face hub that was not fetched whole: it lacks "
+            f"{', '.join(lacking)}. Give its name, org/name@{there.name}, where there is a network, and the rest is "
+            "fetched."
+        )
 
 
 def _by_hand(name: Name) -> str:

@@ -40,6 +40,8 @@ CHUNK = 2048  # characters given to the trainer at once: several lines, so that 
 CACHE = "~/.cache/flm_jax"
 # What to do about a checkpoint whose vocabulary is not known.
 _NAME = ". Name the right one: for an evaluation by --tokenizer, for training by DataConfig.vocabulary"
+# Read beside a tokenizer, where they are.
+BESIDE = (*CONFIGS, CHAT_TEMPLATE)
 FORMAT = 1  # part of the cache key: increase it when training changes
 
 
@@ -94,6 +96,7 @@ def load_vocabulary(path: str | Path, eos_id: int | None = None) -> Vocabulary:
     root = Path(path).expanduser()
     if (name := hub.named(path)) is not None:
         root = _fetched(hub.find(name))
+    hub.check_whole(root, (TOKENIZER, *BESIDE))
     if (root / TOKENIZER).is_file():
         return TokenizerVocabulary.from_directory(root, eos_id)
     if root.is_file():
@@ -119,9 +122,9 @@ def load_vocabulary(path: str | Path, eos_id: int | None = None) -> Vocabulary:
 
 def _fetched(found: hub.Snapshot) -> Path:
     """The directory of a repository's tokenizer, fetched if it is not in the cache."""
-    if TOKENIZER not in found.files and not found.cached:
+    if TOKENIZER not in found.files and found.listed:
         raise FileNotFoundError(f"{found.origin} has no {TOKENIZER}; give a repository with one.")
-    return found.fetch([TOKENIZER, *(file for file in (*CONFIGS, CHAT_TEMPLATE) if file in found.files)])
+    return found.fetch([TOKENIZER, *(file for file in BESIDE if file in found.files)])
 
 
 def checkpoint_vocabulary(files: Mapping[str, bytes], data: Mapping[str, Any] | None, where: str) -> Vocabulary:
