@@ -63,6 +63,23 @@ def test_every_value_of_a_full_size_recipe_has_its_source(path):
         assert MARKS.search(source), f"docs/facts.md names no source of {name}"
 
 
+@pytest.mark.parametrize("name", ["gin_configs/sft/tele_flm_chat.gin", "gin_configs/sft/select.gin", "docs/sft.md"])
+def test_what_is_recalled_of_the_tuning_is_called_so(name):
+    """In every sentence of these files that names such a value."""
+    marks = dict(re.findall(r"^\| (.+?) \| ([PCDRO])\b.* \|$", FACTS.partition("## Tuning")[2], re.MULTILINE))
+    recalled = {
+        "2.7e-5 linearly": "rate from 2.7e-5 linearly to 1e-9",
+        "maths, code and dialogues": "emphasis on maths",
+    }
+    text = " ".join((ROOT / name).read_text().replace("\n#", " ").split())
+    found = [word for word in recalled if word in text]
+    assert found
+    for word in found:
+        assert [mark for value, mark in marks.items() if value.startswith(recalled[word])] == ["R"]
+        for sentence in re.findall(rf"[^.]*{re.escape(word)}[^.]*", text):
+            assert "recalled" in sentence.lower(), sentence
+
+
 def test_the_shapes_of_the_series_are_those_of_the_code():
     models = [config.tele_flm_52b(), config.tele_flm_102b(), config.tele_flm_1t()]
     row = re.compile(r"^\| `?([\w ]+)`? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", re.MULTILINE)
