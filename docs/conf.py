@@ -26,7 +26,7 @@ exclude_patterns = ["[.]*", "build", "runs", "flm_jax", "tests", "experiments", 
 # Every page of the site, in the order of the navigation. One that does not exist is left out; a test says which page of
 # docs/ is missing here.
 NAVIGATION = {
-    "Begin": ["docs/tutorial.md", "docs/guide.md", "docs/demo.md"],
+    "Begin": ["docs/tutorial.md", "docs/guide.md", "docs/words.md", "docs/demo.md"],
     "How to": [
         "docs/own_data.md",
         "docs/own_operator.md",
