@@ -9,7 +9,7 @@ from flm_jax.cli import launch_tpu
 from flm_jax.launching.description import machine_of
 from flm_jax.launching.gcloud import GcloudError
 from flm_jax.launching.host import Report
-from flm_jax.launching.running import Run, run_to_end, settle
+from flm_jax.launching.running import Keeper, run_to_end, settle
 from flm_jax.launching.tpu import Tpu
 from flm_jax.launching.verdict import Verdict
 from tests import fake_gcloud
@@ -96,5 +96,5 @@ def test_an_error_while_asking_for_the_machine_does_not_end_a_run(world, monkeyp
 
     monkeypatch.setattr(Tpu, "state", state)
     errors = [GcloudError("denied"), GcloudError("later", transient=True)]
-    assert not Run(world.tpu()).is_final(GcloudError("pip"))
-    assert Run(world.tpu()).is_final(GcloudError("pip"))
+    assert not Keeper(world.tpu()).is_final(GcloudError("pip"))
+    assert Keeper(world.tpu()).is_final(GcloudError("pip"))

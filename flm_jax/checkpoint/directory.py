@@ -113,13 +113,14 @@ def locked(directory: Path) -> Iterator[None]:
     Where the directory holds the lock alone at the end, the lock is removed, with the folders that were made for it.
     """
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    with take_lock(directory):
+    with take_lock(directory) as lock:
         try:
             yield
         finally:
-            if [entry.name for entry in directory.iterdir()] == [LOCK]:
-                (directory / LOCK).unlink()  # held: `take_lock` does not take one that is not there any more
-                with contextlib.suppress(OSError):  # another run has put something there meanwhile
+            # Where somebody has removed the folder, or put something there, nothing is to be done.
+            with contextlib.suppress(OSError):
+                if [entry.name for entry in directory.iterdir()] == [LOCK] and _has_name(lock, directory / LOCK):
+                    (directory / LOCK).unlink()  # held: `take_lock` takes none that has lost its name
                     for folder in made:
                         folder.rmdir()
 
@@ -143,14 +144,21 @@ def take_lock(directory: Path) -> IO[str]:
             lock.close()
             raise CheckpointError(f"{directory} is being written by another run (process {holder})") from error
         # Who held it may have removed it, and a third one made another: the file that has the name is the lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                break
+        if _has_name(lock, path):
+            break
         lock.close()
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
+
+
+def _has_name(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one that a path leads to."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _opened(path: Path) -> IO[str]:

@@ -28,7 +28,7 @@ def run_to_end(machine: Tpu) -> int:
       GaveUpError: hosts are lost or out of reach too often in a row.
       ValueError: the hosts run something else.
     """
-    return Run(machine).to_end()
+    return Keeper(machine).to_end()
 
 
 def settle(machine: Tpu, delete: bool) -> None:
@@ -52,7 +52,7 @@ def settle(machine: Tpu, delete: bool) -> None:
     machine.cloud.say(f"The machine of {name} may still be there, and costs ({why}): see `delete`.")
 
 
-class Run:
+class Keeper:
     """One call of `run`, and what it has seen so far."""
 
     def __init__(self, machine: Tpu) -> None:
