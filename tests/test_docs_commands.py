@@ -90,6 +90,8 @@ def kind_of(words):
         if words[1] == "-c":
             compile(words[2], "-c", "exec")
             return "python"
+        if words[1:3] == ["-m", "venv"]:
+            return "shell"
         if words[1] == "-m":
             assert (ROOT / (words[2].replace(".", "/") + ".py")).exists(), words
             return "module"
