@@ -85,7 +85,7 @@ def test_a_request_that_run_queues_while_it_is_stopped_is_withdrawn_too(first, w
 def test_a_stop_where_nothing_is_queued_looks_for_a_while_and_says_so(world):
     assert world.tpu(poll=0.2).stop() is None
     assert world.said == [
-        "There is no queued resource demo in us-central2-b; looking for 0.2 s whether a `run` queues one.",
+        "There is no queued resource demo in us-central2-b; looking for 0.4 s whether a `run` queues one.",
         "demo: nothing is queued and nothing runs.",
     ]
     assert counts(world, "delete", "create") == [0, 0]

@@ -145,10 +145,7 @@ class Keeper:
             return not another.transient
 
     def _start(self, found: list[Report], verdict: Verdict) -> bool:
-        """Installs and starts; returns False, and starts nothing, if a stop was asked for meanwhile.
-
-        Or before, if it was asked of this run on a machine that is gone.
-        """
+        """Installs and starts; returns False, and starts nothing, if a stop was asked of this `run`."""
         again = "" if verdict is Verdict.NEW else f" (it was: {states(found)})"
         self.say(f"Installing and starting on {counted(len(found), 'host')}{again}.")
         with script_file(self.launch) as script:
@@ -167,11 +164,13 @@ class Keeper:
         Returns:
           Whether there is one. If somebody has deleted it, or the request for it, none is made in its place.
         """
-        said = None
+        said, missed = None, False
         while (state := self._state()) != "ACTIVE":
-            if state is None:
-                if self.seen and not self.deleting:
+            if state is None and self.seen and not self.deleting:
+                if missed:  # twice, because what was just made may not be shown at once
                     return False
+                missed = True
+            elif state is None:
                 self._create()
             elif state in ("SUSPENDED", "FAILED"):
                 if state == "FAILED" and said is not None:
@@ -182,6 +181,7 @@ class Keeper:
                 self._create()
             elif state != said:
                 self.say(f"{self.name}: {state}, waiting.")
+            missed = missed and state is None
             said = state
             time.sleep(self.watch.poll)
         if not self.counted:

@@ -217,17 +217,17 @@ class Tpu:
     def _there_or_withdrawn(self) -> bool:
         """Whether there is a machine; if not, its request is deleted, so that none comes later."""
         gone: float | None = None  # since when there is nothing
+        patience = 2 * self.watch.poll  # a `run` may be between deleting what was taken away and queueing it again
         while (state := self.state()) != "ACTIVE":
             if state is not None:
                 gone = None
             elif gone is None:
                 gone = time.monotonic()
-                # A `run` may be just between deleting what was taken away and queueing it again.
                 self.cloud.say(
                     f"There is no queued resource {self.launch.name} in {self.launch.zone}; looking for "
-                    f"{self.watch.poll:g} s whether a `run` queues one."
+                    f"{patience:g} s whether a `run` queues one."
                 )
-            elif time.monotonic() - gone > self.watch.poll:
+            elif time.monotonic() - gone > patience:
                 return False
             if state not in (None, "DELETING", "SUSPENDING"):
                 self.cloud.say(f"{self.launch.name}: {state}, without a machine: withdrawing the request for one.")
