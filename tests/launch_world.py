@@ -48,7 +48,8 @@ class World:
 
     def calls(self):
         """The commands that were given, the paths of copied files cut to their names."""
-        lines = [json.loads(line) for line in (self.cloud / "calls.jsonl").read_text().splitlines()]
+        path = self.cloud / "calls.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [[Path(word).name if word.endswith(".sh") else word for word in line] for line in lines]
 
     def verbs(self):

@@ -52,7 +52,7 @@ def shown(command):
         (["run", "--name=demo"], "run needs --zone and --topology and --workdir"),
         (["run", *WHAT, "--workdir=/shared/run"], "give a recipe with --gin_file"),
         (["run", *WHAT, *RECIPE, "--workdir=gs://bucket/run"], "must lie on a POSIX file system"),
-        (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--topology=v4-7"], "the nearest sizes are v4-8"),
+        (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--topology=v4-7"], "the nearest size is v4-8"),
         (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--topology=h100-8"], "run is for TPUs; for h100-8 there is write"),
         (["run", *WHAT, *RECIPE, "--workdir=/a/b", "--zone=mars"], "--zone=mars is not the name of a zone"),
         (["status", "--name=demo", "--zone=mars"], "--zone=mars is not the name of a zone; such as us-east5-a"),

@@ -325,7 +325,7 @@ def test_a_download_that_broke_off_is_not_taken_for_the_whole_repository(lacking
             load_vocabulary(str(snapshot))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match=f"me/tiny@{COMMIT}: HF_HUB_OFFLINE is set.*, and the cache lacks {lacking}"):
-        located("me/tiny")
+        located(f"me/tiny@{COMMIT}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     restarted()
     assert import_model("me/tiny", tmp_path / "run")["commit"] == COMMIT

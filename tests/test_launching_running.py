@@ -49,7 +49,7 @@ def test_a_stop_ends_the_wait_for_a_machine_that_takes_the_place_of_a_preempted_
     world.wait_for(world.steps)
     fake_gcloud.store("queue.json", [WAITING])
     world.faults({"match": "status", "kind": "preempt"})
-    world.wait_for(lambda: f"demo: {WAITING}, waiting." in world.said)
+    world.wait_for(lambda: world.said.count(f"demo: {WAITING}, waiting.") == 2)
     assert world.tpu(launch).stop() is None
     assert watching.code() == 75
     assert fake_gcloud.load("state.json", None) is None
@@ -79,7 +79,7 @@ def test_a_request_that_run_queues_while_it_is_stopped_is_withdrawn_too(first, w
     assert world.tpu(poll=1.0).stop() is None
     thread.join()
     assert fake_gcloud.load("state.json", None) is None
-    assert counts(world, "delete") == [2 if first == "SUSPENDED" else 1]
+    assert counts(world, "delete") == [2 if first == "SUSPENDED" else 1], world.said
 
 
 def test_a_stop_where_nothing_is_queued_looks_for_a_while_and_says_so(world):

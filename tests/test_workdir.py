@@ -10,7 +10,7 @@ import pytest
 from flm_jax import train as training
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.checkpoint.directory import locked, take_lock
-from flm_jax.data.config import TextFolder
+from flm_jax.data.corpora import TextFolder
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.records import LOCK

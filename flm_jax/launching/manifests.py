@@ -14,7 +14,7 @@ import re
 
 from flm_jax.launching import host
 from flm_jax.launching.description import Launch, is_tpu
-from flm_jax.launching.tpu import STOPPED
+from flm_jax.launching.verdict import STOPPED
 from flm_jax.planning.topology import Topology
 
 FORMATS = ("slurm", "jobset", "skypilot", "host")

@@ -11,7 +11,7 @@ import time
 from flm_jax.launching import gcloud
 from flm_jax.launching.gcloud import LONG, GcloudError
 from flm_jax.launching.host import Report
-from flm_jax.launching.tpu import GaveUpError, Tpu, script_file
+from flm_jax.launching.tpu import Tpu, script_file
 from flm_jax.launching.verdict import STOPPED, Verdict, judge, states
 from flm_jax.records.wording import counted
 
@@ -134,8 +134,7 @@ class Keeper:
 
     def _failed(self, why: str) -> None:
         self.failures += 1
-        if self.failures > self.watch.failures:
-            raise GaveUpError(f"Giving up after {counted(self.failures, 'failure')} in a row. {why}")
+        self.machine.give_up_after(self.failures, why)
 
     def is_final(self, error: GcloudError) -> bool:
         """Whether an error will not pass, and is not one of a machine that is being taken away."""

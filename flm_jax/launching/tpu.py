@@ -182,12 +182,17 @@ class Tpu:
             began = time.monotonic()
             self.cloud.follow(gcloud.ssh(self.launch, "log", lines, "follow", node=node, worker=worker))
             lost = 1 if time.monotonic() - began > self.watch.poll else lost + 1
-            self._give_up_after(lost, f"The log of {self.launch.name} cannot be followed.")
+            self.give_up_after(lost, f"The log of {self.launch.name} cannot be followed.")
             if self.state() != "ACTIVE":
                 raise GcloudError(f"The machine of {self.launch.name} is not active any more.")
             self.cloud.say("The connection was lost; following again, from the end of the log.")
             time.sleep(self.watch.poll / 10)
             lines = 0
+
+    def give_up_after(self, failures: int, why: str) -> None:
+        """Raises GaveUpError after more failures in a row than the watch allows; `why` is the last one."""
+        if failures > self.watch.failures:
+            raise GaveUpError(f"Giving up after {counted(failures, 'failure')} in a row. {why}")
 
     def stop(self) -> Verdict | None:
         """Asks the run to save and to stop, and waits until it has; where the machine is queued, deletes the request.
@@ -198,9 +203,17 @@ class Tpu:
         Raises:
           GcloudError: gcloud refuses, or the hosts do not answer.
         """
-        if not self._there_or_withdrawn():
-            self.cloud.say(f"{self.launch.name}: nothing is queued and nothing runs.")
-            return None
+        while self._there_or_withdrawn():
+            try:
+                return self._stopped()
+            except GcloudError:
+                if self.state() == "ACTIVE":  # otherwise it was just taken away, and `run` may queue it again
+                    raise
+        self.cloud.say(f"{self.launch.name}: nothing is queued and nothing runs.")
+        return None
+
+    def _stopped(self) -> Verdict:
+        """Asks the hosts to stop, and waits until they have."""
         self.count_hosts()
         found = self.reports("stop")
         if not any(report.state == "running" for report in found):

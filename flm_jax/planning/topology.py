@@ -198,8 +198,9 @@ def topology(name: str) -> Topology:
         below = max((n for n in by_number if n < number), default=min(by_number))
         above = min((n for n in by_number if n > number), default=max(by_number))
         near = " and ".join(f"{kind}-{n}" for n in sorted({below, above}))
+        sizes = "sizes are" if below != above else "size is"
         what = "TensorCores, two per chip" if chip.counts == 2 else "chips"
-        raise ValueError(f"There is no topology {name!r}: the number counts {what}, and the nearest sizes are {near}.")
+        raise ValueError(f"There is no topology {name!r}: the number counts {what}, and the nearest {sizes} {near}.")
     return Topology(name, chip, slices, by_number[number])
 
 

@@ -81,8 +81,15 @@ install_here() {
   echo "$digest" >installed
 }
 
-# That a stop was asked for is kept in the work directory too: a machine that is taken away loses its disks.
+# That a stop was asked for is kept in the work directory too: a machine that is taken away loses its disks. It holds
+# until somebody asks for a new run, which forgets it first: so a stop also reaches a run that is still being installed.
 stop_mark="$workdir/.flm_launch_stop_asked"
+
+forget() {
+  shared
+  rm -f "$home/stop_asked" "$stop_mark"
+  status
+}
 
 install() {
   mkdir -p "$home"
@@ -98,7 +105,7 @@ running() {  # A shared lock, so that two that ask at once do not take each othe
   ! flock -n -s "$home/lock" true
 }
 
-start() {  # ATTEMPT
+start() {  # ATTEMPT; does nothing if a stop was asked for
   cd "$home"
   exec 8>starting
   flock 8
@@ -109,11 +116,14 @@ start() {  # ATTEMPT
       return 1
     fi
     shared
-    rm -f status stop_asked pid "$stop_mark"
-    echo "$digest" >started
-    echo "$1" >attempt
-    setsid bash "$self" supervise </dev/null >>log 2>&1 7>&- 8>&- &
-    disown
+    if [ -e "$stop_mark" ]; then touch stop_asked; fi
+    if [ ! -e stop_asked ]; then
+      rm -f status pid signalled
+      echo "$digest" >started
+      echo "$1" >attempt
+      setsid bash "$self" supervise </dev/null >>log 2>&1 7>&- 8>&- &
+      disown
+    fi
   fi
   exec 9>&-
   status
@@ -155,15 +165,19 @@ status() {
 }
 
 stop() {
+  mkdir -p "$home"
   cd "$home"
+  exec 8>starting  # not in the middle of a start
+  flock 8
+  touch stop_asked
+  touch "$stop_mark" 2>/dev/null || true  # before an installation has mounted it, there may be no such folder
   local waited=0
   while running && [ ! -s pid ] && [ "$waited" -lt 50 ]; do
     sleep 0.1
     waited=$((waited + 1))
   done
-  if running && [ ! -e stop_asked ]; then
-    touch stop_asked
-    touch "$stop_mark" || true
+  if running && [ ! -e signalled ]; then
+    touch signalled
     kill -TERM "$(cat pid)" || true
   fi
   status
@@ -187,6 +201,7 @@ log() {  # LINES [follow]
 
 self=$(readlink -f "$0")
 case "${1:-}" in
+  forget) forget ;;
   install) install ;;
   start) start "$2" ;;
   supervise) supervise ;;
@@ -195,7 +210,7 @@ case "${1:-}" in
   stop) stop ;;
   kill_all) kill_all ;;
   *)
-    echo "usage: $0 install | start ATTEMPT | status | log LINES [follow] | stop | kill_all" >&2
+    echo "usage: $0 forget | install | start ATTEMPT | status | log LINES [follow] | stop | kill_all" >&2
     exit 2
     ;;
 esac
