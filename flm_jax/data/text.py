@@ -214,7 +214,8 @@ class TextFolder(FileCorpus):
         if root.is_file():
             return [root]
         if not root.is_dir():
-            raise FileNotFoundError(f"TextFolder: there is no folder or file {root}{meant_beside(root)}")
+            near = meant_beside(root) or "; set TextFolder.path to your text"
+            raise FileNotFoundError(f"TextFolder: there is no folder or file {root}{near}")
         if Path(self.pattern).is_absolute():
             raise ValueError(
                 f"TextFolder.pattern = {self.pattern!r}: a pattern begins at the folder, TextFolder.path; such as "
