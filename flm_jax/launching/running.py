@@ -201,11 +201,11 @@ class Keeper:
 
     def _delete(self) -> bool:
         """Deletes what is left of a machine; returns False if somebody else has done so, who wants no other."""
-        before, self.deleting = self.deleting, True
+        self.deleting = True
         try:
             self.machine.delete()
         except GcloudError as error:
             if not error.missing:
                 raise
-            return before  # an earlier try may have arrived after all
+            return False
         return True
