@@ -53,7 +53,7 @@ def overlap(cfg: ModelConfig) -> dict[str, Any]:
     performance advises: at least the parameters of one layer, which are gathered, and whose gradients are reduced, in
     one step of the scan over layers.
     """
-    layer = sum(like.size // cfg.layers * 4 for _, like, sig in costs.leaves(cfg) if "layers" in sig.axes)
+    layer = sum(like.size // max(cfg.layers, 1) * 4 for _, like, sig in costs.leaves(cfg) if "layers" in sig.axes)
     combined = max(SMALLEST_COMBINED, layer)
     return {
         "xla_gpu_enable_latency_hiding_scheduler": True,

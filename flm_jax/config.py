@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 
 from flm_jax.records import meant, recorded
-from flm_jax.records.fields import Limit, NonNegative, Positive, Size, at_least, one_of
-from flm_jax.signature import Signature
+from flm_jax.records.fields import Count, Limit, NonNegative, Positive, Size, at_least, one_of
+from flm_jax.signature import STACK_AXIS, Role, Signature
 
 REMAT_POLICIES = ("none", "dots", "products", "inner", "mlp", "full")
 ATTENTION = ("plain", "cudnn", "splash", "auto")
@@ -51,11 +51,12 @@ class RopeScaling:
 class ModelConfig:
     """A decoder of the Tele-FLM form: Llama's forward pass with an input and an output multiplier.
 
-    The fields from `qkv_bias` to `rope_scaling` are for relatives of Llama (Qwen, Mistral); Tele-FLM uses none of them.
+    The fields from `qkv_bias` to `rope_scaling`, `residual_mult` and `attention_mult` are for relatives of Llama (Qwen,
+    Mistral, Granite); Tele-FLM uses none of them.
 
     Attributes:
       embed: width of the residual stream (D).
-      layers: number of blocks (L).
+      layers: number of blocks (L). 0: the embedding, the final norm and the head alone, as a start to grow from.
       heads: query heads (N).
       mlp: width of the SwiGLU product (F).
       vocab: number of token ids, the embedding's rows (V).
@@ -74,6 +75,10 @@ class ModelConfig:
       rope_scaling: scaling of the rotary frequencies for long contexts (Llama 3.1); None: no scaling.
       input_mult: multiplies the embedding's output.
       output_mult: multiplies the logits, before division by `embed / base_width`.
+      residual_mult: multiplies what each block's attention and MLP add to the residual stream.
+      base_layers: if given, `residual_mult` is multiplied by `base_layers / layers`, so that learning rates transfer over
+        depth (CompleteP, 2505.01618), and so is AdamW's eps of the blocks' parameters. None: neither depends on depth.
+      attention_mult: multiplies the scores: attention_mult * q k / sqrt(head_width).
       base_width: width at which muP's multipliers are 1.
       init_std: standard deviation of matrix-like parameters at the base width; divided by the root of the width
         multiplier at other widths.
@@ -90,7 +95,7 @@ class ModelConfig:
     """
 
     embed: Size
-    layers: Size
+    layers: Count
     heads: Size
     mlp: Size
     vocab: Size
@@ -109,6 +114,9 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     input_mult: Positive = 1.0
     output_mult: Positive = 1.0
+    residual_mult: Positive = 1.0
+    base_layers: Size | None = None
+    attention_mult: Positive = 1.0
     base_width: Size = 256
     init_std: NonNegative = 0.024
     init_std_vector: NonNegative = 4e-3
@@ -186,6 +194,21 @@ class ModelConfig:
         return float(self.h_dim if self.head_width is None else self.head_width)
 
     @property
+    def scores_width(self) -> float:
+        """The width w of scores q k / sqrt(w): `head_width`, with `attention_mult` in it."""
+        return self.effective_head_width / self.attention_mult**2
+
+    @property
+    def depth_mult(self) -> float:
+        """The part of the residual multiplier, and of AdamW's eps, that follows the depth; 1 without `base_layers`."""
+        return 1.0 if self.base_layers is None else self.base_layers / max(self.layers, 1)
+
+    @property
+    def effective_residual_mult(self) -> float:
+        """The number that what a block adds to the residual stream is multiplied by."""
+        return self.residual_mult * self.depth_mult
+
+    @property
     def logits_mult(self) -> float:
         """The number that logits are multiplied by: 0.03125 for Tele-FLM-52B, 0.025 for Tele-FLM-1T."""
         return self.output_mult * self.base_width / self.embed
@@ -205,6 +228,8 @@ class ModelConfig:
         """The constant that the forward pass multiplies this parameter's product by."""
         if "vocab" in signature.reads:
             return self.input_mult
+        if signature.stacked and signature.role(STACK_AXIS) is Role.WRITER:
+            return self.effective_residual_mult
         return self.logits_mult if "vocab" in signature.writes else 1.0
 
     def std(self, signature: Signature) -> float:

@@ -1,8 +1,8 @@
 """The decoder as Flax Linen modules: the forward pass of Tele-FLM (2404.16645, section 2; 2407.02783).
 
 Pre-norm blocks of attention with rotary positions and SwiGLU, RMSNorm, a final norm, no biases, an input multiplier on
-the embedding and an output multiplier on the logits. Llama, Mistral, Qwen2 and Qwen3 differ from it only by fields of
-`ModelConfig`. Growth masks are applied in this module and nowhere else.
+the embedding and an output multiplier on the logits. Llama, Mistral, Qwen2, Qwen3 and Granite differ from it only by
+fields of `ModelConfig`. Growth masks are applied in this module and nowhere else.
 
 Shapes: B batch, T time, D embed, N heads, K kv_heads, H head_dim, F mlp, L layers, V vocab.
 """
@@ -133,6 +133,11 @@ def normalised(x: jax.Array, width: Any, eps: float, mask: jax.Array | None) -> 
     return x * jax.lax.rsqrt(square / width + eps)
 
 
+def multiplied(x: jax.Array, by: float) -> jax.Array:
+    """`x` times a constant; `x` itself if that is 1."""
+    return x if by == 1 else x * by
+
+
 class RMSNorm(nn.Module):
     """RMSNorm: x * rsqrt(sum(x^2) / width + eps) * scale, computed in at least float32."""
 
@@ -199,13 +204,13 @@ class Attention(nn.Module):
         if cache is None or layer is None:
             o_BTNH = attend(
                 *(q_BTNH, k_BSKH, v_BSKH, shared.seen),
-                width=cfg.effective_head_width,
+                width=cfg.scores_width,
                 kernel=cfg.attention,
                 sliding_window=cfg.sliding_window,
             )
         else:
             cache = append(cache, layer, k_BSKH, v_BSKH)
-            o_BTNH = attend_cached(q_BTNH, cache, layer, shared.seen, cfg.effective_head_width)
+            o_BTNH = attend_cached(q_BTNH, cache, layer, shared.seen, cfg.scores_width)
         o_BTNH = masked(o_BTNH, shared.masks.head_dim_H)
         if shared.masks.heads_N is not None:
             o_BTNH = masked(o_BTNH, shared.masks.heads_N[:, None])
@@ -236,7 +241,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then + mlp(norm(.))."""
+    """One pre-norm block: x + r attention(norm(x)), then + r mlp(norm(.)), with the residual multiplier r."""
 
     cfg: ModelConfig
 
@@ -249,8 +254,10 @@ class Block(nn.Module):
         attended_BTD, cache = Attention(self.cfg, name="attention")(
             RMSNorm(self.cfg, name="attention_norm")(x_BTD, shared.masks), cache, layer, shared
         )
-        y_BTD = checkpoint_name(x_BTD + attended_BTD, "stream")
-        y_BTD = y_BTD + Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(y_BTD, shared.masks), shared.masks)
+        r = self.cfg.effective_residual_mult
+        y_BTD = checkpoint_name(x_BTD + multiplied(attended_BTD, r), "stream")
+        mlp_BTD = Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(y_BTD, shared.masks), shared.masks)
+        y_BTD = y_BTD + multiplied(mlp_BTD, r)
         if layer_mask is not None:
             # Old layers have mask 1 and take the block's output unchanged; the formula would round it once more.
             m = layer_mask.astype(y_BTD.dtype)
@@ -329,7 +336,9 @@ class Transformer(nn.Module):
         x_BTD = constrain(x_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "embedded_BTD", x_BTD)
         shared = Shared(rotary, seen, masks)
-        (x_BTD, cache), _ = self.blocks((x_BTD, cache), masks.layers_L, layers_L, shared)
+        # Without layers the block is still traced, and cannot write into a cache that has no layer.
+        (x_BTD, kept), _ = self.blocks((x_BTD, cache if cfg.layers else None), masks.layers_L, layers_L, shared)
+        cache = kept if cfg.layers else cache
         if cache is not None:
             cache = cache._replace(length=cache.length + tokens_BT.shape[1])
         return self.final_norm(x_BTD, masks), cache

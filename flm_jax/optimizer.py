@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -50,7 +51,8 @@ class OptimizerConfig:
       decay_passed: steps of `decay_span` that are before this stage.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
-      eps: added to the root of the second moment.
+      eps: added to the root of the second moment; for parameters of blocks times `base_layers / layers`, if a model has
+        `base_layers`.
       weight_decay: decoupled, multiplied by the rate at the base width; gains and biases are exempt.
       clip: largest global norm of the gradient; 0: no clipping.
       name: adamw, or muon: for matrix-like parameters the momentum of the gradient with its singular values made equal
@@ -195,8 +197,34 @@ def width_mult(cfg: OptimizerConfig, sig: Signature, sizes: Sizes, base: Sizes) 
     return mult / cfg.matrix_rate
 
 
+def depth_mult(sig: Signature, model: ModelConfig) -> float:
+    """The factor on Adam's eps, which follows the depth for the blocks' parameters (`ModelConfig.base_layers`).
+
+    The gradients of a block are as small as the multiplier of what it adds to the residual stream (CompleteP,
+    2505.01618, Table 1).
+    """
+    return model.depth_mult if sig.stacked else 1.0
+
+
+def scale_by_adam(cfg: OptimizerConfig, eps_mults: Any) -> optax.GradientTransformation:
+    """Adam's direction, m / (sqrt(v) + eps), with an eps for each parameter, and the state of `optax.scale_by_adam`."""
+    adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
+    if all(mult == 1 for mult in jax.tree.leaves(eps_mults)):
+        return adam
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = adam.update(grads, state, params)
+        m, v = (
+            optax.tree_utils.tree_bias_correction(moment, b, state.count)
+            for moment, b in ((state.mu, cfg.b1), (state.nu, cfg.b2))
+        )
+        return jax.tree.map(lambda mult, m, v: m / (jnp.sqrt(v) + cfg.eps * mult), eps_mults, m, v), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
 def direction(
-    cfg: OptimizerConfig, signatures: Any, mults: Any, dtype: Any, shares: Any = None
+    cfg: OptimizerConfig, signatures: Any, mults: Any, eps_mults: Any, dtype: Any, shares: Any = None
 ) -> optax.GradientTransformation:
     """The optimizer without clipping, sign and learning rate: the train step adds minus the rate times these updates.
 
@@ -208,12 +236,13 @@ def direction(
       cfg: the optimizer's settings and weight decay.
       signatures: tree of the parameters' signatures.
       mults: tree of what their updates are divided by, see `width_mult`.
+      eps_mults: tree of factors on Adam's eps, see `depth_mult`.
       dtype: of Muon's orthogonalisation.
       shares: see `scale_by_muon`.
     """
     decays = jax.tree.map(lambda sig: sig.decays, signatures)
-    adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
-    first = adam if cfg.name == "adamw" else scale_by_muon(cfg, signatures, dtype, shares)
+    muon = cfg.name == "muon"
+    first = scale_by_muon(cfg, signatures, eps_mults, dtype, shares) if muon else scale_by_adam(cfg, eps_mults)
     return optax.chain(first, scale_by_width(mults), decay(cfg.weight_decay, decays))
 
 
@@ -230,7 +259,7 @@ def times(x: jax.Array, factors: Factors, power: float = 1) -> jax.Array:
 
 
 def scale_by_muon(
-    cfg: OptimizerConfig, signatures: Any, dtype: Any, shares: Any = None
+    cfg: OptimizerConfig, signatures: Any, eps_mults: Any, dtype: Any, shares: Any = None
 ) -> optax.GradientTransformation:
     """The transformation of Muon for matrix-like parameters, and of Adam for the others.
 
@@ -241,6 +270,7 @@ def scale_by_muon(
     Args:
       cfg: its settings.
       signatures: tree of the parameters' signatures.
+      eps_mults: tree of factors on Adam's eps.
       dtype: of the orthogonalisation.
       shares: tree of `Factors`; the entries of a matrix that are copies of one entry have shares that add up to 1. The
         matrix is orthogonalised without the copies, and copies get the update of what they are copies of. None: no
@@ -248,7 +278,7 @@ def scale_by_muon(
     """
     matrices = jax.tree.map(lambda sig: sig.is_matrix_like, signatures)
     others = jax.tree.map(lambda sig: not sig.is_matrix_like, signatures)
-    adam, b = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps), cfg.momentum
+    adam, b = scale_by_adam(cfg, only(others, eps_mults)), cfg.momentum
 
     def init(params: Any) -> optax.ScaleByAdamState:
         state = adam.init(only(others, params))

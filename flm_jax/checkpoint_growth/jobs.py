@@ -118,7 +118,8 @@ def jobs(lineage: Lineage, states: tuple[Any, Any], chunk_bytes: int) -> tuple[l
     def add(leaf_maps: Any, sources: Any, targets: Any) -> None:
         trees = (jax.tree.leaves(tree, is_leaf=is_masked) for tree in (leaf_maps, sources, targets))
         for (param, sig), leaf_map, source, target in zip(known.items(), *trees, strict=True):
-            if not is_masked(target):
+            # Arrays without entries are not stored, and some parameters have no such average.
+            if not is_masked(target) and math.prod(leaf_map.shape):
                 found.append(_job(target, source, leaf_map, param, lineage.cfg.std(sig), chunk_bytes))
 
     add(param_maps(lineage), labels[0].params, labels[1].params)

@@ -134,7 +134,8 @@ class _Pass:
                     raise ValueError(f"{self.directory} holds another grown checkpoint; take another --workdir.")
                 if faults := manifest.file_faults(self.source.directory, self.manifest, contents=True):
                     raise DamagedError("; ".join(faults[:3]))
-                self.leaves = blocks.open_leaves(self.source.directory / "arrays", self.wanted)
+                held = {path: leaf for path, leaf in self.wanted.items() if 0 not in leaf.shape}
+                self.leaves = blocks.open_leaves(self.source.directory / "arrays", held)
                 self._check_kept()
                 self._open()
                 written = self._stream()
@@ -179,7 +180,9 @@ class _Pass:
         self._check_room()
         self.partial.mkdir()
         like = {
-            path: jnp.asarray(self.values[path]) if path in self.values else leaf for path, leaf in self.target.items()
+            path: jnp.asarray(self.values[path]) if path in self.values else leaf
+            for path, leaf in self.target.items()
+            if 0 not in leaf.shape
         }
         blocks.write_skeleton(self.arrays, like, {job.path: job.chunks for job in self.jobs})
         self.journal.begin(self.identity)
@@ -278,12 +281,15 @@ class _Pass:
     def _load(self, group: BlockGroup) -> Any:
         """What a block group is grown from: (layers, rows, entries of a row), the sources of its rows in order.
 
-        The layers are its old layer and those above it that the leaf map copies from. For an array without layers the
-        shape is (rows, entries of a row).
+        The layers are its old layer and those above it that the leaf map copies from. For an array that is not stacked
+        the shape is (rows, entries of a row). Zeros, if the model before growth has no layers.
         """
         job, leaf_map = group.job, group.job.leaf_map
         if job.source is None:
             return None
+        if leaf_map.from_nothing:
+            rows = group.stop - group.start if leaf_map.splits else leaf_map.before[leaf_map.row_dim]
+            return jnp.zeros((1, rows, math.prod(leaf_map.before[leaf_map.row_dim + 1 :])), leaf_map.dtype)
         leaf, dim = self.leaves[job.source], leaf_map.row_dim
         top = leaf.shape[0] - 1
         layers = [(min(group.old + above, top),) for above in range(1 + leaf_map.layers_above)] if job.stacked else [()]
@@ -306,7 +312,7 @@ class _Pass:
 
     def _checked(self, group: BlockGroup, value: Any) -> Any:
         """Starts the checksum of what was read, with each row counted in the first block that it is read for."""
-        if value is None:
+        if value is None or group.job.leaf_map.from_nothing:
             return None
         leaf_map, counts = group.job.leaf_map, None
         source = np.arange(value.shape[leaf_map.row_dim])
@@ -352,7 +358,7 @@ class _Pass:
     def _commit(
         self, written: Mapping[str, Sum], meta: Callable[[dict[str, Any]], Mapping[str, Any]]
     ) -> dict[str, Any]:
-        sums = {path: checksum.digest(total) for path, total in written.items()}
+        sums = {path: checksum.digest(written.get(path, ZERO)) for path in self.target}
         sums |= checksum.digests({path: checksum.of(jnp.asarray(v)) for path, v in self.values.items()})
         signatures = signature_texts(self.lineage.cfg)
         leaves = {

@@ -30,7 +30,7 @@ def verification_lines(found: Mapping[str, Any]) -> str:
         f"{found['method']}, which {promise}: {axes}",
         f"  measured on {found['tokens']}",
         f"  logits: max |difference| {logits['max_abs']:.2e} (relative {logits['max_rel']:.2e})",
-        f"  layers: max relative difference {max(found['hidden']['max_rel_by_layer']):.2e}",
+        f"  layers: max relative difference {max(found['hidden']['max_rel_by_layer'], default=0.0):.2e}",
         f"  loss: {loss['before']:.6f} -> {loss['after']:.6f}",
         f"  greedy continuation of {counted(greedy['tokens'], 'token')}: {'equal' if greedy['equal'] else 'different'}"
         + ("" if greedy["equal"] or not found["holds"] or not found["preserving"] else ", at a near tie of two tokens"),

@@ -33,6 +33,8 @@ from flm_jax.state import TrainState, abstract_state
 
 # Length of the prompts, and of their greedy continuations.
 PROMPT_TOKENS, GREEDY_TOKENS = 16, 64
+# The constants of the forward pass that a verification shows before and after a growth.
+SHOWN = ("input_mult", "logits_mult", "effective_residual_mult", "effective_norm_width", "effective_head_width")
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,7 @@ def verify_growth(
         "dead": dead,
         "copies_apart": copies_apart(grown.params, lineage),
         "optimizer": {"mode": growth.optimizer, "problems": faults},
-        "multipliers": {
-            name: {"before": getattr(old, name), "after": getattr(new, name)}
-            for name in ("input_mult", "logits_mult", "effective_norm_width", "effective_head_width")
-        },
+        "multipliers": {name: {"before": getattr(old, name), "after": getattr(new, name)} for name in SHOWN},
         "axes": {axis: [m.span.old, m.span.new] for axis, m in lineage.maps.items()},
     }
 

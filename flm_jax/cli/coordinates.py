@@ -1,4 +1,4 @@
-"""The coordinate check from gin and flags: the sizes of activations at each width, and whether they are flat."""
+"""The coordinate check from gin and flags: sizes of activations at each width or depth, and whether they are flat."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ def run_coordinate_check(
     picture_file: str | None,
     json_file: str | None,
 ) -> None:
-    """Prints the sizes of activations at each width; exits with status 1 if one is not flat."""
+    """Prints the sizes of activations at each width or depth; exits with status 1 if one is not flat."""
     with started():
         check_json_file(json_file)
         check_json_file(picture_file, "plot")
         parse(gin_files, gin_bindings)
         given = configured(configure.coordinate_check)
         check_used()
-        model, optimizer = given["model"] or small_52b(), given["optimizer"] or OptimizerConfig(learning_rate=4e-3)
+        own = small_52b()
+        model = given["model"] or (own.replace(base_layers=own.layers) if asked.get("depths") else own)
+        optimizer = given["optimizer"] or OptimizerConfig(learning_rate=4e-3)
         check = mup.Check(model, optimizer, **asked)
-        found = mup.check(check, lambda width, sizes: print(f"width {width}: {_sizes(sizes)}", flush=True))
+        found = mup.check(check, lambda size, sizes: print(f"{check.axis} {size}: {_sizes(sizes)}", flush=True))
         beyond = found.beyond(limit)
         for kind, slopes in found.slopes.items():
             verdict = "NOT FLAT" if kind in beyond else "flat"

@@ -56,7 +56,7 @@ def export_model(
       source: a step, a stage's directory or a work directory, after the ramp of its masks; it is only read.
       target: a new or empty directory.
       architecture: the architecture to write (`families.FAMILIES`); None: the one it was imported from, or the first
-        that can express the model. As TeleFLMForCausalLM, multipliers are written as multipliers and not folded.
+        that can express the model. Multipliers that it has as settings are written as such and not folded.
       dtype: of the weights; None: that of the parameters.
       shard_bytes: bound on the bytes of a file, unless a single tensor is larger.
 
@@ -80,6 +80,10 @@ def export_model(
             f"{checkpoint.directory} is at step {checkpoint.step}, and its masks rise over "
             f"{counted(checkpoint.meta.ramp_steps, 'step')}: take a later checkpoint, because other "
             "programs do not support masks."
+        )
+    if not checkpoint.cfg.layers:
+        raise ValueError(
+            f"{checkpoint.directory} holds a model without layers, and other programs expect one or more: grow it first."
         )
     before = checkpoint.meta.converted or _recorded(checkpoint)
     family, by, cfg = _plain(checkpoint.cfg, architecture, before)
@@ -169,11 +173,10 @@ def _recorded(source: SourceCheckpoint) -> Mapping[str, Any]:
 
 def _plain(cfg: ModelConfig, architecture: str | None, before: Mapping[str, Any]) -> Any:
     """The family to write, the factor of each parameter, and the configuration to write."""
-    came = next(iter(families.architectures(before, "its config.json")), None)
-    own = families.TELE_FLM.architecture
-    keeps = (architecture or came) == own
-    by, plain = factors(cfg, multipliers=not keeps)
-    return families.choose(plain, architecture or (own if keeps else None), before), by, plain
+    named = architecture or next(iter(families.architectures(before, "its config.json")), "")
+    kept = families.FAMILIES[named].multipliers if named in families.FAMILIES else frozenset()
+    by, plain = factors(cfg, kept)
+    return families.choose(plain, architecture or (named if kept else None), before), by, plain
 
 
 def _filler(source: SourceCheckpoint, by: Any, show: Callable[[int], Any]) -> Callable[[str, np.ndarray], None]:

@@ -6,6 +6,7 @@ read must compute the same function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 
 from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.convert import companions
+from flm_jax.convert.fold import MULTIPLIERS
 from flm_jax.records import meant
 from flm_jax.records.foreign_json import JsonError, check, parse_json
 
 CONFIG = "config.json"
 # Fields of `ModelConfig` that only some families have.
-SPECIAL = ("qkv_bias", "qk_norm", "sliding_window", "input_mult", "output_mult")
+SPECIAL = ("qkv_bias", "qk_norm", "sliding_window", *MULTIPLIERS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Family:
     always: frozenset[str] = frozenset()
     divides: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def multipliers(self) -> frozenset[str]:
+        """The multipliers that a config.json of this family has, so that they need not be folded into weights."""
+        return self.allows & frozenset(MULTIPLIERS)
 
     def against(self, cfg: ModelConfig) -> list[str]:
         """The reasons, as text, why this family cannot express a model; empty if it can."""
@@ -67,10 +74,12 @@ FAMILIES = {
             frozenset({"qk_norm"}),
             defaults=(("head_dim", 128), *_QWEN),
         ),
+        Family("GraniteForCausalLM", "granite", frozenset(MULTIPLIERS)),
         Family("TeleFLMForCausalLM", "TeleFLM", frozenset({"input_mult", "output_mult"})),
     )
 }
 TELE_FLM = FAMILIES["TeleFLMForCausalLM"]
+GRANITE = FAMILIES["GraniteForCausalLM"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -119,7 +128,8 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The configuration of the model that a config.json describes; `param_dtype` is left at its default.
 
     The base width is the model's own width, so its muP multipliers are 1, and a later growth scales initialisation and
-    learning rates from this width. Tele-FLM models keep the multipliers of their config.json instead.
+    learning rates from this width. Tele-FLM's models keep the base width and the multipliers of their config.json,
+    Granite's the multipliers.
 
     Args:
       config: the object in the file.
@@ -155,6 +165,13 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     if family is TELE_FLM and flag("use_mup"):
         mults = _multipliers(
             embed, number("input_mult", 1.0), number("output_mult", 1.0), number("mup_scale_factor", 1.0)
+        )
+    if family is GRANITE:
+        mults |= dict(
+            input_mult=number("embedding_multiplier", 1.0),
+            output_mult=1 / number("logits_scaling", 1.0),
+            residual_mult=number("residual_multiplier", 1.0),
+            attention_mult=number("attention_multiplier", 1.0) * size("head_dim", embed // heads) ** 0.5,
         )
     try:
         return ModelConfig(
@@ -324,6 +341,7 @@ def config_json(
         "input_mult",
     )
     stale += ("output_mult", "mup_scale_factor", "max_window_layers", "use_sliding_window", "sliding_window")
+    stale += ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
     config = {name: value for name, value in before.items() if name not in stale}
     said = check(config.get("max_position_embeddings") or 0, int, "its config.json: max_position_embeddings")
     config["max_position_embeddings"] = max(said, context or 0) or 4096
@@ -364,4 +382,19 @@ def config_json(
             "input_mult": cfg.input_mult,
             "output_mult": cfg.output_mult,
         }
+    if family is GRANITE:
+        named = {
+            "embedding_multiplier": cfg.input_mult,
+            "logits_scaling": 1 / cfg.logits_mult,
+            "residual_multiplier": cfg.effective_residual_mult,
+            "attention_multiplier": cfg.attention_mult / cfg.effective_head_width**0.5,
+        }
+        # A number that came in is the one that goes out, though it was multiplied and divided between.
+        config |= {name: _as_before(value, before.get(name)) for name, value in named.items()}
     return config
+
+
+def _as_before(value: float, before: Any) -> float:
+    """`value`, or the number that a config.json had in its place, if they are equal up to rounding."""
+    number = isinstance(before, int | float) and not isinstance(before, bool)
+    return float(before) if number and math.isclose(value, before, rel_tol=1e-12) else value

@@ -25,7 +25,8 @@ class Span:
     Attributes:
       axis: name of the axis.
       old: its size before growth.
-      source: (new,) int, the index of the old entry that each new entry is (or would be) copied from.
+      source: (new,) int, the index of the old entry that each new entry is (or would be) copied from; 0 if there are no
+        old entries.
       fresh: (new,) bool, the entries that did not exist before.
       group: (new,) int, equal for entries that are copies of each other; None: `source`.
       parts: the outer and the inner span of an axis that is laid out as (outer, inner).
@@ -42,6 +43,12 @@ class Span:
     def new(self) -> int:
         """The axis's size after growth."""
         return len(self.source)
+
+    def take(self, values: np.ndarray, dim: int = 0) -> np.ndarray:
+        """The values of old entries, along one dimension, for the entries that come from them; 1 if there are none."""
+        if not self.old:
+            return np.ones((*values.shape[:dim], self.new, *values.shape[dim + 1 :]))
+        return np.take(values, self.source, axis=dim)
 
     @property
     def copy_group(self) -> np.ndarray:

@@ -17,7 +17,7 @@ def place(old: int, new: int, where: str | Sequence[int]) -> Span:
     """The span of the layers axis.
 
     Args:
-      old: layers before growth.
+      old: layers before growth; of 0, every place is the same, and new layers have no source.
       new: layers after growth.
       where: interleave (copies directly after their source, spread evenly over the depth), top (copies of the top
         layers, above them), middle (the same with the middle layers), stack (the whole network repeated, up to the new
@@ -32,14 +32,16 @@ def place(old: int, new: int, where: str | Sequence[int]) -> Span:
         raise ValueError(f"Axis 'layers' would shrink from {old} to {new}; growth keeps or enlarges every axis.")
     extra = new - old
     if not isinstance(where, str):
-        if len(where) != old or sum(where) != extra or min(where) < 0:
+        if len(where) != old or sum(where) != extra or min(where, default=0) < 0:
             raise ValueError(
                 f"Growth.depth={tuple(where)} must give a number of copies for each of "
                 f"{counted(old, 'layer')}, {extra} in all."
             )
         return _after_each(np.asarray(where, int))
-    if where == "distance":
+    if where == "distance" and old:
         raise ValueError("Growth.depth='distance' needs distances: measure them, and take what by_distance() returns.")
+    if not old and where in PLACES:
+        return Span("layers", 0, np.zeros(extra, int), np.ones(extra, bool))
     if where == "stack":
         return _after_run(old, 0, old, extra)
     if where in ("top", "middle"):

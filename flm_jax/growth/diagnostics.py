@@ -22,7 +22,10 @@ from flm_jax.signature import KINDS, Kind, Role, Signature
 def grown_dimensions(
     tree: Params, lineage: Lineage
 ) -> Iterator[tuple[str, str, int, Signature, Span, Rule, jax.Array]]:
-    """Yields each dimension of `tree` that grew: path, axis, dimension, signature, span, rule, and the whole array."""
+    """Yields each dimension of `tree` that grew: path, axis, dimension, signature, span, rule, and the whole array.
+
+    Arrays without entries, those of layers where there are none, are left out.
+    """
     maps, (_, signatures) = lineage.maps, declared(lineage.cfg)
     paths = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), sig)
@@ -30,7 +33,7 @@ def grown_dimensions(
     ]
     for (path, sig), value in zip(paths, jax.tree.leaves(tree), strict=True):
         for dim, axis in enumerate(sig.axes):
-            if axis in maps:
+            if axis in maps and value.size:
                 yield path, axis, dim, sig, maps[axis].span, maps[axis].rules[sig.role(axis)], value
 
 
@@ -113,6 +116,8 @@ def copies_apart(params: Params, lineage: Lineage) -> float | None:
             for other, name in enumerate(sig.axes):
                 if name in maps and other != dim:
                     value = jnp.take(value, np.flatnonzero(~maps[name].span.fresh), axis=other)
+            if not value.size:
+                continue
             seen = value / along(np.broadcast_to(rule.scale, span.new), dim, value.ndim).astype(value.dtype)
             _, first, group = np.unique(span.copy_group, return_index=True, return_inverse=True)
             apart = jnp.max(jnp.abs(seen - jnp.take(seen, first[group], axis=dim))) / jnp.max(jnp.abs(seen))

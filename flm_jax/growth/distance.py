@@ -30,11 +30,13 @@ def layer_distances(
       metric: angular, arccos(cos(x, y)) / pi; cosine, 1 - cos(x, y); or relative_l2, |y - x| / |x|.
 
     Returns:
-      One number per layer; 0 means that the layer changes nothing.
+      One number per layer, so none if there are no layers; 0 means that the layer changes nothing.
 
     Raises:
       ValueError: unknown metric.
     """
+    if not cfg.layers:
+        return ()
     if metric not in METRICS:
         raise ValueError(f"Unknown distance {metric!r}; use one of {', '.join(METRICS)}{meant(metric, METRICS) or '.'}")
 

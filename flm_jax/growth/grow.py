@@ -117,7 +117,7 @@ def moment_maps(
         for dim, span, rule in _grown_axes(signature, lineage.maps):
             unknown = forget or rule.fill != "copy" or rule.from_above
             grown.append((dim, span, Rule("zero" if unknown else "copy")))
-            taken = np.broadcast_to(weights[dim], span.old)[span.source]
+            taken = span.take(np.broadcast_to(weights[dim], span.old))
             weights[dim] = taken * np.power(np.broadcast_to(rule.dual, span.new), float(power))
         if "after" in factors:
             weights = [w / f for w, f in zip(weights, factors["after"], strict=True)]

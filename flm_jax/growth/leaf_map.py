@@ -69,6 +69,11 @@ class LeafMap:
         return tuple(old.get(dim, size) for dim, size in enumerate(self.shape))
 
     @property
+    def from_nothing(self) -> bool:
+        """Whether the array before growth has no entries, as those of layers in a model without layers."""
+        return 0 in self.before
+
+    @property
     def wide(self) -> Any:
         """The dtype that growth computes in: at least float32."""
         return jnp.promote_types(self.dtype, jnp.float32)
@@ -212,8 +217,8 @@ def make_leaf_map(
     # In a whole array the compiler would merge two constant vectors of equal entries into one factor; in a block, where
     # they are arguments, it would not. They are merged here, so that both round alike.
     for dim, w in enumerate(found):
-        if w is not None and np.all(w == w[0]):
-            scale, found[dim] = scale * float(w[0]), None
+        if w is not None and np.all(w == w[:1]):
+            scale, found[dim] = scale * float(w[0] if w.size else 1), None
     for dim, w in enumerate(found):
         if w is not None:
             scale, found[dim] = 1.0, w * scale
@@ -236,8 +241,10 @@ def _take_sources(value: jax.Array, span: Span, dim: int) -> jax.Array:
     """The source of every new entry along one dimension.
 
     Runs of entries are sliced and concatenated: the partitioner then exchanges only the entries that move. For indices
-    along a dimension that is split over devices it would gather the whole array.
+    along a dimension that is split over devices it would gather the whole array. Entries without a source are zeros.
     """
+    if not span.old:
+        return jnp.zeros((*value.shape[:dim], span.new, *value.shape[dim + 1 :]), value.dtype)
     if span.parts is not None and span.group is None:
         outer, inner = span.parts
         shape = value.shape

@@ -85,12 +85,12 @@ def zero(span: Span) -> AxisMap:
 
     On the residual axis the writers are zero: the stream's new entries are 0 and its sum of squares is unchanged, so
     norms keep dividing by the width from before. On inner axes the readers are zero. A new layer is a copy of its
-    source whose writers into the residual stream are zero, which makes it the identity. A new token is drawn, and its
-    logit is 0.
+    source whose writers into the residual stream are zero, which makes it the identity; without any layer to copy it is
+    drawn, as by `identity`. A new token is drawn, and its logit is 0.
     """
     kind = KINDS[span.axis]
     if kind is Kind.STACK:
-        return _layers(span, writer="zero")
+        return _layers(span, reader="copy" if span.old else "draw", writer="zero")
     silent = Role.WRITER if kind in (Kind.RESIDUAL, Kind.OUTSIDE) else Role.READER
     rules = {role: Rule("zero" if role is silent else "draw") for role in Role}
     return AxisMap(span, rules, squares=1.0)
@@ -99,7 +99,7 @@ def zero(span: Span) -> AxisMap:
 @register("mask", preserving=True, kinds=INSIDE, source="MSG, 2305.02869: the growth of FLM-101B and Tele-FLM")
 def mask(span: Span) -> AxisMap:
     """New entries are initialised as usual, behind a mask that ramps from 0 to 1; exact at 0 for any new weights."""
-    if KINDS[span.axis] is Kind.STACK:
+    if KINDS[span.axis] is Kind.STACK and span.old:
         return replace(_layers(span), masked=True)
     return AxisMap(span, dict.fromkeys(Role, Rule("draw")), masked=True)
 
@@ -210,7 +210,7 @@ def aki(span: Span) -> AxisMap:
 @register("fresh", preserving=False, kinds=EVERYWHERE, source="random initialisation of whatever is new: a baseline")
 def fresh(span: Span) -> AxisMap:
     """New entries are initialised as usual, and nothing hides them. It does not preserve the function."""
-    return AxisMap(span, dict.fromkeys(Role, Rule("draw")), squares=span.new / span.old)
+    return AxisMap(span, dict.fromkeys(Role, Rule("draw")), squares=span.new / max(span.old, 1))
 
 
 @register("mean", preserving=True, kinds=frozenset({Kind.OUTSIDE}), source="the usual start of added tokens")

@@ -23,10 +23,12 @@ from flm_jax.signature import KINDS
 AXES = tuple(KINDS)
 Axis = Annotated[str, one_of(AXES)]
 OPTIMIZER = ("carry", "exact", "fresh", "asymmetric")
-# What may differ between two stages besides the axes: numerics and multipliers, which growth accounts for.
-MULTIPLIERS = ("norm_width", "head_width", "output_mult", "input_mult", "init_std", "init_std_vector")
+# What may differ between two stages besides the axes: multipliers, which growth accounts for, the deviations of drawn
+# entries, and numerics.
+MULTIPLIERS = ("norm_width", "head_width", "output_mult", "input_mult", "residual_mult", "base_layers")
+INITIALISATION = ("init_std", "init_std_vector")
 NUMERICS = ("compute_dtype", "remat", "attention", "scan_unroll")
-FREE_FIELDS = frozenset(MULTIPLIERS + NUMERICS)
+FREE_FIELDS = frozenset(MULTIPLIERS + INITIALISATION + NUMERICS)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Growth:
         """This growth, with copies of layers placed by measured distances if it asks for that."""
         if self.depth != "distance":
             return self
+        if not distances:  # of a model without layers, above which there is one place
+            return dataclasses.replace(self, depth="top")
         return dataclasses.replace(self, depth=depth.by_distance(distances, layers))
 
 
@@ -121,6 +125,11 @@ def axis_maps(old: ModelConfig, new: ModelConfig, growth: Growth) -> dict[str, A
     spans["head_dim"] = _rotary_pairs(old.h_dim, new.h_dim)
     spans["layers"] = depth.place(old.layers, new.layers, growth.depth)
     maps = {axis: _operator(growth, axis, new).map(spans[axis]) for axis in AXES if spans[axis].new != spans[axis].old}
+    if "layers" in maps and not old.layers and any(rule.fill == "copy" for rule in maps["layers"].rules.values()):
+        raise ValueError(
+            f"A model without layers has none that {growth.method_of('layers')!r} could copy: grow its layers by mask, "
+            "zero, identity or fresh, which draw them (Growth.methods)."
+        )
     if new.qk_norm and "head_dim" in maps and not maps["head_dim"].masked:
         operator = operators.lookup(growth.method_of("head_dim"))
         if operator.preserving:

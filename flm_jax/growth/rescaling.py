@@ -27,7 +27,7 @@ from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.operators import REGISTRY, WIDTH, lookup
 from flm_jax.growth.plan import Growth
 from flm_jax.model import declared
-from flm_jax.optimizer import Factors, OptimizerConfig, direction, is_masked, times, width_mult
+from flm_jax.optimizer import Factors, OptimizerConfig, depth_mult, direction, is_masked, times, width_mult
 from flm_jax.signature import KINDS, Kind, Signature
 
 
@@ -77,7 +77,7 @@ def rescaling(lineage: Lineage) -> Rescaling | None:
             known = ~span.fresh | (copied & (np.broadcast_to(rule.dual, span.new) != 0))
             count = np.where(known, np.bincount(span.source, weights=known)[span.source], 1)
             for factors, by in ((weight, rule.scale), (gradient, rule.dual), (share, 1 / np.maximum(count, 1))):
-                taken = np.take(factors[dim], span.source, axis=dim)
+                taken = span.take(factors[dim], dim)
                 scaled = taken * along(np.broadcast_to(by, span.new), dim, ndim)
                 factors[dim] = np.where(along(known, dim, ndim), scaled, 1.0)
         fold = new.forward_mult(sig) / old.forward_mult(sig)
@@ -148,7 +148,7 @@ def rescaled_optimizer(
 
     Args:
       cfg: the optimizer's configuration.
-      model: its widths give muP's multipliers, unless there is a rescaling; Muon computes in its `compute_dtype`.
+      model: its sizes give muP's multipliers, unless there is a rescaling; Muon computes in its `compute_dtype`.
       signatures: of the model's parameters, as a tree.
       scaling: how the optimizer sees parameters and gradients; None: unchanged.
     """
@@ -157,9 +157,13 @@ def rescaled_optimizer(
         before = model if leaf is None else leaf.model
         return width_mult(cfg, sig, before.sizes, before.base_sizes)
 
-    mults = jax.tree.map(mult, signatures) if scaling is None else jax.tree.map(mult, signatures, scaling)
+    def eps_mult(sig: Signature, leaf: LeafRescaling | None = None) -> float:
+        return depth_mult(sig, model if leaf is None else leaf.model)
+
+    given = [] if scaling is None else [scaling]
+    mults, eps_mults = (jax.tree.map(one, signatures, *given) for one in (mult, eps_mult))
     shares = None if scaling is None else jax.tree.map(lambda leaf: leaf.share, scaling)
-    inner = direction(cfg, signatures, mults, model.compute, shares)
+    inner = direction(cfg, signatures, mults, eps_mults, model.compute, shares)
 
     def clipped(grads: Any) -> Any:
         if not cfg.clip:

@@ -68,15 +68,16 @@ class Verification:
 def forward(
     cfg: ModelConfig, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array | None, masks: Masks | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits (B, T, V) and the output of every layer (L, B, T, D)."""
+    """Logits (B, T, V) and the output of every layer (L, B, T, D); without layers, the embedding's output alone."""
     (logits_BTV, _), state = Transformer(cfg).apply(
         {"params": params}, tokens_BT, segments_BT, masks, mutable=["intermediates"]
     )
-    return logits_BTV, state["intermediates"]["blocks"]["hidden_BTD"][0]
+    seen = state["intermediates"]
+    return logits_BTV, seen["blocks"]["hidden_BTD"][0] if cfg.layers else seen["embedded_BTD"][0][None]
 
 
 class Observed(NamedTuple):
-    """Outputs of a model on some tokens: logits (B, T, V) and the output of every layer (L, B, T, D)."""
+    """Outputs of a model on some tokens: logits (B, T, V) and the output of every layer (L, B, T, D), see `forward`."""
 
     logits_BTV: jax.Array
     hidden_LBTD: jax.Array
@@ -134,8 +135,8 @@ def judge(lineage: Lineage, before: Observed, after: Observed) -> Verification:
     """
     old, new, maps = lineage.before.cfg, lineage.cfg, lineage.maps
 
-    # A fresh layer adds nothing yet: its output is that of the last old layer below it.
-    old_layer = np.arange(new.layers)
+    # A fresh layer adds nothing yet: its output is that of the last old layer below it, or of the embedding.
+    old_layer = np.arange(max(new.layers, 1))
     if "layers" in maps:
         span = maps["layers"].span
         old_layer = span.source[np.maximum.accumulate(np.where(span.fresh, 0, np.arange(new.layers)))]
@@ -157,5 +158,5 @@ def judge(lineage: Lineage, before: Observed, after: Observed) -> Verification:
     absolute, relative, per_layer = fetch(
         differences(before.logits_BTV, after.logits_BTV, before.hidden_LBTD, after.hidden_LBTD)
     )
-    layers = tuple(float(x) for x in per_layer)
+    layers = tuple(float(x) for x in per_layer[: new.layers])
     return Verification(lineage.preserving, float(absolute), float(relative), layers)

@@ -1,4 +1,7 @@
-"""Trains one model at several widths for a few steps, and measures how the size of activations follows the width."""
+"""Trains one model at several widths or depths for a few steps, and measures how the size of activations follows.
+
+The width is that of the residual stream, the depth the number of layers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import optax
 from flm_jax.config import ModelConfig
 from flm_jax.loss import loss_sum
 from flm_jax.model import Attention, Mlp, Params, Transformer, declared, init_params
-from flm_jax.optimizer import OptimizerConfig, direction, width_mult
+from flm_jax.optimizer import OptimizerConfig, depth_mult, direction, width_mult
 
 # What is measured besides the streams that the model itself records: the outputs of these, and the logits.
 MEASURED = (Attention, Mlp, Transformer)
@@ -28,8 +31,10 @@ class Check:
 
     Attributes:
       model: at any width; the others keep its layers, the width of its heads, and the ratios of heads and MLP to width.
+        At another depth everything else stays.
       optimizer: its rate is constant, without warm-up, schedule and clipping.
       widths: of the residual stream, two or more.
+      depths: numbers of layers, two or more, which are checked in place of the widths; empty: the widths are checked.
       steps: of training.
       seeds: runs at each width; sizes are averaged.
       batch: windows per step.
@@ -40,6 +45,7 @@ class Check:
     model: ModelConfig
     optimizer: OptimizerConfig
     widths: Sequence[int] = (64, 128, 256, 512)
+    depths: Sequence[int] = ()
     steps: int = 10
     seeds: int = 2
     batch: int = 8
@@ -47,10 +53,31 @@ class Check:
     same_rate: bool = False
 
     def __post_init__(self) -> None:
-        if len(set(self.widths)) < 2 or len(set(self.widths)) < len(self.widths):
-            raise ValueError(f"The widths {', '.join(map(str, self.widths))}: give two or more that differ.")
-        for width in self.widths:
-            widened(self.model, width)
+        given = self.depths or self.widths
+        if len(set(given)) < 2 or len(set(given)) < len(given):
+            raise ValueError(f"The {self.axis}s {', '.join(map(str, given))}: give two or more that differ.")
+        if min(given) < 1:
+            raise ValueError(f"The {self.axis}s {', '.join(map(str, given))}: each must be at least 1.")
+        for size in given:
+            self.model_at(size)
+
+    @property
+    def axis(self) -> str:
+        """What is varied: width or depth."""
+        return "depth" if self.depths else "width"
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """The widths or depths, sorted."""
+        return tuple(sorted(self.depths or self.widths))
+
+    def model_at(self, size: int) -> ModelConfig:
+        """The model at one width or depth.
+
+        Raises:
+          ValueError: as `widened`.
+        """
+        return self.model.replace(layers=size) if self.depths else widened(self.model, size)
 
 
 @dataclass(frozen=True)
@@ -58,14 +85,16 @@ class Found:
     """What a check has found.
 
     Attributes:
-      widths: as they were given, sorted.
-      sizes: by kind of layer, the mean absolute size of its activations, [step][width], from step 0 on.
-      slopes: by kind, for each step, the slope of the size's logarithm over the width's: 0 is flat.
+      at: the widths or depths as they were given, sorted.
+      sizes: by kind of layer, the mean absolute size of its activations, [step][width or depth], from step 0 on.
+      slopes: by kind, for each step, the slope of the size's logarithm over that of the width or depth: 0 is flat.
+      axis: width or depth.
     """
 
-    widths: tuple[int, ...]
+    at: tuple[int, ...]
     sizes: Mapping[str, list[list[float]]]
     slopes: Mapping[str, list[float]] = field(default_factory=dict)
+    axis: str = "width"
 
     def beyond(self, limit: float) -> dict[str, float]:
         """The kinds whose slope after the last step is more than `limit` away from 0, or is no number."""
@@ -73,7 +102,7 @@ class Found:
 
     def record(self) -> dict[str, Any]:
         """As JSON-able data."""
-        return {"widths": list(self.widths), "sizes": dict(self.sizes), "slopes": dict(self.slopes)}
+        return {f"{self.axis}s": list(self.at), "sizes": dict(self.sizes), "slopes": dict(self.slopes)}
 
 
 def widened(model: ModelConfig, width: int) -> ModelConfig:
@@ -111,33 +140,32 @@ def walk(seed: int, step: int, rows: int, length: int) -> np.ndarray:
 
 
 def check(asked: Check, show: Callable[[int, Mapping[str, float]], None] = lambda *_: None) -> Found:
-    """Trains the model at every width and measures its activations before every step and after the last.
+    """Trains the model at every width or depth and measures its activations before every step and after the last.
 
     Args:
       asked: what to check.
-      show: called after each width, with the sizes after the last step.
+      show: called after each width or depth, with the sizes after the last step.
     """
-    widths = tuple(sorted(asked.widths))
-    by_width: list[list[dict[str, float]]] = []
-    for width in widths:
-        runs = _run(asked, widened(asked.model, width))
-        by_width.append([_mean(at) for at in zip(*runs, strict=True)])
-        show(width, by_width[-1][-1])
-    kinds = by_width[0][0]
-    sizes = {kind: [[steps[t][kind] for steps in by_width] for t in range(asked.steps + 1)] for kind in kinds}
-    slopes = {kind: [slope(widths, at) for at in each] for kind, each in sizes.items()}
-    return Found(widths, sizes, slopes)
+    found: list[list[dict[str, float]]] = []
+    for size in asked.at:
+        runs = _run(asked, asked.model_at(size))
+        found.append([_mean(each) for each in zip(*runs, strict=True)])
+        show(size, found[-1][-1])
+    kinds = found[0][0]
+    sizes = {kind: [[steps[t][kind] for steps in found] for t in range(asked.steps + 1)] for kind in kinds}
+    slopes = {kind: [slope(asked.at, each) for each in steps] for kind, steps in sizes.items()}
+    return Found(asked.at, sizes, slopes, asked.axis)
 
 
 def _mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {kind: float(np.mean([each[kind] for each in found])) for kind in found[0]}
 
 
-def slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
-    """The slope of log(size) over log(width), by least squares; NaN if a size is not a positive number."""
+def slope(at: Sequence[int], sizes: Sequence[float]) -> float:
+    """The slope of log(size) over log(width or depth), by least squares; NaN if a size is not a positive number."""
     if not all(np.isfinite(sizes)) or min(sizes) <= 0:
         return float("nan")
-    return float(np.polyfit(np.log(widths), np.log(sizes), 1)[0])
+    return float(np.polyfit(np.log(at), np.log(sizes), 1)[0])
 
 
 def _run(asked: Check, cfg: ModelConfig) -> list[list[dict[str, float]]]:
@@ -147,7 +175,9 @@ def _run(asked: Check, cfg: ModelConfig) -> list[list[dict[str, float]]]:
     # Without muP every width is a base width.
     base = cfg.sizes if asked.same_rate else cfg.base_sizes
     mults = jax.tree.map(lambda sig: width_mult(asked.optimizer, sig, cfg.sizes, base), signatures)
-    tx, rate = direction(asked.optimizer, signatures, mults, cfg.compute), asked.optimizer.learning_rate
+    eps_mults = jax.tree.map(lambda sig: depth_mult(sig, cfg), signatures)
+    tx = direction(asked.optimizer, signatures, mults, eps_mults, cfg.compute)
+    rate = asked.optimizer.learning_rate
 
     def sizes(params: Params, tokens_BT: jax.Array) -> dict[str, jax.Array]:
         _, state = Transformer(cfg).apply(
