@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 
 from flm_jax.records import meant, recorded
-from flm_jax.records.fields import Count, Limit, NonNegative, Positive, Size, at_least, one_of
+from flm_jax.records.fields import Count, Limit, NonNegative, Positive, Size, at_least, between, one_of
 from flm_jax.signature import STACK_AXIS, Role, Signature
 
 REMAT_POLICIES = ("none", "dots", "products", "inner", "mlp", "full")
@@ -116,7 +116,7 @@ class ModelConfig:
     output_mult: Positive = 1.0
     residual_mult: Positive = 1.0
     base_layers: Size | None = None
-    attention_mult: Positive = 1.0
+    attention_mult: Annotated[float, between(1e-6, 1e6)] = 1.0
     base_width: Size = 256
     init_std: NonNegative = 0.024
     init_std_vector: NonNegative = 4e-3

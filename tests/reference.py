@@ -48,6 +48,7 @@ def forward(cfg, params, tokens, segments=None):
     segments = np.zeros(len(tokens), int) if segments is None else segments
     x = p["embedding"][tokens] * cfg.input_mult
     group = cfg.heads // cfg.kv_heads
+    residual = cfg.residual_mult * (cfg.base_layers / cfg.layers if cfg.base_layers and cfg.layers else 1)
     for layer in range(cfg.layers):
         w = {k.removeprefix("blocks/"): v[layer] for k, v in p.items() if k.startswith("blocks/")}
         y = rms_norm(x, w["attention_norm/scale"], cfg.norm_eps)
@@ -64,12 +65,12 @@ def forward(cfg, params, tokens, segments=None):
             for t in range(len(tokens)):
                 first = 0 if cfg.sliding_window is None else max(t - cfg.sliding_window + 1, 0)
                 seen = [s for s in range(first, t + 1) if segments[s] == segments[t]]
-                weights = softmax(np.array([q[t] @ k[s] for s in seen]) / np.sqrt(cfg.head_dim))
+                weights = softmax(np.array([q[t] @ k[s] for s in seen]) * cfg.attention_mult / np.sqrt(cfg.head_dim))
                 attended[t] += sum(a * v[s] for a, s in zip(weights, seen, strict=True)) @ w["attention/out"][head]
-        x = x + attended
+        x = x + attended * residual
         y = rms_norm(x, w["mlp_norm/scale"], cfg.norm_eps)
         gate = y @ w["mlp/gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp/up"])) @ w["mlp/down"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp/up"])) @ w["mlp/down"] * residual
     x = rms_norm(x, p["final_norm/scale"], cfg.norm_eps)
     head = p["embedding"].T if cfg.tied else p["head"]
     return x @ head * cfg.output_mult * cfg.base_width / cfg.embed

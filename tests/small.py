@@ -104,15 +104,16 @@ def waves(signature, key, shape, *, std, dtype):
 
 
 @st.composite
-def growths(draw, axes=tuple(KINDS), multiples=False, **fixed):
+def growths(draw, axes=tuple(KINDS), multiples=False, least_layers=1, **fixed):
     """A pair of configurations: any subset of axes grows, at any ratio; any field that a relative of Llama has.
 
-    Under query and key norms heads keep their width: only masks can change it.
+    Under query and key norms heads keep their width: only masks can change it. The residual multiplier may change.
     """
+    residual = dict(residual_mult=st.sampled_from([1.0, 0.3]), base_layers=st.sampled_from([None, 1, 3]))
     kv, group = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3, 4]))
     old = dict(
         embed=draw(st.integers(3, 20)) * 2,
-        layers=draw(st.integers(1, 3)),
+        layers=draw(st.integers(least_layers, 3)),
         mlp=draw(st.integers(2, 40)),
         kv_heads=kv,
         heads=kv * group,
@@ -122,11 +123,13 @@ def growths(draw, axes=tuple(KINDS), multiples=False, **fixed):
         qk_norm=draw(st.booleans()),
         sliding_window=draw(st.sampled_from([None, 5])),
         rope_scaling=draw(st.sampled_from([None, SCALING])),
+        attention_mult=draw(st.sampled_from([1.0, 0.6])),
+        **{name: draw(values) for name, values in residual.items()},
         vocab=VOCAB,
         **fixed,
     )
     grown = draw(st.sets(st.sampled_from(sorted(axes)), min_size=1))
-    new = dict(old)
+    new = {**old, **{name: draw(values) for name, values in residual.items() if draw(st.booleans())}}
     if old["qk_norm"]:
         grown = (grown - {"head_dim"}) or {"mlp"}
     for axis, most, step in (("embed", 2, 1), ("mlp", 2, 1), ("layers", 2, 1), ("head_dim", 1, 2), ("vocab", 1, 1)):

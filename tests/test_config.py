@@ -40,7 +40,10 @@ def test_published_width_multiplier_at_52b():
         (dict(kv_heads=4), "kv_heads=4 must divide heads=2"),
         (dict(head_dim=3), "head_dim = 3: use an integer, even"),
         (dict(remat="some"), "remat = 'some': use one of none, dots, products, inner, mlp, full"),
-        (dict(layers=0), "layers = 0: use an integer, at least 1"),
+        (dict(layers=-1), "layers = -1: use an integer, at least 0"),
+        (dict(base_layers=0), "base_layers = 0: use an integer, at least 1"),
+        (dict(residual_mult=0.0), "residual_mult = 0.0: use a number, greater than 0"),
+        (dict(attention_mult=1e9), "attention_mult = 1000000000.0: use a number, from 1e-06 to 1000000.0"),
         (dict(mlp=1.5), "mlp = 1.5: use an integer, at least 1"),
     ],
 )

@@ -21,7 +21,11 @@ BEFORE = dict(embed=16, layers=1, heads=2, kv_heads=1, head_dim=4, mlp=24)
 AFTER = dict(embed=24, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=40)
 VARIANTS = {
     "grouped queries, a sliding window": dict(heads=4, kv_heads=2, sliding_window=3),
-    "one key head, tied": dict(heads=3, kv_heads=1, tied=True, input_mult=3.0, output_mult=0.5),
+    "one key head, tied, multipliers": dict(
+        **dict(heads=3, kv_heads=1, tied=True, input_mult=3.0, output_mult=0.5),
+        **dict(residual_mult=0.4, base_layers=3, attention_mult=0.6),
+    ),
+    "no layers": dict(layers=0),
     "query and key norms, scaled frequencies": dict(
         qk_norm=True, heads=4, kv_heads=2, head_dim=16, rope_scaling=small.SCALING
     ),

@@ -84,9 +84,10 @@ def test_exact_in_float64_with_any_mixture_of_methods_noise_included(data, growt
 @examples(5)
 @given(pair=small.growths(compute_dtype="bfloat16"))
 def test_zero_is_bit_equal_in_bfloat16(pair):
-    # The multiplier is kept: folding its change into the head would round the head anew.
+    # The multipliers are kept: folding their change into parameters would round these once more.
     old, target = pair
     target = target.replace(output_mult=old.logits_mult * target.embed / target.base_width)
+    target = target.replace(residual_mult=old.effective_residual_mult, base_layers=None)
     old, params, new, grown = grow_pair((old, target), Growth(method="zero"))
     np.testing.assert_array_equal(logits(old, params), logits(new, grown)[..., : old.vocab])
 

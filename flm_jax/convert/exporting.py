@@ -83,7 +83,7 @@ def export_model(
         )
     if not checkpoint.cfg.layers:
         raise ValueError(
-            f"{checkpoint.directory} holds a model without layers, and other programs expect one or more: grow it first."
+            f"{checkpoint.directory} holds a model without layers, and other programs expect some: grow it first."
         )
     before = checkpoint.meta.converted or _recorded(checkpoint)
     family, by, cfg = _plain(checkpoint.cfg, architecture, before)

@@ -6,14 +6,13 @@ read must compute the same function.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from flm_jax.config import ModelConfig, RopeScaling
-from flm_jax.convert import companions
+from flm_jax.convert import companions, multipliers
 from flm_jax.convert.fold import MULTIPLIERS
 from flm_jax.records import meant
 from flm_jax.records.foreign_json import JsonError, check, parse_json
@@ -161,18 +160,12 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     rope = _rope(given, where)
     embed, heads, layers = size("hidden_size"), size("num_attention_heads"), size("num_hidden_layers")
     std = number("initializer_range", 0.02)
+    head_dim = size("head_dim", embed // heads)
     mults: dict[str, Any] = dict(base_width=embed)
     if family is TELE_FLM and flag("use_mup"):
-        mults = _multipliers(
-            embed, number("input_mult", 1.0), number("output_mult", 1.0), number("mup_scale_factor", 1.0)
-        )
+        mults = multipliers.of_tele_flm(embed, number)
     if family is GRANITE:
-        mults |= dict(
-            input_mult=number("embedding_multiplier", 1.0),
-            output_mult=1 / number("logits_scaling", 1.0),
-            residual_mult=number("residual_multiplier", 1.0),
-            attention_mult=number("attention_multiplier", 1.0) * size("head_dim", embed // heads) ** 0.5,
-        )
+        mults = multipliers.of_granite(embed, head_dim, number)
     try:
         return ModelConfig(
             embed=embed,
@@ -181,7 +174,7 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             mlp=size("intermediate_size"),
             vocab=size("vocab_size"),
             kv_heads=size("num_key_value_heads", heads),
-            head_dim=size("head_dim", embed // heads),
+            head_dim=head_dim,
             tied=flag("tie_word_embeddings"),
             norm_eps=number("rms_norm_eps", 1e-6),
             rope_theta=number("rope_theta", number("rope_theta", 10_000.0), rope),
@@ -202,14 +195,6 @@ def _number(value: Any, name: str, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
         raise ValueError(f"{where}: {name} is {value!r:.80}; it must be a positive number.")
     return float(value)
-
-
-def _multipliers(embed: int, input_mult: float, output_mult: float, scale: float) -> dict[str, Any]:
-    """Tele-FLM's multipliers; logits are multiplied by output_mult / mup_scale_factor, where scale = width / base."""
-    base = round(min(embed / scale, 2**31))
-    if base >= 1 and embed / base == scale:
-        return dict(base_width=base, input_mult=input_mult, output_mult=output_mult)
-    return dict(base_width=embed, input_mult=input_mult, output_mult=output_mult / scale)
 
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:
@@ -331,17 +316,8 @@ def config_json(
       before: the config.json that the model was read with; settings that do not change the function are taken over, for
         example token ids.
     """
-    stale: tuple[str, ...] = (
-        "rope_parameters",
-        "rope_scaling",
-        "layer_types",
-        "dtype",
-        "auto_map",
-        "use_mup",
-        "input_mult",
-    )
-    stale += ("output_mult", "mup_scale_factor", "max_window_layers", "use_sliding_window", "sliding_window")
-    stale += ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+    stale: tuple[str, ...] = ("rope_parameters", "rope_scaling", "layer_types", "dtype", "auto_map")
+    stale += (*multipliers.SETTINGS, "max_window_layers", "use_sliding_window", "sliding_window")
     config = {name: value for name, value in before.items() if name not in stale}
     said = check(config.get("max_position_embeddings") or 0, int, "its config.json: max_position_embeddings")
     config["max_position_embeddings"] = max(said, context or 0) or 4096
@@ -375,26 +351,7 @@ def config_json(
         if family.model_type != "mistral":
             config |= {"use_sliding_window": cfg.sliding_window is not None, "max_window_layers": 0}
     if family is TELE_FLM:
-        scale = cfg.embed / cfg.base_width
-        config |= {
-            "use_mup": True,
-            "mup_scale_factor": scale,
-            "input_mult": cfg.input_mult,
-            "output_mult": cfg.output_mult,
-        }
+        config |= multipliers.to_tele_flm(cfg)
     if family is GRANITE:
-        named = {
-            "embedding_multiplier": cfg.input_mult,
-            "logits_scaling": 1 / cfg.logits_mult,
-            "residual_multiplier": cfg.effective_residual_mult,
-            "attention_multiplier": cfg.attention_mult / cfg.effective_head_width**0.5,
-        }
-        # A number that came in is the one that goes out, though it was multiplied and divided between.
-        config |= {name: _as_before(value, before.get(name)) for name, value in named.items()}
+        config |= multipliers.to_granite(cfg, before)
     return config
-
-
-def _as_before(value: float, before: Any) -> float:
-    """`value`, or the number that a config.json had in its place, if they are equal up to rounding."""
-    number = isinstance(before, int | float) and not isinstance(before, bool)
-    return float(before) if number and math.isclose(value, before, rel_tol=1e-12) else value
