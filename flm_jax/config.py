@@ -76,8 +76,9 @@ class ModelConfig:
       input_mult: multiplies the embedding's output.
       output_mult: multiplies the logits, before division by `embed / base_width`.
       residual_mult: multiplies what each block's attention and MLP add to the residual stream.
-      base_layers: if given, `residual_mult` is multiplied by `base_layers / layers`, so that learning rates transfer over
-        depth (CompleteP, 2505.01618), and so is AdamW's eps of the blocks' parameters. None: neither depends on depth.
+      base_layers: if given, `residual_mult` is multiplied by `base_layers / layers`, so that learning rates transfer
+        over depth (CompleteP, 2505.01618), and so is AdamW's eps of the blocks' parameters. None: neither depends on
+        the depth.
       attention_mult: multiplies the scores: attention_mult * q k / sqrt(head_width).
       base_width: width at which muP's multipliers are 1.
       init_std: standard deviation of matrix-like parameters at the base width; divided by the root of the width

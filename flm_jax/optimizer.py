@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from flm_jax.config import ModelConfig
 from flm_jax.kernels.orthogonal import orthogonalized
 from flm_jax.records import counted, recorded
 from flm_jax.records.fields import Count, Fraction, Limit, NonNegative, Positive, Size, one_of

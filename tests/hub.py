@@ -54,6 +54,14 @@ MODELS = {
         "Qwen3",
         dict(head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=0),
     ),
+    "Granite": (
+        "Granite",
+        dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.35, logits_scaling=7.0),
+    ),
+    "Granite, tied": (
+        "Granite",
+        dict(residual_multiplier=1.7, attention_multiplier=0.125, logits_scaling=0.3, tie_word_embeddings=True),
+    ),
 }
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 40))
 

@@ -91,7 +91,7 @@ def test_a_window_that_the_kernel_cannot_cut_up_is_refused_with_one_that_it_can(
 
 
 def test_the_model_tells_its_kernel_of_its_sliding_window(monkeypatch):
-    """Splash makes a mask of its own: what the model passes is all that it knows."""
+    """Splash makes a mask of its own: what the model passes is all that it knows. Its width holds the multiplier."""
     seen = {}
 
     def stand_in(q, k, v, segments, **given):
@@ -99,9 +99,9 @@ def test_the_model_tells_its_kernel_of_its_sliding_window(monkeypatch):
         return q
 
     monkeypatch.setattr(splash, "attend", stand_in)
-    cfg = small.config(sliding_window=5, attention="splash")
+    cfg = small.config(sliding_window=5, attention="splash", attention_mult=2.0)
     jax.eval_shape(lambda params: model.apply(cfg, params, small.tokens()), small.params(cfg))
-    assert seen == {"width": 8.0, "sliding_window": 5}
+    assert seen == {"width": 2.0, "sliding_window": 5}
 
 
 @pytest.mark.parametrize(

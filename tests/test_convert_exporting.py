@@ -58,6 +58,8 @@ GROWN = {
     "Qwen2, tied": dict(embed=60, head_dim=16, heads=6, layers=4),
     "Qwen3": dict(embed=60, heads=6, layers=4),
     "Qwen3, tied, scaled": dict(embed=72, mlp=90),
+    "Granite": dict(embed=60, layers=5, heads=6, head_dim=16),
+    "Granite, tied": dict(embed=72, layers=4, mlp=90),
 }
 
 
@@ -76,6 +78,8 @@ def test_a_grown_model_computes_the_same_elsewhere_too(name, method, imported, t
     export_model(keep(tmp_path, new, grown), tmp_path / "out")
     again = loaded(tmp_path / "out")
     assert relative(logits_of(reference, TOKENS), logits_of(again, TOKENS)) < 1e-5
+    kept = ("embedding_multiplier", "residual_multiplier", "logits_scaling") if "Granite" in name else ()
+    assert [getattr(again.config, field) for field in kept] == [getattr(reference.config, field) for field in kept]
     assert sum(value.numel() for value in again.parameters()) > sum(value.numel() for value in reference.parameters())
 
 
@@ -122,8 +126,17 @@ def ours(tmp_path, **fields):
         (dict(heads=5, kv_heads=5), "Mistral"),
         (dict(qkv_bias=True, tied=True), "Qwen2"),
         (dict(qk_norm=True, norm_width=20.0, head_width=6.0), "Qwen3"),
+        (dict(residual_mult=0.4, base_layers=3, attention_mult=0.6, head_width=6.0), "Llama"),
     ],
-    ids=["plain", "tied", "kept widths", "a width that heads do not divide", "biases", "norms of queries and keys"],
+    ids=[
+        "plain",
+        "tied",
+        "kept widths",
+        "a width that heads do not divide",
+        "biases",
+        "norms of queries and keys",
+        "multipliers in blocks",
+    ],
 )
 def test_a_model_of_our_own_is_theirs_too(fields, expected, tmp_path):
     workdir = ours(tmp_path, **fields)
@@ -152,6 +165,23 @@ def test_as_tele_flm_the_multipliers_stay_and_come_back(tmp_path):
         embedded = inner.model.embed_tokens(torch.tensor(TOKENS)) * 3.0
         logits = inner(inputs_embeds=embedded).logits * (0.5 / 1.5)
     assert relative(our_logits(workdir, TOKENS), logits.numpy()) < 1e-5
+
+
+def test_as_granite_all_multipliers_stay_and_as_llama_none(imported, tmp_path):
+    workdir = ours(tmp_path, residual_mult=0.4, base_layers=3, attention_mult=0.6, head_width=6.0)
+    found = export_model(workdir, tmp_path / "out", architecture="GraniteForCausalLM")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    said = [config[f"{name}_multiplier"] for name in ("embedding", "residual", "attention")]
+    assert said == pytest.approx([3.0, 0.4 * 3 / 2, 0.6 / 6**0.5])
+    assert config["logits_scaling"] == pytest.approx(24 / 16 / 0.5)
+    assert found["folded"] == 0
+    assert relative(our_logits(workdir, TOKENS), logits_of(loaded(tmp_path / "out"), TOKENS)) < 1e-5
+    reference, base = imported("Granite")
+    found = export_model(base / "checkpoint", tmp_path / "llama", architecture="LlamaForCausalLM")
+    assert found["folded"] == 5  # the embedding, the head; queries, out, down
+    again = loaded(tmp_path / "llama")
+    assert not [name for name in vars(again.config) if "multiplier" in name or name == "logits_scaling"]
+    assert relative(logits_of(reference, TOKENS), logits_of(again, TOKENS)) < 1e-5
 
 
 def test_what_is_folded_is_rounded_once(tmp_path):

@@ -43,6 +43,10 @@ def test_configurations_say_what_they_mean_when_fields_are_left_out():
     assert read("Qwen2", sliding_window=5, max_window_layers=0).sliding_window is None
     assert read("Qwen2", use_sliding_window=True, max_window_layers=0).sliding_window == 4096
     assert read("Qwen3", use_sliding_window=True, max_window_layers=None).sliding_window is None  # 28 layers see all
+    granite = read("Granite", attention_multiplier=0.5, logits_scaling=8)
+    assert (granite.input_mult, granite.residual_mult, granite.logits_mult) == (1, 1, 0.125)
+    assert granite.attention_mult == 0.5 * 12**0.5 and granite.scores_width == pytest.approx(4)
+    assert read("Granite").scores_width == pytest.approx(1)
     assert read("Llama", rope_theta=5e5).rope_theta == 5e5
     assert read("Llama", rope_theta=10**10).rope_theta == 1e10
     assert read("Llama", rope_scaling=None, rope_parameters=dict(rope_theta=7.0)).rope_theta == 7.0
@@ -67,6 +71,13 @@ def test_every_parameter_of_every_family_has_a_name_of_its_own():
 def test_no_field_of_a_model_is_forgotten_on_the_way_out():
     """A field that is added to the model must be folded, written, or refused."""
     known = {"embed", "layers", "heads", "mlp", "vocab", "kv_heads", "head_dim", "tied", "norm_eps", "rope_theta"}
-    known |= {"rope_scaling", "norm_width", "head_width", "base_width", *families.SPECIAL}  # what decides the function
+    known |= {
+        "rope_scaling",
+        "norm_width",
+        "head_width",
+        "base_width",
+        "base_layers",
+        *families.SPECIAL,
+    }  # what decides the function
     known |= {"init_std", "init_std_vector", "compute_dtype", "param_dtype", "remat", "attention", "scan_unroll"}
     assert known == {field.name for field in dataclasses.fields(ModelConfig)}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flm_jax.convert.fold import fold
+from flm_jax.convert.fold import MULTIPLIERS, fold
 from flm_jax.growth import (
     Growth,
 )
@@ -22,20 +22,24 @@ FOLDED = {
     "with scaled frequencies": (dict(rope_scaling=small.SCALING), dict(embed=30, head_dim=12)),
     "tied": (dict(tied=True, input_mult=3.0), dict(embed=30)),
     "multipliers": (dict(input_mult=3.0, output_mult=0.5), dict(embed=30)),
+    "multipliers in blocks": (dict(residual_mult=0.3, base_layers=3, attention_mult=0.6), dict(embed=30, head_dim=12)),
+    "and query and key norms": (dict(qk_norm=True, residual_mult=2.0, attention_mult=0.6), dict(embed=30)),
 }
+KEPT = {"all folded": (), "Tele-FLM's kept": ("input_mult", "output_mult"), "Granite's kept": MULTIPLIERS}
 
 
 @pytest.mark.battery
-@pytest.mark.parametrize("multipliers", [True, False], ids=["multipliers too", "multipliers kept"])
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize(("fields", "changes"), FOLDED.values(), ids=FOLDED)
-def test_kept_widths_and_multipliers_fold_into_an_ordinary_model(fields, changes, multipliers, x64):
+def test_kept_widths_and_multipliers_fold_into_an_ordinary_model(fields, changes, keep, x64):
     """By a decoder that is not ours, and knows no kept widths."""
     old = small.config(compute_dtype="float64", param_dtype="float64", **fields)
     old, params, new, grown = grow_pair((old, old.replace(**changes, kv_heads=changes.get("heads"))), Growth("zero"))
-    folded, cfg = fold(grown, new, multipliers)
-    assert (cfg.norm_width, cfg.head_width) == (None, None)
-    if multipliers:
-        assert (cfg.input_mult, cfg.logits_mult) == (1, 1)
+    folded, cfg = fold(grown, new, keep)
+    assert (cfg.norm_width, cfg.head_width, cfg.base_layers) == (None, None, None)
+    assert {name: getattr(cfg, name) for name in MULTIPLIERS if name not in keep} == {
+        name: 1 for name in MULTIPLIERS if name not in keep
+    }
     tokens = small.tokens((1, 9))
     expected = logits(old, params, tokens=tokens)[0]
     assert relative(expected, reference.forward(cfg, folded, tokens[0])) < 1e-12

@@ -1,5 +1,6 @@
 """Where new layers go: places, copies by distance, and the distances themselves."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from flm_jax.growth.verify import forward
 from tests import small
 from tests.growing import (
     STATIC,
+    grow_pair,
 )
 
 
@@ -31,6 +33,23 @@ def test_every_place_keeps_the_old_layers_in_order(old, extra, where):
         assert extra == 0 or abs(copied.min() - (old - 1 - copied.max())) <= 1
     elif extra:
         assert span.fresh[-1]
+
+
+def test_middle_is_the_depth_up_scaling_of_solar():
+    """Two copies of 32 layers, the top 8 of the first and the bottom 8 of the second left out (2312.15166)."""
+    span = place(32, 48, "middle")
+    np.testing.assert_array_equal(span.source, [*range(24), *range(8, 32)])
+    growth = Growth(methods={"layers": "stack"}, depth="middle")
+    old, params, _, grown = grow_pair((small.config(layers=4), small.config(layers=6)), growth)
+    for before, after in zip(jax.tree.leaves(params["blocks"]), jax.tree.leaves(grown["blocks"]), strict=True):
+        np.testing.assert_array_equal(after, np.concatenate([before[:3], before[1:]]))
+
+
+def test_interleaved_identities_are_the_expansion_of_llama_pro():
+    """One silent block after each group of layers (2401.02415, which copies what it silences: `zero`)."""
+    span = place(32, 40, "interleave")
+    np.testing.assert_array_equal(np.flatnonzero(span.fresh), np.arange(4, 40, 5))
+    np.testing.assert_array_equal(span.source[span.fresh], np.arange(3, 32, 4))
 
 
 @given(distances=st.lists(st.floats(0, 1), min_size=1, max_size=9), extra=st.integers(0, 20))

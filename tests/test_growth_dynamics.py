@@ -91,6 +91,27 @@ def copied_dual(old, new):
     return axis_maps(old, new, Growth("copy", methods=SILENT))["embed"].rules[Role.READER].dual
 
 
+def test_gradients_and_moments_follow_a_residual_multiplier_that_falls_with_the_depth(x64):
+    """What is folded into the weights of `out` and `down` is what their gradients are multiplied by."""
+    wide = dict(compute_dtype="float64", param_dtype="float64", base_layers=3, residual_mult=0.7)
+    growth = Growth("zero")
+    target = small.config(layers=5, embed=30, **{**wide, "residual_mult": 1.1})
+    old, params, new, grown = grow_pair((small.config(**wide), target), growth)
+    fold = new.effective_residual_mult / old.effective_residual_mult
+    assert fold == pytest.approx(1.1 / 0.7 * 2 / 5)
+    before, after = gradient(old, params, None, small.tokens()), gradient(new, grown, None, small.tokens())
+    moments = {power: grow_moments(before, old, new, growth, power) for power in (1, 2)}
+    kept = np.flatnonzero(~axis_maps(old, new, growth)["layers"].span.fresh)
+    for part, name, by in (("attention", "out", fold), ("mlp", "down", fold), ("mlp", "up", 1)):
+        was, found = (np.asarray(g["blocks"][part][name]) for g in (before, after))
+        entries = (kept, *(slice(size) for size in was.shape[1:]))
+        np.testing.assert_allclose(found[entries], was * by, rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(moments[1]["blocks"][part][name][entries], was * by, rtol=1e-12)
+        np.testing.assert_allclose(moments[2]["blocks"][part][name][entries], was * by**2, rtol=1e-12)
+        weights = [np.asarray(p["blocks"][part][name]) for p in (params, grown)]
+        np.testing.assert_allclose(weights[1][entries], weights[0] / by, rtol=1e-12)
+
+
 def test_adam_moments_grow_by_the_dual_of_the_map():
     growth = Growth(method="zero")
     old, params, new, grown = grow_pair(GROWN, growth)

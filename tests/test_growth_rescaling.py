@@ -116,6 +116,14 @@ def test_adamw_continues_exactly_with_biases_and_query_and_key_norms(x64):
     assert worse < 1e-12
 
 
+def test_adamw_continues_exactly_when_the_residual_multiplier_and_its_base_change(x64):
+    """Weights of writers are divided by the change, gradients multiplied; Adam's eps stays what it was."""
+    target = TWICE.replace(residual_mult=0.4, base_layers=None)
+    far, worse = run_on(OLD.replace(base_layers=5), target, Growth("copy", optimizer="exact"))
+    assert far < 1e-12
+    assert worse < 1e-12
+
+
 @pytest.mark.parametrize(
     ("new", "growth", "message"),
     [

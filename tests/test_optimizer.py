@@ -95,7 +95,7 @@ def test_muons_direction_is_that_of_optax(nesterov):
     cfg = small.config(layers=1)
     _, signatures = model.declared(cfg)
     ones = jax.tree.map(lambda _: 1.0, signatures)
-    tx = direction(dataclasses.replace(MUON, nesterov=nesterov), signatures, ones, jnp.float32)
+    tx = direction(dataclasses.replace(MUON, nesterov=nesterov), signatures, ones, ones, jnp.float32)
     how = dict(nesterov=False, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers((1,), (2, 3)))
     theirs, at_once = optax.contrib.scale_by_muon(**how), optax.contrib.scale_by_muon(beta=0.0, **how)
     params, ours, optaxs = small.params(cfg), jax.jit(tx.update), jax.jit(theirs.update)
@@ -151,6 +151,31 @@ def test_what_belongs_to_one_optimizer_is_refused_with_the_other():
             OptimizerConfig(**{field: value})
     with pytest.raises(ValueError, match=r"OptimizerConfig.name = 'moun'.*adamw, muon"):
         OptimizerConfig(name="moun")
+
+
+def test_eps_of_blocks_follows_the_depth_and_that_of_others_does_not():
+    """CompleteP, 2505.01618, Table 1: their gradients are as small as what a block adds to the stream."""
+    cfg = small.config(layers=4, base_layers=2, embed=16)
+    _, signatures = model.declared(cfg)
+    params = small.params(cfg)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
+    settings = OptimizerConfig(clip=0.0, eps=1e-3, weight_decay=0.1)
+    found = {}
+    for other in (cfg, cfg.replace(base_layers=4), cfg.replace(base_layers=None)):
+        tx = rescaled_optimizer(settings, other, signatures)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, params)
+        found[other.base_layers] = updates, state
+    jax.tree.map(np.testing.assert_array_equal, found[4], found[None])
+    jax.tree.map(np.testing.assert_array_equal, found[2][1], found[None][1])
+
+    def check(sig, w, u):
+        mult = sig.width_mult(cfg.sizes, cfg.base_sizes)
+        expected = 1e-3 / (1e-3 + 1e-3 * (0.5 if sig.stacked else 1)) / mult + (0.1 * w if sig.decays else 0)
+        np.testing.assert_allclose(u, expected, rtol=1e-4)
+
+    jax.tree.map(check, signatures, params, found[2][0])
 
 
 def test_moments_live_where_their_parameters_do():

@@ -5,8 +5,8 @@ r"""Check whether activations keep their size as a model grows wider or deeper, 
 
 One model trains at every width for a few steps, on texts that it makes itself. For each kind of layer the mean absolute
 size of its activations is measured; under muP it does not depend on the width, and with ModelConfig.base_layers
-(CompleteP) not on the depth. The exit status is 1 if the slope of a size's logarithm over that of the width or the depth
-is further from 0 than --limit, for any kind. Check a model and a rate of your own by
+(CompleteP) not on the depth. The exit status is 1 if the slope of a size's logarithm over that of the width or depth is
+further from 0 than --limit, for any kind. Check a model and a rate of your own by
 
       --gin_file=RECIPE.gin --gin_bindings='coordinate_check.model = @ModelConfig()' \
       --gin_bindings='coordinate_check.optimizer = @OptimizerConfig()'
