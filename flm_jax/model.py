@@ -336,9 +336,9 @@ class Transformer(nn.Module):
         x_BTD = constrain(x_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "embedded_BTD", x_BTD)
         shared = Shared(rotary, seen, masks)
-        # Without layers the block is still traced, and cannot write into a cache that has no layer.
-        (x_BTD, kept), _ = self.blocks((x_BTD, cache if cfg.layers else None), masks.layers_L, layers_L, shared)
-        cache = kept if cfg.layers else cache
+        # A block is traced even where there is none, and cannot write into a cache without layers.
+        if cfg.layers or cache is None:
+            (x_BTD, cache), _ = self.blocks((x_BTD, cache), masks.layers_L, layers_L, shared)
         if cache is not None:
             cache = cache._replace(length=cache.length + tokens_BT.shape[1])
         return self.final_norm(x_BTD, masks), cache
