@@ -134,8 +134,8 @@ def normalised(x: jax.Array, width: Any, eps: float, mask: jax.Array | None) -> 
 
 
 def multiplied(x: jax.Array, by: float) -> jax.Array:
-    """`x` times a constant; `x` itself if that is 1."""
-    return x if by == 1 else x * by
+    """`x` times a constant, which 16 bits would round, in at least float32; `x` itself if that is 1."""
+    return x if by == 1 else (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * by).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -101,6 +101,13 @@ def test_scan_equals_a_python_loop_over_blocks():
     np.testing.assert_allclose(small.apply(cfg, params, tokens), logits, rtol=1e-5, atol=1e-6)
 
 
+def test_a_multiplier_is_not_rounded_to_the_dtype_of_activations():
+    """Growth folds the ratio of two multipliers into float32 weights: rounded ones would have another ratio."""
+    x = jnp.asarray([3.0], jnp.bfloat16)
+    assert model.multiplied(x, 0.3) == jnp.asarray(0.9, jnp.bfloat16) != x * 0.3
+    assert model.multiplied(x, 1.0) is x
+
+
 def test_bfloat16_stays_close_to_float32():
     cfg = small_52b(vocab=small.VOCAB)
     params, tokens = small.params(cfg), small.tokens((4, 32))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from flm_jax import mup
-from flm_jax.cli import coordinates
+from flm_jax.cli import coordinate_check, coordinates
 from flm_jax.mup import Check, Found, check, widened
 from flm_jax.mup.coordinates import slope, walk
 from flm_jax.optimizer import OptimizerConfig
 from tests import small
+from tests.commands import parsed
 
 MODEL = small.config(embed=32, heads=4, head_dim=8, kv_heads=2, mlp=80, init_std=0.25, vocab=256)
 FAST = OptimizerConfig(learning_rate=1e-2)
@@ -113,3 +114,54 @@ def test_the_program_prints_writes_and_exits_with_1_beyond_the_limit(found, tmp_
             coordinates.run_coordinate_check([], bindings, {**asked, "same_rate": False}, 0.1, None, None)
         assert message in capsys.readouterr().err
     gin.clear_config()
+
+
+DEEP = MODEL.replace(base_layers=2, input_mult=50.0)
+DEPTHS = dict(depths=(2, 8), steps=8, seeds=1, batch=8, context=16)
+
+
+@pytest.fixture(scope="module")
+def deeper():
+    """With CompleteP's multiplier, and without."""
+    return check(Check(DEEP, FAST, **DEPTHS)), check(Check(DEEP.replace(base_layers=None), FAST, **DEPTHS))
+
+
+def test_activations_are_flat_over_depth_with_base_layers_and_not_without(deeper):
+    flat, steep = deeper
+    assert flat.at == (2, 8) and flat.axis == "depth"
+    assert flat.record()["depths"] == [2, 8]
+    assert flat.beyond(0.15) == {}
+    assert steep.beyond(0.3).keys() >= {"hidden"}
+    # At two layers the multiplier is 1, and both are the same model.
+    assert [step[0] for step in flat.sizes["hidden"]] == [step[0] for step in steep.sizes["hidden"]]
+
+
+def test_the_program_checks_depths_with_base_layers_unless_a_model_is_given(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(mup, "check", lambda check, show: asked.append(check) or Found((4, 8), {}, {}, "depth"))
+    gin.clear_config()
+    given = dict(depths=[4, 8], steps=1, seeds=1, same_rate=False)
+    coordinates.run_coordinate_check([], [], given, 0.1, None, None)
+    coordinates.run_coordinate_check([], ["coordinate_check.model = @small_52b()"], given, 0.1, None, None)
+    gin.clear_config()
+    assert [(check.axis, check.model.base_layers) for check in asked] == [("depth", 4), ("depth", None)]
+    assert [asked[0].model_at(8).layers, asked[0].model_at(8).embed] == [8, asked[0].model.embed]
+    for wrong in ((4,), (4, 4), (0, 4)):
+        with pytest.raises(ValueError, match="The depths"):
+            Check(MODEL, FAST, depths=wrong)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depths=4"], "--depths=4: give two or more different depths"),
+        (["--depths=4,x"], "--depths=4,x: give integers separated by commas, such as 4,8,16"),
+        (["--depths=4,8", "--widths=32,64"], "give one of them"),
+        (["--depths=4,8", "--same_rate"], "--same_rate is for --widths"),
+    ],
+)
+def test_wrong_depths_are_refused(flags, message, capsys):
+    with parsed("coordinate_check", flags) as values, pytest.raises(SystemExit) as stop:
+        coordinate_check.run(values)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
