@@ -136,6 +136,21 @@ def test_a_state_of_muon_is_streamed_to_the_same_bits(mode, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
+FROM_NOTHING = {
+    "deeper and wider": (NEW, Growth("noise", methods={**SILENT, "layers": "identity", "vocab": "mean"})),
+    "wider": (NEW.replace(layers=0), Growth("copy", methods={**SILENT, "vocab": "zero"}, optimizer="exact")),
+}
+
+
+def test_a_source_without_layers_grows_to_the_same_bits_too(tmp_path):
+    """Arrays without entries have a place in the manifest, and no file."""
+    source = save(tmp_path / "run", OLD.replace(layers=0))
+    for name, (target, growth) in FROM_NOTHING.items():
+        stream(source, tmp_path / name, target, growth)
+        assert checksums(tmp_path / name) == in_memory(source, target, growth)
+        assert verify(step(tmp_path / name)).ok
+
+
 def test_a_sharded_source_with_masks_and_a_tied_embedding_restores_sharded(tmp_path):
     """Chunks are the shares of eight devices; of the target, which grows again, they are blocks."""
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))

@@ -169,11 +169,15 @@ class LeafMap:
             if weight is not None:
                 value = value * along(weight, dim, ndim).astype(self.wide)
         fresh = draw() if draw is not None and self.draws else jnp.zeros((), self.wide)
-        if any(rule.noise is not None for _, _, rule in self.grown):
+        if self.from_nothing:
+            # Every entry is new. One that is chosen among others may be rounded differently, so nothing is chosen.
+            value = fresh if any(rule.fill == "draw" and not span.old for _, span, rule in self.grown) else value
+        elif any(rule.noise is not None for _, _, rule in self.grown):
             assert key is not None
             value = _rounded(value, key) + self._cancelling(_rounded(fresh, key), key)
         # One vector per axis: their union is formed on the device, never as a full array on the host.
-        for fill, content in (("draw", fresh), ("zero", jnp.zeros((), self.wide))):
+        drawn = () if self.from_nothing else (("draw", fresh),)
+        for fill, content in (*drawn, ("zero", jnp.zeros((), self.wide))):
             for is_new, (_, _, rule) in zip(flags, self.grown, strict=True):
                 if rule.fill == fill:
                     value = jnp.where(is_new, content, value)
