@@ -75,10 +75,11 @@ def test_a_grown_model_computes_the_same_elsewhere_too(name, method, imported, t
     cfg, params = read(base / "checkpoint")
     new = grown_config(cfg, changed(cfg, changes, plan), plan)
     grown = jax.jit(lambda p: grow(p, cfg, new, plan, jax.random.key(1)))(params)
-    export_model(keep(tmp_path, new, grown), tmp_path / "out")
+    granite = name == "Granite"  # the tied one is written as a Llama
+    export_model(keep(tmp_path, new, grown), tmp_path / "out", "GraniteForCausalLM" if granite else None)
     again = loaded(tmp_path / "out")
     assert relative(logits_of(reference, TOKENS), logits_of(again, TOKENS)) < 1e-5
-    kept = ("embedding_multiplier", "residual_multiplier", "logits_scaling") if "Granite" in name else ()
+    kept = ("embedding_multiplier", "residual_multiplier", "logits_scaling") if granite else ()
     assert [getattr(again.config, field) for field in kept] == [getattr(reference.config, field) for field in kept]
     assert sum(value.numel() for value in again.parameters()) > sum(value.numel() for value in reference.parameters())
 
