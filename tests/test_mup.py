@@ -116,14 +116,14 @@ def test_the_program_prints_writes_and_exits_with_1_beyond_the_limit(found, tmp_
     gin.clear_config()
 
 
-DEEP = MODEL.replace(base_layers=2, input_mult=50.0)
+DEEP = MODEL.replace(base_layers=2, input_mult=100.0, residual_mult=0.5)
 DEPTHS = dict(depths=(2, 8), steps=8, seeds=1, batch=8, context=16)
 
 
 @pytest.fixture(scope="module")
 def deeper():
     """With CompleteP's multiplier, and without."""
-    return check(Check(DEEP, FAST, **DEPTHS)), check(Check(DEEP.replace(base_layers=None), FAST, **DEPTHS))
+    return check(Check(DEEP, FAST, **DEPTHS)), check(Check(DEEP, FAST, **DEPTHS, same_residual=True))
 
 
 def test_activations_are_flat_over_depth_with_base_layers_and_not_without(deeper):
@@ -132,7 +132,7 @@ def test_activations_are_flat_over_depth_with_base_layers_and_not_without(deeper
     assert flat.record()["depths"] == [2, 8]
     assert flat.beyond(0.15) == {}
     assert steep.beyond(0.3).keys() >= {"hidden"}
-    # At two layers the multiplier is 1, and both are the same model.
+    # At two layers both are the same model.
     assert [step[0] for step in flat.sizes["hidden"]] == [step[0] for step in steep.sizes["hidden"]]
 
 
@@ -140,11 +140,14 @@ def test_the_program_checks_depths_with_base_layers_unless_a_model_is_given(monk
     asked = []
     monkeypatch.setattr(mup, "check", lambda check, show: asked.append(check) or Found((4, 8), {}, {}, "depth"))
     gin.clear_config()
-    given = dict(depths=[4, 8], steps=1, seeds=1, same_rate=False)
+    given = dict(depths=[4, 8], steps=1, seeds=1)
     coordinates.run_coordinate_check([], [], given, 0.1, None, None)
     coordinates.run_coordinate_check([], ["coordinate_check.model = @small_52b()"], given, 0.1, None, None)
     gin.clear_config()
     assert [(check.axis, check.model.base_layers) for check in asked] == [("depth", 4), ("depth", None)]
+    assert [asked[0].model_at(size).effective_residual_mult for size in (4, 8)] == [0.5, 0.25]
+    same = Check(asked[0].model, FAST, depths=(4, 8), same_residual=True)
+    assert [same.model_at(size).effective_residual_mult for size in (4, 8)] == [0.5, 0.5]
     assert [asked[0].model_at(8).layers, asked[0].model_at(8).embed] == [8, asked[0].model.embed]
     for wrong in ((4,), (4, 4), (0, 4)):
         with pytest.raises(ValueError, match="The depths"):
@@ -158,6 +161,7 @@ def test_the_program_checks_depths_with_base_layers_unless_a_model_is_given(monk
         (["--depths=4,x"], "--depths=4,x: give integers separated by commas, such as 4,8,16"),
         (["--depths=4,8", "--widths=32,64"], "give one of them"),
         (["--depths=4,8", "--same_rate"], "--same_rate is for --widths"),
+        (["--same_residual"], "--same_residual is for --depths"),
     ],
 )
 def test_wrong_depths_are_refused(flags, message, capsys):

@@ -34,6 +34,11 @@ def define() -> None:
     flags.DEFINE_bool(
         "same_rate", False, "For contrast: matrices learn at the same rate at every width, as without muP."
     )
+    flags.DEFINE_bool(
+        "same_residual",
+        False,
+        "For contrast: the residual multiplier is the same at every depth, as without CompleteP.",
+    )
 
 
 def run(values: Any) -> None:
@@ -44,9 +49,11 @@ def run(values: Any) -> None:
         refuse("--widths and --depths: give one of them, since the check varies one thing")
     if depths and values.same_rate:
         refuse("--same_rate is for --widths: over depth, rates are the same in any case")
+    if values.same_residual and not depths:
+        refuse("--same_residual is for --depths: over width, the residual multiplier is the same in any case")
     from flm_jax.cli import coordinates  # Imported here, so that --help is fast.
 
-    asked = {name: values[name].value for name in ("steps", "seeds", "same_rate")}
+    asked = {name: values[name].value for name in ("steps", "seeds", "same_rate", "same_residual")}
     output = (values.limit, values.plot, values.json)
     asked |= {"depths": depths} if depths else {"widths": widths}
     coordinates.run_coordinate_check(values.gin_file, values.gin_bindings, asked, *output)

@@ -12,7 +12,7 @@ from flm_jax.cli import configure
 from flm_jax.cli.configure import check_used, configured, parse
 from flm_jax.cli.errors import started
 from flm_jax.cli.runs import check_json_file
-from flm_jax.config import small_52b
+from flm_jax.config import ModelConfig, small_52b
 from flm_jax.files import atomic_write, write_json
 from flm_jax.mup import picture
 from flm_jax.optimizer import OptimizerConfig
@@ -34,8 +34,7 @@ def run_coordinate_check(
         parse(gin_files, gin_bindings)
         given = configured(configure.coordinate_check)
         check_used()
-        own = small_52b()
-        model = given["model"] or (own.replace(base_layers=own.layers) if asked.get("depths") else own)
+        model = given["model"] or (_for_depths() if asked.get("depths") else small_52b())
         optimizer = given["optimizer"] or OptimizerConfig(learning_rate=4e-3)
         check = mup.Check(model, optimizer, **asked)
         found = mup.check(check, lambda size, sizes: print(f"{check.axis} {size}: {_sizes(sizes)}", flush=True))
@@ -51,6 +50,15 @@ def run_coordinate_check(
             write_json(Path(json_file), {**found.record(), **asked, **rest})
     if beyond:
         sys.exit(1)
+
+
+def _for_depths() -> ModelConfig:
+    """The model whose depth is varied unless another is given, with a multiplier that follows the depth.
+
+    At initialisation the sum of what blocks add falls with the root of the depth. Its embedding is large beside that.
+    """
+    model = small_52b()
+    return model.replace(input_mult=100.0, residual_mult=0.5, base_layers=model.layers)
 
 
 def _sizes(sizes: Mapping[str, float]) -> str:

@@ -40,6 +40,7 @@ class Check:
       batch: windows per step.
       context: tokens per window.
       same_rate: whether matrices learn at the same rate at every width, which muP would not do.
+      same_residual: whether the residual multiplier is the same at every depth, which CompleteP would not do.
     """
 
     model: ModelConfig
@@ -51,6 +52,7 @@ class Check:
     batch: int = 8
     context: int = 32
     same_rate: bool = False
+    same_residual: bool = False
 
     def __post_init__(self) -> None:
         given = self.depths or self.widths
@@ -77,7 +79,10 @@ class Check:
         Raises:
           ValueError: as `widened`.
         """
-        return self.model.replace(layers=size) if self.depths else widened(self.model, size)
+        if not self.depths:
+            return widened(self.model, size)
+        constant = dict(residual_mult=self.model.effective_residual_mult, base_layers=None)
+        return self.model.replace(layers=size, **(constant if self.same_residual else {}))
 
 
 @dataclass(frozen=True)
