@@ -116,8 +116,8 @@ def test_the_program_prints_writes_and_exits_with_1_beyond_the_limit(found, tmp_
     gin.clear_config()
 
 
-DEEP = MODEL.replace(base_layers=2, input_mult=100.0, residual_mult=0.5)
-DEPTHS = dict(depths=(2, 8), steps=8, seeds=1, batch=8, context=16)
+DEEP = MODEL.replace(layers=4, base_layers=4, input_mult=100.0, residual_mult=0.5)
+DEPTHS = dict(depths=(4, 16), steps=8, seeds=1, batch=8, context=16)
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +128,11 @@ def deeper():
 
 def test_activations_are_flat_over_depth_with_base_layers_and_not_without(deeper):
     flat, steep = deeper
-    assert flat.at == (2, 8) and flat.axis == "depth"
-    assert flat.record()["depths"] == [2, 8]
+    assert flat.at == (4, 16) and flat.axis == "depth"
+    assert flat.record()["depths"] == [4, 16]
     assert flat.beyond(0.15) == {}
-    assert steep.beyond(0.3).keys() >= {"hidden"}
-    # At two layers both are the same model.
+    assert steep.beyond(0.2).keys() >= {"hidden"}
+    # At four layers both are the same model.
     assert [step[0] for step in flat.sizes["hidden"]] == [step[0] for step in steep.sizes["hidden"]]
 
 

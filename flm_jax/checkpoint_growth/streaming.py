@@ -288,8 +288,8 @@ class _Pass:
         if job.source is None:
             return None
         if leaf_map.from_nothing:
-            rows = group.stop - group.start if leaf_map.splits else leaf_map.before[leaf_map.row_dim]
-            return jnp.zeros((1, rows, math.prod(leaf_map.before[leaf_map.row_dim + 1 :])), leaf_map.dtype)
+            count = group.stop - group.start if leaf_map.splits else leaf_map.before[leaf_map.row_dim]
+            return jnp.zeros((1, count, math.prod(leaf_map.before[leaf_map.row_dim + 1 :])), leaf_map.dtype)
         leaf, dim = self.leaves[job.source], leaf_map.row_dim
         top = leaf.shape[0] - 1
         layers = [(min(group.old + above, top),) for above in range(1 + leaf_map.layers_above)] if job.stacked else [()]
