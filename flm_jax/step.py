@@ -170,18 +170,19 @@ class StageProgram:
         since, count = state.step + (self.stage.since_growth or 0), optax.tree_utils.tree_get(state.opt_state, "count")
         return paced(self.stage.optimizer, self.stage.lineage, updates, since, count)
 
-    def stepper(self, masked: bool) -> Any:
-        """The jitted train step (state, batch) -> (next state, metrics); the given state is donated.
+    def step_function(self, masked: bool) -> Any:
+        """The train step, not jitted: (state, batch, pace) -> (next state, metrics).
 
-        If the loss, the gradient or the update is not finite, only the step count changes.
+        If the loss, the gradient or the update is not finite, only the step count changes. `pace` multiplies the
+        learning rate: runs that differ in their rate alone can be mapped over it.
         """
         cfg, parts = self.stage.cfg, self.stage.accumulate
 
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        def step(state: TrainState, batch: Any, pace: jax.Array | float = 1.0) -> tuple[TrainState, Metrics]:
             masks = self.masks(state.step) if masked else None
             loss, grads = _accumulated(cfg, state.params, batch, masks, self.chunks, parts)
             updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-            rate = jnp.asarray(self.rate(state.step), jnp.float32)
+            rate = jnp.asarray(self.rate(state.step) * pace, jnp.float32)
             updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, self._paced(updates, state))
             grad_norm = optax.tree.norm(grads)
             update_norm = optax.tree.norm(updates)
@@ -202,7 +203,12 @@ class StageProgram:
             )
             return TrainState(state.step + 1, params, opt_state), metrics
 
+        return step
+
+    def stepper(self, masked: bool) -> Any:
+        """The jitted train step (state, batch) -> (next state, metrics); the given state is donated."""
         out = (self.shardings, replicated(self.mesh))
+        step = self.step_function(masked)
         return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=self.options)
 
 
