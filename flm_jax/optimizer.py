@@ -324,8 +324,26 @@ def joined(flags: Any, a: Any, b: Any) -> Any:
 
 
 def is_masked(node: Any) -> bool:
-    """Whether a node of an average says that a parameter has none."""
+    """Whether a node of a tree like the parameters says that there is nothing for one of them, such as a moment."""
     return isinstance(node, optax.MaskedNode)
+
+
+def in_form(state: Any, like: Any) -> Any:
+    """An optimizer's state with the moments that `like` has: those that `state` lacks are 0, others are left out.
+
+    Args:
+      state: an optimizer's state, in which moments may be missing (`is_masked`).
+      like: arrays or `jax.ShapeDtypeStruct`s; where one has a sharding, new moments get it.
+    """
+
+    def one(wanted: Any, found: Any) -> Any:
+        if is_masked(wanted):
+            return wanted
+        if is_masked(found):
+            return jnp.zeros(wanted.shape, wanted.dtype, device=wanted.sharding)
+        return found
+
+    return jax.tree.map(one, like, state, is_leaf=is_masked)
 
 
 def map_average(one: Callable[..., Any], average: Any, *rest: Any) -> Any:
@@ -335,21 +353,28 @@ def map_average(one: Callable[..., Any], average: Any, *rest: Any) -> Any:
     )
 
 
-def map_parts(one: Callable[[int | None, Any], Any], state: Any) -> Any:
+def map_parts(one: Callable[..., Any], state: Any, *others: Any) -> Any:
     """An optimizer's state with every moving average and every count replaced by the result of `one`.
 
     Args:
-      one: called with the power of the gradient and the average, or with None and a count.
+      one: called with the power of the gradient and the average (a tree like the parameters, in which moments may be
+        missing, see `is_masked`), or with None and a count; and with the same part of each of `others`.
       state: the optimizer's state; its leaves may be anything in the place of arrays.
+      others: states of the same optimizer.
 
     Raises:
       ValueError: the state has an array with dimensions that `AVERAGES` does not declare; the message names its path.
     """
 
-    def part(path: Any, node: Any) -> Any:
+    def part(path: Any, node: Any, *nodes: Any) -> Any:
         powers = AVERAGES.get(type(node))
         if powers is not None:
-            return node._replace(**{name: one(powers.get(name), value) for name, value in node._asdict().items()})
+            return node._replace(
+                **{
+                    name: one(powers.get(name), value, *(getattr(other, name) for other in nodes))
+                    for name, value in node._asdict().items()
+                }
+            )
         if getattr(node, "ndim", 0):
             raise ValueError(
                 f"The optimizer's state holds {jax.tree_util.keystr(path)}, {node.dtype}{list(node.shape)}, and it is "
@@ -358,11 +383,14 @@ def map_parts(one: Callable[[int | None, Any], Any], state: Any) -> Any:
             )
         return node
 
-    return jax.tree_util.tree_map_with_path(part, state, is_leaf=lambda node: type(node) in AVERAGES)
+    return jax.tree_util.tree_map_with_path(part, state, *others, is_leaf=lambda node: type(node) in AVERAGES)
 
 
 def state_shardings(tx: optax.GradientTransformation, signatures: Any, shapes: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """The optimizer state's shapes and shardings: moments are sharded like their parameters, counts replicated."""
+    """The optimizer state's shapes and shardings: moments are sharded like their parameters, counts replicated.
+
+    Where `signatures` and `shapes` leave a parameter out (`is_masked`), it has no moments.
+    """
     state, where = jax.eval_shape(tx.init, shapes), param_shardings(signatures, shapes, mesh)
 
     def place(power: int | None, part: Any) -> Any:

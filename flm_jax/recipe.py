@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from flm_jax.checkpoint.find import stage_directory
 from flm_jax.config import ModelConfig
@@ -19,9 +20,10 @@ from flm_jax.data.train_vocabulary import Pretrained, SentencePiece
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import NUMERICS, Growth
 from flm_jax.growth.rescaling import check_continues
+from flm_jax.growth.trained import TRAINED, Trained
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.records import as_dict, counted, differences, meant, recorded
-from flm_jax.records.fields import Name, NonNegative, Positive, Seed, Size
+from flm_jax.records.fields import Name, NonNegative, Positive, Seed, Size, one_of
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
 from flm_jax.tracking import Mlflow, Trackio, Wandb
@@ -41,6 +43,9 @@ class Stage:
       growth: how the model grows from that of the stage before; None: it continues with that model. A first stage
         without a growth is initialised, or continues with the model of `Recipe.start`.
       accumulate: parts that a batch is split into, one after the other.
+      train: all, or new: only the entries that the model's last growth added (as in LLaMA-Pro, 2401.02415); what was
+        there before stays as it is, bit for bit. The growth is the stage's own, or that of the stage or checkpoint
+        that it continues.
     """
 
     name: Name
@@ -50,6 +55,7 @@ class Stage:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     growth: Growth | None = None
     accumulate: Size = 1
+    train: Annotated[str, one_of(TRAINED)] = "all"
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,7 @@ class ResolvedStage:
       continues: whether its first state is the last one of the stage before, or of the checkpoint that the recipe
         starts with, rather than initialised or grown from it.
       optimizer_before: the name of the optimizer whose state it begins with.
+      trained_before: `Stage.train` of that stage or checkpoint, which decides about the moments in its state.
     """
 
     index: int
@@ -156,6 +163,7 @@ class ResolvedStage:
     since_growth: int | None = 0
     continues: bool = False
     optimizer_before: str = "adamw"
+    trained_before: str = "all"
 
     @property
     def cfg(self) -> ModelConfig:
@@ -196,6 +204,16 @@ class ResolvedStage:
     def accumulate(self) -> int:
         """Parts that a batch is split into."""
         return self.stage.accumulate
+
+    @property
+    def train(self) -> str:
+        """What of the model trains."""
+        return self.stage.train
+
+    @property
+    def trained(self) -> Trained:
+        """The entries of the model that train."""
+        return Trained(self.lineage, self.stage.train)
 
     @property
     def directory(self) -> str:
@@ -253,10 +271,14 @@ def resolve(recipe: Recipe, source: SourceCheckpoint | None = None) -> tuple[Res
                 found = _continued(stage, index, source.lineage, _risen_in(source), "the checkpoint")
             else:
                 found = ResolvedStage(index, stage, Lineage(stage.model))
-            before_it = resolved[-1].optimizer.name if resolved else _optimizer_of(source)
-            found = dataclasses.replace(found, optimizer_before=before_it or stage.optimizer.name)
+            optimizer = resolved[-1].optimizer.name if resolved else _optimizer_of(source)
+            trained = resolved[-1].train if resolved else "all" if source is None else source.meta.train
+            found = dataclasses.replace(
+                found, optimizer_before=optimizer or stage.optimizer.name, trained_before=trained
+            )
             _check_optimizer(found)
             _check_rising(found)
+            found.trained.check()
         except ValueError as error:
             raise ValueError(f"Stage {stage.name!r}: {error}") from error
         resolved.append(found)

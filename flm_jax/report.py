@@ -87,6 +87,7 @@ def summary(
                 "name": s.name,
                 "config": as_dict(s.cfg),
                 "params": costs.param_count(s.cfg),
+                "trained_params": s.trained.count,
                 "steps": s.steps,
                 "batch_size": s.batch_size,
                 "tokens": own,
@@ -203,7 +204,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += ["| stage | shape | parameters | steps | tokens | FLOPs | held-out loss | bits per byte |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {r['name']} | {costs.shape_line(_config(r['config']))} | {costs.count(r['params'])} | {r['steps']} | "
+        f"| {r['name']} | {costs.shape_line(_config(r['config']))} | {_parameters(r)} | {r['steps']} | "
         f"{costs.count(r['tokens'])} | {r['flops']:.3g} | {r['eval_loss']:.4f} | {r['eval_bits_per_byte']:.3f} |"
         for r in result["stages"]
     ]
@@ -228,6 +229,11 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += ["", "## Data", "", "```json", json.dumps(result["data"], indent=1), "```"]
     lines += ["", "## Sample", "", "```", result["sample"], "```", ""]
     return "\n".join(lines)
+
+
+def _parameters(row: Mapping[str, Any]) -> str:
+    whole, trained = row["params"], row["trained_params"]
+    return costs.count(whole) + (f", {costs.count(trained)} of them trained" if trained < whole else "")
 
 
 def write(workdir: Path, result: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.data.vocabulary_files import FILES, VocabularyError, to_files
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.rescaling import rescaled_optimizer
+from flm_jax.growth.trained import TRAINED, Trained
 from flm_jax.model import Masks, Params, declared
 from flm_jax.optimizer import OPTIMIZERS, OptimizerConfig
 from flm_jax.records import as_dict, counted
@@ -48,6 +49,7 @@ class CheckpointMeta:
       history: measurements, growths and skipped steps of the run so far.
       converted: the config.json that an imported model came with.
       optimizer: the name of the optimizer that its state belongs to, if it has optimizer state.
+      train: what of the model trained, see `Stage.train`: parameters of which nothing did have no moments.
     """
 
     stage: str
@@ -58,6 +60,7 @@ class CheckpointMeta:
     history: Mapping[str, Any] | None = None
     converted: Mapping[str, Any] | None = None
     optimizer: str = "adamw"
+    train: str = "all"
 
     @property
     def ramp_steps(self) -> int:
@@ -77,6 +80,7 @@ class CheckpointMeta:
             "provenance": self.provenance,
             **({"since_growth": self.since_growth} if self.since_growth else {}),
             **({"optimizer": self.optimizer} if self.optimizer != "adamw" else {}),
+            **({"train": self.train} if self.train != "all" else {}),
             **{name: value for name, value in given.items() if value is not None},
         }
 
@@ -103,7 +107,10 @@ class CheckpointMeta:
         optimizer = check(record.get("optimizer", "adamw"), str, "its optimizer")
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"its optimizer is {optimizer!r:.40}; this version knows {', '.join(OPTIMIZERS)}")
-        return cls(field(record, "stage", str, "it"), lineage, since, **rest, optimizer=optimizer)
+        train = check(record.get("train", "all"), str, "its train")
+        if train not in TRAINED or (train != "all" and lineage.growth is None):
+            raise ValueError(f"its train is {train!r}: use {' or '.join(TRAINED)}, the latter only after a growth")
+        return cls(field(record, "stage", str, "it"), lineage, since, **rest, optimizer=optimizer, train=train)
 
 
 def signature_texts(cfg: ModelConfig) -> dict[str, str]:
@@ -220,7 +227,8 @@ class SourceCheckpoint:
         Raises:
           DamagedError: it is not as it was saved.
         """
-        abstract = abstract_state(self.lineage, mesh, weights=not self.trained, optimizer=self.meta.optimizer)
+        form = {"optimizer": self.meta.optimizer, "train": self.meta.train}
+        abstract = abstract_state(self.lineage, mesh, weights=not self.trained, **form)
         with Checkpoints(self.directory.parent, read_only=True) as checkpoints:
             found = checkpoints.restore(kept(abstract), self.directory.name).state
         if self.trained:
@@ -228,10 +236,11 @@ class SourceCheckpoint:
             return state
         if optimizer is None:
             return TrainState(found["step"], found["params"], ())
-        tx = rescaled_optimizer(OptimizerConfig(name=optimizer), self.cfg, declared(self.cfg)[1])
-        where = shardings_of(abstract_state(self.lineage, mesh, optimizer=optimizer).opt_state)
+        trained = Trained(self.lineage, self.meta.train)
+        tx = rescaled_optimizer(OptimizerConfig(name=optimizer), self.cfg, trained.part(declared(self.cfg)[1]))
+        where = shardings_of(abstract_state(self.lineage, mesh, optimizer=optimizer, train=self.meta.train).opt_state)
         init = jax.jit(tx.init, out_shardings=where)
-        return TrainState(found["step"], found["params"], init(found["params"]))
+        return TrainState(found["step"], found["params"], init(trained.part(found["params"])))
 
     def restore_params(self, mesh: Mesh) -> Params:
         """The parameters alone on a mesh, with every bit checked.

@@ -33,8 +33,8 @@ from flm_jax.progress import Interrupts, Progress
 from flm_jax.recipe import Recipe, ResolvedStage, Run
 from flm_jax.sharding import make_mesh, own_rows, put_batch
 from flm_jax.source_checkpoint import POSITION, CheckpointMeta, SourceCheckpoint, signature_texts
-from flm_jax.state import TrainState, abstract_state, shardings_of
-from flm_jax.step import Metrics, StageProgram, make_grower, quietly_donated
+from flm_jax.state import TrainState, shardings_of
+from flm_jax.step import Metrics, StageProgram, quietly_donated
 from flm_jax.tracking import MetricsLog, Session, Totals
 
 log = logging.getLogger(__name__)
@@ -107,9 +107,7 @@ class StageRun:
         if state is None:
             state = self.program.initialiser()(key)
         elif self.stage.continues:
-            # The stage before may have used another mesh; if not, this moves nothing.
-            state = jax.device_put(state, self.program.shardings)
-            state = state.replace(step=jax.numpy.zeros_like(state.step))
+            state = self.program.continued(state)
             if self.stage.index == 0:
                 assert self.source is not None
                 provenance |= {"start": self.source.digest}
@@ -132,8 +130,7 @@ class StageRun:
         """The grown state, verified, and the record of the growth; the given state is donated."""
         lineage, chunks = self.stage.lineage, self.recipe.loss_chunks
         # The stage before may have used another mesh; if not, this moves nothing.
-        given = abstract_state(lineage.before, self.mesh, optimizer=self.stage.optimizer_before)
-        state = jax.device_put(state, shardings_of(given))
+        state = jax.device_put(state, shardings_of(self.program.state_before))
         text = heldout_text(self.data, self.mesh, self.recipe.eval_windows)
         batch = put_batch(text.few, self.mesh)
         lineage, distances = settle(lineage, state.params, batch.inputs_BT, batch.segments_BT)
@@ -142,9 +139,9 @@ class StageRun:
         # The old model's outputs are computed before the growth, so that its memory is free for the new model.
         before = observe_before(lineage, state.params, text, self.mesh, chunks)
         with quietly_donated():
-            grown = make_grower(lineage, self.mesh, donate=True, optimizer=stage.optimizer.name)(state, key)
-        tolerance, name = self.recipe.tolerance, stage.optimizer.name
-        found = verify_growth(lineage, before, grown, text, self.mesh, tolerance, chunks, optimizer=name)
+            grown = self.program.grower(donate=True)(state, key)
+        form = {"optimizer": stage.optimizer.name, "train": stage.train}
+        found = verify_growth(lineage, before, grown, text, self.mesh, self.recipe.tolerance, chunks, **form)
         if not found["holds"]:
             raise GrowthError(f"The growth does not preserve what its method promises: {failures_text(found)}")
         step = self._grown_from()
@@ -180,6 +177,9 @@ class StageRun:
         rows = own_rows(self.mesh, stage.batch_size)
         pending: tuple[int, Metrics] | None = None
         masked, stepper = None, None
+        if stage.train != "all":
+            sizes = (costs.count(size) for size in (stage.trained.count, costs.param_count(stage.cfg)))
+            distributed.print0("Stage {!r} trains what is new: {} of {} parameters.".format(stage.name, *sizes))
         self.metrics.open(step)
         with contextlib.closing(self.metrics), Progress(self.metrics, stage.name, stage.steps, step) as show:
 
@@ -270,12 +270,13 @@ class StageRun:
         return record
 
     def _save(self, step: int, state: TrainState, provenance: dict[str, Any] | None) -> None:
+        stage = self.stage
         about: dict[str, Any] = {"provenance": provenance, "data": self.data.describe(), "history": self.history}
-        about |= {"optimizer": self.stage.optimizer.name}
-        meta = CheckpointMeta(self.stage.name, self.stage.lineage, self.stage.since_growth, **about).record()
+        about |= {"optimizer": stage.optimizer.name, "train": stage.train}
+        meta = CheckpointMeta(stage.name, stage.lineage, stage.since_growth, **about).record()
         advice = "Read the data from a token store, with streamed=False."
         distributed.assert_equal("The data read so far", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
         blobs = {**self.files, POSITION: self.batches.state()}
-        self.store.save(step, state, signatures=signature_texts(self.stage.cfg), meta=meta, blobs=blobs)
+        self.store.save(step, state, signatures=signature_texts(stage.cfg), meta=meta, blobs=blobs)
         self.metrics.write("save", step, {})

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.rescaling import rescaled_optimizer
+from flm_jax.growth.trained import Trained
 from flm_jax.model import Params, declared
 from flm_jax.optimizer import OptimizerConfig, state_shardings
 from flm_jax.sharding import abstract, param_shardings, replicated
@@ -22,7 +23,8 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: () int32, steps done in this stage.
       params: parameters.
-      opt_state: moments, and their count, which continues from stage to stage; () if there are only weights.
+      opt_state: moments, and their count, which continues from stage to stage; () if there are only weights. A
+        parameter of which nothing trains has no moments.
     """
 
     step: Any
@@ -30,7 +32,9 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
 
 
-def abstract_state(lineage: Lineage, mesh: Mesh, weights: bool = False, optimizer: str = "adamw") -> TrainState:
+def abstract_state(
+    lineage: Lineage, mesh: Mesh, weights: bool = False, optimizer: str = "adamw", train: str = "all"
+) -> TrainState:
     """Shapes, dtypes and shardings of a model's state: `jax.ShapeDtypeStruct`s.
 
     Args:
@@ -38,6 +42,7 @@ def abstract_state(lineage: Lineage, mesh: Mesh, weights: bool = False, optimize
       mesh: where the state lives.
       weights: True: without optimizer state.
       optimizer: the name of the optimizer that the state belongs to.
+      train: what trains, see `Stage.train`.
     """
     shapes, signatures = declared(lineage.cfg)
     step = jax.ShapeDtypeStruct((), jnp.int32)
@@ -47,8 +52,10 @@ def abstract_state(lineage: Lineage, mesh: Mesh, weights: bool = False, optimize
         opt_shardings: Any = ()
     else:
         # Rates and rescalings do not change the structure of a state.
-        tx = rescaled_optimizer(OptimizerConfig(name=optimizer), lineage.cfg, signatures)
-        opt_shapes, opt_shardings = state_shardings(tx, signatures, shapes, mesh)
+        trained = Trained(lineage, train)
+        part = trained.part(signatures)
+        tx = rescaled_optimizer(OptimizerConfig(name=optimizer), lineage.cfg, part)
+        opt_shapes, opt_shardings = state_shardings(tx, part, trained.part(shapes), mesh)
     found: TrainState = abstract(
         TrainState(step, shapes, opt_shapes), TrainState(replicated(mesh), where, opt_shardings)
     )

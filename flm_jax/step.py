@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from flm_jax import attention
 from flm_jax.compiler_options import for_step
-from flm_jax.config import ModelConfig
 from flm_jax.growth.grow import grow_opt_state, grow_params
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.rescaling import paced, rescaled_optimizer, rescaling
+from flm_jax.growth.trained import Trained
 from flm_jax.loss import loss_sum
 from flm_jax.model import Masks, Params, declared, init_params
-from flm_jax.optimizer import schedule
+from flm_jax.optimizer import in_form, schedule
 from flm_jax.recipe import ResolvedStage
 from flm_jax.sharding import replicated
 from flm_jax.state import TrainState, abstract_state, shardings_of
@@ -53,7 +53,12 @@ def quietly_donated() -> Iterator[None]:
 
 
 def make_grower(
-    lineage: Lineage, mesh: Mesh, donate: bool = False, weights: bool = False, optimizer: str = "adamw"
+    lineage: Lineage,
+    mesh: Mesh,
+    donate: bool = False,
+    weights: bool = False,
+    optimizer: str = "adamw",
+    train: str = "all",
 ) -> Any:
     """The jitted function (state before the growth, key) -> state of the grown model at step 0.
 
@@ -64,15 +69,17 @@ def make_grower(
         example the embedding if only the depth grows. Other leaves cannot, and XLA warns (see `quietly_donated`).
       weights: whether the state has no optimizer state.
       optimizer: whose state the grown one is. If the growth takes over no moments, the given one may be another's.
+      train: what will train, which decides about moments (see `Stage.train`); the given state may have others.
     """
-    target = abstract_state(lineage, mesh, weights, optimizer)
+    target = abstract_state(lineage, mesh, weights, optimizer, train)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), target.opt_state)
 
     def grow_opt(state: Any) -> Any:
         if weights:
             return ()
         if lineage.last_growth.optimizer == "fresh":
-            return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), target.opt_state)
-        return grow_opt_state(lineage, state)
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        return grow_opt_state(lineage, state, like)
 
     def grow_state(state: TrainState, key: jax.Array) -> TrainState:
         return TrainState(
@@ -101,6 +108,7 @@ class StageProgram:
     Attributes:
       stage: the stage.
       mesh: the mesh that it runs on.
+      trained: what of the model trains.
       abstract_state: shapes and shardings of its `TrainState`.
     """
 
@@ -109,15 +117,17 @@ class StageProgram:
     ) -> None:
         self.stage, self.mesh, self.chunks = stage, mesh, chunks
         self.options = for_step(mesh, stage.cfg, compiler_options)
-        self.abstract_state = abstract_state(stage.lineage, mesh, optimizer=stage.optimizer.name)
+        self.trained = stage.trained
+        self.abstract_state = abstract_state(stage.lineage, mesh, optimizer=stage.optimizer.name, train=stage.train)
         self.shardings = shardings_of(self.abstract_state)
         self.rate = schedule(stage.optimizer, stage.steps)
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         """The optimizer; after a growth with `optimizer="exact"`, it needs to know where new layers were placed."""
-        signatures = declared(self.stage.cfg)[1]
-        return rescaled_optimizer(self.stage.optimizer, self.stage.cfg, signatures, rescaling(self.stage.lineage))
+        signatures, scaling = declared(self.stage.cfg)[1], rescaling(self.stage.lineage)
+        part = None if scaling is None else self.trained.part(scaling)
+        return rescaled_optimizer(self.stage.optimizer, self.stage.cfg, self.trained.part(signatures), part)
 
     def check_trains(self, context: int) -> None:
         """Checks that the mesh splits this stage's batches evenly, and that its devices have the attention kernel.
@@ -152,9 +162,31 @@ class StageProgram:
 
         def initialise(key: jax.Array) -> TrainState:
             params = init_params(self.stage.cfg, key)
-            return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+            return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(self.trained.part(params)))
 
         return jax.jit(initialise, out_shardings=self.shardings)
+
+    @property
+    def state_before(self) -> TrainState:
+        """Shapes and shardings of the state that the stage's growth is given, on the stage's mesh."""
+        stage = self.stage
+        form: dict[str, Any] = {"optimizer": stage.optimizer_before, "train": stage.trained_before}
+        return abstract_state(stage.lineage.before, self.mesh, **form)
+
+    def grower(self, donate: bool = False) -> Any:
+        """The jitted function (state before the growth, key) -> state of the stage at step 0; see `make_grower`."""
+        stage = self.stage
+        return make_grower(stage.lineage, self.mesh, donate, optimizer=stage.optimizer.name, train=stage.train)
+
+    def continued(self, state: TrainState) -> TrainState:
+        """The state of a stage before with the same model, as the first state of this stage.
+
+        Moments that it lacks are 0, and those of parameters of which nothing trains any more are left out.
+        """
+        step, moments = jnp.zeros_like(state.step), in_form(state.opt_state, self.abstract_state.opt_state)
+        # The stage before may have used another mesh; if not, this moves nothing.
+        moved: TrainState = jax.device_put(TrainState(step, state.params, moments), self.shardings)
+        return moved
 
     def masks(self, step: int | jax.Array) -> Masks | None:
         """The growth masks after `step` steps; None from the end of the ramp on, so that programs have no masks."""
@@ -174,23 +206,29 @@ class StageProgram:
         """The train step, not jitted: (state, batch, pace) -> (next state, metrics).
 
         If the loss, the gradient or the update is not finite, only the step count changes. `pace` multiplies the
-        learning rate: runs that differ in their rate alone can be mapped over it.
+        learning rate: runs that differ in their rate alone can be mapped over it. Entries that do not train
+        (`Stage.train`) keep their values and their moments, bit for bit, and count in no norm but that of parameters.
         """
-        cfg, parts = self.stage.cfg, self.stage.accumulate
+        trained, parts = self.trained, self.stage.accumulate
 
         def step(state: TrainState, batch: Any, pace: jax.Array | float = 1.0) -> tuple[TrainState, Metrics]:
             masks = self.masks(state.step) if masked else None
-            loss, grads = _accumulated(cfg, state.params, batch, masks, self.chunks, parts)
-            updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+            old = trained.part(state.params)
+            loss, grads = _accumulated(trained, state.params, batch, masks, self.chunks, parts)
+            grads = trained.select(grads)
+            # No entry that stays may have an effect on those that train, through a moment either.
+            updates, opt_state = self.tx.update(grads, trained.select_moments(state.opt_state), old)
             rate = jnp.asarray(self.rate(state.step) * pace, jnp.float32)
             updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, self._paced(updates, state))
+            updates = trained.select(updates)
             grad_norm = optax.tree.norm(grads)
             update_norm = optax.tree.norm(updates)
             good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-            params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(good, new, old),
-                (optax.apply_updates(state.params, updates), opt_state),
-                (state.params, state.opt_state),
+            new = trained.select(optax.apply_updates(old, updates), old)
+            part, opt_state = jax.tree.map(
+                lambda after, before: jnp.where(good, after, before),
+                (new, trained.select_moments(opt_state, state.opt_state)),
+                (old, state.opt_state),
             )
             metrics = Metrics(
                 loss=loss,
@@ -201,7 +239,7 @@ class StageProgram:
                 mask=_lowest(masks),
                 bad=1.0 - good,
             )
-            return TrainState(state.step + 1, params, opt_state), metrics
+            return TrainState(state.step + 1, trained.whole(part, state.params), opt_state), metrics
 
         return step
 
@@ -219,22 +257,23 @@ def _lowest(masks: Masks | None) -> jax.Array:
 
 
 def _accumulated(
-    cfg: ModelConfig, params: Params, batch: Any, masks: Masks | None, chunks: int, parts: int
+    trained: Trained, params: Params, batch: Any, masks: Masks | None, chunks: int, parts: int
 ) -> tuple[jax.Array, Params]:
-    """Mean loss over a batch and its gradient, accumulated over `parts` parts of the batch."""
+    """Mean loss over a batch and its gradient by what trains, accumulated over `parts` parts of the batch."""
+    cfg, moving = trained.lineage.cfg, trained.part(params)
     total = jnp.sum(batch.weights_BT)
 
-    def value(params: Params, rows: Any) -> jax.Array:
+    def value(moving: Params, rows: Any) -> jax.Array:
         tokens = (rows.inputs_BT, rows.targets_BT, rows.weights_BT, rows.segments_BT)
-        return loss_sum(cfg, params, *tokens, masks, chunks) / total
+        return loss_sum(cfg, trained.whole(moving, params), *tokens, masks, chunks) / total
 
     if parts == 1:
-        return jax.value_and_grad(value)(params, batch)
+        return jax.value_and_grad(value)(moving, batch)
     # Row i goes to part i mod parts, so that no row has to move to another device.
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
     def add(carry: tuple[jax.Array, Params], rows: Any) -> tuple[tuple[jax.Array, Params], None]:
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(value)(params, rows)), None
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(value)(moving, rows)), None
 
     zero = jnp.zeros((), jnp.promote_types(cfg.compute, jnp.float32))
-    return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), split)[0]
+    return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, moving)), split)[0]

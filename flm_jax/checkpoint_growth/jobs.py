@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from flm_jax import costs
 from flm_jax.checkpoint.manifest import leaf_paths
@@ -120,7 +121,8 @@ def jobs(lineage: Lineage, states: tuple[Any, Any], chunk_bytes: int) -> tuple[l
         for (param, sig), leaf_map, source, target in zip(known.items(), *trees, strict=True):
             # Arrays without entries are not stored, and some parameters have no such average.
             if not is_masked(target) and math.prod(leaf_map.shape):
-                found.append(_job(target, source, leaf_map, param, lineage.cfg.std(sig), chunk_bytes))
+                given = None if is_masked(source) else source
+                found.append(_job(target, given, leaf_map, param, lineage.cfg.std(sig), chunk_bytes))
 
     add(param_maps(lineage), labels[0].params, labels[1].params)
     scalings = rescaling(lineage.before), rescaling(lineage)
@@ -128,7 +130,7 @@ def jobs(lineage: Lineage, states: tuple[Any, Any], chunk_bytes: int) -> tuple[l
         if power is None:
             kept[target] = None if fresh_state else source
         else:
-            sources = map_average(lambda path: "" if fresh_state else path, source)
+            sources = map_average(lambda _: optax.MaskedNode(), source) if fresh_state else source
             add(moment_maps(lineage, power, *scalings), sources, target)
     return found, kept
 
@@ -150,7 +152,7 @@ def _labels(state: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), list(leaf_paths(state)))
 
 
-def _job(path: str, source: str, leaf_map: LeafMap, param: str, std: float, chunk_bytes: int) -> Job:
+def _job(path: str, source: str | None, leaf_map: LeafMap, param: str, std: float, chunk_bytes: int) -> Job:
     dim, size = leaf_map.row_dim, jnp.dtype(leaf_map.dtype).itemsize
     total, trailing = leaf_map.shape[dim], list(leaf_map.shape[dim + 1 :])
     largest = size * max(math.prod(trailing), math.prod(leaf_map.before[dim + 1 :]) * (1 + leaf_map.layers_above))
@@ -163,7 +165,7 @@ def _job(path: str, source: str, leaf_map: LeafMap, param: str, std: float, chun
             most = rows * math.prod(trailing) * size // PIECE_BYTES
             trailing[at] //= max((n for n in (1, 2, 4, PIECES) if n <= most and trailing[at] % n == 0), default=1)
             break
-    return Job(path, source or None, leaf_map, param, std, rows, (*(1,) * dim, rows, *trailing))
+    return Job(path, source, leaf_map, param, std, rows, (*(1,) * dim, rows, *trailing))
 
 
 class BlockProgram:

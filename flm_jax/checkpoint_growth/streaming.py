@@ -113,7 +113,10 @@ class _Pass:
         self.journal = Journal(directory / "0.growing.jsonl")
         one, weights = make_mesh(devices=jax.devices()[:1]), not source.trained
         form: dict[str, Any] = {"weights": weights, "optimizer": source.meta.optimizer}
-        states = abstract_state(source.lineage, one, **form), abstract_state(lineage, one, **form)
+        states = (
+            abstract_state(source.lineage, one, **form, train=source.meta.train),
+            abstract_state(lineage, one, **form),
+        )
         self.jobs, self.kept = jobs(lineage, states, chunk_bytes)
         wanted, self.target = map(leaf_paths, states)
         self.manifest = read_manifest(source.directory)

@@ -128,6 +128,7 @@ def verify_growth(
     tolerance: float,
     chunks: int = 1,
     optimizer: str = "adamw",
+    train: str = "all",
 ) -> dict[str, Any]:
     """Checks a grown state against what its method promises.
 
@@ -140,6 +141,7 @@ def verify_growth(
       tolerance: largest relative difference of logits, in float32.
       chunks: parts of a window that the head runs on, one at a time.
       optimizer: the name of the optimizer that the state belongs to.
+      train: what will train, see `Stage.train`.
 
     Returns:
       JSON-able: method, preserving, holds, failures (sentences), logits, hidden, eval_loss, greedy, fresh, dead,
@@ -153,7 +155,7 @@ def verify_growth(
     del after
     loss = _loss(new, grown.params, text, mesh, chunks, masks)
     greedy = _greedy(new, grown.params, batch.inputs_BT, masks)
-    faults = _optimizer_faults(lineage, grown, mesh, optimizer)
+    faults = _optimizer_faults(lineage, grown, mesh, optimizer, train)
     dead = dead_slices(grown.params, lineage, batch.inputs_BT)
     failures = []
     if measured.preserving:
@@ -196,9 +198,10 @@ def _greedy(cfg: Any, params: Params, tokens_BT: jax.Array, masks: Masks | None)
     return found
 
 
-def _optimizer_faults(lineage: Lineage, grown: TrainState, mesh: Mesh, optimizer: str) -> list[str]:
+def _optimizer_faults(lineage: Lineage, grown: TrainState, mesh: Mesh, optimizer: str, train: str) -> list[str]:
     """Leaves of the state whose shape or dtype is not that of a fresh state."""
-    expected = abstract_state(lineage, mesh, weights=not jax.tree.leaves(grown.opt_state), optimizer=optimizer)
+    weights = not jax.tree.leaves(grown.opt_state)
+    expected = abstract_state(lineage, mesh, weights, optimizer, train)
     pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree_util.tree_leaves_with_path(grown), strict=True)
     return [
         f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, not {like.dtype}{list(like.shape)}"
@@ -265,8 +268,8 @@ def verify_checkpoints(
         begin()
         grown = after.restore(placed, optimizer=None)
         begin()
-        optimizer = after.meta.optimizer
-        return verify_growth(after.lineage, observed, grown, text, placed, tolerance, optimizer=optimizer)
+        form: dict[str, Any] = {"optimizer": after.meta.optimizer, "train": after.meta.train}
+        return verify_growth(after.lineage, observed, grown, text, placed, tolerance, **form)
 
 
 def failures_text(found: Mapping[str, Any]) -> str:

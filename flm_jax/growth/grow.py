@@ -32,7 +32,7 @@ from flm_jax.growth.lineage import Lineage, lineage_of
 from flm_jax.growth.plan import Growth
 from flm_jax.growth.rescaling import LeafRescaling, Rescaling, rescaling
 from flm_jax.model import Params, declared
-from flm_jax.optimizer import is_masked, map_average, map_parts
+from flm_jax.optimizer import in_form, is_masked, map_average, map_parts
 from flm_jax.signature import Signature, draw
 
 
@@ -168,7 +168,8 @@ def grow_optimizer(
 ) -> Any:
     """The optimizer state of the grown model: averages grown by `grow_moments`, counts unchanged.
 
-    With ``growth.optimizer == "fresh"`` averages and counts are 0, as before a first step.
+    With ``growth.optimizer == "fresh"`` averages and counts are 0, as before a first step. Averages that the state
+    lacks (`optimizer.is_masked`) are missing in the result too.
 
     Args:
       state: of the old model's optimizer.
@@ -184,9 +185,16 @@ def grow_optimizer(
     return _grow_state(lineage_of(old, new, growth), state, before, after)
 
 
-def grow_opt_state(lineage: Lineage, state: Any) -> Any:
-    """The optimizer state of a grown model, from that of the model before it, each in its own rescaling."""
-    return _grow_state(lineage, state, rescaling(lineage.before), rescaling(lineage))
+def grow_opt_state(lineage: Lineage, state: Any, like: Any = None) -> Any:
+    """The optimizer state of a grown model, from that of the model before it, each in its own rescaling.
+
+    Args:
+      lineage: of the grown model.
+      state: of the model before it.
+      like: which averages the result has; those that `state` lacks are 0. None: those that `state` has.
+    """
+    grown = _grow_state(lineage, state, rescaling(lineage.before), rescaling(lineage))
+    return grown if like is None else in_form(grown, like)
 
 
 def _grow_state(lineage: Lineage, state: Any, before: Rescaling | None, after: Rescaling | None) -> Any:

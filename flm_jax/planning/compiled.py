@@ -23,8 +23,7 @@ from flm_jax.planning.topology import Topology
 from flm_jax.recipe import Recipe, ResolvedStage
 from flm_jax.records import counted
 from flm_jax.sharding import spec
-from flm_jax.state import abstract_state
-from flm_jax.step import StageProgram, make_grower, parameter_growers, quietly_donated
+from flm_jax.step import StageProgram, parameter_growers, quietly_donated
 
 COMPILERS = ("arithmetic", "none", "cpu", "tpu")
 # Assumed fraction of the chip's peak at which hand-written kernels run; the compiler does not estimate their cycles.
@@ -84,10 +83,8 @@ def programs(recipe: Recipe, program: StageProgram) -> Iterator[tuple[str, Any]]
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         if stage.grows:
-            before = abstract_state(stage.lineage.before, mesh, optimizer=stage.optimizer_before)
             with quietly_donated():
-                grower = make_grower(stage.lineage, mesh, donate=True, optimizer=stage.optimizer.name)
-                lowered = grower.lower(before, key)
+                lowered = program.grower(donate=True).lower(program.state_before, key)
             yield "growth", lowered
         elif not stage.continues:
             yield "initialisation", program.initialiser().lower(key)
@@ -108,7 +105,7 @@ def decoding(program: StageProgram, rows: int, context: int, tokens: int = 64) -
 def parameter_growth(program: StageProgram, topology: Topology | None) -> dict[str, Any]:
     """The record of growing each parameter by a program of its own: compile time and collectives, summed over all."""
     lineage, mesh = program.stage.lineage, program.mesh
-    before = abstract_state(lineage.before, mesh).params
+    before = program.state_before.params
     key = jax.eval_shape(lambda: jax.random.key(0))
     total: dict[str, Any] = {"lowered": True, "fits": True, "compile_seconds": 0.0, "collectives": {}}
     gathers: list[dict[str, Any]] = []

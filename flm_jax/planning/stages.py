@@ -31,10 +31,9 @@ from flm_jax.planning.compiled import (
 from flm_jax.planning.muon import orthogonalisation
 from flm_jax.planning.topology import Topology
 from flm_jax.planning.traffic import least_sent
-from flm_jax.recipe import Recipe, ResolvedStage, Run, begin
+from flm_jax.recipe import Recipe, Run, begin
 from flm_jax.records import as_dict
 from flm_jax.sharding import check_slices, fitting_axes, make_mesh, mesh_axes
-from flm_jax.state import abstract_state
 from flm_jax.step import StageProgram
 
 # Memory that compilers need beyond the counted activations, as a fraction of these. The peaks in docs/tpu.md, minus
@@ -136,7 +135,7 @@ def _arithmetic(
     size = {
         "parameters": _bytes_here(state.params),
         "moments": _bytes_here(state.opt_state),
-        "gradients": _bytes_here(state.params) * (2 if s.accumulate > 1 else 1),
+        "gradients": _bytes_here(program.trained.part(state.params)) * (2 if s.accumulate > 1 else 1),
         **activations(cfg, s.batch_size // s.accumulate, context, recipe.loss_chunks, mesh),
     }
     size["slack"] = int(SLACK * (size["saved_activations"] + size["working"]))
@@ -151,6 +150,7 @@ def _arithmetic(
         "model": as_dict(cfg),
         "shape": costs.shape_line(cfg),
         "params": costs.param_count(cfg),
+        "trained_params": program.trained.count,
         "steps": s.steps,
         "batch_tokens": s.batch_size * context,
         "tokens": tokens,
@@ -162,7 +162,7 @@ def _arithmetic(
         "accumulate": s.accumulate,
         "ramp_steps": s.ramp_steps,
         "bytes_per_device": size,
-        "least_sent_bytes": least_sent(cfg, s.batch_size, context, mesh.shape, s.accumulate),
+        "least_sent_bytes": least_sent(cfg, s.batch_size, context, mesh.shape, s.accumulate, _trains(program)),
         "memory": None,
         "fits": None,
         "days": None,
@@ -177,7 +177,7 @@ def _arithmetic(
             seconds += s.steps * muon["flops_per_device"] / (chip.flops * assumed.utilisation)
         record["days"] = seconds / 86_400
     if s.grows:
-        record["growth"] = _growth(s, mesh, topology, assumed)
+        record["growth"] = _growth(program, topology, assumed)
     if topology is not None:
         # During a growth, both states are in memory.
         growing = 0 if record["growth"] is None else record["growth"]["on_device_bytes"]
@@ -185,12 +185,14 @@ def _arithmetic(
     return record
 
 
-def _growth(stage: ResolvedStage, mesh: Mesh, topology: Topology | None, assumed: Assumptions) -> dict[str, Any]:
+def _trains(program: StageProgram) -> list[bool]:
+    found: list[bool] = jax.tree.leaves(program.trained.leaves)
+    return found
+
+
+def _growth(program: StageProgram, topology: Topology | None, assumed: Assumptions) -> dict[str, Any]:
     """Bytes and seconds of a growth: on the mesh, with all hosts reading and writing, and streamed by one host."""
-    lineage, names = stage.lineage, (stage.optimizer_before, stage.optimizer.name)
-    states = [
-        abstract_state(of, mesh, optimizer=name) for of, name in zip((lineage.before, lineage), names, strict=True)
-    ]
+    lineage, states = program.stage.lineage, (program.state_before, program.abstract_state)
     read, written = map(_bytes_in_all, states)
     on_device = sum(map(_bytes_here, states))
     record = {

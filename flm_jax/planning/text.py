@@ -51,9 +51,12 @@ def stage_text(record: dict[str, Any]) -> str:
     """The text of one stage's record."""
     mesh = " x ".join(f"{name} {size}" for name, size in record["mesh"].items() if size > 1) or "one device"
     parts = f", accumulated in {record['accumulate']} parts" if record["accumulate"] > 1 else ""
+    trained = ""
+    if record["trained_params"] < record["params"]:
+        trained = f", {costs.count(record['trained_params'])} of them train"
     lines = [
         f"\nStage {record['name']!r}: {record['shape']}",
-        f"  {costs.count(record['params'])} parameters; mesh {mesh}",
+        f"  {costs.count(record['params'])} parameters{trained}; mesh {mesh}",
         f"  {counted(record['steps'], 'step')} of {costs.count(record['batch_tokens'])} tokens{parts}: "
         f"{costs.count(record['tokens'])} tokens, {record['flops']:.3g} FLOPs "
         f"({record['flops_per_token']:.3g} FLOPs per token)"

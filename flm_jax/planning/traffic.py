@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flm_jax import costs
 from flm_jax.config import ModelConfig
 from flm_jax.sharding import mesh_axes
 
 
-def least_sent(cfg: ModelConfig, rows: int, context: int, mesh: Mapping[str, int], parts: int) -> dict[str, float]:
+def least_sent(
+    cfg: ModelConfig,
+    rows: int,
+    context: int,
+    mesh: Mapping[str, int],
+    parts: int,
+    trained: Sequence[bool] | None = None,
+) -> dict[str, float]:
     """Bytes that each device must send in a train step, on rings, by what they are for.
 
     Of the layout that keeps parameters split over `fsdp` and `tensor`, and the residual stream over `sequence` and
@@ -30,6 +37,8 @@ def least_sent(cfg: ModelConfig, rows: int, context: int, mesh: Mapping[str, int
       context: tokens per window.
       mesh: devices per mesh axis.
       parts: how many parts of the batch are computed one after the other.
+      trained: for every parameter whether anything of it trains, in the order of `costs.leaves`: others have no
+        gradients. None: all.
     """
     item = cfg.compute.itemsize
     fsdp, sequence, tensor = mesh["fsdp"], mesh["sequence"], mesh["tensor"]
@@ -39,17 +48,18 @@ def least_sent(cfg: ModelConfig, rows: int, context: int, mesh: Mapping[str, int
         return (devices - 1) / devices
 
     weights = scattered = summed = 0.0
-    for _, like, sig in costs.leaves(cfg):
+    known = list(costs.leaves(cfg))
+    for (_, like, sig), trains in zip(known, trained or [True] * len(known), strict=True):
         over = {name for axis in sig.axes for name in mesh_axes(axis)}
         split = tensor if "tensor" in over else 1
         held = like.size * item / split
         copies = mesh["data"] * sequence
         if "fsdp" in over:
             weights += ring(fsdp) * held * (2 if sig.stacked else 1)
-            scattered += ring(fsdp) * held
-            summed += 2 * ring(copies) * held / fsdp
+            scattered += ring(fsdp) * held * trains
+            summed += 2 * ring(copies) * held / fsdp * trains
         else:  # a bias, which every device along `fsdp` has
-            summed += 2 * ring(copies * fsdp) * held
+            summed += 2 * ring(copies * fsdp) * held * trains
     local = rows // parts // (mesh["data"] * fsdp) * (context // sequence)
     stream = ring(tensor) * local * cfg.embed * item
     keys = ring(sequence) * local * sequence * cfg.k_heads * cfg.h_dim * item / tensor

@@ -28,7 +28,7 @@ from flm_jax.records import as_dict
 from flm_jax.sharding import few_rows, put_batch
 from flm_jax.stage_run import stage_program
 from flm_jax.state import TrainState
-from flm_jax.step import StageProgram, make_grower
+from flm_jax.step import StageProgram
 
 # Times the loss of a uniform guess: a run with a greater loss has diverged.
 MAX_LOSS = 3.0
@@ -164,15 +164,13 @@ class _Replica:
             first: TrainState = self.program.initialiser()(key)
             return first
         if not self.program.stage.grows:
-            state: TrainState = jax.device_put(self.before.state, self.program.shardings)
-            return state.replace(step=jnp.zeros_like(state.step))
+            return self.program.continued(self.before.state)
         lineage, mesh = self.program.stage.lineage, self.program.mesh
         few = put_batch(next(iter(self.data.heldout(few_rows(mesh), few_rows(mesh)))), mesh)
         lineage, _ = settle(lineage, self.before.state.params, few.inputs_BT, few.segments_BT)
         self.placed[self.index] = lineage.last_growth
         self.program = stage_program(self.recipe, self.run, self._resolved()[self.index])
-        grower = make_grower(lineage, mesh, optimizer=self.program.stage.optimizer.name)
-        grown: TrainState = grower(self.before.state, key)
+        grown: TrainState = self.program.grower()(self.before.state, key)
         return grown
 
     def measured(self, step: int, loss: float) -> None:

@@ -74,7 +74,8 @@ class Snapshots:
         """
         stage = resolve(recipe)[index]
         mesh = make_mesh(None, jax.devices()[:1])
-        outline = jax.tree.structure(abstract_state(stage.lineage, mesh, optimizer=stage.optimizer.name))
+        state = abstract_state(stage.lineage, mesh, optimizer=stage.optimizer.name, train=stage.train)
+        outline = jax.tree.structure(state)
         with np.load(self.path(recipe, index), allow_pickle=False) as found:
             about = json.loads(found["about"].tobytes())
             state = jax.tree.unflatten(outline, [found[f"leaf{i}"] for i in range(len(found.files) - 1)])
