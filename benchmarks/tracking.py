@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app
 
-from flm_jax.tracking import Background, Measurement, MetricsLog, Session, Totals
+from flm_jax.tracking import Background, Measurement, MetricsLog, Session, StageCost, Totals
 from flm_jax.tracking.services import About, Service
 
 STEPS, REPEATS = 500, 5
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     """Prints a line per writer."""
     del argv
     with tempfile.TemporaryDirectory() as folder:
-        log = MetricsLog(Path(folder), "0_stage", "stage", Totals(0, 0, 0), 2048, 10**6, Session())
+        log = MetricsLog(Path(folder), "0_stage", "stage", Totals(0, 0, 0), StageCost(2048, 10**6), Session())
         log.open(0)
         files = microseconds(lambda step: log.write("train", step, VALUES))
         log.close()

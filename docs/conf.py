@@ -32,6 +32,7 @@ NAVIGATION = {
         "docs/own_operator.md",
         "docs/own_parameter.md",
         "docs/own_family.md",
+        "docs/distillation.md",
         "docs/sft.md",
         "docs/chat.md",
         "docs/convert.md",

@@ -54,24 +54,36 @@ def loss_sum(
       ValueError: `chunks` does not divide T.
     """
     model = Transformer(cfg)
-    T = inputs_BT.shape[1]
-    if T % chunks:
-        raise ValueError(f"loss chunks={chunks} must divide the context of {T} tokens.")
     x_BTD, _ = model.apply({"params": params}, inputs_BT, segments_BT, masks, method="hidden")
 
     def of_chunk(x_BtD: jax.Array, targets_Bt: jax.Array, weights_Bt: jax.Array) -> jax.Array:
         logits_BtV: Any = model.apply({"params": params}, x_BtD, method="logits")
         return jnp.sum(cross_entropy(logits_BtV, targets_Bt) * weights_Bt)
 
+    found: jax.Array = in_chunks(of_chunk, chunks, x_BTD, targets_BT, weights_BT)
+    return found
+
+
+def in_chunks(of_chunk: Callable[..., Any], chunks: int, *arrays: jax.Array) -> Any:
+    """The sums of what `of_chunk` returns, scalars, over chunks of the positions of (B, T, ...) arrays.
+
+    The chunks are computed one after the other, and again in the backward pass; one chunk: all positions at once.
+
+    Raises:
+      ValueError: `chunks` does not divide T.
+    """
+    T = arrays[0].shape[1]
+    if T % chunks:
+        raise ValueError(f"loss chunks={chunks} must divide the context of {T} tokens.")
     if chunks == 1:
-        return of_chunk(x_BTD, targets_BT, weights_BT)
+        return of_chunk(*arrays)
 
     # Position t goes to chunk t mod chunks, so that no position has to move to another device.
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0], T // chunks, chunks, *x.shape[2:]), 2, 0)
 
-    parts = jax.lax.map(jax.checkpoint(lambda xs: of_chunk(*xs)), (split(x_BTD), split(targets_BT), split(weights_BT)))
-    return jnp.sum(parts)
+    parts = jax.lax.map(jax.checkpoint(lambda xs: of_chunk(*xs)), tuple(split(x) for x in arrays))
+    return jax.tree.map(jnp.sum, parts)
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

@@ -55,18 +55,18 @@ class Progress:
     def step(self, step: int, values: Mapping[str, float], write: bool) -> None:
         """Shows one finished step, and writes its measurements if `write`."""
         begun, since = self._since
-        tokens_per_step, flops_per_token = self._metrics.tokens_per_step, self._metrics.flops_per_token
+        cost = self._metrics.cost
         if self._compiling:
             # The first step after a start includes compilation, so it is not timed.
             self._compiling, self._since = False, (step, time.perf_counter())
         elif write or not self._rate:
             now = time.perf_counter()
-            self._rate = (step - begun) * tokens_per_step / (now - since)
+            self._rate = (step - begun) * cost.tokens_per_step / (now - since)
             self._since = (step, now)
         self._bar.set_postfix_str(f"loss {values['loss']:.3f}{self._eval}, {self._rate:,.0f} tokens/s", refresh=False)
         self._bar.update(step - self._bar.n)
         if write:
-            rates = {"tokens_per_second": self._rate, "flops_per_second": self._rate * flops_per_token}
+            rates = {"tokens_per_second": self._rate, "flops_per_second": self._rate * cost.at(step)}
             self._metrics.write("train", step, {**values, **rates})
 
     def evaluated(self, step: int, record: Mapping[str, Any]) -> None:

@@ -73,13 +73,13 @@ def summary(
 ) -> dict[str, Any]:
     """The report as JSON-able data.
 
-    In a stage, `tokens` and `flops` are those of the stage alone; `total_tokens` and `total_flops` include all earlier
-    stages.
+    In a stage, `tokens` and `flops` are those of the stage alone, with its teacher; `total_tokens` and `total_flops`
+    include all earlier stages.
     """
     rows, tokens, flops = [], 0, 0
     for s in stages:
         own = s.steps * s.batch_size * context
-        own_flops = own * costs.train_flops_per_token(s.cfg, context)
+        own_flops = s.cost(context).flops(s.steps)
         tokens, flops = tokens + own, flops + own_flops
         evals = [e for e in history["evals"] if e["stage"] == s.name]
         rows.append(
@@ -96,6 +96,7 @@ def summary(
                 "total_flops": flops,
                 "eval_loss": evals[-1]["loss"],
                 "eval_bits_per_byte": evals[-1]["bits_per_byte"],
+                **_teacher(s, context),
             }
         )
     growths = [_growth(GrowthRecord.from_record(record)) for record in history["growths"]]
@@ -109,6 +110,15 @@ def summary(
         "sample": sample,
         "bytes_per_token": bytes_per_token,
     }
+
+
+def _teacher(stage: ResolvedStage, context: int) -> dict[str, Any]:
+    """The report's entry of a stage's teacher, if it has one: `flops` of its forward passes are among the stage's."""
+    if stage.teacher is None:
+        return {}
+    cost, params = stage.cost(context), costs.param_count(stage.teacher.cfg)
+    flops = cost.teacher_steps * cost.tokens_per_step * cost.teacher_flops_per_token
+    return {"teacher": {"params": params, "steps": cost.teacher_steps, "flops": flops}}
 
 
 def _growth(growth: GrowthRecord) -> dict[str, Any]:
@@ -163,7 +173,7 @@ def curves(stages: Sequence[ResolvedStage], history: Mapping[str, Any], context:
         points = [(before + e["flops"], float(e["loss"])) for e in history["evals"] if e["stage"] == s.name]
         label = f"{s.name}: {costs.count(costs.param_count(s.cfg))} parameters"
         found += [Curve(label, [x for x, _ in points], [y for _, y in points], grown.get(s.name))] if points else []
-        before += s.steps * s.batch_size * context * costs.train_flops_per_token(s.cfg, context)
+        before += s.cost(context).flops(s.steps)
     return found
 
 
@@ -210,6 +220,11 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     last = result["stages"][-1]
     lines += ["", f"All stages: {costs.count(last['total_tokens'])} tokens and {last['total_flops']:.3g} FLOPs."]
+    for r in result["stages"]:
+        if taught := r.get("teacher"):
+            size, flops = costs.count(taught["params"]), f"{taught['flops']:.3g}"
+            until = f"Until step {taught['steps']}, {r['name']} also learns from"
+            lines += ["", f"{until} a teacher of {size} parameters: {flops} of its FLOPs."]
     if result["growths"]:
         lines += [
             "",

@@ -29,6 +29,7 @@ from flm_jax.data.vocabulary_files import to_files
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import GrowthError
 from flm_jax.loss import bits_per_byte, make_heldout_loss
+from flm_jax.model import Params
 from flm_jax.progress import Interrupts, Progress
 from flm_jax.recipe import Recipe, ResolvedStage, Run
 from flm_jax.sharding import make_mesh, own_rows, put_batch
@@ -83,13 +84,12 @@ class StageRun:
         stage, context = stages[index], recipe.data.context
         self.files = to_files(data.vocabulary) if source is None else source.files_with(data.vocabulary)
         self.heldout_loss = make_heldout_loss(stage.cfg, self.mesh, recipe.loss_chunks)
-        self.flops_per_token = costs.train_flops_per_token(stage.cfg, context)
+        self.cost = stage.cost(context)
         before = Totals(0, 0, 0)
         for s in stages[:index]:
-            before = before.plus(s.steps, s.batch_size * context, costs.train_flops_per_token(s.cfg, context))
+            before = before.plus(s.steps, s.cost(context))
         self.windows_before = before.tokens // context
-        per_step = stage.batch_size * context, self.flops_per_token
-        self.metrics = MetricsLog(workdir, stage.directory, stage.name, before, *per_step, session)
+        self.metrics = MetricsLog(workdir, stage.directory, stage.name, before, self.cost, session)
 
     @property
     def stage(self) -> ResolvedStage:
@@ -114,6 +114,8 @@ class StageRun:
         else:
             state, record = self._grow(state, key)
             provenance |= record
+        if self.stage.teacher is not None:
+            provenance |= {"teacher": self._teacher_digest()}
         measured = self._measure(0, state)
         self._save(0, state, provenance)
         self.store.wait()
@@ -158,6 +160,22 @@ class StageRun:
         distributed.print0(growth_lines(record))
         return grown, record.record()
 
+    def _teacher_digest(self) -> str:
+        """The digest of the teacher's checkpoint; of the model that the stage grew from, as the growth recorded it."""
+        assert self.stage.teacher is not None
+        if self.stage.teacher.source is not None:
+            return self.stage.teacher.source.digest
+        growths = {record["stage"]: record for record in self.history["growths"]}
+        return GrowthRecord.from_record(growths[self.stage.name]).source_digest
+
+    def _teacher(self, step: int) -> Params | None:
+        """The teacher's weights, if the step after `step` steps has a teacher."""
+        if self.stage.teacher is None or step >= self.stage.teacher_steps:
+            return None
+        source = self.stage.teacher.source
+        where = self._grown_from() if source is None else source.directory
+        return self.stage.teacher.restore(self.mesh, self._teacher_digest(), where)
+
     def _grown_from(self) -> Path:
         """The checkpoint step that the stage grew from: the last of the stage before, or the recipe's start."""
         if self.stage.index == 0:
@@ -176,7 +194,7 @@ class StageRun:
         vote = distributed.Vote(self.mesh)
         rows = own_rows(self.mesh, stage.batch_size)
         pending: tuple[int, Metrics] | None = None
-        masked, stepper = None, None
+        masked, stepper, teacher = None, None, self._teacher(step)
         if stage.train != "all":
             sizes = (costs.count(size) for size in (stage.trained.count, costs.param_count(stage.cfg)))
             distributed.print0("Stage {!r} trains what is new: {} of {} parameters.".format(stage.name, *sizes))
@@ -185,7 +203,7 @@ class StageRun:
 
             def look(at: int, metrics: Metrics) -> None:
                 nonlocal bad_in_a_row
-                values = {f: float(x) for f, x in vars(jax.device_get(metrics)).items()}
+                values = {f: float(x) for f, x in vars(jax.device_get(metrics)).items() if x is not None}
                 show.step(at, values, write=at % settings.log_every == 0 or at == stage.steps)
                 bad_in_a_row = bad_in_a_row + 1 if values["bad"] else 0
                 if values["bad"]:
@@ -213,10 +231,12 @@ class StageRun:
                 if masked != (step < stage.ramp_steps):
                     masked = step < stage.ramp_steps
                     stepper = self.program.stepper(masked)
+                if step == stage.teacher_steps:
+                    teacher = None  # frees its memory
                 batch = put_batch(self.batches.next(stage.batch_size, rows), self.mesh, stage.batch_size)
                 assert stepper is not None
                 with jax.transfer_guard("disallow"):
-                    state, metrics = stepper(state, batch)
+                    state, metrics = stepper(state, batch, teacher=teacher)
                 step += 1
                 if pending is not None:
                     look(*pending)
@@ -262,7 +282,7 @@ class StageRun:
             "stage": self.stage.name,
             "step": step,
             "tokens": tokens,
-            "flops": tokens * self.flops_per_token,
+            "flops": self.cost.flops(step),
             "loss": loss,
             "bits_per_byte": bits_per_byte(loss, self.data.bytes_per_token),
         }

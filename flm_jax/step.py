@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from flm_jax import attention
 from flm_jax.compiler_options import for_step
+from flm_jax.distillation import distilled_sums
 from flm_jax.growth.grow import grow_opt_state, grow_params
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.rescaling import paced, rescaled_optimizer, rescaling
-from flm_jax.growth.trained import Trained
 from flm_jax.loss import loss_sum
 from flm_jax.model import Masks, Params, declared, init_params
 from flm_jax.optimizer import in_form, schedule
@@ -27,12 +27,18 @@ from flm_jax.recipe import ResolvedStage
 from flm_jax.sharding import replicated
 from flm_jax.state import TrainState, abstract_state, shardings_of
 
+# The loss of a step and, with a teacher, the divergence `kl`; and the function of parameters and rows of a batch that
+# gives what is minimised, and these.
+Measured = tuple[jax.Array, dict[str, jax.Array]]
+Objective = Callable[[Params, Any], tuple[jax.Array, Measured]]
+
 
 class Metrics(struct.PyTreeNode):
     """Measurements of one step, each () float32.
 
     `mask` is the smallest value of any growth mask (1 without masks); `bad` is 1 if the step was skipped because its
-    loss, gradient or update was not finite.
+    loss, gradient or update was not finite. Of steps with a teacher, `kl` is the divergence from it, in nats per token,
+    and `kl_weight` its weight; `loss` is the cross-entropy in any case.
     """
 
     loss: jax.Array
@@ -42,6 +48,8 @@ class Metrics(struct.PyTreeNode):
     learning_rate: jax.Array
     mask: jax.Array
     bad: jax.Array
+    kl: jax.Array | None = None
+    kl_weight: jax.Array | None = None
 
 
 @contextlib.contextmanager
@@ -130,7 +138,7 @@ class StageProgram:
         return rescaled_optimizer(self.stage.optimizer, self.stage.cfg, self.trained.part(signatures), part)
 
     def check_trains(self, context: int) -> None:
-        """Checks that the mesh splits this stage's batches evenly, and that its devices have the attention kernel.
+        """Checks that the mesh splits batches and teacher evenly, and that its devices have the attention kernel.
 
         Raises:
           ValueError: it does not, or they have not; the message names the stage, and what works.
@@ -151,11 +159,14 @@ class StageProgram:
                 f"accumulate = {shards * stage.accumulate}, such as "
                 f"{-(-stage.batch_size // (shards * stage.accumulate)) * shards * stage.accumulate}."
             )
+        models = [("", stage.cfg)] + ([] if stage.teacher is None else [("its teacher: ", stage.teacher.cfg)])
         with jax.set_mesh(mesh):
-            try:
-                attention.check(stage.cfg, stage.batch_size // stage.accumulate, context)
-            except ValueError as error:
-                raise ValueError(f"Stage {stage.name!r}: {error}") from None
+            for whose, cfg in models:
+                try:
+                    attention.check(cfg, stage.batch_size // stage.accumulate, context)
+                except ValueError as error:
+                    raise ValueError(f"Stage {stage.name!r}: {whose}{error}") from None
+        self.abstract_teacher()
 
     def initialiser(self) -> Any:
         """The jitted function key -> state of a first stage at step 0."""
@@ -202,19 +213,65 @@ class StageProgram:
         since, count = state.step + (self.stage.since_growth or 0), optax.tree_utils.tree_get(state.opt_state, "count")
         return paced(self.stage.optimizer, self.stage.lineage, updates, since, count)
 
+    def abstract_teacher(self) -> Params | None:
+        """Shapes, dtypes and shardings of the weights of the stage's teacher, or None.
+
+        Raises:
+          ValueError: the mesh does not divide one of its axes.
+        """
+        if self.stage.teacher is None:
+            return None
+        try:
+            return self.stage.teacher.abstract(self.mesh)
+        except ValueError as error:
+            raise ValueError(f"Stage {self.stage.name!r}: its teacher: {error}") from None
+
+    def _objective(
+        self, batch: Any, masks: Masks | None, teacher: Params | None, weight: jax.Array | None
+    ) -> tuple[Objective, Measured]:
+        """What a step minimises, for rows of the batch, and zeros like what it measures."""
+        cfg, total = self.stage.cfg, jnp.sum(batch.weights_BT)
+        zero = jnp.zeros((), jnp.promote_types(cfg.compute, jnp.float32))
+
+        def of_text(params: Params, rows: Any) -> tuple[jax.Array, Measured]:
+            tokens = (rows.inputs_BT, rows.targets_BT, rows.weights_BT, rows.segments_BT)
+            loss = loss_sum(cfg, params, *tokens, masks, self.chunks) / total
+            return loss, (loss, {})
+
+        resolved = self.stage.teacher
+        if teacher is None or weight is None or resolved is None:
+            return of_text, (zero, {})
+        temperature = resolved.teacher.temperature
+
+        def of_both(params: Params, rows: Any) -> tuple[jax.Array, Measured]:
+            sums = distilled_sums(cfg, params, resolved.cfg, teacher, rows, masks, self.chunks, temperature)
+            loss, kl = sums[0] / total, sums[1] / total
+            return (1 - weight) * loss + weight * temperature**2 * kl, (loss, {"kl": kl})
+
+        return of_both, (zero, {"kl": zero})
+
     def step_function(self, masked: bool) -> Any:
-        """The train step, not jitted: (state, batch, pace) -> (next state, metrics).
+        """The train step, not jitted: (state, batch, pace, teacher) -> (next state, metrics).
 
         If the loss, the gradient or the update is not finite, only the step count changes. `pace` multiplies the
         learning rate: runs that differ in their rate alone can be mapped over it. Entries that do not train
         (`Stage.train`) keep their values and their moments, bit for bit, and count in no norm but that of parameters.
+        `teacher` are the weights of the stage's teacher (see `abstract_teacher`); without them the program has none.
         """
-        trained, parts = self.trained, self.stage.accumulate
+        trained = self.trained
 
-        def step(state: TrainState, batch: Any, pace: jax.Array | float = 1.0) -> tuple[TrainState, Metrics]:
+        def step(
+            state: TrainState, batch: Any, pace: jax.Array | float = 1.0, teacher: Params | None = None
+        ) -> tuple[TrainState, Metrics]:
             masks = self.masks(state.step) if masked else None
             old = trained.part(state.params)
-            loss, grads = _accumulated(trained, state.params, batch, masks, self.chunks, parts)
+            weight = None if teacher is None or self.stage.teacher is None else self.stage.teacher.weight_at(state.step)
+            objective, zero = self._objective(batch, masks, teacher, weight)
+
+            def of_moving(moving: Params, rows: Any) -> tuple[jax.Array, Measured]:
+                return objective(trained.whole(moving, state.params), rows)
+
+            (loss, taught), grads = _accumulated(of_moving, zero, old, batch, self.stage.accumulate)
             grads = trained.select(grads)
             # No entry that stays may have an effect on those that train, through a moment either.
             updates, opt_state = self.tx.update(grads, trained.select_moments(state.opt_state), old)
@@ -238,6 +295,8 @@ class StageProgram:
                 learning_rate=rate,
                 mask=_lowest(masks),
                 bad=1.0 - good,
+                **taught,
+                kl_weight=weight,
             )
             return TrainState(state.step + 1, trained.whole(part, state.params), opt_state), metrics
 
@@ -257,23 +316,21 @@ def _lowest(masks: Masks | None) -> jax.Array:
 
 
 def _accumulated(
-    trained: Trained, params: Params, batch: Any, masks: Masks | None, chunks: int, parts: int
-) -> tuple[jax.Array, Params]:
-    """Mean loss over a batch and its gradient by what trains, accumulated over `parts` parts of the batch."""
-    cfg, moving = trained.lineage.cfg, trained.part(params)
-    total = jnp.sum(batch.weights_BT)
+    objective: Objective, zero: Measured, params: Params, batch: Any, parts: int
+) -> tuple[Measured, Params]:
+    """What an objective measures on a batch, and its gradient, accumulated over `parts` parts of the batch."""
 
-    def value(moving: Params, rows: Any) -> jax.Array:
-        tokens = (rows.inputs_BT, rows.targets_BT, rows.weights_BT, rows.segments_BT)
-        return loss_sum(cfg, trained.whole(moving, params), *tokens, masks, chunks) / total
+    def derived(rows: Any) -> tuple[Measured, Params]:
+        (_, measured), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
+        return measured, grads
 
     if parts == 1:
-        return jax.value_and_grad(value)(moving, batch)
+        return derived(batch)
     # Row i goes to part i mod parts, so that no row has to move to another device.
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
-    def add(carry: tuple[jax.Array, Params], rows: Any) -> tuple[tuple[jax.Array, Params], None]:
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(value)(moving, rows)), None
+    def add(carry: tuple[Measured, Params], rows: Any) -> tuple[tuple[Measured, Params], None]:
+        return jax.tree.map(jnp.add, carry, derived(rows)), None
 
-    zero = jnp.zeros((), jnp.promote_types(cfg.compute, jnp.float32))
-    return jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, moving)), split)[0]
+    found: tuple[Measured, Params] = jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), split)[0]
+    return found

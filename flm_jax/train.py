@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,18 @@ def train(
         check_vocabulary(stages, data.vocabulary.size)
         if source is not None and (other := source.other_vocabulary(data.vocabulary)):
             distributed.print0(other)
+        taught = {s.name: s.teacher for s in stages if s.teacher is not None}
+        for name, teacher in taught.items():
+            if other := teacher.other_vocabulary(data.vocabulary, name):
+                distributed.print0(other)
         # The path of the data may change between starts, its contents may not.
         identity = {key: value for key, value in data.describe().items() if key in ("read", "context", "seed")}
         identity |= {"digest": data.digest, "vocabulary": data.vocabulary.digest}
         identity |= {} if source is None else {"start": source.digest}
+        identity |= {"teachers": {name: teacher.record() for name, teacher in taught.items()}} if taught else {}
         with distributed.together("data"):
-            check_identity(workdir, DATA, identity, "other data or another start")
+            what = "another teacher, other data" if taught else "other data"
+            check_identity(workdir, DATA, identity, f"{what} or another start")
         stores = [
             stack.enter_context(Checkpoints(workdir / STAGES / s.directory, keep=run.keep, keep_steps=(0, s.steps)))
             for s in stages
@@ -141,7 +147,7 @@ def train(
         interrupts = stack.enter_context(Interrupts())
         for index in range(first, len(stages)):
             # The lineage of this stage needs the layer placement that earlier growths by distance have measured.
-            stages = _placed(recipe, source, history)
+            stages = _placed(recipe, source, stages, history)
             worker = StageRun(
                 recipe, run, workdir, data, stages, index, stores[index], history, position, source, session
             )
@@ -173,11 +179,15 @@ def _page(workdir: Path) -> None:
         log.error("report.html cannot be written: %s", error)
 
 
-def _placed(recipe: Recipe, source: SourceCheckpoint | None, history: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
+def _placed(
+    recipe: Recipe, source: SourceCheckpoint | None, known: Sequence[ResolvedStage], history: Mapping[str, Any]
+) -> tuple[ResolvedStage, ...]:
     """The stages, with new layers placed as the growths of this run so far have placed them."""
     placed = {record["stage"]: GrowthRecord.from_record(record).growth for record in history["growths"]}
     stages = [dataclasses.replace(stage, growth=placed.get(stage.name, stage.growth)) for stage in recipe.stages]
-    return resolve(dataclasses.replace(recipe, stages=tuple(stages)), source)
+    # Read again, a path could mean a later checkpoint than at the start.
+    teachers = {s.name: s.teacher.source for s in known if s.teacher is not None and s.teacher.source is not None}
+    return resolve(dataclasses.replace(recipe, stages=tuple(stages)), source, teachers)
 
 
 def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[int, Restored | None]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from flm_jax.data.config import DataConfig
+from flm_jax.distillation import Teacher
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
@@ -11,6 +12,8 @@ from tests.small import shape
 
 RUN = Run(mesh=MeshConfig(fsdp=2, tensor=2), checkpoint_every=2, log_every=1, sample_tokens=8)
 RAMP = 4
+FAST = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
+LARGE = shape(embed=32, layers=3, remat="none")
 
 
 class StopAfter:
@@ -46,3 +49,12 @@ def three_stages(data: DataConfig) -> Recipe:
         Stage("third", shape(embed=40, layers=4, mlp=64), 4, 16, fast, Growth("zero")),
         eval_windows=16,
     )
+
+
+def grown_once(data: DataConfig, teacher: Teacher | None = None, growth: Growth | None = None, **fields: Any) -> Recipe:
+    """A model that grows after two steps; `fields` are those of its second stage, `first` those of its first."""
+    first = Stage(
+        **{**dict(name="first", model=shape(), steps=2, batch_size=8, optimizer=FAST), **fields.pop("first", {})}
+    )
+    given = dict(model=LARGE, optimizer=FAST, growth=growth or Growth("zero"), teacher=teacher)
+    return recipe_of(data, first, Stage(**{**dict(name="second", steps=6, batch_size=8), **given, **fields}))

@@ -39,6 +39,7 @@ WORDS = {"cd", "cat", "cp", "echo", "export", "for", "mkdir", "sh", "wait", ".",
 OTHER = {
     "docs/chat.md": ["/help lists"],
     "docs/demo.md": ["def 01"],
+    "docs/distillation.md": ["second/Stage.teacher = @Teacher()", "(1 - w) * cross-entropy"],
     "docs/growth.md": ["plan = Growth", "plan = plan.settled"],
     "docs/growth_math.md": ["norm(x)_i = g_i", "g' = g", "c_i = sqrt", "norm(x)_i = m_i", "m' = a m"],
     "docs/muon.md": ["0.2 sqrt", "bytes per device"],

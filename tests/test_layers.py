@@ -23,7 +23,7 @@ state
 checkpoint
 data
 source_checkpoint
-chat generation
+chat generation distillation
 recipe
 step
 checkpoint_growth

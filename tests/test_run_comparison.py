@@ -61,7 +61,7 @@ def work(tmp_path_factory):
 
 def test_flops_and_tokens_add_up_over_stages_each_at_its_own_cost(work):
     run = read_run_curves(work / "grown")
-    assert [stage.flops_per_token for stage in run.stages] == [2592, 15_360]
+    assert [stage.cost.flops_per_token for stage in run.stages] == [2592, 15_360]
     assert [point.flops for point in run.heldout] == [0, 103_680, 207_360, 207_360, 821_760]
     assert [point.tokens for point in run.heldout] == [0, 40, 80, 80, 120]
     assert [point.step for point in run.heldout] == [0, 5, 10, 10, 15]

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from flm_jax.tracking import MetricsLog, Session, Totals, read_log
+from flm_jax.tracking import MetricsLog, Session, StageCost, Totals, read_log
 
 
 def log(workdir, start=0, session=None):
     before = Totals(100, 3200, 6400)
-    metrics = MetricsLog(workdir, "1_two", "two", before, tokens_per_step=8, flops_per_token=2, session=session)
+    metrics = MetricsLog(workdir, "1_two", "two", before, StageCost(8, 2), session)
     metrics.open(start)
     return metrics
 
@@ -117,7 +117,7 @@ class Taking:
 
 def test_the_service_gets_what_the_file_gets_even_if_the_file_cannot_be_written(tmp_path):
     service = Taking()
-    metrics = MetricsLog(tmp_path / "gone", "0_one", "one", Totals(0, 0, 0), 8, 2, Session(service))
+    metrics = MetricsLog(tmp_path / "gone", "0_one", "one", Totals(0, 0, 0), StageCost(8, 2), Session(service))
     metrics.write("save", 0, {})  # before the log is open
     metrics.open(0)
     metrics.write("train", 1, {"loss": 1.0})

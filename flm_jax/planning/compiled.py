@@ -25,6 +25,8 @@ from flm_jax.records import counted
 from flm_jax.sharding import spec
 from flm_jax.step import StageProgram, parameter_growers, quietly_donated
 
+# The program of a stage's first steps, if these have a teacher; with masks, if they have some.
+TAUGHT = "train step with a teacher"
 COMPILERS = ("arithmetic", "none", "cpu", "tpu")
 # Assumed fraction of the chip's peak at which hand-written kernels run; the compiler does not estimate their cycles.
 KERNEL_UTILISATION = 0.5
@@ -88,9 +90,14 @@ def programs(recipe: Recipe, program: StageProgram) -> Iterator[tuple[str, Any]]
             yield "growth", lowered
         elif not stage.continues:
             yield "initialisation", program.initialiser().lower(key)
-        if stage.ramp_steps:
+        teacher = program.abstract_teacher()
+        if teacher is not None:
+            first = program.stepper(masked=stage.ramp_steps > 0)
+            yield TAUGHT, first.lower(program.abstract_state, batch, teacher=teacher)
+        if stage.ramp_steps > stage.teacher_steps:
             yield "train step with masks", program.stepper(masked=True).lower(program.abstract_state, batch)
-        yield "train step", program.stepper(masked=False).lower(program.abstract_state, batch)
+        if stage.teacher_steps < stage.steps:
+            yield "train step", program.stepper(masked=False).lower(program.abstract_state, batch)
 
 
 def decoding(program: StageProgram, rows: int, context: int, tokens: int = 64) -> Any:
@@ -241,8 +248,9 @@ def prefer_compiler_memory(
     said = [about["fits"] for about in record["programs"].values() if "fits" in about]
     if said:
         record["fits"], record["fits_by"] = all(said), "the TPU compiler"
-    for about in record["programs"].values():
-        if topology is None or "predicted" not in about or not about["kernels"]:
+    for name, about in record["programs"].items():
+        # The kernels of a step with a teacher are those of two models, which their names do not tell apart.
+        if topology is None or "predicted" not in about or not about["kernels"] or name == TAUGHT:
             continue
         predicted = about["predicted"]
         predicted["kernel_seconds"] = kernel_seconds(about["kernels"], stage, recipe.data.context, topology, mesh)

@@ -22,6 +22,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.kernels import ATTENDED
 from flm_jax.model import SAVED
 from flm_jax.planning.compiled import (
+    TAUGHT,
     compiled,
     free_compiled_programs,
     parameter_growth,
@@ -74,8 +75,9 @@ def stages(
       compiler: "arithmetic" (count, lower nothing), "none" (lower only), "cpu" or "tpu": see the module's docstring.
       assumed: assumptions that no compiler provides.
       only: names of programs to compile; the others are only lowered. None: with "tpu", the growth and the train steps;
-        otherwise the train step without masks, and the growth, compiled parameter by parameter, because as one program
-        it may need more memory than a laptop has (the growth of the moments exchanges the same entries).
+        otherwise the train steps without masks or with a teacher, and the growth, compiled parameter by parameter,
+        because as one program it may need more memory than a laptop has (the growth of the moments exchanges the same
+        entries).
       among: names of the stages to plan; None: all.
 
     Yields:
@@ -88,8 +90,8 @@ def stages(
     run.check(recipe)
     _, resolved = begin(_placed_anywhere(recipe))
     if only is None:
-        on_tpu = ("growth", "train step with masks", "train step")
-        only = on_tpu if compiler == "tpu" else ("growth of parameters", "train step")
+        on_tpu = ("growth", TAUGHT, "train step with masks", "train step")
+        only = on_tpu if compiler == "tpu" else ("growth of parameters", TAUGHT, "train step")
     for stage in resolved:
         if among is not None and stage.name not in among:
             continue
@@ -130,7 +132,8 @@ def _arithmetic(
     s, context, mesh = program.stage, recipe.data.context, program.mesh
     cfg = s.cfg
     tokens = s.steps * s.batch_size * context
-    per_token = costs.train_flops_per_token(cfg, context)
+    cost = s.cost(context)
+    flops = cost.flops(s.steps)
     state = program.abstract_state
     size = {
         "parameters": _bytes_here(state.params),
@@ -138,6 +141,9 @@ def _arithmetic(
         "gradients": _bytes_here(program.trained.part(state.params)) * (2 if s.accumulate > 1 else 1),
         **activations(cfg, s.batch_size // s.accumulate, context, recipe.loss_chunks, mesh),
     }
+    if s.teacher is not None:
+        forward = activations(s.teacher.cfg, s.batch_size // s.accumulate, context, recipe.loss_chunks, mesh)["working"]
+        size["teacher"] = _bytes_here(program.abstract_teacher()) + forward
     size["slack"] = int(SLACK * (size["saved_activations"] + size["working"]))
     muon = None
     if s.optimizer.name == "muon":
@@ -154,13 +160,14 @@ def _arithmetic(
         "steps": s.steps,
         "batch_tokens": s.batch_size * context,
         "tokens": tokens,
-        "flops_per_token": per_token,
-        "flops": tokens * per_token,
+        "flops_per_token": cost.flops_per_token,
+        "flops": flops,
         "optimizer": s.optimizer.name,
         "orthogonalisation": muon,
         "mesh": dict(mesh.shape),
         "accumulate": s.accumulate,
         "ramp_steps": s.ramp_steps,
+        "teacher": None,
         "bytes_per_device": size,
         "least_sent_bytes": least_sent(cfg, s.batch_size, context, mesh.shape, s.accumulate, _trains(program)),
         "memory": None,
@@ -168,11 +175,18 @@ def _arithmetic(
         "days": None,
         "growth": None,
     }
+    if s.teacher is not None:
+        record["teacher"] = {
+            "params": costs.param_count(s.teacher.cfg),
+            "steps": cost.teacher_steps,
+            "flops_per_token": cost.teacher_flops_per_token,
+            "flops": flops - tokens * cost.flops_per_token,
+        }
     if topology is not None:
         chip = topology.chip
         record["memory"] = chip.memory
         record["fits_by"] = "arithmetic"
-        seconds = tokens * per_token / (topology.devices * chip.flops * assumed.utilisation)
+        seconds = flops / (topology.devices * chip.flops * assumed.utilisation)
         if muon:
             seconds += s.steps * muon["flops_per_device"] / (chip.flops * assumed.utilisation)
         record["days"] = seconds / 86_400

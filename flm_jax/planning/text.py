@@ -63,6 +63,12 @@ def stage_text(record: dict[str, Any]) -> str:
         + (f", {record['days']:.1f} days" if record["days"] is not None else ""),
         f"  bytes per device: {_sizes(record['bytes_per_device'])}",
     ]
+    if taught := record["teacher"]:
+        lines.insert(
+            3,
+            f"  a teacher of {costs.count(taught['params'])} parameters for {counted(taught['steps'], 'step')}: "
+            f"{taught['flops']:.3g} of these FLOPs ({taught['flops_per_token']:.3g} FLOPs per token)",
+        )
     if muon := record["orthogonalisation"]:
         part = muon["flops"] / (record["flops_per_token"] * record["batch_tokens"])
         lines.append(

@@ -166,8 +166,8 @@ def _run_record(run: RunCurves) -> dict[str, Any]:
             "name": stage.name,
             "params": stage.params,
             "steps": stage.steps,
-            "tokens_per_step": stage.tokens_per_step,
-            "flops_per_token": stage.flops_per_token,
+            "tokens_per_step": stage.cost.tokens_per_step,
+            "flops_per_token": stage.cost.flops_per_token,
             "grown": stage.grown,
         }
         for stage in run.stages

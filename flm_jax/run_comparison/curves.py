@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flm_jax.config import ModelConfig
-from flm_jax.tracking import Totals
+from flm_jax.tracking import StageCost, Totals
 
 
 class Point(NamedTuple):
@@ -20,7 +20,7 @@ class Point(NamedTuple):
       stage_step: steps of the stage.
       step: steps over all stages.
       tokens: over all stages.
-      flops: training FLOPs over all stages, each token at the cost of its own stage's model.
+      flops: training FLOPs over all stages, each token at the cost of its own stage's model and teacher.
       seconds: wall clock, without the pauses between starts of the program; None if nothing recorded it.
       loss: nats per token.
       bits_per_byte: of held-out losses.
@@ -44,8 +44,7 @@ class StageCurve(NamedTuple):
       model: its configuration.
       params: number of parameters.
       steps: planned optimizer steps.
-      tokens_per_step: tokens of a batch.
-      flops_per_token: training FLOPs per token.
+      cost: what its steps cost.
       before: totals of the stages before.
       grown: the method of the growth that it begins with; None if it begins without.
     """
@@ -54,14 +53,13 @@ class StageCurve(NamedTuple):
     model: ModelConfig
     params: int
     steps: int
-    tokens_per_step: int
-    flops_per_token: int
+    cost: StageCost
     before: Totals
     grown: str | None
 
     def totals(self, step: int) -> Totals:
         """Totals of the run after `step` steps of the stage."""
-        return self.before.plus(step, self.tokens_per_step, self.flops_per_token)
+        return self.before.plus(step, self.cost)
 
 
 @dataclass(frozen=True)

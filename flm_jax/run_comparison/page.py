@@ -48,7 +48,7 @@ def _record(run: RunCurves) -> dict[str, Any]:
             "params": costs.count(stage.params),
             "grown": stage.grown,
             "steps": stage.steps,
-            "flopsPerToken": f"{stage.flops_per_token:.3g}",
+            "flopsPerToken": f"{stage.cost.flops_per_token:.3g}",
         }
         for stage in run.stages
     ]

@@ -13,10 +13,10 @@ from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint.manifest import read_meta
 from flm_jax.config import ModelConfig
 from flm_jax.growth import Growth
-from flm_jax.records import DATA, RECIPE, completed, flattened, from_dict
+from flm_jax.records import DATA, RECIPE, completed, counted, flattened, from_dict
 from flm_jax.records.foreign_json import check, field, read_json
 from flm_jax.run_comparison.curves import Point, RunCurves, StageCurve
-from flm_jax.tracking import METRICS, Totals, read_log
+from flm_jax.tracking import METRICS, StageCost, Totals, read_log
 
 _EVAL = {"stage": str, "step": int, "loss": float, "bits_per_byte": float}
 
@@ -41,7 +41,8 @@ def read_run_curves(workdir: str | Path, name: str = "") -> RunCurves:
     data = completed(read_json(where / DATA, finite=False)) if (where / DATA).is_file() else {}
     about = str(where / RECIPE)
     context = field(field(recipe, "data", dict, about), "context", int, f"{about}: data")
-    stages = tuple(_stages(recipe, context, about))
+    teachers = field(data, "teachers", dict, str(where / DATA)) if "teachers" in data else {}
+    stages = tuple(_stages(recipe, teachers, context, about))
     name, device = name or where.absolute().name, None
     notes: list[str] = []
     if (where / METRICS).is_file():
@@ -54,9 +55,19 @@ def read_run_curves(workdir: str | Path, name: str = "") -> RunCurves:
         raise ValueError(f"{workdir} holds no losses yet: compare it once it has measured some.")
     if "start" in data:
         notes.append("It began with a checkpoint of another run: what that one cost is not counted.")
+    notes += [
+        f"Stage {stage.name} has a teacher for {counted(stage.cost.teacher_steps, 'step')}: its forward passes count."
+        for stage in stages
+        if stage.cost.teacher_steps
+    ]
     measured_on = {key: data.get(key) for key in ("digest", "vocabulary", "context")}
     measured_on["eval_windows"] = recipe.get("eval_windows")
-    settings = {**flattened(recipe), **{f"data.{key}": data[key] for key in sorted(data) if key not in recipe["data"]}}
+    about_data = {key: data[key] for key in sorted(data) if key not in recipe["data"] and key != "teachers"}
+    settings = {**flattened(recipe), **{f"data.{key}": value for key, value in about_data.items()}}
+    settings |= {
+        f"data.teachers.{stage}": check(record, dict, f"the teacher of {stage}").get("digest")
+        for stage, record in teachers.items()
+    }
     return RunCurves(name, where, stages, heldout, train, settings, measured_on, device, tuple(notes))
 
 
@@ -72,7 +83,7 @@ def names_of(workdirs: Sequence[str]) -> list[str]:
     raise ValueError(f"{twice} is named twice; name each run once.")
 
 
-def _stages(recipe: Mapping[str, Any], context: int, about: str) -> Iterable[StageCurve]:
+def _stages(recipe: Mapping[str, Any], teachers: Mapping[str, Any], context: int, about: str) -> Iterable[StageCurve]:
     before = Totals(0, 0, 0)
     for number, entry in enumerate(field(recipe, "stages", list, about)):
         where = f"{about}: stage {number}"
@@ -84,10 +95,17 @@ def _stages(recipe: Mapping[str, Any], context: int, about: str) -> Iterable[Sta
         if not isinstance(model, ModelConfig) or not (growth is None or isinstance(growth, Growth)):
             raise ValueError(f"{where} has no model or growth of flm_jax.")
         # Counted here, so that logs of different versions are counted alike.
-        flops = costs.train_flops_per_token(model, context)
+        cost = StageCost(batch * context, costs.train_flops_per_token(model, context))
+        if name in teachers:
+            teacher = from_dict(field(check(teachers[name], dict, where), "model", dict, where))
+            if not isinstance(teacher, ModelConfig):
+                raise ValueError(f"{where} has a teacher that is no model of flm_jax.")
+            taught = check(field(stage, "teacher", dict, where).get("steps"), (int, type(None)), where)
+            forward = costs.forward_flops_per_token(teacher, context)
+            cost = cost._replace(teacher_flops_per_token=forward, teacher_steps=steps if taught is None else taught)
         grown = None if growth is None else growth.name
-        yield StageCurve(name, model, costs.param_count(model), steps, batch * context, flops, before, grown)
-        before = before.plus(steps, batch * context, flops)
+        yield StageCurve(name, model, costs.param_count(model), steps, cost, before, grown)
+        before = before.plus(steps, cost)
 
 
 def _from_log(

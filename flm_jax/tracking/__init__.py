@@ -4,7 +4,7 @@ from flm_jax.tracking.background import Background, tracked
 from flm_jax.tracking.log import MetricsLog, Session, devices, where_to_look
 from flm_jax.tracking.reading import METRICS, read_log
 from flm_jax.tracking.services import Mlflow, Trackio, Wandb, check_installed
-from flm_jax.tracking.writer import Measurement, Totals
+from flm_jax.tracking.writer import Measurement, StageCost, Totals
 
 __all__ = [
     "METRICS",
@@ -13,6 +13,7 @@ __all__ = [
     "MetricsLog",
     "Mlflow",
     "Session",
+    "StageCost",
     "Totals",
     "Trackio",
     "Wandb",

@@ -15,7 +15,7 @@ from flm_jax.distributed import is_primary
 from flm_jax.tracking.background import Background
 from flm_jax.tracking.files import Events, JsonLines
 from flm_jax.tracking.reading import METRICS
-from flm_jax.tracking.writer import Measurement, Totals, Writer
+from flm_jax.tracking.writer import Measurement, StageCost, Totals, Writer
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ class MetricsLog:
         directory: str,
         stage: str,
         before: Totals,
-        tokens_per_step: int,
-        flops_per_token: int,
+        cost: StageCost,
         session: Session | None = None,
     ) -> None:
         """Names the files; `open` begins to write.
@@ -78,20 +77,18 @@ class MetricsLog:
           directory: of the stage, for its event files.
           stage: its name.
           before: totals of the stages before.
-          tokens_per_step: tokens of one batch of this stage.
-          flops_per_token: training FLOPs per token.
+          cost: what the stage's steps cost.
           session: what the stages of this start of the program share.
         """
         self._lines, self._events = workdir / METRICS, workdir / "events" / directory
-        self._stage, self._before = stage, before
-        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self._stage, self._before, self.cost = stage, before, cost
         self._session = session or Session()
         self._writers: dict[Path, Writer] = {}
         self._opened = False
 
     def totals(self, step: int) -> Totals:
         """Totals after `step` steps of the stage."""
-        return self._before.plus(step, self.tokens_per_step, self.flops_per_token)
+        return self._before.plus(step, self.cost)
 
     def open(self, start: int) -> None:
         """Opens the files at a step of the stage, unless they are open; what was measured after it comes again."""

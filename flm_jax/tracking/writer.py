@@ -14,10 +14,35 @@ class Totals(NamedTuple):
     tokens: int
     flops: int
 
-    def plus(self, steps: int, tokens_per_step: int, flops_per_token: int) -> Totals:
-        """These and some more steps."""
-        tokens = steps * tokens_per_step
-        return Totals(self.steps + steps, self.tokens + tokens, self.flops + tokens * flops_per_token)
+    def plus(self, steps: int, cost: StageCost) -> Totals:
+        """These and the first steps of a stage."""
+        tokens = steps * cost.tokens_per_step
+        return Totals(self.steps + steps, self.tokens + tokens, self.flops + cost.flops(steps))
+
+
+class StageCost(NamedTuple):
+    """What the steps of a stage cost; whatever counts FLOPs of training asks it.
+
+    Attributes:
+      tokens_per_step: tokens of one batch.
+      flops_per_token: training FLOPs per token, without a teacher.
+      teacher_flops_per_token: those of a teacher's forward pass.
+      teacher_steps: steps at the start of the stage that have a teacher.
+    """
+
+    tokens_per_step: int
+    flops_per_token: int
+    teacher_flops_per_token: int = 0
+    teacher_steps: int = 0
+
+    def at(self, step: int) -> int:
+        """FLOPs per token of one step, counted from 1, its teacher's included."""
+        return self.flops_per_token + (self.teacher_flops_per_token if step <= self.teacher_steps else 0)
+
+    def flops(self, steps: int) -> int:
+        """FLOPs of the first `steps` steps, the teacher's included."""
+        taught = min(steps, self.teacher_steps)
+        return self.tokens_per_step * (steps * self.flops_per_token + taught * self.teacher_flops_per_token)
 
 
 class Measurement(NamedTuple):
