@@ -7,9 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from flm_jax import train as training
+from flm_jax.checkpoint import Checkpoints
+from flm_jax.costs import orthogonalisation_flops
+from flm_jax.distillation import Teacher
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
-from flm_jax.recipe import Stage
+from flm_jax.recipe import Stage, resolve
 from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, perform, tasks_of, train_all
 from flm_jax.savings.replicas import train_stage
@@ -18,7 +22,9 @@ from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.study import STEPS, Study, missing
 from flm_jax.savings.summary import summarise
 from flm_jax.savings.target import GrowthPoint, PlanGrid, Target, Tuning, run_recipe, seeded
-from tests.runs import recipe_of
+from flm_jax.sharding import MeshConfig, make_mesh
+from flm_jax.state import abstract_state
+from tests.runs import RUN, recipe_of
 from tests.small import shape
 
 pytestmark = pytest.mark.integration
@@ -30,6 +36,35 @@ def trained(recipe):
     for index in range(len(recipe.stages)):
         (snapshot,) = train_stage([recipe], index, [snapshot])
     return snapshot
+
+
+def test_a_stage_with_a_teacher_and_frozen_entries_is_that_of_the_launcher(data, tmp_path):
+    """The teacher is the model before the growth; then all entries train again."""
+    steady = OptimizerConfig(learning_rate=1e-2, schedule="constant", name="muon")
+    taught = Stage(
+        "taught", shape(layers=3), 3, 8, steady, Growth("zero", depth="distance"), train="new", teacher=Teacher(steps=2)
+    )
+    recipe = recipe_of(
+        data, Stage("first", shape(), 2, 8, steady), taught, Stage("last", shape(layers=3), 1, 8, steady)
+    )
+    run = dataclasses.replace(RUN, mesh=MeshConfig())
+    report = training.train(recipe, run, tmp_path / "run")
+    snapshot = trained(recipe)
+    stage = resolve(dataclasses.replace(recipe, stages=tuple(placed(recipe, snapshot))))[-1]
+    abstract = abstract_state(stage.lineage, make_mesh(), optimizer="muon")
+    with Checkpoints(tmp_path / "run/checkpoints" / stage.directory, read_only=True) as store:
+        theirs = jax.device_get(store.restore(abstract, stage.steps).state)
+    for mine, other in zip(jax.tree.leaves(snapshot.state), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert [e["loss"] for e in snapshot.evals if e["step"]] == [e["loss"] for e in report["evals"] if e["step"]]
+    extra = snapshot.evals[-1]["flops"] - report["stages"][-1]["total_flops"]
+    assert extra == sum(s.steps * orthogonalisation_flops(s.cfg, 5) for s in resolve(recipe))
+
+
+def placed(recipe, snapshot):
+    """The stages of a recipe, with their layers where a run has placed them."""
+    for number, stage in enumerate(recipe.stages):
+        yield dataclasses.replace(stage, growth=snapshot.placed.get(number, stage.growth))
 
 
 def test_replicas_are_the_runs_that_they_would_be_alone(data):

@@ -17,14 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flm_jax import costs
 from flm_jax.data.batches import Batch, TokenBatches
 from flm_jax.data.source import Data, open_data
 from flm_jax.growth import Growth
 from flm_jax.growth.distance import settle
 from flm_jax.loss import make_heldout_loss
+from flm_jax.model import Params
 from flm_jax.recipe import Recipe, ResolvedStage, Run, resolve
 from flm_jax.records import as_dict
+from flm_jax.savings.target import stage_flops
 from flm_jax.sharding import few_rows, put_batch
 from flm_jax.stage_run import stage_program
 from flm_jax.state import TrainState
@@ -103,20 +104,21 @@ def train_stage(
             raise ValueError("Replicas whose layers were placed by measured distances cannot share a program.")
         program, stage = lead.program, lead.program.stage  # a growth has placed its layers by now
         measure = _Measure(recipes[0], program, data[0])
-        paces = jnp.asarray(
-            [r.recipe.stages[index].optimizer.learning_rate / stage.optimizer.learning_rate for r in replicas]
-        )
+        rates = [replica.recipe.stages[index].optimizer.learning_rate for replica in replicas]
+        paces = jnp.asarray(rates) / stage.optimizer.learning_rate if len(rates) > 1 else None
         for replica, own in zip(replicas, _each(state, len(replicas)), strict=True):
             if index == 0 or stage.grows:
                 replica.measured(0, measure(own, 0))
-        masked, stepper = None, None
+        teachers = [replica.teacher() for replica in replicas] if stage.teacher_steps else []
+        kind, stepper, teacher = None, None, None
         for step in range(stage.steps):
-            if masked != (step < stage.ramp_steps):
-                masked = step < stage.ramp_steps
-                stepper = _stepper(program, masked, len(replicas))
-            batches = [put_batch(r.batches.next(stage.batch_size), program.mesh) for r in replicas]
+            if kind != (step < stage.ramp_steps, step < stage.teacher_steps):
+                kind = step < stage.ramp_steps, step < stage.teacher_steps
+                stepper = _stepper(program, kind[0], len(replicas))
+                teacher = _stacked(teachers) if kind[1] else None
+            batch = _stacked([put_batch(r.batches.next(stage.batch_size), program.mesh) for r in replicas])
             assert stepper is not None
-            state = stepper(state, batches[0]) if len(replicas) == 1 else stepper(state, _stacked(batches), paces)
+            state = stepper(state, batch, paces, teacher)
             done = step + 1
             if done % recipes[0].eval_every == 0 or done == stage.steps:
                 for replica, own in zip(replicas, _each(state, len(replicas)), strict=True):
@@ -139,11 +141,9 @@ class _Replica:
         self.batches: TokenBatches = data.train()
         if before is not None:
             self.batches.restore(before.position)
-        # Tokens and FLOPs of the stages before, of which each has its own model.
-        context = recipe.data.context
-        earlier = [(s.steps * s.batch_size * context, s.cfg) for s in self._resolved()[:index]]
-        self.tokens = sum(tokens for tokens, _ in earlier)
-        self.flops = sum(tokens * costs.train_flops_per_token(cfg, context) for tokens, cfg in earlier)
+        earlier, context = self._resolved()[:index], recipe.data.context
+        self.tokens = sum(stage.steps * stage.batch_size * context for stage in earlier)
+        self.flops = sum(stage_flops(stage, stage.steps, context) for stage in earlier)
 
     def _resolved(self) -> tuple[ResolvedStage, ...]:
         """The stages up to this one, with new layers placed as far as that is known."""
@@ -173,16 +173,27 @@ class _Replica:
         grown: TrainState = self.program.grower()(self.before.state, key)
         return grown
 
+    def teacher(self) -> Params | None:
+        """The weights of the stage's teacher, if it has one: those before the growth, or those of a checkpoint."""
+        resolved, mesh = self.program.stage.teacher, self.program.mesh
+        if resolved is None or self.before is None:
+            return None
+        if resolved.source is not None:
+            return resolved.restore(mesh, resolved.source.digest, resolved.source.directory)
+
+        def held(x: Any, to: jax.ShapeDtypeStruct) -> jax.Array:
+            return jax.device_put(x.astype(to.dtype), to.sharding)
+
+        return jax.tree.map(held, self.before.state.params, resolved.abstract(mesh))
+
     def measured(self, step: int, loss: float) -> None:
         """Adds a held-out measurement; a loss far above that of a guess counts as none."""
         stage, context = self.program.stage, self.recipe.data.context
-        own = step * stage.batch_size * context
-        flops = self.flops + own * costs.train_flops_per_token(stage.cfg, context)
         if not loss < MAX_LOSS * math.log(stage.cfg.vocab):
             loss = math.inf
-        self.evals.append(
-            {"stage": self.index, "step": step, "tokens": self.tokens + own, "flops": flops, "loss": loss}
-        )
+        tokens = self.tokens + step * stage.batch_size * context
+        flops = self.flops + stage_flops(stage, step, context)
+        self.evals.append({"stage": self.index, "step": step, "tokens": tokens, "flops": flops, "loss": loss})
 
     def end(self, state: TrainState, seconds: float) -> Snapshot:
         spent = seconds + (self.before.seconds if self.before else 0.0)
@@ -202,11 +213,11 @@ class _Measure:
 
 
 def _stepper(program: StageProgram, masked: bool, replicas: int) -> Any:
-    """The jitted train step: for one run (state, batch), for several (states, batches, paces), stacked."""
+    """The jitted train step (state, batch, pace, teacher) -> state; for several runs all of these are stacked."""
     step = program.step_function(masked)
 
-    def one(state: TrainState, batch: Any, pace: Any = 1.0) -> TrainState:
-        after: TrainState = step(state, batch, pace)[0]
+    def one(state: TrainState, batch: Any, pace: Any, teacher: Params | None) -> TrainState:
+        after: TrainState = step(state, batch, 1.0 if pace is None else pace, teacher)[0]
         return after
 
     several = jax.vmap(one) if replicas > 1 else one

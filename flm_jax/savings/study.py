@@ -186,7 +186,15 @@ def plan_arm(study: Study, results: Results, name: str, plan: GrowthPlan) -> Arm
     rate = plan.rate * Baseline(study, "target", optimizer, plan.schedule).rate(results)
     target, tuning = study.target, Tuning(rate, plan.schedule, study.optimizers[optimizer])
     try:
-        recipe = run_recipe(target, target.shape(**plan.start), tuning, target.tokens_per_param, plan.points)
+        recipe = run_recipe(
+            target,
+            target.shape(**plan.start),
+            tuning,
+            target.tokens_per_param,
+            plan.points,
+            frozen=plan.frozen,
+            teacher=plan.teacher,
+        )
     except ValueError as error:
         raise ValueError(f"Study.plans[{name!r}]: {error}") from error
     return Arm(name, "plans", recipe, tuple(range(plan.seeds or study.seeds)))
