@@ -274,7 +274,7 @@ def test_a_damaged_source_is_refused_by_name_and_nothing_is_left(source, tmp_pat
         patch.setattr(manifest, "file_faults", lambda *_, **__: [])
         with pytest.raises(DamagedError, match="the values of params/blocks/mlp/up have changed"):
             stream(broken, tmp_path / "grown")
-    assert [p.name for p in step(tmp_path / "grown").parent.iterdir()] == [".lock"]
+    assert not (tmp_path / "grown").exists()
     where.write_bytes(content[:-20])
     with pytest.raises(DamagedError, match=f"{where.name} has"):
         stream(arrays.parent, tmp_path / "new")
