@@ -52,8 +52,9 @@ notebooks: .venv/installed
 check: lint
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not integration"
 
+# A file is run by one process, so that what its tests share is made once; tests/conftest.py puts the longest files first.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The property tests, on examples that are drawn anew each time.
 test-search: .venv/installed

@@ -1,17 +1,20 @@
 """Eight simulated devices for every test, and JAX's quiet mistakes made loud."""
 
-from tests import environment  # noqa: F401  # Sets variables, before JAX is imported.
+from tests import environment  # Sets variables, before JAX is imported.
 
 # isort: split
 import collections
+import gc
 import os
 import shutil
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+from jax._src import compiler  # JAX has options for one program, and none for all
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+_OPTIONS = compiler.get_compile_options
 
 # Compilation makes the first example slow, and CI machines are noisy: time is no measure of a test here. One commit has
 # one verdict, so its examples are drawn from the test's own text; `make test-search` draws others each time.
@@ -22,8 +25,28 @@ settings.register_profile("quick", PATIENT, derandomize=True, max_examples=4)  #
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))
 
 
+# `make test` gives every file to one process. These take longest and come first, so that both processes end together.
+LONGEST = (
+    "test_checkpoint_growth",
+    "test_golden_run",
+    "test_train",
+    "test_docs_tutorial",
+    "test_growth_exact",
+    "test_processes",
+    "test_launching_tpu",
+    "test_cli_sweep",
+    "test_convert_exporting",
+    "test_notebooks",
+    "test_cli_train",
+    "test_convert_importing",
+    "test_exact_adamw",
+)
+
+
 def pytest_collection_modifyitems(config, items):
-    """In `make check`, of each battery only every fourth case."""
+    """The longest files first; in `make check`, of each battery only every fourth case."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     if os.environ.get("HYPOTHESIS_PROFILE") != "quick":
         return
     counts, kept, dropped = collections.Counter(), [], []
@@ -34,6 +57,13 @@ def pytest_collection_modifyitems(config, items):
         counts[case] += 1
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: the garbage collector need not look at it again, nor as often as by default."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture
@@ -51,6 +81,28 @@ def cheap_draws():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(growing.GROW, "draw", small.waves)
         yield
+
+
+def _compiled_fast(*args, **given):
+    more = {**(given.get("env_options_overrides") or {}), environment.FUSIONS: False}
+    return _OPTIONS(*args, **{**given, "env_options_overrides": more})
+
+
+@pytest.fixture(scope="module")
+def compiled_fast():
+    """Programs that XLA compiles in half the time, for files that compile train steps.
+
+    What is rounded then depends on the program around it. A run that is resumed runs the same program; files that hold
+    two programs to the same bits go without, such as those of streamed growth.
+    """
+    if environment.optimised():
+        yield
+        return
+    jax.clear_caches()  # a program that other files use too is compiled for each of both kinds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", _compiled_fast)
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,10 @@ _OURS = (
     "JAX_PLATFORMS",
     "JAX_DISABLE_MOST_OPTIMIZATIONS",
 )
+# XLA's option for fusions that it writes by MLIR. Without them a train step compiles in half the time, and rounds in
+# another way: see `compiled_fast` in conftest.py.
+FUSIONS = "xla_cpu_use_fusion_emitters"
+
 # Set before JAX is imported; the test runner's worker processes inherit what its first process has set.
 if "FLM_JAX_TESTS" not in os.environ:
     os.environ["FLM_JAX_TESTS"] = json.dumps({name: os.environ[name] for name in _OURS if name in os.environ})
@@ -40,3 +44,15 @@ def as_user() -> dict[str, str]:
     """The environment as it was before this file changed it: what a program that a user starts would have."""
     rest = {name: value for name, value in os.environ.items() if name not in _OURS}
     return {**rest, **json.loads(os.environ["FLM_JAX_TESTS"])}
+
+
+def optimised() -> bool:
+    """Whether the optimised programs are tested."""
+    return os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0"
+
+
+def as_user_compiling_fast() -> dict[str, str]:
+    """The same, for programs whose results are compared with each other alone: each program compiles fast, and once."""
+    shared = [name for name in _OURS if name.startswith("JAX_") and name != "JAX_PLATFORMS" and name in os.environ]
+    env = {**as_user(), **{name: os.environ[name] for name in shared}}
+    return env if optimised() else {**env, "XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} --{FUSIONS}=false".strip()}

@@ -23,11 +23,19 @@ from flm_jax.source_checkpoint import read_source
 from tests.runs import RUN, StopAfter, recipe_of
 from tests.small import shape
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_fast")]
 
 FAST = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 TARGET = shape(embed=32, mlp=56, layers=3)
 COPY = Growth("copy", methods={"layers": "zero"}, depth="distance", optimizer="exact")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_a_sample():
+    """Runs end without a text: it would be one more program for every shape, and test_train.py has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_sample", lambda *_: "a sample")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,11 @@ import pytest
 from flm_jax.cli import configure, sweep_points
 from flm_jax.data.source import open_data
 from flm_jax.records import RECIPE, as_dict, write_identity
-from tests.environment import as_user
+from tests.environment import as_user, as_user_compiling_fast
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILED = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 GIN = """
 train.recipe = @Recipe()
 Recipe.stages = [@a/Stage()]
@@ -89,7 +88,7 @@ def status(gin_file, bindings, workdir, **changes):
 
 def test_a_sweep_trains_its_points_and_the_best_is_a_recipe(gin_file, tmp_path):
     """One of three points diverges; run again with one value more, what is done is not trained again."""
-    env = {**as_user(), **{name: os.environ[name] for name in COMPILED if name in os.environ}}
+    env = as_user_compiling_fast()
     rates = "Sweep.axes = {{'OptimizerConfig.learning_rate': [{}]}}"
 
     def start(values):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.commands import ROOT, SHELL, blocks, commands, run_page, simple
-from tests.environment import as_user
+from tests.environment import as_user_compiling_fast
 
 TUTORIAL = ROOT / "docs/tutorial.md"
 SHORTER = "--gin_bindings=Stage.steps = 4"
@@ -41,6 +41,7 @@ def less_text(folder):
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("compiled_fast")
 def test_the_tutorial_leads_from_an_empty_folder_to_an_exported_model(tmp_path, capsys):
     count = run_page(TUTORIAL, tmp_path, fewer_steps, lambda: less_text(tmp_path))
     said = capsys.readouterr().out
@@ -85,7 +86,7 @@ def test_the_parameter_of_a_page_grows_exactly(tmp_path):
     shutil.copytree(ROOT / "flm_jax", tmp_path / "flm_jax", ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run(["patch", "-p1"], input=change + "\n", capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    environment = {**as_user(), "PYTHONPATH": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {**as_user_compiling_fast(), "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
