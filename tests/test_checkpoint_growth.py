@@ -234,7 +234,7 @@ def test_new_entries_have_their_own_rate_in_a_run(data, tmp_path):
 
 def test_another_model_or_another_start_is_refused(trained, data, tmp_path):
     other = recipe_of(data, Stage("on", shape(mlp=48), 2, 8, FAST), start=str(trained))
-    with pytest.raises(ValueError, match=r"not that of the checkpoint: mlp: 40 there, 48 here.*give the stage a Gr"):
+    with pytest.raises(ValueError, match=r"not that of the checkpoint: mlp: 40 there, 48 here.*give it a Growth"):
         training.train(other, RUN, tmp_path / "other")
     mine = recipe_of(data, Stage("on", shape(), 2, 8, FAST), start=str(trained))
     training.train(mine, RUN, tmp_path / "run")
