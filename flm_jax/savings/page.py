@@ -50,8 +50,8 @@ def page(summary: Summary, command: str, plots: dict[str, str]) -> Iterator[str]
         f"included. A full run is {costs.count(tokens)} tokens, {target.tokens_per_param:g} per parameter, "
         f"in steps of {target.batch_size} x {context}. Losses are held-out, in nats per token, on "
         f"{counted(target.eval_windows, 'window')}. FLOPs are those of all stages of a run, counted from shapes "
-        "(`flm_jax.costs`), with those of a teacher and of Muon's orthogonalisation; tuning is not in them. All runs of a "
-        "seed read the same data in the same order."
+        "(`flm_jax.costs`), with those of a teacher and of Muon's orthogonalisation; tuning is not in them. All runs "
+        "of a seed read the same data in the same order."
     )
     yield ""
     if summary.noise:
