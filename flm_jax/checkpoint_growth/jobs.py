@@ -183,7 +183,7 @@ class BlockProgram:
             noise = None if rule.noise is None else (rule.noise.tobytes(), span.copy_group.tobytes())
             grown.append((dim, sources, rule.fill, rule.from_above, noise))
         self._key = (
-            (leaf_map.signature.stacked, bool(leaf_map.signature.gains)),
+            (leaf_map.signature.stacked, bool(leaf_map.signature.gains), leaf_map.from_nothing),
             leaf_map.shape[leaf_map.row_dim + 1 :],
             leaf_map.before[leaf_map.row_dim + 1 :],
             str(leaf_map.dtype),
