@@ -35,10 +35,10 @@ def layer_distances(
     Raises:
       ValueError: unknown metric.
     """
-    if not cfg.layers:
-        return ()
     if metric not in METRICS:
         raise ValueError(f"Unknown distance {metric!r}; use one of {', '.join(METRICS)}{meant(metric, METRICS) or '.'}")
+    if not cfg.layers:
+        return ()
 
     @jax.jit
     def measure(params: Params, tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
