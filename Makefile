@@ -66,7 +66,7 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore=tests/test_smollm2.py --ignore=tests/test_notebooks.py
 	JAX_REMAT3=1 $(BIN)/python -m pytest tests/test_model.py tests/test_loss.py tests/test_generation_decode.py
 
-# The notebooks that train; `make test` runs the other two.
+# Every notebook but growth_verification, which `make test` runs.
 test-notebooks: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m slow tests/test_notebooks.py
 

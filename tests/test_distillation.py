@@ -20,7 +20,7 @@ from flm_jax.sharding import MeshConfig
 from tests.golden_run import RUN as GOLDEN
 from tests.runs import RUN, grown_once
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_fast")]
 
 TAUGHT = 3
 HOW = dataclasses.replace(RUN, mesh=MeshConfig(), keep=9)

@@ -137,7 +137,7 @@ def test_grow_your_own():
     assert after < before - 0.05
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_plan_1t():
     text = kept("plan_1t")
     assert found(r"52b +(\S+)% of the FLOPs", text) == pytest.approx(69.4, abs=1)

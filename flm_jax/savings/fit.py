@@ -13,7 +13,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import least_squares
 
-DRAWS = 2000
+DRAWS, REFITS = 2000, 100
 LEVEL = 0.95
 
 
@@ -199,7 +199,7 @@ def frontier_ratio(points: Sequence[Point], loss: float, flops: float, noise: fl
     spread = max(noise, float(np.std(frontier.residuals)))
     rng = np.random.default_rng(0)
     drawn: list[float] = []
-    for _ in range(200):
+    for _ in range(REFITS):
         moved = [
             Point(p.params, p.tokens, p.flops, p.loss + spread * rng.standard_normal() / math.sqrt(p.seeds), p.seeds)
             for p in points
