@@ -140,6 +140,8 @@ def test_the_page_shows_every_arm_and_the_plots_are_drawn(summary, tmp_path):
     empty = "\n".join(page(summarise(study(), {}), "the command", {}))
     assert "# Does growing pay: planted" in empty
     assert "## Growths" not in empty
+    assert "**The study has not come to its end.** The best rate is not known yet for adamw with wsd, adamw" in empty
+    assert "has not come to its end" not in text
 
 
 def test_a_study_that_cannot_be_is_refused():

@@ -96,12 +96,16 @@ def _rates(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
     yield ""
     yield from _table(("optimizer", "schedule", "peak rate", "loss"), rows)
     yield from _plot(plots, "rates", "loss against the learning rate")
+    if unknown := [f"{family.optimizer} with {family.schedule}" for family, (_, rate) in found if rate is None]:
+        yield (
+            f"**The study has not come to its end.** The best rate is not known yet for {', '.join(unknown)}: it needs "
+            "a worse one on both sides. What depends on it is missing on this page."
+        )
+        yield ""
 
 
 def _scratch(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
     """Scratch runs of the target at all budgets."""
-    yield "## From scratch"
-    yield ""
     per_param = summary.study.target.params
     rows = []
     for family in baselines(summary.study):
@@ -120,6 +124,10 @@ def _scratch(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
                         str(len(r.runs)),
                     ]
                 )
+    if not rows:
+        return
+    yield "## From scratch"
+    yield ""
     yield from _table(("optimizer", "schedule", "tokens per parameter", "FLOPs", "loss", "seeds"), rows)
     yield from _plot(plots, "scratch", "loss of scratch runs against FLOPs, with the fitted frontier")
 
