@@ -5,6 +5,7 @@ Savings are read from these. A ratio is given only inside the range of the data,
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,11 +84,7 @@ def same_size_ratio(points: Sequence[Point], loss: float, flops: float, noise: f
     rng = np.random.default_rng(0)
     drawn: list[float] = []
     for _ in range(DRAWS):
-        moved = [
-            Point(p.params, p.tokens, p.flops, p.loss + noise * rng.standard_normal() / math.sqrt(p.seeds), p.seeds)
-            for p in points
-        ]
-        found = flops_at(moved, loss + noise * rng.standard_normal() / math.sqrt(seeds))
+        found = flops_at(_moved(points, noise, rng), loss + noise * rng.standard_normal() / math.sqrt(seeds))
         # Outside the range of the data the ratio is beyond its ends, on the side where the loss is.
         drawn.append(math.nan if found is None else found / flops)
     return _ratio(value / flops, drawn)
@@ -200,13 +197,17 @@ def frontier_ratio(points: Sequence[Point], loss: float, flops: float, noise: fl
     rng = np.random.default_rng(0)
     drawn: list[float] = []
     for _ in range(REFITS):
-        moved = [
-            Point(p.params, p.tokens, p.flops, p.loss + spread * rng.standard_normal() / math.sqrt(p.seeds), p.seeds)
-            for p in points
-        ]
-        found = fit_frontier(moved).flops_at(loss + noise * rng.standard_normal() / math.sqrt(seeds))
+        found = fit_frontier(_moved(points, spread, rng)).flops_at(
+            loss + noise * rng.standard_normal() / math.sqrt(seeds)
+        )
         drawn.append(math.nan if found is None else found / flops)
     return _ratio(value / flops, drawn)
+
+
+def _moved(points: Sequence[Point], spread: float, rng: np.random.Generator) -> list[Point]:
+    """The points, with losses as other seeds might have given them."""
+    errors = [spread * rng.standard_normal() / math.sqrt(point.seeds) for point in points]
+    return [dataclasses.replace(p, loss=p.loss + error) for p, error in zip(points, errors, strict=True)]
 
 
 def _ratio(value: float, drawn: Sequence[float]) -> Ratio | None:
