@@ -21,7 +21,7 @@ demo: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/bench.py --write=docs/results/bench.md
 
-# Whether growing pays, at 0.36 M parameters: a part of the study that takes about 40 minutes on two idle cores, and all
+# Whether growing pays, at 0.36 M parameters: a part of the study, half an hour on two idle cores by estimate, and all
 # of it, which takes hours. Both go on where they stopped; results that are there are not measured again.
 savings: .venv/installed
 	$(BIN)/python experiments/savings.py --gin_file=gin_configs/savings/t0.gin --gin_file=gin_configs/savings/short.gin \

@@ -69,6 +69,23 @@ def test_wrong_flags_exit_with_2_and_say_what_is_wrong_first(program, arguments,
     assert error.startswith("error: ") and said in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gin_bindings=Study.seds=2"], "did you mean 'seeds'?"),
+        (["--steps=plans"], "The rate of adamw with wsd is not known yet: run the step 'tune' first."),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_one_sentence(arguments, said, tmp_path):
+    command = [sys.executable, "experiments/savings.py", "--gin_file=gin_configs/savings/t0.gin", *arguments]
+    command += [f"--workdir={tmp_path / 'study'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=as_user())
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize("before", ["", "begun()\n  "], ids=["while it starts", "later"])
 @pytest.mark.parametrize(
     "body",

@@ -171,6 +171,13 @@ def test_stages_that_several_recipes_begin_with_are_one_task(study, tmp_path):
     assert how.snapshots.has(recipes[1], 2)
 
 
+def test_a_study_with_a_run_that_failed_does_not_pass_for_one_that_ended(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("flm_jax.savings.run.train_all", lambda *_: False)
+    with pytest.raises(ValueError, match="Step 'tune' lacks runs whose stages failed"):
+        run_steps(study, ["tune"], tmp_path / "results", How(Snapshots(tmp_path)))
+    assert run_steps(study, ["tune"], tmp_path / "results", How(Snapshots(tmp_path), deadline=0.0)) == {}
+
+
 def test_a_run_that_diverges_is_given_up_and_does_not_count(study, tmp_path, monkeypatch):
     monkeypatch.setattr("flm_jax.savings.replicas.MAX_LOSS", 0.1)
     recipe = run_recipe(study.target, study.target.model, Tuning(1e-2), 0.1)

@@ -47,7 +47,15 @@ def run(values: Any) -> None:
     steps = [step for step in values.steps if step]
     if unknown := [step for step in steps if step not in STEPS]:
         refuse(f"--steps names {unknown[0]!r}; the steps are {', '.join(STEPS)}")
-    from flm_jax.cli import configure  # Imported here, so that --help is fast.
+    from flm_jax.cli.errors import started  # Imported here, so that --help is fast.
+
+    with started():
+        _study(values, steps)
+
+
+def _study(values: Any, steps: list[str]) -> None:
+    """Runs steps of the study, and writes its page if that is asked for."""
+    from flm_jax.cli import configure
     from flm_jax.savings.execute import How, keep_programs
     from flm_jax.savings.page import write_page
     from flm_jax.savings.run import run_steps

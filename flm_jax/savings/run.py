@@ -22,7 +22,7 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
       how: how to train.
 
     Raises:
-      ValueError: a step needs another one that has not come to its end.
+      ValueError: a step needs another one that has not come to its end, or a stage failed.
     """
     found = kept.read(directory)
     for step in steps:
@@ -39,6 +39,11 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
                     kept.write(directory, result)
                     found[arm.name] = result
                     print(f"  {arm.name}: {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)
-            if not complete:  # the time is over, or a run has failed
+            if not complete and how.late:
                 return found
+            if not complete:
+                raise ValueError(
+                    f"Step {step!r} lacks runs whose stages failed, as said above; the others are in {directory}. Mend "
+                    "the cause, and the same command goes on."
+                )
     return found
