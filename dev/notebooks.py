@@ -9,7 +9,6 @@ cannot be imported. Who moves the repository changes REPOSITORY and runs the fir
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import tempfile
@@ -129,15 +128,14 @@ def run(path: Path, environment: Mapping[str, str], timeout: int = 1800) -> Any:
         os.environ["JUPYTER_RUNTIME_DIR"] = str(folder / "runtime")
         try:
             paths = {"PYTHONPATH": f"{without}{os.pathsep}{ROOT}", "IPYTHONDIR": str(folder / "ipython")}
-            client.execute(env={**{k: v for k, v in environment.items() if k != "MPLBACKEND"}, **paths})
+            own = {k: v for k, v in environment.items() if k != "MPLBACKEND"}
+            # With cleanup_kc, channels are closed also when a cell fails. The finalizer of a client with open ones logs
+            # a warning, at whatever moment the garbage collector finds it.
+            client.execute(env={**own, **paths}, cleanup_kc=True)
         finally:
             os.environ.pop("JUPYTER_RUNTIME_DIR")
             if before is not None:
                 os.environ["JUPYTER_RUNTIME_DIR"] = before
-    # The client's finalizer logs, and logging parses code. Left to the garbage collector it may run while Python 3.11
-    # parses code, which then fails.
-    del client
-    gc.collect()
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if output.output_type == "stream":

@@ -2,12 +2,14 @@
 
 import ast
 import base64
+import gc
 import importlib
 import re
 import subprocess
 import sys
 
 import pytest
+from jupyter_client import AsyncKernelClient
 
 from dev import notebooks
 from tests.notebooks import code, executed, faults, found, pictures, printed, shape, stored
@@ -84,13 +86,15 @@ def test_the_first_cell_installs_only_where_nothing_is_found(tmp_path, monkeypat
     assert len(ran) == 1 and sys.path[0] == str(clone)
 
 
-def test_a_notebook_that_fails_says_so_and_sees_no_extra(tmp_path):
+def test_a_notebook_that_fails_says_so_sees_no_extra_and_leaves_no_channels(tmp_path):
     path = tmp_path / "a.ipynb"
     cells = ["x = 1\nprint(x)", "import torch"]
     notebook = notebooks.nbformat.v4.new_notebook(cells=[notebooks.nbformat.v4.new_code_cell(cell) for cell in cells])
     notebooks.write(notebook, path)
     with pytest.raises(Exception, match="No module named 'torch': notebooks do without"):
         notebooks.run(path, {})
+    clients = [found for found in gc.get_objects() if isinstance(found, AsyncKernelClient)]
+    assert not any(client.channels_running for client in clients)  # their finalizers would log warnings, at any time
 
 
 def kept(name):
