@@ -12,7 +12,7 @@ from flm_jax.growth import Growth
 from flm_jax.records import as_dict
 from flm_jax.savings.page import page, write_page
 from flm_jax.savings.results import Result
-from flm_jax.savings.study import STEPS, Study, favourite, missing
+from flm_jax.savings.study import STEPS, Study, best, missing
 from flm_jax.savings.summary import spread, summarise
 from flm_jax.savings.target import GrowthPlan, GrowthPoint, PlanGrid, Target, run_flops
 from tests.small import shape
@@ -57,7 +57,8 @@ def result(arm, rng) -> Result:
     schedule = "wsd" if last.schedule == "linear" and not last.decay_span else "linear"
     if arm.name in SAVED:
         # The loss of a scratch run of the target that had so many times the FLOPs of this one.
-        per_token = run_flops(dataclasses.replace(recipe, stages=(recipe.stages[-1],)))
+        alone = dataclasses.replace(recipe.stages[-1], growth=None)
+        per_token = run_flops(dataclasses.replace(recipe, stages=(alone,)))
         per_token /= recipe.stages[-1].steps * recipe.stages[-1].batch_size * context
         loss = law(params, flops * SAVED[arm.name] / per_token, first.learning_rate, {"b2": first.b2}, "linear")
     else:
@@ -86,7 +87,7 @@ def found():
 def test_rates_are_searched_until_the_best_is_inside(found):
     rates = sorted(r.rate for name, r in found.items() if name.startswith("scratch-target-adamw-wsd") and "-20" in name)
     assert rates[-1] == pytest.approx(1.6e-2)  # one beyond the best
-    assert favourite(study(), found) == "adamw"
+    assert best(study(), found).optimizer == "adamw"
     assert found["when-1layer-0.5-zero"].rate == pytest.approx(8e-3)
 
 
@@ -149,7 +150,13 @@ def test_a_study_that_cannot_be_is_refused():
     cases = [
         (dict(rates=(1e-3,)), "Study.rates must be two or more"),
         (dict(budgets=(5.0, 10.0)), r"Study.budgets must hold the target's own, tokens_per_param=20"),
-        (dict(schedules=("linear",)), r"has the schedule 'wsd', for which no rate is tuned"),
+        (
+            dict(
+                schedules=("linear",),
+                plans={"x": dataclasses.replace(given.plans["other-twice"], schedule="wsd")},
+            ),
+            r"has the schedule 'wsd', for which no rate is tuned",
+        ),
         (
             dict(plans={"x": dataclasses.replace(given.plans["other-twice"], optimizer="lion")}),
             r"Study.plans\['x'\] names the optimizer 'lion'; Study.optimizers has adamw, slow",

@@ -1,7 +1,7 @@
 """The steps of a study: which arms each one trains, given the results so far.
 
     tune      rates and schedules of scratch runs of the target
-    baseline  the best of them at several budgets, with seeds: what runs of the same size reach
+    baseline  for each optimizer the best of them, at several budgets: what runs of the same size reach
     frontier  scratch runs of other sizes, each with its own rate: what runs of the best size reach
     plans     the growths that are compared
 
@@ -38,7 +38,7 @@ class Study:
       budgets: tokens per parameter of the baseline's runs, in rising order.
       schedules: of the baseline's runs.
       sizes: changes to the target's sizes for the frontier, by a name for each.
-      seeds: runs of an arm whose figures are published.
+      seeds: runs of the baseline with the best optimizer.
     """
 
     target: Target
@@ -63,7 +63,7 @@ class Study:
                 f"Study.budgets must hold the target's own, tokens_per_param={self.target.tokens_per_param:g}."
             )
         for name, plan in self.all_plans.items():
-            if plan.schedule not in self.schedules:
+            if plan.schedule and plan.schedule not in self.schedules:
                 raise ValueError(
                     f"Study.plans[{name!r}] has the schedule {plan.schedule!r}, for which no rate is tuned: add it to "
                     "Study.schedules."
@@ -147,11 +147,19 @@ def baselines(study: Study) -> list[Baseline]:
     return [Baseline(study, "target", optimizer, schedule) for optimizer, schedule in pairs]
 
 
-def favourite(study: Study, results: Results) -> str:
-    """The optimizer with the best tuned scratch run of the target: growth is studied with it."""
+def best(study: Study, results: Results, optimizer: str = "", schedule: str = "") -> Baseline:
+    """The family with the best tuned scratch run of the target, of one optimizer and schedule or (empty) of all.
+
+    Raises:
+      ValueError: the rate of one of them is not known yet.
+    """
+    chosen = [
+        family
+        for family in baselines(study)
+        if optimizer in ("", family.optimizer) and schedule in ("", family.schedule)
+    ]
     budget = study.target.tokens_per_param
-    tuned = [(results[family.arm(family.rate(results), budget).name], family) for family in baselines(study)]
-    return min(tuned, key=lambda pair: pair[0].losses[0])[1].optimizer
+    return min(chosen, key=lambda family: results[family.arm(family.rate(results), budget).name].losses[0])
 
 
 def tune(study: Study, results: Results) -> Iterator[Arm]:
@@ -161,17 +169,27 @@ def tune(study: Study, results: Results) -> Iterator[Arm]:
 
 
 def baseline(study: Study, results: Results) -> Iterator[Arm]:
-    """Scratch runs of the target at every budget, by the best rate of each optimizer and schedule."""
-    for family in baselines(study):
-        yield from family.budgets(results, study.seeds)
+    """Scratch runs of the target at every budget, by the best schedule and rate of each optimizer.
+
+    The best optimizer has runs with every seed, the others with one.
+    """
+    first = best(study, results).optimizer
+    for optimizer in study.optimizers:
+        seeds = study.seeds if optimizer == first else 1
+        yield from best(study, results, optimizer).budgets(results, seeds)
 
 
 def frontier(study: Study, results: Results) -> Iterator[Arm]:
     """Scratch runs of other sizes: rates at the full budget, then all budgets at the best rate."""
-    for name in study.sizes:
-        family = Baseline(study, name, favourite(study, results), study.schedules[0])
+    for family in of_sizes(study, results)[1:]:
         arms, rate = family.search(results)
         yield from arms if rate is None else family.budgets(results, 1)
+
+
+def of_sizes(study: Study, results: Results) -> list[Baseline]:
+    """The families of the frontier, that of the target first, by the optimizer and schedule that are best for it."""
+    first = best(study, results)
+    return [first, *(dataclasses.replace(first, size=size) for size in study.sizes)]
 
 
 def plans(study: Study, results: Results) -> Iterator[Arm]:
@@ -182,9 +200,9 @@ def plans(study: Study, results: Results) -> Iterator[Arm]:
 
 def plan_arm(study: Study, results: Results, name: str, plan: GrowthPlan) -> Arm:
     """The arm of a plan, at the tuned rate of scratch runs."""
-    optimizer = plan.optimizer or favourite(study, results)
-    rate = plan.rate * Baseline(study, "target", optimizer, plan.schedule).rate(results)
-    target, tuning = study.target, Tuning(rate, plan.schedule, study.optimizers[optimizer])
+    family = best(study, results, plan.optimizer, plan.schedule)
+    rate = plan.rate * family.rate(results)
+    target, tuning = study.target, Tuning(rate, family.schedule, study.optimizers[family.optimizer])
     try:
         recipe = run_recipe(
             target,

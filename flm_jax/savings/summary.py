@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from flm_jax.growth.lineage import Lineage
 from flm_jax.savings.fit import Frontier, Point, Ratio, fit_frontier, frontier_ratio, pooled_noise, same_size_ratio
 from flm_jax.savings.results import Result
-from flm_jax.savings.study import Baseline, Study, baselines, favourite
+from flm_jax.savings.study import Baseline, Study, baselines, best, of_sizes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Summary:
       results: of all arms.
       noise: standard deviation of a run's loss over seeds, pooled over the arms that ran with several; 0 if none did.
       scratch: by optimizer, for each budget the best of its schedules.
-      others: what the frontier is fitted to: scratch runs of all sizes, by the favourite and the first schedule.
+      others: what the frontier is fitted to: scratch runs of all sizes, by the best optimizer and schedule.
       frontier: fitted to them; None if there are too few.
       rows: a row per growth that has come to its end.
     """
@@ -108,8 +108,8 @@ def summarise(study: Study, results: Mapping[str, Result]) -> Summary:
     others: list[Point] = []
     tuned = all(family.search(results)[1] is not None for family in baselines(study))
     if tuned:
-        for size in ("target", *study.sizes):
-            others += family_points(Baseline(study, size, favourite(study, results), study.schedules[0]), results)
+        for family in of_sizes(study, results):
+            others += family_points(family, results)
     try:
         fitted = fit_frontier(others)
     except ValueError:
@@ -122,7 +122,7 @@ def summarise(study: Study, results: Mapping[str, Result]) -> Summary:
 def _row(summary: Summary, name: str) -> GrownRow:
     study, result = summary.study, summary.results[name]
     plan, noise = study.all_plans[name], summary.noise
-    own = summary.scratch[plan.optimizer or favourite(study, summary.results)]
+    own = summary.scratch[plan.optimizer or best(study, summary.results).optimizer]
     about = (result.loss, result.flops, noise, len(result.runs))
     finite = math.isfinite(result.loss)
     scratch_loss = loss_at(own, result.flops)

@@ -106,8 +106,8 @@ class GrowthPlan:
     Attributes:
       start: changes to the target's sizes for the first model.
       points: its growths, in order.
-      schedule: wsd or linear.
-      optimizer: the name of the optimizer's settings in the study; empty: those with the best scratch run.
+      schedule: wsd or linear; empty: that of the best scratch run.
+      optimizer: the name of the optimizer's settings in the study; empty: those of the best scratch run.
       rate: the peak rate, as a multiple of the tuned rate of scratch runs.
       frozen: the share of the run's tokens, from each growth on, in which only new entries train.
       teacher: what the model learns from after each growth, besides the text.
@@ -116,7 +116,7 @@ class GrowthPlan:
 
     start: Mapping[str, Size]
     points: Sequence[GrowthPoint]
-    schedule: Schedule = "wsd"
+    schedule: Annotated[str, one_of(("", *SCHEDULES))] = ""
     optimizer: str = ""
     rate: Positive = 1.0
     frozen: Fraction = 0.0
@@ -145,7 +145,7 @@ class PlanGrid:
     times: Sequence[Share]
     growths: Mapping[str, Growth]
     optimizers: Sequence[str] = ("",)
-    schedules: Sequence[Schedule] = ("wsd",)
+    schedules: Sequence[Annotated[str, one_of(("", *SCHEDULES))]] = ("",)
     rates: Sequence[Positive] = (1.0,)
     frozen: Fraction = 0.0
     teacher: Teacher | None = None
