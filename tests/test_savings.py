@@ -1,6 +1,7 @@
 """A study of savings: its runs are those of a launcher, stages are shared, and what is done is not done again."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -176,6 +177,22 @@ def test_a_study_with_a_run_that_failed_does_not_pass_for_one_that_ended(study, 
     with pytest.raises(ValueError, match="Step 'tune' lacks runs whose stages failed"):
         run_steps(study, ["tune"], tmp_path / "results", How(Snapshots(tmp_path)))
     assert run_steps(study, ["tune"], tmp_path / "results", How(Snapshots(tmp_path), deadline=0.0)) == {}
+
+
+def test_a_result_is_kept_as_soon_as_its_run_has_ended(study, tmp_path, monkeypatch):
+    def stopped(recipes, how, show):
+        for index in range(len(recipes[0].stages)):
+            how.snapshots.directory.mkdir(exist_ok=True)
+            about = json.dumps({"evals": [{"loss": 2.5}], "seconds": 1.0})
+            np.savez(how.snapshots.path(recipes[0], index), about=np.frombuffer(about.encode(), np.uint8))
+            show("a stage has ended")
+            assert (tmp_path / "results").exists() == (index == len(recipes[0].stages) - 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flm_jax.savings.run.train_all", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(study, ["tune"], tmp_path / "results", How(Snapshots(tmp_path / "snapshots")))
+    assert [result.losses for result in kept.read(tmp_path / "results").values()] == [[2.5]]
 
 
 def test_a_run_that_diverges_is_given_up_and_does_not_count(study, tmp_path, monkeypatch):

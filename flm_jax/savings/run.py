@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from flm_jax.data.source import open_data
 from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, train_all
-from flm_jax.savings.results import Result
+from flm_jax.savings.results import Arm, Result
+from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.study import STEPS, Study, missing
 
 
@@ -33,12 +35,11 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
             open_data(study.target.data)  # prepared once, not by several processes at the same time
             recipes = [recipe for arm in arms for recipe in arm.recipes]
             print(f"{step}: {len(recipes)} runs: {', '.join(arm.name for arm in arms)}", flush=True)
-            complete = train_all(recipes, how, lambda line: print(f"  {line}", flush=True))
+            complete = train_all(recipes, how, functools.partial(_report, arms, directory, how.snapshots, found))
             for arm in arms:
-                if (result := kept.collect(arm, how.snapshots)) is not None:
+                if (result := kept.collect(arm, how.snapshots)) is not None:  # with fewer seeds, if it was stopped
                     kept.write(directory, result)
                     found[arm.name] = result
-                    print(f"  {arm.name}: {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)
             if not complete and how.late:
                 return found
             if not complete:
@@ -47,3 +48,15 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
                     "the cause, and the same command goes on."
                 )
     return found
+
+
+def _report(arms: Sequence[Arm], directory: Path, snapshots: Snapshots, found: dict[str, Result], line: str) -> None:
+    """Prints a line about a stage that has ended, and keeps the result of each arm that has come to its end by it."""
+    print(f"  {line}", flush=True)
+    for arm in missing(arms, found):
+        if all(snapshots.has(recipe, len(recipe.stages) - 1) for recipe in arm.recipes):
+            result = kept.collect(arm, snapshots)
+            assert result is not None
+            kept.write(directory, result)
+            found[arm.name] = result
+            print(f"  {arm.name}: {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)
