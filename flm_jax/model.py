@@ -9,6 +9,7 @@ Shapes: B batch, T time, D embed, N heads, K kv_heads, H head_dim, F mlp, L laye
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
 from typing import Any, NamedTuple
@@ -39,6 +40,9 @@ from flm_jax.sharding import constrain, fitting_spec, mesh_axes
 from flm_jax.signature import Declared, Signature, draw
 
 Params = Any
+
+# Whether a model is traced for the shapes of its parameters: their draws are three quarters of that trace.
+_SHAPES_ALONE = contextvars.ContextVar("_SHAPES_ALONE", default=False)
 
 
 class Masks(NamedTuple):
@@ -88,14 +92,13 @@ def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 def parameter(module: nn.Module, cfg: ModelConfig, name: str, text: str) -> jax.Array:
     """Declares a parameter by its signature `text` and returns it in the compute dtype (a gain: at least float32)."""
     signature = Signature.parse(text)
+    shape, dtype = signature.shape(cfg.sizes), jnp.dtype(cfg.param_dtype)
+    # Of a parameter that exists, Flax compares the shape with what `init` would give.
+    shape_alone = _SHAPES_ALONE.get() or module.has_variable("params", name)
 
     def init(key: jax.Array) -> Declared:
-        value = draw(
-            signature,
-            key,
-            signature.shape(cfg.sizes),
-            std=cfg.std(signature),
-            dtype=jnp.dtype(cfg.param_dtype),
+        value = (
+            jnp.zeros(shape, dtype) if shape_alone else draw(signature, key, shape, std=cfg.std(signature), dtype=dtype)
         )
         return Declared(value=value, signature=signature)
 
@@ -381,7 +384,11 @@ def declared(cfg: ModelConfig) -> tuple[Params, Params]:
 def _declared(cfg: ModelConfig, x64: bool) -> tuple[Params, Params]:
     """`declared`, remembered: tracing a model takes a tenth of a second. Without x64, float64 becomes float32."""
     del x64
-    boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    before = _SHAPES_ALONE.set(True)
+    try:
+        boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    finally:
+        _SHAPES_ALONE.reset(before)
     is_box = lambda x: isinstance(x, Declared)  # noqa: E731
     return meta.unbox(boxed), jax.tree.map(lambda box: box.signature, boxed, is_leaf=is_box)
 
