@@ -62,6 +62,14 @@ def test_the_state_may_be_overwritten_as_soon_as_save_returns(tmp_path, how):
         assert_same(checkpoints.restore(abstract_of({"w": kept, "r": kept})).state, {"w": kept, "r": kept})
 
 
+def test_small_replicated_arrays_are_saved_without_programs_that_cut_out_parts(tmp_path, caplog):
+    state = {"w": jax.device_put(np.ones((16, 24), "f4"), NamedSharding(mesh_of(8), P()))}
+    with Checkpoints(tmp_path) as checkpoints, jax.log_compiles():
+        checkpoints.save(1, state, meta={})
+        checkpoints.wait()
+    assert "Compiling" in caplog.text and "slice" not in caplog.text
+
+
 def test_keep_policy(tmp_path):
     with Checkpoints(tmp_path, keep=2, keep_steps=[2]) as checkpoints:
         for step in range(1, 7):

@@ -111,7 +111,12 @@ class Checkpoints:
             active_processes=everyone, barrier_sync_key_prefix=f"flm_jax_{self.directory.name}" if everyone else None
         )
         self._orbax = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False, multiprocessing_options=processes),
+            ocp.PyTreeCheckpointHandler(
+                use_ocdbt=True,
+                use_compression=False,
+                multiprocessing_options=processes,
+                type_handler_registry=orbax_io.handlers(),
+            ),
             multiprocessing_options=processes,
         )
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -22,6 +22,20 @@ from flm_jax.checkpoint.manifest import (
 
 orbax_leaks.avoid()
 
+# Of a replicated array, orbax lets each device write a part. It compiles a program that cuts the part out, for every
+# shape, device and part: for arrays whose parts are smaller than this, that takes longer than writing them.
+SHARED_FROM_BYTES = 2**19
+
+
+def handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+    """Orbax's handlers of what a checkpoint may hold, where small arrays are written by one of their devices."""
+    known = ocp.type_handlers.get_type_handler(jax.Array)
+    arrays = ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=SHARED_FROM_BYTES,
+        array_metadata_store=getattr(known, "_array_metadata_store", None),
+    )
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+
 
 def as_array(path: str, leaf: Any) -> jax.Array:
     """A leaf as a JAX array that can be saved; NumPy arrays are copied, as their owner may change them meanwhile."""
