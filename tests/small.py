@@ -88,7 +88,7 @@ def params(cfg: ModelConfig, seed: int = 0):
     def one(like, sig):
         std = 0.3 if sig.is_bias else cfg.std(sig)
         value = rng.uniform(0.5, 1.5, like.shape) if sig.gains else std * rng.standard_normal(like.shape)
-        return jnp.asarray(value, like.dtype)
+        return jax.device_put(np.asarray(value, like.dtype))  # jnp.asarray compiles a program for every shape
 
     return jax.tree.map(one, shapes, signatures)
 
