@@ -43,6 +43,17 @@ LONGEST = (
 )
 
 
+def _compiled_fast(*args, **given):
+    more = {**(given.get("env_options_overrides") or {}), **environment.FAST}
+    return _OPTIONS(*args, **{**given, "env_options_overrides": more})
+
+
+def pytest_configure():
+    """Tests compile thousands of programs and run each a few times."""
+    if not environment.optimised():
+        compiler.get_compile_options = _compiled_fast
+
+
 def pytest_collection_modifyitems(config, items):
     """The longest files first; in `make check`, of each battery only every fourth case."""
     place = {name: number for number, name in enumerate(LONGEST)}
@@ -83,24 +94,16 @@ def cheap_draws():
         yield
 
 
-def _compiled_fast(*args, **given):
-    more = {**(given.get("env_options_overrides") or {}), environment.FUSIONS: False}
-    return _OPTIONS(*args, **{**given, "env_options_overrides": more})
-
-
 @pytest.fixture(scope="module")
-def compiled_fast():
-    """Programs that XLA compiles in half the time, for files that compile train steps.
+def compiled_as_in_use():
+    """Programs that XLA compiles as it does for users, for files that hold two different programs to the same bits.
 
-    What is rounded then depends on the program around it. A run that is resumed runs the same program; files that hold
-    two programs to the same bits go without, such as those of streamed growth.
+    Those of other files are compiled fast, and what is rounded then depends on the program around it: a value that is
+    drawn alone, or as part of a growth, may differ in its last bit.
     """
-    if environment.optimised():
-        yield
-        return
     jax.clear_caches()  # a program that other files use too is compiled for each of both kinds
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", _compiled_fast)
+        patch.setattr(compiler, "get_compile_options", _OPTIONS)
         yield
     jax.clear_caches()
 

@@ -16,9 +16,9 @@ _OURS = (
     "JAX_PLATFORMS",
     "JAX_DISABLE_MOST_OPTIMIZATIONS",
 )
-# XLA's option for fusions that it writes by MLIR. Without them a train step compiles in half the time, and rounds in
-# another way: see `compiled_fast` in conftest.py.
-FUSIONS = "xla_cpu_use_fusion_emitters"
+# XLA's options for programs that compile in a quarter of the time: without fusions that it writes by MLIR, in one part
+# instead of 32. What such a program rounds depends on the program around it: see `compiled_as_in_use` in conftest.py.
+FAST = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 
 # Set before JAX is imported; the test runner's worker processes inherit what its first process has set.
 if "FLM_JAX_TESTS" not in os.environ:
@@ -51,8 +51,13 @@ def optimised() -> bool:
     return os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0"
 
 
+def fast_flags() -> str:
+    """`FAST` as a part of `XLA_FLAGS`; empty if the optimised programs are tested."""
+    return "" if optimised() else " ".join(f"--{name}={str(value).lower()}" for name, value in FAST.items())
+
+
 def as_user_compiling_fast() -> dict[str, str]:
     """The same, for programs whose results are compared with each other alone: each program compiles fast, and once."""
     shared = [name for name in _OURS if name.startswith("JAX_") and name != "JAX_PLATFORMS" and name in os.environ]
     env = {**as_user(), **{name: os.environ[name] for name in shared}}
-    return env if optimised() else {**env, "XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} --{FUSIONS}=false".strip()}
+    return {**env, "XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} {fast_flags()}".strip()}

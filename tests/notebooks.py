@@ -3,7 +3,7 @@
 import re
 
 from dev import notebooks
-from tests.environment import as_user
+from tests.environment import as_user, as_user_compiling_fast
 
 # A number, as rounding may change it from machine to machine, and a duration.
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
@@ -15,9 +15,12 @@ def stored(name):
     return notebooks.read(notebooks.FOLDER / f"{name}.ipynb")
 
 
-def executed(name):
-    """The notebook, run by this interpreter in an empty folder, as a reader with the light package would run it."""
-    return notebooks.run(notebooks.FOLDER / f"{name}.ipynb", as_user())
+def executed(name, fast=False):
+    """The notebook, run by this interpreter in an empty folder, as a reader with the light package would run it.
+
+    `fast`: its programs compile fast, as those of most tests.
+    """
+    return notebooks.run(notebooks.FOLDER / f"{name}.ipynb", as_user_compiling_fast() if fast else as_user())
 
 
 def code(notebook):

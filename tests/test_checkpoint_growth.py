@@ -23,7 +23,7 @@ from flm_jax.source_checkpoint import read_source
 from tests.runs import RUN, StopAfter, recipe_of
 from tests.small import shape
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_fast")]
+pytestmark = pytest.mark.integration
 
 FAST = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 TARGET = shape(embed=32, mlp=56, layers=3)

@@ -1,6 +1,5 @@
 """Training on the command line: killed and run again, without TensorFlow, with bad input, and every shipped recipe."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,12 +10,11 @@ import pytest
 
 from flm_jax.checkpoint import read_manifest
 from flm_jax.data.source import open_data
-from tests.environment import as_user
+from tests.environment import as_user, as_user_compiling_fast
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILED = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 GIN = """
 train.recipe = @Recipe()
 train.run = @Run()
@@ -62,9 +60,7 @@ def gin_file(data, tmp_path_factory) -> Path:
 
 def test_killed_and_run_again_on_the_command_line_equals_never_killed(gin_file, tmp_path):
     """SIGTERM in the first stage saves and exits with 75; kill -9 inside the mask ramp; then to the end."""
-    # The four starts compile the same programs.
-    compiled = {name: os.environ[name] for name in COMPILED if name in os.environ}
-    env = {**as_user(), **compiled}
+    env = as_user_compiling_fast()  # the four starts compile the same programs
     whole = subprocess.run(command(gin_file, tmp_path / "whole"), env=env, capture_output=True, text=True, timeout=300)
     assert whole.returncode == 0, whole.stderr
     for wanted, number in (
@@ -112,7 +108,7 @@ def test_training_from_a_prepared_store_needs_no_tensorflow(gin_file, tmp_path):
     arguments[2] = f"--gin_file={small_file}"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments[1:]],
-        env=as_user(),
+        env=as_user_compiling_fast(),
         capture_output=True,
         text=True,
         timeout=200,

@@ -29,7 +29,7 @@ from tests.growing import relative
 from tests.hub import MODELS, TOKENS, VOCAB, edit, keep, loaded, logits_of, our_logits, read, theirs
 from tests.runs import RUN, recipe_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_fast")]
+pytestmark = pytest.mark.integration
 
 
 @pytest.mark.parametrize("name", MODELS)

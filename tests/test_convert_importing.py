@@ -21,7 +21,7 @@ from flm_jax.source_checkpoint import model_of, read_source
 from tests.growing import relative
 from tests.hub import LLAMA3, MODELS, TOKENS, VOCAB, edit, loaded, logits_of, our_logits, read, theirs
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_fast")]
+pytestmark = pytest.mark.integration
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -20,7 +20,7 @@ from flm_jax.sharding import MeshConfig
 from tests.golden_run import RUN as GOLDEN
 from tests.runs import RUN, grown_once
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_fast")]
+pytestmark = pytest.mark.integration
 
 TAUGHT = 3
 HOW = dataclasses.replace(RUN, mesh=MeshConfig(), keep=9)

@@ -25,7 +25,7 @@ from tests.runs import LARGE, grown_once, recipe_of
 from tests.small import params as small_params
 from tests.small import shape
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_fast")]
+pytestmark = pytest.mark.integration
 
 
 def source(lineage: Lineage, step: int = 1) -> SourceCheckpoint:

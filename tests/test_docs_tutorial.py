@@ -42,7 +42,6 @@ def less_text(folder):
 
 @pytest.mark.integration
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiled_fast")
 def test_the_tutorial_leads_from_an_empty_folder_to_an_exported_model(tmp_path, capsys):
     count = run_page(TUTORIAL, tmp_path, fewer_steps, lambda: less_text(tmp_path))
     said = capsys.readouterr().out

@@ -22,7 +22,7 @@ from tests import small
 from tests.hub import TEXT, llama, write_tokenizer
 from tests.scores import EIGHT, ONE, mesh_of, saved
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_fast")]
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from tests import golden_run
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_as_in_use")]
 
 EXPECTED = json.loads(golden_run.EXPECTED.read_text())
 # Sums are rounded in the order of the processor's vectors, and another XLA fuses others: there training is held to its

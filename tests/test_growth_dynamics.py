@@ -32,7 +32,7 @@ from tests.growing import (
     plan_with,
 )
 
-pytestmark = pytest.mark.usefixtures("cheap_draws", "compiled_fast")
+pytestmark = pytest.mark.usefixtures("cheap_draws")
 
 
 @pytest.mark.battery

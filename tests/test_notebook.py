@@ -15,7 +15,7 @@ NAME = "growth_verification"
 
 @pytest.fixture(scope="module")
 def executed():
-    return notebooks.executed(NAME)
+    return notebooks.executed(NAME, fast=True)
 
 
 def test_every_promise_in_the_table_is_kept(executed):

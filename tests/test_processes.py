@@ -20,6 +20,7 @@ from flm_jax.data.source import open_data
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.sharding import MeshConfig, make_mesh
 from tests import worker
+from tests.environment import fast_flags
 from tests.small import write_corpus
 
 pytestmark = pytest.mark.integration
@@ -35,7 +36,8 @@ def start(folder: Path, processes: int, devices: int, *acts: dict) -> list[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"--xla_force_host_platform_device_count={devices} {fast_flags()}"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.worker", f"localhost:{port}", str(processes), str(i), str(plan)],

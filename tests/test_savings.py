@@ -69,7 +69,6 @@ def placed(recipe, snapshot):
         yield dataclasses.replace(stage, growth=snapshot.placed.get(number, stage.growth))
 
 
-@pytest.mark.usefixtures("compiled_fast")
 def test_replicas_are_the_runs_that_they_would_be_alone(data):
     """Seeds and rates are mapped over; nothing of one run reaches another."""
     steady = OptimizerConfig(learning_rate=1e-2, schedule="constant")
@@ -128,7 +127,6 @@ def test_recipes_of_runs_share_stages_and_add_up(study):
             run_recipe(target, target.shape(layers=1), tuning, 0.2, points)
 
 
-@pytest.mark.usefixtures("compiled_fast")
 def test_a_study_runs_to_its_end_keeps_what_it_found_and_does_nothing_twice(study, tmp_path, capsys):
     how = How(Snapshots(tmp_path / "snapshots"), replicas=4)
     found = run_steps(study, list(STEPS), tmp_path / "results", how)

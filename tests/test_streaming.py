@@ -34,7 +34,7 @@ from flm_jax.state import abstract_state
 from flm_jax.step import make_grower
 from tests import small
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_as_in_use")]
 
 ROOT = Path(__file__).resolve().parent.parent
 OLD = small.config(heads=4, kv_heads=2, embed=16, mlp=24, head_dim=4)
