@@ -92,10 +92,12 @@ def test_killed_and_run_again_on_the_command_line_equals_never_killed(gin_file, 
     assert leaves[0] == leaves[1]
 
 
-def test_training_from_a_prepared_store_needs_no_tensorflow(gin_file, tmp_path):
+def test_training_from_a_prepared_store_needs_no_tensorflow_and_imports_no_torch(gin_file, tmp_path):
     code = (
-        "import sys; sys.modules['tensorflow'] = None; sys.modules['seqio'] = None\n"
-        "sys.argv = ['train.py', *sys.argv[1:]]; import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+        "import runpy, sys; sys.modules['tensorflow'] = None; sys.modules['seqio'] = None\n"
+        "sys.argv = ['train.py', *sys.argv[1:]]\n"
+        "try: runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
     arguments = command(gin_file, tmp_path / "run", "a/Stage.steps = 4", "Recipe.stages = [@a/Stage()]")
     # The bindings of the stage that is left out would be refused as unused.
@@ -115,6 +117,7 @@ def test_training_from_a_prepared_store_needs_no_tensorflow(gin_file, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Held-out loss" in done.stdout
+    assert done.stderr.endswith("False\n")
 
 
 def test_help_answers_at_once():

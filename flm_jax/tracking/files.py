@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +58,29 @@ def _after(line: bytes, step: int) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Imports within find no PyTorch, unless it is there already: tensorboardX imports it, for seconds, as a type."""
+    if "torch" in sys.modules:
+        yield
+        return
+    hidden: Any = None
+    sys.modules["torch"] = hidden
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 class Events:
     """TensorBoard's event files of one stage, a new one for every start of the program."""
 
     def __init__(self, directory: Path, step: int) -> None:
         """Opens a new file; TensorBoard drops what earlier files hold of steps after `step`."""
         # Not its SummaryWriter: the writer's thread dies with the first error, and then the program waits for it.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         directory.mkdir(parents=True, exist_ok=True)
         self._writer: Any = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
