@@ -28,18 +28,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))
 # `make test` gives every file to one process. These take longest and come first, so that both processes end together.
 LONGEST = (
     "test_checkpoint_growth",
+    "test_processes",
     "test_golden_run",
     "test_train",
-    "test_docs_tutorial",
     "test_growth_exact",
-    "test_processes",
+    "test_docs_tutorial",
+    "test_cli_train",
     "test_launching_tpu",
+    "test_notebook",
     "test_cli_sweep",
     "test_convert_exporting",
-    "test_notebooks",
-    "test_cli_train",
     "test_convert_importing",
-    "test_exact_adamw",
 )
 
 
