@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 from flm_jax import costs
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.checkpoint_growth.record import GrowthRecord
-from flm_jax.config import ModelConfig
 from flm_jax.files import atomic_write
 from flm_jax.recipe import ResolvedStage
-from flm_jax.records import as_dict
+from flm_jax.records import as_dict, from_dict
 from flm_jax.records.foreign_json import check, field
 from flm_jax.source_checkpoint import POSITION
 
@@ -57,10 +56,6 @@ def read_run(meta: Mapping[str, Any], blobs: Mapping[str, bytes], where: Path) -
     if POSITION not in blobs:
         raise CheckpointError(f"{where} does not record a run: it has no position in the data.")
     return history, blobs[POSITION]
-
-
-def _config(data: Mapping[str, Any]) -> ModelConfig:
-    return ModelConfig(**{k: v for k, v in data.items() if k != "class"})
 
 
 def summary(
@@ -214,7 +209,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += ["| stage | shape | parameters | steps | tokens | FLOPs | held-out loss | bits per byte |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {r['name']} | {costs.shape_line(_config(r['config']))} | {_parameters(r)} | {r['steps']} | "
+        f"| {r['name']} | {costs.shape_line(from_dict(r['config']))} | {_parameters(r)} | {r['steps']} | "
         f"{costs.count(r['tokens'])} | {r['flops']:.3g} | {r['eval_loss']:.4f} | {r['eval_bits_per_byte']:.3f} |"
         for r in result["stages"]
     ]
