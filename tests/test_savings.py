@@ -11,13 +11,14 @@ import pytest
 from flm_jax import train as training
 from flm_jax.checkpoint import Checkpoints
 from flm_jax.costs import orthogonalisation_flops
+from flm_jax.data.corpora import TextFolder
 from flm_jax.distillation import Teacher
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Stage, resolve
 from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, perform, tasks_of, train_all
-from flm_jax.savings.replicas import train_stage
+from flm_jax.savings.replicas import recipe_record, train_stage
 from flm_jax.savings.run import run_steps
 from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.study import STEPS, Study, missing
@@ -26,7 +27,7 @@ from flm_jax.savings.target import GrowthPoint, PlanGrid, Target, Tuning, run_re
 from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.state import abstract_state
 from tests.runs import RUN, recipe_of
-from tests.small import shape
+from tests.small import shape, write_corpus
 
 pytestmark = pytest.mark.integration
 
@@ -184,13 +185,45 @@ def test_a_result_is_kept_as_soon_as_its_run_has_ended(study, tmp_path, monkeypa
             about = json.dumps({"evals": [{"loss": 2.5}], "seconds": 1.0})
             np.savez(how.snapshots.path(recipes[0], index), about=np.frombuffer(about.encode(), np.uint8))
             show("a stage has ended")
-            assert (tmp_path / "results").exists() == (index == len(recipes[0].stages) - 1)
+            assert bool(kept.read(tmp_path / "results")) == (index == len(recipes[0].stages) - 1)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flm_jax.savings.run.train_all", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_steps(study, ["tune"], tmp_path / "results", How(Snapshots(tmp_path / "snapshots")))
     assert [result.losses for result in kept.read(tmp_path / "results").values()] == [[2.5]]
+
+
+def test_runs_on_other_texts_or_from_another_teacher_are_not_taken_for_those_of_a_study(
+    study, data, tmp_path, monkeypatch
+):
+    """Records of recipes leave out paths, and these decide what was learned."""
+    monkeypatch.setattr("flm_jax.savings.run.train_all", lambda *_: False)
+    write_corpus(tmp_path / "texts")
+    next((tmp_path / "texts").iterdir()).write_text("another text " * 50)
+    other = dataclasses.replace(data, corpus=TextFolder(str(tmp_path / "texts")), cache_dir=str(tmp_path / "cache"))
+    late = How(Snapshots(tmp_path / "snapshots"), deadline=0.0)
+    run_steps(study, ["tune"], tmp_path / "results", late)
+    moved = dataclasses.replace(study, target=dataclasses.replace(study.target, data=other))
+    for results in ("results", "elsewhere"):
+        with pytest.raises(ValueError, match=r"holds runs on other data: digest: '\w+' there"):
+            run_steps(moved, ["tune"], tmp_path / results, late)
+
+    monkeypatch.setattr("flm_jax.savings.replicas._digest", lambda path: {"one": "1", "same": "1", "two": "2"}[path])
+    point = GrowthPoint(0.5, Growth("zero"))
+    taught = {
+        path: run_recipe(
+            study.target, study.target.shape(layers=1), Tuning(1e-2), 0.1, [point], teacher=Teacher(checkpoint=path)
+        )
+        for path in ("", "one", "same", "two")
+    }
+    snapshots = late.snapshots
+    assert len({snapshots.path(recipe, 0) for recipe in taught.values()}) == 1
+    assert len({snapshots.path(recipe, 1) for recipe in taught.values()}) == 3
+    assert snapshots.path(taught["one"], 1) == snapshots.path(taught["same"], 1)
+    result = kept.Result("a", "plans", recipe_record(taught["one"]), (), 1, 1, 1)
+    assert [result.is_of(kept.Arm("a", "plans", recipe)) for recipe in taught.values()] == [False, True, True, False]
+    assert [stage.teacher is not None for stage in result.stages] == [False, True, False]
 
 
 def test_a_run_that_diverges_is_given_up_and_does_not_count(study, tmp_path, monkeypatch):

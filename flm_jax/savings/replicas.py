@@ -8,6 +8,7 @@ another, so that runs which share their first stages share the work: many decays
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from flm_jax.recipe import Recipe, ResolvedStage, Run, resolve
 from flm_jax.records import as_dict
 from flm_jax.savings.target import stage_flops
 from flm_jax.sharding import few_rows, put_batch
+from flm_jax.source_checkpoint import read_source
 from flm_jax.stage_run import stage_program
 from flm_jax.state import TrainState
 from flm_jax.step import StageProgram
@@ -68,9 +70,27 @@ def alike(recipe: Recipe, index: int) -> dict[str, Any]:
     return record
 
 
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON-able data, with the digests of the checkpoints that its stages have as teachers.
+
+    Records leave out paths. That the data is the same is checked apart, when a study begins.
+
+    Raises:
+      CheckpointError: a checkpoint cannot be read.
+    """
+    named = {n: s.teacher.checkpoint for n, s in enumerate(recipe.stages) if s.teacher and s.teacher.checkpoint}
+    digests = {str(number): _digest(path) for number, path in named.items()}
+    return {**as_dict(recipe), **({"teachers": digests} if digests else {})}
+
+
+@functools.cache
+def _digest(checkpoint: str) -> str:
+    return read_source(checkpoint).digest
+
+
 def stages_record(recipe: Recipe, index: int) -> dict[str, Any]:
     """A record of everything that determines a run up to the end of stage `index`; names of stages are left out."""
-    whole = as_dict(dataclasses.replace(recipe, stages=recipe.stages[: index + 1]))
+    whole = recipe_record(dataclasses.replace(recipe, stages=recipe.stages[: index + 1]))
     stages = [{key: value for key, value in stage.items() if key != "name"} for stage in whole["stages"]]
     return {**whole, "stages": stages}
 

@@ -15,7 +15,8 @@ from typing import Any
 from flm_jax import costs
 from flm_jax.files import atomic_write
 from flm_jax.recipe import Recipe, Stage
-from flm_jax.records import as_dict, completed, from_dict
+from flm_jax.records import DATA, completed, from_dict
+from flm_jax.savings.replicas import recipe_record
 from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.target import run_flops, seeded
 
@@ -49,7 +50,7 @@ class Result:
     Attributes:
       name: of the arm.
       step: of the study.
-      recipe: its record, with seed 0.
+      recipe: its record, with seed 0 (see `recipe_record`).
       runs: per seed: seed, evals (as in a `Snapshot`), seconds.
       params: parameters of the last model.
       tokens: of a run.
@@ -76,7 +77,7 @@ class Result:
 
     def is_of(self, arm: Arm) -> bool:
         """Whether it is a result of this arm: of the same recipe, but for fields that recipes have gained since."""
-        return bool(completed(self.recipe) == as_dict(arm.recipe))
+        return bool(completed(self.recipe) == recipe_record(arm.recipe))
 
     @property
     def losses(self) -> list[float]:
@@ -130,7 +131,7 @@ def collect(arm: Arm, snapshots: Snapshots) -> Result | None:
     model = arm.recipe.stages[-1].model
     tokens = sum(stage.steps * stage.batch_size for stage in arm.recipe.stages) * arm.recipe.data.context
     numbers = costs.param_count(model), tokens, run_flops(arm.recipe)
-    return Result(arm.name, arm.step, as_dict(arm.recipe), tuple(runs), *numbers)
+    return Result(arm.name, arm.step, recipe_record(arm.recipe), tuple(runs), *numbers)
 
 
 def write(directory: Path, result: Result) -> None:
@@ -147,6 +148,8 @@ def read(directory: Path) -> dict[str, Result]:
     """
     found = {}
     for path in sorted(directory.glob("*.json")):
+        if path.name == DATA:
+            continue
         try:
             result = Result.from_record(json.loads(path.read_text()))
         except (KeyError, TypeError, ValueError) as error:

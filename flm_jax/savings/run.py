@@ -6,7 +6,11 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+from flm_jax.data.config import DataConfig
 from flm_jax.data.source import open_data
+from flm_jax.files import write_json
+from flm_jax.records import DATA, differences
+from flm_jax.records.foreign_json import read_json
 from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, train_all
 from flm_jax.savings.results import Arm, Result
@@ -24,15 +28,18 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
       how: how to train.
 
     Raises:
-      ValueError: a step needs another one that has not come to its end, or a stage failed.
+      ValueError: a step needs another one that has not come to its end, or a stage failed; or what is kept was trained
+        on other data.
     """
-    found = kept.read(directory)
+    found, opened = kept.read(directory), False
     for step in steps:
         while True:
             arms = missing(list(STEPS[step](study, found)), found)
+            if not opened:
+                _open_data(study.target.data, (directory, how.snapshots.directory))
+                opened = True
             if not arms:
                 break
-            open_data(study.target.data)  # prepared once, not by several processes at the same time
             recipes = [recipe for arm in arms for recipe in arm.recipes]
             print(f"{step}: {len(recipes)} runs: {', '.join(arm.name for arm in arms)}", flush=True)
             complete = train_all(recipes, how, functools.partial(_report, arms, directory, how.snapshots, found))
@@ -48,6 +55,26 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
                     "the cause, and the same command goes on."
                 )
     return found
+
+
+def _open_data(config: DataConfig, directories: Sequence[Path]) -> None:
+    """Prepares the data, before several processes would at the same time, and checks whose runs directories hold.
+
+    Recipes do not record where texts are nor what they hold, so each directory gets a file with their digests.
+
+    Raises:
+      ValueError: a directory holds runs on other data.
+    """
+    data = open_data(config)
+    identity = {"digest": data.digest, "vocabulary": data.vocabulary.digest}
+    for path in (directory / DATA for directory in directories):
+        if not path.exists():
+            write_json(path, identity)
+        elif other := list(differences(read_json(path), identity)):
+            raise ValueError(
+                f"{path.parent} holds runs on other data: {'; '.join(other)}. Give this study a --workdir of its own "
+                "and, if they were named, other --results."
+            )
 
 
 def _report(arms: Sequence[Arm], directory: Path, snapshots: Snapshots, found: dict[str, Result], line: str) -> None:
