@@ -17,15 +17,15 @@ from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Stage, resolve
 from flm_jax.savings import results as kept
-from flm_jax.savings.execute import How, perform, tasks_of, train_all
-from flm_jax.savings.replicas import recipe_record, train_stage
+from flm_jax.savings.execute import How, Task, perform, tasks_of, train_all
+from flm_jax.savings.replicas import Snapshot, recipe_record, train_stage
 from flm_jax.savings.run import run_steps
 from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.study import STEPS, Study, missing
 from flm_jax.savings.summary import summarise
 from flm_jax.savings.target import GrowthPoint, PlanGrid, Target, Tuning, run_recipe, seeded
 from flm_jax.sharding import MeshConfig, make_mesh
-from flm_jax.state import abstract_state
+from flm_jax.state import TrainState, abstract_state
 from tests.runs import RUN, recipe_of
 from tests.small import shape, write_corpus
 
@@ -239,3 +239,24 @@ def test_a_run_that_diverges_is_given_up_and_does_not_count(study, tmp_path, mon
     (tmp_path / "results" / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other.json is not the result of an arm"):
         kept.read(tmp_path / "results")
+
+
+def test_a_run_that_has_diverged_stays_given_up_beside_others_that_go_on(study, tmp_path, monkeypatch):
+    """Whether it counts must not depend on which runs are trained as one program with it."""
+    snapshots = Snapshots(tmp_path)
+    first = run_recipe(study.target, study.target.model, Tuning(1e-2), 0.3, cuts=(0.1, 0.2))
+    recipes = (first, seeded(first, 1))
+    state = TrainState(np.zeros((), np.int32), {}, ())
+    monkeypatch.setattr(Snapshots, "read", lambda self, recipe, index: recipe)
+
+    def trained_stage(going, index, before):
+        assert list(before) == list(going) == [recipes[1]]
+        return [Snapshot(state, b"", {}, ({"stage": index, "step": 1, "tokens": 9, "flops": 9, "loss": 2.0},))]
+
+    monkeypatch.setattr("flm_jax.savings.execute.train_stage", trained_stage)
+    for recipe, loss in zip(recipes, (math.inf, 2.5), strict=True):
+        evals = ({"stage": 0, "step": 1, "tokens": 5, "flops": 5, "loss": loss},)
+        snapshots.write(recipe, 0, Snapshot(state, b"", {}, evals))
+    for index in (1, 2):
+        assert perform(Task(recipes, index), snapshots) == [math.inf, 2.0]
+    assert [(e["stage"], e["step"]) for e in snapshots.about(first, 2)["evals"]] == [(0, 1), (1, 0), (2, 0)]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
-import math
 import multiprocessing
 import os
 import threading
@@ -23,7 +21,7 @@ import jax
 
 from flm_jax.files import sha256_json
 from flm_jax.recipe import Recipe
-from flm_jax.savings.replicas import Snapshot, alike, train_stage
+from flm_jax.savings.replicas import alike, train_stage
 from flm_jax.savings.snapshots import Snapshots
 
 
@@ -60,20 +58,20 @@ class Task:
 
 
 def perform(task: Task, snapshots: Snapshots) -> list[float]:
-    """Trains a task's stage, keeps the snapshots, and returns their held-out losses."""
-    before = [snapshots.read(recipe, task.index - 1) if task.index else None for recipe in task.recipes]
-    if all(snapshot is not None and snapshot.diverged for snapshot in before):
-        after = [_given_up(snapshot) for snapshot in before if snapshot is not None]
-    else:
-        after = train_stage(task.recipes, task.index, before)
-    for recipe, snapshot in zip(task.recipes, after, strict=True):
-        snapshots.write(recipe, task.index, snapshot)
-    return [float(snapshot.evals[-1]["loss"]) for snapshot in after]
+    """Trains a task's stage, keeps the snapshots, and returns their held-out losses.
 
-
-def _given_up(snapshot: Snapshot) -> Snapshot:
-    last = {**snapshot.evals[-1], "stage": snapshot.evals[-1]["stage"] + 1, "step": 0, "loss": math.inf}
-    return dataclasses.replace(snapshot, evals=(*snapshot.evals, last))
+    A run that has diverged is given up, whichever runs it would be trained with.
+    """
+    before = task.index - 1
+    over = [recipe for recipe in task.recipes if task.index and snapshots.diverged(recipe, before)]
+    going = [recipe for recipe in task.recipes if recipe not in over]
+    for recipe in over:
+        snapshots.give_up(recipe, task.index)
+    if going:
+        begun = [snapshots.read(recipe, before) if task.index else None for recipe in going]
+        for recipe, snapshot in zip(going, train_stage(going, task.index, begun), strict=True):
+            snapshots.write(recipe, task.index, snapshot)
+    return [float(snapshots.about(recipe, task.index)["evals"][-1]["loss"]) for recipe in task.recipes]
 
 
 def tasks_of(recipes: Sequence[Recipe], how: How) -> tuple[list[Task], int]:

@@ -55,11 +55,6 @@ class Snapshot:
     evals: tuple[Mapping[str, Any], ...]
     seconds: float = 0.0
 
-    @property
-    def diverged(self) -> bool:
-        """Whether a held-out loss is not a number, or the run was given up."""
-        return not math.isfinite(self.evals[-1]["loss"])
-
 
 def alike(recipe: Recipe, index: int) -> dict[str, Any]:
     """A record that is equal for recipes whose stages up to `index` can be trained as replicas of each other."""
@@ -207,9 +202,9 @@ class _Replica:
         return jax.tree.map(held, self.before.state.params, resolved.abstract(mesh))
 
     def measured(self, step: int, loss: float) -> None:
-        """Adds a held-out measurement; a loss far above that of a guess counts as none."""
+        """Adds a held-out measurement; from a loss far above that of a guess on, the run counts as diverged."""
         stage, context = self.program.stage, self.recipe.data.context
-        if not loss < MAX_LOSS * math.log(stage.cfg.vocab):
+        if (self.evals and self.diverged) or not loss < MAX_LOSS * math.log(stage.cfg.vocab):
             loss = math.inf
         tokens = self.tokens + step * stage.batch_size * context
         flops = self.flops + stage_flops(stage, step, context)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +50,24 @@ class Snapshots:
             "evals": list(snapshot.evals),
             "seconds": snapshot.seconds,
         }
-        leaves: dict[str, Any] = {
-            f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(snapshot.state))
-        }
+        self._write(recipe, index, about, jax.tree.leaves(snapshot.state))
+
+    def give_up(self, recipe: Recipe, index: int) -> None:
+        """Keeps of a run that diverged in an earlier stage that it did; such a snapshot has no state to `read`."""
+        about = self.about(recipe, index - 1)
+        last = {**about["evals"][-1], "stage": index, "step": 0, "loss": math.inf}
+        self._write(recipe, index, {**about, "evals": [*about["evals"], last]}, ())
+
+    def _write(self, recipe: Recipe, index: int, about: Mapping[str, Any], leaves: Sequence[Any]) -> None:
+        named: dict[str, Any] = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
         content = io.BytesIO()
-        np.savez(content, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **leaves)
+        np.savez(content, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **named)
         self.directory.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path(recipe, index), content.getvalue())
+
+    def diverged(self, recipe: Recipe, index: int) -> bool:
+        """Whether a run whose snapshot at the end of stage `index` is there had diverged by then."""
+        return not math.isfinite(self.about(recipe, index)["evals"][-1]["loss"])
 
     def about(self, recipe: Recipe, index: int) -> dict[str, Any]:
         """What a snapshot holds besides its state: position, placed, evals, seconds.
