@@ -74,6 +74,7 @@ def test_wrong_flags_exit_with_2_and_say_what_is_wrong_first(program, arguments,
     [
         (["--gin_bindings=Study.seds=2"], "did you mean 'seeds'?"),
         (["--steps=plans"], "The rate of adamw with wsd is not known yet: run the step 'tune' first."),
+        (["--write=docs"], "--write=docs is a directory; give the name of a file."),
     ],
 )
 def test_a_study_that_cannot_be_run_is_one_sentence(arguments, said, tmp_path):

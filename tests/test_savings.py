@@ -1,5 +1,6 @@
 """A study of savings: its runs are those of a launcher, stages are shared, and what is done is not done again."""
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -171,11 +172,31 @@ def test_stages_that_several_recipes_begin_with_are_one_task(study, tmp_path):
     assert how.snapshots.has(recipes[1], 2)
 
 
+def test_what_failed_does_not_keep_back_the_runs_that_it_would_be_trained_with(study, tmp_path):
+    how = How(Snapshots(tmp_path), replicas=2)
+    pair = tuple(seeded(run_recipe(study.target, study.target.model, Tuning(1e-2), 0.1), seed) for seed in (0, 1))
+    assert tasks_of(pair, how) == ([Task(pair, 0)], 4)
+    assert tasks_of(pair, how, {how.snapshots.path(pair[0], 0)}) == ([Task(pair[1:], 0)], 4)
+
+
 def test_a_study_with_a_run_that_failed_does_not_pass_for_one_that_ended(study, tmp_path, monkeypatch):
     monkeypatch.setattr("flm_jax.savings.run.train_all", lambda *_: False)
     with pytest.raises(ValueError, match="Step 'tune' lacks runs whose stages failed"):
         run_steps(study, ["tune"], tmp_path / "results", How(Snapshots(tmp_path)))
     assert run_steps(study, ["tune"], tmp_path / "results", How(Snapshots(tmp_path), deadline=0.0)) == {}
+
+
+def test_a_process_that_the_system_ends_is_one_sentence(study, tmp_path, monkeypatch):
+    class Broken(concurrent.futures.Executor):
+        def submit(self, *_):
+            future = concurrent.futures.Future()
+            future.set_exception(concurrent.futures.BrokenExecutor("terminated abruptly"))
+            return future
+
+    monkeypatch.setattr("flm_jax.savings.execute._pool", lambda how: Broken())
+    recipe = run_recipe(study.target, study.target.model, Tuning(1e-2), 0.1)
+    with pytest.raises(ValueError, match=r"ended a process during stage 1 of 2, 2 x 24, .* a smaller --parallel"):
+        train_all([recipe], How(Snapshots(tmp_path)))
 
 
 def test_a_result_is_kept_as_soon_as_its_run_has_ended(study, tmp_path, monkeypatch):

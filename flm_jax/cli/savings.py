@@ -56,6 +56,7 @@ def run(values: Any) -> None:
 def _study(values: Any, steps: list[str]) -> None:
     """Runs steps of the study, and writes its page if that is asked for."""
     from flm_jax.cli import configure
+    from flm_jax.files import check_writable
     from flm_jax.savings.execute import How, keep_programs
     from flm_jax.savings.page import write_page
     from flm_jax.savings.run import run_steps
@@ -68,15 +69,22 @@ def _study(values: Any, steps: list[str]) -> None:
     configure.check_used()
     workdir = Path(values.workdir).expanduser()
     results = Path(values.results).expanduser() if values.results else workdir / "results"
+    page = Path(values.write).expanduser() if values.write else None
+    check_writable(workdir, f"--workdir={values.workdir}")  # before hours are spent
+    check_writable(results, f"--results={results}")
+    if page is not None:
+        if page.is_dir():
+            raise ValueError(f"--write={values.write} is a directory; give the name of a file.")
+        check_writable(page.parent, f"--write={values.write}")
     deadline = None if values.minutes is None else time.monotonic() + 60 * values.minutes
     cores = shares(values.parallel) if values.parallel > 1 else ()
     programs = workdir / "programs"
     keep_programs(programs)
     how = How(Snapshots(workdir / "snapshots"), cores, values.replicas, programs, deadline)
     found = run_steps(study, steps, results, how)
-    if values.write:
+    if page is not None:
         command = values.command or shlex.join(["python", *sys.argv])
-        write_page(summarise(study, found), Path(values.write).expanduser(), command)
+        write_page(summarise(study, found), page, command)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,17 +74,23 @@ def perform(task: Task, snapshots: Snapshots) -> list[float]:
     return [float(snapshots.about(recipe, task.index)["evals"][-1]["loss"]) for recipe in task.recipes]
 
 
-def tasks_of(recipes: Sequence[Recipe], how: How) -> tuple[list[Task], int]:
-    """The tasks that can begin now, and how many stages are left in all, these included."""
-    left: dict[Any, tuple[Recipe, int]] = {}
+def tasks_of(recipes: Sequence[Recipe], how: How, without: Collection[Path] = ()) -> tuple[list[Task], int]:
+    """The tasks that can begin now, and how many stages are left in all, these included.
+
+    Args:
+      recipes: what is to be trained.
+      how: how to train.
+      without: snapshots that no task is to make, because another one makes them, or failed to.
+    """
+    left: dict[Path, tuple[Recipe, int]] = {}
     for recipe in recipes:
         for index in range(len(recipe.stages)):
             if not how.snapshots.has(recipe, index):
                 left.setdefault(how.snapshots.path(recipe, index), (recipe, index))
-    ready = [(recipe, index) for recipe, index in left.values() if not index or how.snapshots.has(recipe, index - 1)]
     groups: dict[str, list[tuple[Recipe, int]]] = collections.defaultdict(list)
-    for recipe, index in ready:
-        groups[sha256_json([index, alike(recipe, index)])].append((recipe, index))
+    for path, (recipe, index) in left.items():
+        if path not in without and (not index or how.snapshots.has(recipe, index - 1)):
+            groups[sha256_json([index, alike(recipe, index)])].append((recipe, index))
     tasks = [
         Task(tuple(recipe for recipe, _ in group[start : start + how.replicas]), group[0][1])
         for group in groups.values()
@@ -97,17 +103,19 @@ def train_all(recipes: Sequence[Recipe], how: How, show: Callable[[str], None] =
     """Trains all stages of all recipes that are not kept yet; whether all are kept afterwards.
 
     A stage that fails is reported, and what would follow it is left; the others go on.
+
+    Raises:
+      ValueError: the system has ended a process.
     """
-    failed: set[Any] = set()
+    failed: set[Path] = set()
     running: dict[concurrent.futures.Future[list[float]], Task] = {}
     with _pool(how) as pool:
         while True:
-            tasks, left = tasks_of(recipes, how)
-            busy = {how.snapshots.path(r, task.index) for task in running.values() for r in task.recipes} | failed
-            fresh = [task for task in tasks if busy.isdisjoint(how.snapshots.path(r, task.index) for r in task.recipes)]
+            busy = {how.snapshots.path(r, task.index) for task in running.values() for r in task.recipes}
+            tasks, left = tasks_of(recipes, how, busy | failed)
             # No more than the processes can begin at once: later tasks may be grouped better.
             room = max(len(how.cores), 1) - len(running)
-            for task in () if how.late else fresh[:room]:
+            for task in () if how.late else tasks[:room]:
                 running[pool.submit(perform, task, how.snapshots)] = task
             if not running:
                 return left == 0
@@ -116,7 +124,13 @@ def train_all(recipes: Sequence[Recipe], how: How, show: Callable[[str], None] =
                 task = running.pop(future)
                 names = ", ".join(f"seed {r.seed}" for r in task.recipes)
                 what = f"stage {task.index + 1} of {len(task.recipes[0].stages)}, {_shape(task)}, {names}"
-                if error := future.exception():
+                error = future.exception()
+                if isinstance(error, concurrent.futures.BrokenExecutor):
+                    raise ValueError(
+                        f"The system has ended a process during {what}, as it does if memory runs out: take a smaller "
+                        "--parallel, or fewer --replicas. What is done is kept, and the same command goes on."
+                    ) from error
+                if error is not None:
                     failed |= {how.snapshots.path(r, task.index) for r in task.recipes}
                     show(f"{what} failed: {error}")
                 else:
