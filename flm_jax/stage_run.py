@@ -181,8 +181,8 @@ class StageRun:
         if self.stage.index == 0:
             assert self.source is not None
             return self.source.directory
-        before = self.stage.index - 1, self.recipe.stages[self.stage.index - 1]
-        return self.store.directory.parent / f"{before[0]}_{before[1].name}" / str(before[1].steps)
+        before = self.stages[self.stage.index - 1]
+        return self.store.directory.parent / before.directory / str(before.steps)
 
     def run(self, state: TrainState, interrupts: Interrupts) -> TrainState:
         """The state at the end of the stage, or at the step where the processes agreed to stop; it is saved."""

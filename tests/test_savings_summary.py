@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -138,6 +139,10 @@ def test_the_page_shows_every_arm_and_the_plots_are_drawn(summary, tmp_path):
     for name in ("rates", "scratch", "savings", "curves"):
         assert f"page_{name}.png" in text
         assert (tmp_path / f"page_{name}.png").stat().st_size > 10_000
+    alone = "\n".join(page(dataclasses.replace(summary, noise=0.0), "the command", {}))
+    growths = [one[one.index("## Growths") :] for one in (text, alone)]
+    assert [re.search(r"\| \d\.\d\d \(\d", one) is None for one in growths] == [False, True]
+    assert "No arm ran with several seeds" in alone
     empty = "\n".join(page(summarise(study(), {}), "the command", {}))
     assert "# Does growing pay: planted" in empty
     assert "## Growths" not in empty

@@ -9,10 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flm_jax.records import recorded
-from flm_jax.records.fields import Limit, Positive, Size, one_of
-
-# 0 would pay for a teacher that has no effect.
-Share = Annotated[float, Limit("greater than 0 and at most 1", lambda value: 0 < value <= 1)]
+from flm_jax.records.fields import Positive, PositiveFraction, Size, one_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Teacher:
 
     # The path may change: the checkpoint is identified by its digest, which is recorded.
     checkpoint: str = field(default="", metadata={"identity": False})
-    weight: Share = 0.5
+    weight: PositiveFraction = 0.5  # 0 would pay for a teacher that has no effect
     decay: Annotated[str, one_of(("constant", "linear"))] = "linear"
     steps: Size | None = None
     temperature: Positive = 1.0

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flm_jax.records import recorded
-from flm_jax.records.fields import Fraction, Limit, NonNegative, Positive, Seed, Size
-
-Share = Annotated[float, Limit("greater than 0 and at most 1", lambda value: 0 < value <= 1)]
+from flm_jax.records.fields import Fraction, NonNegative, Positive, PositiveFraction, Seed, Size
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Sampling:
     repetition_penalty: Positive = 1.0
     temperature: NonNegative = 0.0
     top_k: Size | None = None
-    top_p: Share = 1.0
+    top_p: PositiveFraction = 1.0
     min_p: Fraction = 0.0
     seed: Seed = 0
 

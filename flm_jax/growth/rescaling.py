@@ -112,8 +112,9 @@ def check_continues(lineage: Lineage, optimizer: str = "adamw") -> None:
                     if kind in operator.kinds and operator.preserving and (operator.continues or kind not in WIDTH)
                 )
             )
+            name = "Muon" if optimizer == "muon" else "AdamW"
             raise ValueError(
-                f"optimizer='exact': AdamW cannot go on exactly where {axis} grows by {method!r}; {known} allow it."
+                f"optimizer='exact': {name} cannot go on exactly where {axis} grows by {method!r}; {known} allow it."
             )
         if optimizer == "muon" and kind in (*WIDTH, Kind.PAIRED) and not lookup(method).continues:
             known = ", ".join(sorted(name for name, each in REGISTRY.items() if kind in each.kinds and each.continues))

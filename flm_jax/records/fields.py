@@ -80,6 +80,9 @@ Seed = Annotated[int, between(-(2**63), 2**63 - 1)]
 Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]
 Fraction = Annotated[float, between(0, 1)]
+PositiveFraction = Annotated[float, Limit("greater than 0 and at most 1", lambda value: 0 < value <= 1)]
+# A part of something of which something is left.
+Share = Annotated[float, Limit("greater than 0 and less than 1", lambda value: 0 < value < 1)]
 # Names of directories; Orbax takes them for patterns.
 Name = Annotated[
     str, Limit("not empty and without any of / \\ * ? [ ]", lambda v: v != "" and not set(v) & {*"/\\*?[]"})

@@ -190,12 +190,15 @@ def _plans(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
         return
     yield "## Growths"
     yield ""
+    intervals = "Both have an interval of 95 % from the noise over seeds and the residuals of the fit"
+    if not summary.noise:
+        intervals = "No arm ran with several seeds, so the noise is not known and neither has an interval"
     yield (
         "Same-size: FLOPs of scratch runs of the target, with the same optimizer and the best of its schedules, at the "
-        "growth's loss, divided by its own FLOPs. Frontier: the same against the best scratch run of any size. Both "
-        "have an interval of 95 % from the noise over seeds and the residuals of the fit; '-': the loss lies outside "
-        "the runs that were measured. Gain: the loss of a scratch run of the target with the same FLOPs, minus the "
-        "growth's own. Spike: the rise of the loss at the growth; recovered after: the tokens until it is gone."
+        "growth's loss, divided by its own FLOPs. Frontier: the same against the best scratch run of any size. "
+        f"{intervals}; '-': the loss lies outside the runs that were measured. Gain: the loss of a scratch run of the "
+        "target with the same FLOPs, minus the growth's own. Spike: the rise of the loss at the growth; recovered "
+        "after: the tokens until it is gone."
     )
     yield ""
     yield from _plot(plots, "savings", "loss against FLOPs: growths and scratch runs")
@@ -203,17 +206,17 @@ def _plans(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
     for row in summary.rows:
         groups.setdefault(row.name.split("-")[0], []).append(row)
     several = len(summary.study.optimizers) > 1
-    head = ["plan", "exact", "loss", "FLOPs", "gain", "same-size"]
+    head = ["plan", "preserves the function", "loss", "FLOPs", "gain", "same-size"]
     head += ["against the best optimizer"] if several else []
     head += ["frontier", "spike", "recovered after"]
     for group, members in groups.items():
         yield f"### {group}"
         yield ""
-        yield from _table(head, [_cells(row, several) for row in members])
+        yield from _table(head, [_cells(row, several, summary.noise) for row in members])
     yield from _plot(plots, "curves", "held-out loss during training")
 
 
-def _cells(row: GrownRow, several: bool) -> list[str]:
+def _cells(row: GrownRow, several: bool, noise: float) -> list[str]:
     growths = row.result.growths()
     rises = ", ".join(f"{rise:+.3f}" for rise, _ in growths[: _per_run(row)])
     back = ", ".join("not" if math.isinf(tokens) else costs.count(tokens) for _, tokens in growths[: _per_run(row)])
@@ -223,9 +226,9 @@ def _cells(row: GrownRow, several: bool) -> list[str]:
         spread(row.result.losses),
         f"{row.result.flops:.3g}",
         "-" if row.gain is None else f"{row.gain:+.4f}",
-        _shown(row.same_size),
-        *([_shown(row.best_optimizer)] if several else []),
-        _shown(row.frontier),
+        _shown(row.same_size, noise),
+        *([_shown(row.best_optimizer, noise)] if several else []),
+        _shown(row.frontier, noise),
         rises,
         back,
     ]
@@ -235,5 +238,6 @@ def _per_run(row: GrownRow) -> int:
     return sum(stage.growth is not None for stage in row.result.stages)
 
 
-def _shown(ratio: Ratio | None) -> str:
-    return "-" if ratio is None else str(ratio)
+def _shown(ratio: Ratio | None, noise: float) -> str:
+    """A ratio as text; without its interval, which would be too narrow, if the noise over seeds is not known."""
+    return "-" if ratio is None else str(ratio) if noise else f"{ratio.value:.2f}"

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from flm_jax.records import recorded
-from flm_jax.records.fields import Count, Limit, Seed, one_of
-
-Share = Annotated[float, Limit("greater than 0 and less than 1", lambda share: 0 < share < 1)]
+from flm_jax.records.fields import Count, Seed, Share, one_of
 
 
 @dataclass(frozen=True)
