@@ -62,8 +62,11 @@ def savings(summary: Summary) -> bytes | None:
     if summary.frontier is not None:
         flops = np.geomspace(*summary.frontier.range, 60)
         plot.plot(flops, [summary.frontier.best(f)[0] for f in flops], "k--", label="frontier of all sizes, fitted")
-    for exact, marker, label in ((True, "o", "grown, exact"), (False, "x", "grown, not exact")):
-        rows = [row for row in summary.rows if row.preserving == exact and math.isfinite(row.result.loss)]
+    for preserving, marker, label in (
+        (True, "o", "grown, preserving the function"),
+        (False, "x", "grown, not preserving it"),
+    ):
+        rows = [row for row in summary.rows if row.preserving == preserving and math.isfinite(row.result.loss)]
         if rows:
             plot.plot([r.result.flops for r in rows], [r.result.loss for r in rows], marker, label=label)
     return _losses(summary, figure, plot, "below the line of scratch runs, growing pays")
