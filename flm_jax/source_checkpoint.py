@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import importlib.metadata
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +39,17 @@ POSITION = "data"
 CONFIG, IDS = "config.json", ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+@functools.cache
+def versions_here() -> Mapping[str, str]:
+    """The versions, by name, of what writes checkpoints in this process; 'unknown' for a package not installed."""
+    found = {"python": platform.python_version()}
+    for name in ("flm_jax", "jax", "orbax-checkpoint"):
+        found[name] = "unknown"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 @dataclass(frozen=True)
 class CheckpointMeta:
     """What a checkpoint's meta.json records, whether a run, a growth or an import wrote it.
@@ -50,6 +65,7 @@ class CheckpointMeta:
       converted: the config.json that an imported model came with.
       optimizer: the name of the optimizer that its state belongs to, if it has optimizer state.
       train: what of the model trained, see `Stage.train`: parameters of which nothing did have no moments.
+      versions: by name, of the programs that wrote it; empty if it is from before they were recorded.
     """
 
     stage: str
@@ -61,6 +77,7 @@ class CheckpointMeta:
     converted: Mapping[str, Any] | None = None
     optimizer: str = "adamw"
     train: str = "all"
+    versions: Mapping[str, str] = dataclasses.field(default_factory=versions_here)
 
     @property
     def ramp_steps(self) -> int:
@@ -81,6 +98,7 @@ class CheckpointMeta:
             **({"since_growth": self.since_growth} if self.since_growth else {}),
             **({"optimizer": self.optimizer} if self.optimizer != "adamw" else {}),
             **({"train": self.train} if self.train != "all" else {}),
+            **({"versions": dict(self.versions)} if self.versions else {}),
             **{name: value for name, value in given.items() if value is not None},
         }
 
@@ -110,7 +128,9 @@ class CheckpointMeta:
         train = check(record.get("train", "all"), str, "its train")
         if train not in TRAINED or (train != "all" and lineage.growth is None):
             raise ValueError(f"its train is {train!r}: use {' or '.join(TRAINED)}, the latter only after a growth")
-        return cls(field(record, "stage", str, "it"), lineage, since, **rest, optimizer=optimizer, train=train)
+        versions = check(record.get("versions", {}), dict, "its versions")
+        about = {"optimizer": optimizer, "train": train, "versions": {k: str(v) for k, v in versions.items()}}
+        return cls(field(record, "stage", str, "it"), lineage, since, **rest, **about)
 
 
 def signature_texts(cfg: ModelConfig) -> dict[str, str]:

@@ -23,7 +23,7 @@ state
 checkpoint
 data
 source_checkpoint
-chat generation distillation
+chat checkpoint_care distillation generation
 recipe
 step
 checkpoint_growth

@@ -88,6 +88,30 @@ class StoredLeaf:
                 held = wanted[(slice(None), *box)]
                 held[...] = piece[tuple(slice(0, n) for n in held.shape)]
 
+    def blocks(self, most: int = 16 << 20) -> Iterator[tuple[tuple[int, ...], int, np.ndarray]]:
+        """Yields the whole leaf, block by block: the layer, the first row, and the rows, each an array of its own.
+
+        The layer is () for a leaf of fewer than three dimensions, which is read as one layer. A leaf without dimensions
+        is one row of shape (1,).
+
+        Args:
+          most: bytes of a block; a row that is larger is a block by itself.
+
+        Raises:
+          DamagedError: a row is not there in full; the message names the leaf and the chunk.
+        """
+        if not self.shape:
+            yield (), 0, self.value().reshape(1)
+            return
+        dim = 1 if len(self.shape) > 2 else 0
+        total, row = self.shape[dim], self.shape[dim + 1 :]
+        rows = max(most // (math.prod(row) * self.dtype.itemsize), 1)
+        for lead in itertools.product(*(range(size) for size in self.shape[:dim])):
+            for start in range(0, total, rows):
+                out = np.empty((min(rows, total - start), *row), self.dtype)
+                self.read(lead, start, out)
+                yield lead, start, out
+
     def value(self) -> np.ndarray:
         """The value of a leaf without dimensions."""
         out = np.empty((), self.dtype)

@@ -17,6 +17,7 @@ from typing import IO
 
 from flm_jax.checkpoint import manifest
 from flm_jax.checkpoint.manifest import CheckpointError, read_manifest
+from flm_jax.files import fsync
 from flm_jax.records import LOCK
 
 STEP = re.compile(r"0|[1-9][0-9]*")
@@ -79,10 +80,11 @@ class Steps:
         for step in steps:
             doomed = self.directory / f"{step}.deleted"
             (self.directory / str(step)).rename(doomed)
+            fsync(self.directory)  # or a machine that fails could come back with the old name and half of the files
             shutil.rmtree(doomed)
 
 
-def _check_path(directory: Path) -> None:
+def check_path(directory: Path) -> None:
     """Checks that orbax and tensorstore can read back what they write into a directory.
 
     Raises:
@@ -131,7 +133,7 @@ def take_lock(directory: Path) -> IO[str]:
     Raises:
       CheckpointError: another process holds it, or checkpoints cannot be read back from there.
     """
-    _check_path(directory)
+    check_path(directory)
     path = directory / LOCK
     while True:
         lock = _opened(path)
@@ -151,6 +153,19 @@ def take_lock(directory: Path) -> IO[str]:
     lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
+
+
+def holder(directory: Path) -> str | None:
+    """The process that holds the writer's lock of a directory, such as '123 on host'; None if nobody does.
+
+    The shared lock that this takes for a moment keeps no writer away; see `take_lock`.
+    """
+    with contextlib.suppress(OSError), (directory / LOCK).open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read().strip() or "unknown"
+    return None
 
 
 def _has_name(file: IO[str], path: Path) -> bool:

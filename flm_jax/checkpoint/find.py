@@ -56,6 +56,12 @@ def step_directory(path: str | Path) -> Path:
     )
 
 
+def every_stage(workdir: Path) -> list[Path]:
+    """The directories of stages in a work directory, in order, also those that its recipe does not name."""
+    found = [entry for entry in (workdir / STAGES).iterdir() if entry.is_dir() and _STAGE.fullmatch(entry.name)]
+    return sorted(found, key=lambda entry: (int(entry.name.partition("_")[0]), entry.name))
+
+
 def _stages(workdir: Path) -> list[Path]:
     """The directories of a work directory's stages, in order."""
     record, inside = workdir / RECIPE, workdir / STAGES

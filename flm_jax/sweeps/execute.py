@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import re
 import shlex
@@ -15,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flm_jax.checkpoint.directory import holder
 from flm_jax.files import atomic_write
 from flm_jax.progress import Interrupts
-from flm_jax.records import LOCK, counted
+from flm_jax.records import counted
 from flm_jax.records.kept import KeptLines
 from flm_jax.sweeps import pinned
 from flm_jax.sweeps.results import FAILED, RUNNING, STOPPED, WAITING, Outcome, finished, read_outcome
@@ -129,7 +128,7 @@ class Runner:
                         queue.clear()
                         for running in self.processes.values():
                             running.process.send_signal(signal.SIGTERM)
-                    while free and (point := next((p for p in queue if not held(self.places.run(p))), None)):
+                    while free and (point := next((p for p in queue if holder(self.places.run(p)) is None), None)):
                         queue.remove(point)
                         if finished(self.places.run(point)):  # by another process, whose lock it waited for
                             self.ask([point])
@@ -210,19 +209,6 @@ def reason(log: Path, offset: int, code: int) -> str:
     said = (errors or lines or ["it printed nothing"])[-1]
     ended = f"signal {-code}" if code < 0 else f"exit status {code}"
     return said if errors else f"{ended}: {said[:300]}"
-
-
-def held(workdir: Path) -> bool:
-    """Whether another process trains in a work directory, such as one that a script has started.
-
-    The shared lock that this takes for a moment keeps nobody from training there; see `take_lock`.
-    """
-    with contextlib.suppress(OSError), (workdir / LOCK).open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def write_scripts(places: Places, points: Sequence[Point], cwd: Path) -> Path:
