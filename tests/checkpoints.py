@@ -1,6 +1,7 @@
 """States of every dtype, saved a step at a time, and their checksum in NumPy: what the tests of checkpoints share."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,15 @@ def save(directory: Path, *steps: int, **options: Any) -> None:
             checkpoints.save(
                 step, state_at(step), meta={"step": step}, blobs={"vocab.model": bytes([step] * 9)}, **options
             )
+
+
+def renumbered(step_dir: Path, step: int) -> Path:
+    """A copy of a step, beside it, as another step."""
+    copy = step_dir.with_name(str(step))
+    shutil.copytree(step_dir, copy)
+    saved = manifest.read_manifest(step_dir)
+    (copy / "manifest.json").write_bytes(manifest.dump_manifest(manifest.Manifest(step, saved.leaves, saved.files)))
+    return copy
 
 
 def checksum_in_numpy(x: np.ndarray) -> str:

@@ -2,7 +2,7 @@
 
 from flm_jax.checkpoint_care.copying import copy_checkpoint
 from flm_jax.checkpoint_care.description import Description, describe
-from flm_jax.checkpoint_care.difference import ArrayDifference, Difference, difference
+from flm_jax.checkpoint_care.differences import ArrayDifference, Difference, difference
 from flm_jax.checkpoint_care.listing import Entry, Listing, list_checkpoints
 from flm_jax.checkpoint_care.pruning import Fate, Pruning, prune
 

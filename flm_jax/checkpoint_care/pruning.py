@@ -142,7 +142,7 @@ def _reasons(entry: Entry, complete: list[Entry], ranked: list[Entry], every: in
     found = ["first"] if entry is complete[0] else []
     found += ["last"] if entry is complete[-1] else []
     found += [f"multiple of {every}"] if every and entry.step % every == 0 else []
-    return found + [f"loss no. {ranked.index(entry) + 1}"] * (entry in ranked)
+    return found + [f"loss no. {rank}" for rank, one in enumerate(ranked, 1) if one is entry]
 
 
 def _loss(entry: Entry) -> float:

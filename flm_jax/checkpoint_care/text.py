@@ -8,7 +8,7 @@ from typing import Any
 
 from flm_jax import costs
 from flm_jax.checkpoint_care.description import MOMENTS, OTHERS, PARAMETERS, Description, lineage_sentences
-from flm_jax.checkpoint_care.difference import ArrayDifference, Difference
+from flm_jax.checkpoint_care.differences import ArrayDifference, Difference
 from flm_jax.checkpoint_care.listing import Entry, Listing
 from flm_jax.checkpoint_care.losses import Heldout
 from flm_jax.checkpoint_care.pruning import Pruning

@@ -58,7 +58,8 @@ def run(values: Any) -> None:
         refuse(f"there is no subcommand {name!r}; there are {', '.join(COMMANDS)}{meant(name, COMMANDS)}")
     takes, count = COMMANDS[name]
     if not all(path.strip() for path in paths) or not paths or (count is not None and len(paths) != count):
-        refuse(f"{name} is given {len(paths)} paths, and takes: {name} {takes}")
+        given = f"{len(paths)} path" if len(paths) == 1 else f"{len(paths)} paths"
+        refuse(f"{name} is given {given}, and takes: {name} {takes}")
     if name != "prune" and (given := [flag for flag in ("every", "best") if values[flag].value is not None]):
         refuse(f"--{given[0]} belongs to prune")
     if name != "prune" and (values.yes or values.dry_run):

@@ -13,7 +13,7 @@ from flm_jax.checkpoint.manifest import ARRAYS, MANIFEST
 from flm_jax.checkpoint.verify import array_bytes
 from flm_jax.checkpoint_care import copy_checkpoint, describe, difference, list_checkpoints, prune, text
 from flm_jax.checkpoint_care.copying import bytes_to_copy
-from flm_jax.checkpoint_care.difference import bytes_to_read
+from flm_jax.checkpoint_care.differences import bytes_to_read
 from flm_jax.checkpoint_care.listing import COMPLETE, DAMAGED
 from flm_jax.cli.errors import started
 from flm_jax.cli.runs import check_json_file, chosen
