@@ -31,6 +31,7 @@ MODULES = (
     "flm_jax",
     "flm_jax.growth",
     "flm_jax.checkpoint",
+    "flm_jax.checkpoint_care",
     "flm_jax.checkpoint_growth",
     "flm_jax.generation",
     "flm_jax.evaluation",

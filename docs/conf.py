@@ -40,6 +40,7 @@ NAVIGATION = {
         "docs/sweeps.md",
         "docs/savings.md",
         "docs/metrics.md",
+        "docs/checkpoints.md",
         "docs/launch.md",
         "docs/pods.md",
         "docs/gpu.md",

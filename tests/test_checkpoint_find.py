@@ -111,7 +111,7 @@ def test_any_other_path_holds_checkpoints(tmp_path, name):
 
 
 def test_no_step_is_committed_whose_arrays_are_not_found_in_place(tmp_path, monkeypatch):
-    monkeypatch.setattr("flm_jax.checkpoint.directory._check_path", lambda directory: None)
+    monkeypatch.setattr("flm_jax.checkpoint.directory.check_path", lambda directory: None)
     checkpoints = Checkpoints(tmp_path / "br[1]")
     with pytest.raises(CheckpointError, match=r"saving step 1 failed: .* x cannot be read"), checkpoints:
         checkpoints.save(1, {"x": jnp.arange(3.0)}, meta={})
