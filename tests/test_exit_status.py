@@ -58,7 +58,11 @@ def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, mon
         ("savings", ["--gin_file=x", "--workdir=y", "--steps=tune,plan"], "--steps names 'plan'; the steps are tune,"),
         ("savings", ["--gin_file=x"], "give a --workdir"),
         ("compare", [], "give the work directories of the runs to compare"),
-        ("checkpoint", ["lst", "x"], "there is no subcommand 'lst'; there are list, show, verify, diff, prune, copy; did"),
+        (
+            "checkpoint",
+            ["lst", "x"],
+            "there is no subcommand 'lst'; there are list, show, verify, diff, prune, copy; did",
+        ),
         ("checkpoint", ["prune", "x", "--every=-2"], "flag --every=-2: -2 is not a positive integer"),
         ("bindings", ["--nope"], "Unknown command line flag 'nope'"),
     ],

@@ -11,8 +11,9 @@ Of a step only regular files inside its directory are read, and only those that 
 interpreted once its sha256 is found to be right.
 
 `manager` saves and restores whole states through orbax; `blocks` reads and writes runs of rows of one leaf without
-orbax; `directory` tells which steps look complete and holds the writer's lock; `commit` gives a step its name once it
-is on disk; `find` resolves a path given by a user to a step; `verify` checks every bit of a step without a model, and `places` tells where the blocks of a leaf lie.
+orbax, and `places` tells where they lie; `directory` tells which steps look complete and holds the writer's lock;
+`commit` gives a step its name once it is on disk; `find` resolves a path given by a user to a step; `verify` checks
+every bit of a step without a model.
 """
 
 from flm_jax.checkpoint.manager import Checkpoints, Restored

@@ -48,7 +48,9 @@ def listing_text(listing: Listing) -> str:
     size = costs.size(sum(entry.bytes for entry in listing.entries))
     count = counted(len(listing.complete), "complete checkpoint")
     lines = [table(titles, rows, " rrr"), f"{count}, {size} in all."]
-    lines += [f"{entry.directory}: {entry.fault}." for entry in listing.entries if entry.fault]
+    for entry in listing.entries:
+        where = str(entry.directory)
+        lines += [f"{entry.fault}." if where in entry.fault else f"{where}: {entry.fault}."] if entry.fault else []
     lines += [f"A run writes there: process {listing.writer}."] if listing.writer else []
     return "\n".join([*lines, *listing.notes])
 
@@ -109,7 +111,7 @@ def description_text(found: Description) -> str:
 
 
 def difference_text(found: Difference) -> str:
-    """What differs between two checkpoints; equal arrays are counted."""
+    """What differs between two checkpoints, parameters before moments; equal arrays are counted."""
     lines = [
         f"{name}: {one.directory} (digest {one.digest[:_DIGITS]})" for name, one in (("A", found.a), ("B", found.b))
     ]
@@ -126,7 +128,9 @@ def difference_text(found: Difference) -> str:
     equal = len(found.arrays) - len(different)
     if different:
         titles = ("array", "entries that differ", "max |B - A|", "|B - A| / |A|", "cosine")
-        rows = [_array(array) for array in sorted(different, key=lambda one: one.path)]
+        rows = [
+            _array(array) for array in sorted(different, key=lambda one: (not one.path.startswith("params/"), one.path))
+        ]
         lines += ["", table(titles, rows, " rrrr")]
     said = f"{counted(equal, 'array is', 'arrays are')} equal bit for bit, {len(different)} differ"
     lines += ["", f"{said}." if len(different) != 1 else f"{said}s."]
