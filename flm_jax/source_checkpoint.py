@@ -129,7 +129,11 @@ class CheckpointMeta:
         if train not in TRAINED or (train != "all" and lineage.growth is None):
             raise ValueError(f"its train is {train!r}: use {' or '.join(TRAINED)}, the latter only after a growth")
         versions = check(record.get("versions", {}), dict, "its versions")
-        about = {"optimizer": optimizer, "train": train, "versions": {k: str(v) for k, v in versions.items()}}
+        about: dict[str, Any] = {
+            "optimizer": optimizer,
+            "train": train,
+            "versions": {k: str(v) for k, v in versions.items()},
+        }
         return cls(field(record, "stage", str, "it"), lineage, since, **rest, **about)
 
 

@@ -103,11 +103,10 @@ def _checksum(step_dir: Path, path: str, leaf: Leaf, progress: Callable[[int], o
     if 0 in leaf.shape:  # not stored
         return checksum.digest((0, 0))
     stored: StoredLeaf = open_leaves(step_dir / ARRAYS, {path: leaf})[path]
-    total, pending = (0, 0), None
+    total, pending = (0, 0), jnp.zeros(2, jnp.uint32)
     for lead, start, rows in stored.blocks():
         lanes = block_checksum(lead, start, rows)
-        if pending is not None:  # computed while the next block was read
-            total = checksum.add(total, np.asarray(pending))
+        total = checksum.add(total, np.asarray(pending))  # computed while this block was read
         pending = lanes
         progress(rows.nbytes)
     return checksum.digest(checksum.add(total, np.asarray(pending)))

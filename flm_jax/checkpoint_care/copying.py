@@ -74,7 +74,9 @@ def copy_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_of(path)
     try:
-        with take_lock(path.parent) if (path.parent / LOCK).exists() else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if (path.parent / LOCK).exists():  # a stage of a run, perhaps
+                stack.enter_context(take_lock(path.parent))
             if missing := missing_room(path.parent, sum(file.size for file in manifest.files.values())):
                 raise CheckpointError(f"{missing}, or copy to another disk; nothing was copied")
             draft.mkdir()

@@ -130,7 +130,7 @@ def list_checkpoints(path: str | Path) -> Listing:
                 manifests[entry.directory] = manifest
     if not entries:
         raise NoCheckpointError(f"{path} holds no checkpoint; give the work directory of a run, or one of its stages.")
-    writer = next((found for where in (workdir, *folders) if where and (found := holder(where))), None)
+    writer = next((held for where in (workdir, *folders) if where and (held := holder(where))), None)
     notes: list[str] = []
     tokens: dict[str, tuple[int, int]] = {}
     if workdir is not None:
@@ -188,7 +188,8 @@ def _entries(folder: Path) -> Iterator[tuple[Entry, Manifest | None]]:
                 state, fault = _OTHERS[match[2]]
                 yield Entry(directory, step, state, fault, size_of(directory)), None
                 continue
-            manifest, faults = None, ["it is empty"]
+            manifest: Manifest | None = None
+            faults = ["it is empty"]
             if any(directory.iterdir()):
                 try:
                     manifest = read_manifest(directory)

@@ -128,10 +128,10 @@ def difference_text(found: Difference) -> str:
     equal = len(found.arrays) - len(different)
     if different:
         titles = ("array", "entries that differ", "max |B - A|", "|B - A| / |A|", "cosine")
-        rows = [
+        arrays = [
             _array(array) for array in sorted(different, key=lambda one: (not one.path.startswith("params/"), one.path))
         ]
-        lines += ["", table(titles, rows, " rrrr")]
+        lines += ["", table(titles, arrays, " rrrr")]
     said = f"{counted(equal, 'array is', 'arrays are')} equal bit for bit, {len(different)} differ"
     lines += ["", f"{said}." if len(different) != 1 else f"{said}s."]
     return "\n".join(lines)

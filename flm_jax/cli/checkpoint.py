@@ -16,6 +16,7 @@ before it gets its name. --json=FILE also writes what was found as JSON. See doc
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -58,8 +59,7 @@ def run(values: Any) -> None:
         refuse(f"there is no subcommand {name!r}; there are {', '.join(COMMANDS)}{meant(name, COMMANDS)}")
     takes, count = COMMANDS[name]
     if not all(path.strip() for path in paths) or not paths or (count is not None and len(paths) != count):
-        given = f"{len(paths)} path" if len(paths) == 1 else f"{len(paths)} paths"
-        refuse(f"{name} is given {given}, and takes: {name} {takes}")
+        refuse(f"{name} is given {len(paths)} path{'' if len(paths) == 1 else 's'}, and takes: {name} {takes}")
     if name != "prune" and (given := [flag for flag in ("every", "best") if values[flag].value is not None]):
         refuse(f"--{given[0]} belongs to prune")
     if name != "prune" and (values.yes or values.dry_run):
@@ -76,7 +76,7 @@ def run(values: Any) -> None:
     elif name == "prune":
         checkpoint_commands.run_prune(paths[0], values.every, values.best, values.yes, values.json)
     else:
-        one = {
+        one: dict[str, Callable[..., None]] = {
             "list": checkpoint_commands.run_list,
             "show": checkpoint_commands.run_show,
             "diff": checkpoint_commands.run_diff,
