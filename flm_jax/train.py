@@ -44,7 +44,7 @@ from flm_jax.checkpoint import (
 from flm_jax.checkpoint.directory import locked
 from flm_jax.checkpoint.find import STAGES
 from flm_jax.checkpoint_growth.record import GrowthRecord
-from flm_jax.data.source import Data, open_data
+from flm_jax.data.source import Data, open_data, verified_behind
 from flm_jax.files import sha256_json
 from flm_jax.generation import Sampling
 from flm_jax.generation.decode import continued
@@ -144,6 +144,7 @@ def train(
         elif source is not None:
             state = source.restore(programs[0].mesh, stages[0].optimizer.name)
         del restored  # or it would keep the restored arrays in memory for the whole run
+        stack.enter_context(verified_behind(data, run.verify_data))
         interrupts = stack.enter_context(Interrupts())
         for index in range(first, len(stages)):
             # The lineage of this stage needs the layer placement that earlier growths by distance have measured.

@@ -24,7 +24,8 @@ from flm_jax.data.batches import pack_state, unpack_state
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.source import recorded_data
-from flm_jax.data.store import TokenStore, render
+from flm_jax.data.store import TokenStore
+from flm_jax.data.store_record import render
 from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.text import Jsonl
 from flm_jax.data.train_vocabulary import Bytes

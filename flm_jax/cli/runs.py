@@ -14,7 +14,7 @@ import gin
 from flm_jax import checkpoint_growth, costs, distributed, evaluation, run_comparison
 from flm_jax.chat.checkpoint_template import chat_template_of
 from flm_jax.chat.template import ChatEncoder
-from flm_jax.checkpoint import verify
+from flm_jax.checkpoint import Report, verify
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.cli import chat, configure
@@ -22,6 +22,7 @@ from flm_jax.cli.configure import PACKAGE, check_used, configured, parse
 from flm_jax.cli.errors import fail, join, started
 from flm_jax.cli.flags import STOPPED
 from flm_jax.convert import exporting, importing
+from flm_jax.data.store_verify import StoreReport, verify_store
 from flm_jax.evaluation import EvalRequest, JudgeRequest
 from flm_jax.evaluation.loaded import load_model
 from flm_jax.files import check_writable, write_json
@@ -46,6 +47,7 @@ __all__ = [
     "run_train",
     "run_verify",
     "run_verify_checkpoint",
+    "run_verify_store",
 ]
 
 
@@ -142,9 +144,18 @@ def run_verify(
 
 def run_verify_checkpoint(checkpoint: str, json_file: str | None) -> None:
     """Checks every byte of a checkpoint; exits with status 1 if it is not as it was saved."""
+    _verify_files(lambda: verify(chosen(checkpoint)), json_file)
+
+
+def run_verify_store(store: str, json_file: str | None) -> None:
+    """Checks every byte of a token store; exits with status 1 if it is not as it was written."""
+    _verify_files(lambda: verify_store(store), json_file)
+
+
+def _verify_files(look: Callable[[], Report | StoreReport], json_file: str | None) -> None:
     with started():
         check_json_file(json_file)
-        found = verify(chosen(checkpoint))
+        found = look()
         distributed.print0(str(found))
         if json_file and distributed.is_primary():
             write_json(Path(json_file), found.record())

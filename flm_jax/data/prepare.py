@@ -20,7 +20,8 @@ import numpy as np
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, SeqioTask, TokenCorpus, TokenisedCorpus
 from flm_jax.data.reading import MissingExtraError, load_tensorflow
-from flm_jax.data.store import FORMAT, STORE_FILE, WEIGHTED, TokenStore
+from flm_jax.data.store import TokenStore
+from flm_jax.data.store_record import FORMAT, PREPARE_AGAIN, STORE_FILE, WEIGHTED
 from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.train_vocabulary import VocabularyConfig, build_vocabulary, identity
 from flm_jax.data.vocabulary import Vocabulary
@@ -33,9 +34,13 @@ _log = logging.getLogger(__name__)
 
 def store_path(corpus: Corpus, vocabulary_config: VocabularyConfig, cache_dir: str | Path) -> Path:
     """The folder of the store of this corpus and vocabulary; its name changes whenever its content would."""
+    return _store_path(corpus, corpus.digest(), vocabulary_config, cache_dir)
+
+
+def _store_path(corpus: Corpus, digest: str, vocabulary_config: VocabularyConfig, cache_dir: str | Path) -> Path:
     # A seqio task has its own vocabulary.
     vocabulary = [] if isinstance(corpus, SeqioTask) else identity(vocabulary_config)
-    key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), vocabulary]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([FORMAT, digest, vocabulary]).encode()).hexdigest()
     return Path(cache_dir).expanduser() / f"{type(corpus).__name__.lower()}-{key[:16]}"
 
 
@@ -43,7 +48,13 @@ def token_store_path(
     corpus: TokenCorpus, vocabulary: Vocabulary, tokenised: TokenisedCorpus, cache_dir: str | Path
 ) -> Path:
     """As `store_path`, for a corpus that writes its own tokens."""
-    key = sha256_json([WEIGHTED, corpus.digest(), vocabulary.digest, tokenised.describe()])
+    return _token_store_path(corpus, corpus.digest(), vocabulary, tokenised, cache_dir)
+
+
+def _token_store_path(
+    corpus: TokenCorpus, digest: str, vocabulary: Vocabulary, tokenised: TokenisedCorpus, cache_dir: str | Path
+) -> Path:
+    key = sha256_json([WEIGHTED, digest, vocabulary.digest, tokenised.describe()])
     return Path(cache_dir).expanduser() / f"{type(corpus).__name__.lower()}-{key[:16]}"
 
 
@@ -69,7 +80,7 @@ def prepare(
       max_shard_tokens: see StoreWriter.
 
     Returns:
-      The store, checked against its sha256 sums.
+      The store, opened: what is read of it is compared with its checksums.
 
     Raises:
       ValueError, FileNotFoundError: the corpus cannot be read, the vocabulary cannot be trained, a split is empty, or
@@ -78,8 +89,9 @@ def prepare(
     if isinstance(corpus, TokenCorpus):
         vocabulary = build_vocabulary(vocabulary_config, corpus, cache_dir)
         return _prepare_tokens(corpus, vocabulary, cache_dir, context, progress, max_shard_tokens)
-    path = store_path(corpus, vocabulary_config, cache_dir)
-    if (store := _existing(path)) is not None:
+    digest = corpus.digest()  # reads all texts of some corpora
+    path = _store_path(corpus, digest, vocabulary_config, cache_dir)
+    if (store := _existing(path, digest)) is not None:
         return store
     from tqdm import tqdm
 
@@ -88,7 +100,7 @@ def prepare(
         for note in corpus.notes() if isinstance(corpus, FileCorpus) else ():
             print0(note)
     source = _source(corpus, vocabulary_config, cache_dir)
-    with StoreWriter(path, source.vocabulary, corpus.digest(), corpus.describe(), max_shard_tokens) as writer:
+    with StoreWriter(path, source.vocabulary, digest, corpus.describe(), max_shard_tokens) as writer:
         for split in SPLITS:
             hidden = None if progress else True  # None: hidden where there is no terminal
             with tqdm(desc=f"tokenising {split}", unit="B", unit_scale=True, disable=hidden) as bar:
@@ -147,15 +159,15 @@ def _prepare_tokens(
     corpus: TokenCorpus, vocabulary: Vocabulary, cache_dir: str | Path, context: int, progress: bool, shard: int
 ) -> TokenStore:
     """As `prepare`, for a corpus that writes its own tokens; without TensorFlow."""
-    found = corpus.tokenised(vocabulary, context)
-    path = token_store_path(corpus, vocabulary, found, cache_dir)
-    if (store := _existing(path)) is not None:
+    found, digest = corpus.tokenised(vocabulary, context), corpus.digest()
+    path = _token_store_path(corpus, digest, vocabulary, found, cache_dir)
+    if (store := _existing(path, digest, vocabulary.digest)) is not None:
         return store
     from tqdm import tqdm
 
     began, hidden = time.monotonic(), None if progress else True
     about = {**corpus.describe(), **found.describe()}
-    with StoreWriter(path, vocabulary, corpus.digest(), about, shard, weighted=True) as writer:
+    with StoreWriter(path, vocabulary, digest, about, shard, weighted=True) as writer:
         with tqdm(desc="tokenising", unit=" documents", disable=hidden) as bar:
             for split, document in found.documents():
                 writer.append(split, document.tokens, document.text_bytes, document.weights)
@@ -168,10 +180,25 @@ def _prepare_tokens(
     return store
 
 
-def _existing(path: Path) -> TokenStore | None:
-    """The store at a path, checked; None if there is none, and one can be made."""
+def _existing(path: Path, corpus: str, vocabulary: str | None = None) -> TokenStore | None:
+    """The store at a path, checked; None if there is none, and one can be made.
+
+    Args:
+      path: of `store_path` or `token_store_path`.
+      corpus: the digest of what it must hold.
+      vocabulary: the digest of the vocabulary; None: that is not known yet.
+
+    Raises:
+      ValueError: it is damaged, or holds something else, as a folder that was copied to a wrong name does.
+    """
     if (path / STORE_FILE).exists():
-        return TokenStore.open(path)
+        store = TokenStore.open(path)
+        found = store.describe()
+        if found["corpus"]["digest"] != corpus:
+            raise ValueError(f"{path} holds the tokens of another corpus: {PREPARE_AGAIN}")
+        if vocabulary is not None and found["vocabulary"]["digest"] != vocabulary:
+            raise ValueError(f"{path} holds tokens of another vocabulary: {PREPARE_AGAIN}")
+        return store
     if path.exists():
         raise FileNotFoundError(f"{path} holds no {STORE_FILE}: delete the folder to prepare the store again")
     check_writable(path.parent, f"DataConfig.cache_dir = {str(path.parent)!r}")

@@ -7,9 +7,12 @@ batch = batches.next(64)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
+
+import jax
 
 from flm_jax.data.batches import Batch, StoreBatches, TokenBatches, heldout_batches
 from flm_jax.data.config import DataConfig
@@ -18,7 +21,7 @@ from flm_jax.data.prepare import prepare
 from flm_jax.data.store import TokenStore
 from flm_jax.data.train_vocabulary import build_vocabulary
 from flm_jax.data.vocabulary import Vocabulary
-from flm_jax.distributed import assert_equal, is_primary, primary_then_others
+from flm_jax.distributed import assert_equal, is_primary, primary_then_others, print0
 from flm_jax.files import sha256_json
 from flm_jax.records.foreign_json import field
 
@@ -39,6 +42,11 @@ class Data(Protocol):
     @property
     def digest(self) -> str:
         """A sha256 (hex) that identifies the documents, their split and their tokens."""
+        ...
+
+    @property
+    def stores(self) -> tuple[TokenStore, ...]:
+        """The token stores that it is read from; none where seqio reads it."""
         ...
 
     def train(self) -> TokenBatches:
@@ -76,6 +84,11 @@ class StoreData:
         """See Data; the store's."""
         return self.store.digest
 
+    @property
+    def stores(self) -> tuple[TokenStore, ...]:
+        """See Data."""
+        return (self.store,)
+
     def train(self) -> StoreBatches:
         """See Data."""
         return StoreBatches(self.store, "train", self._context, self._seed)
@@ -92,6 +105,8 @@ class StoreData:
 
 class StreamData:
     """Data read by seqio during training."""
+
+    stores: tuple[TokenStore, ...] = ()
 
     def __init__(self, corpus: Corpus, vocabulary: Vocabulary, context: int, seed: int) -> None:
         """Loads TensorFlow and resolves the task; see DataConfig."""
@@ -174,6 +189,32 @@ def _open(config: DataConfig, progress: bool) -> Data:
         return StreamData(config.corpus, vocabulary, config.context, config.seed)
     store = prepare(config.corpus, config.tokenised_by, config.cache_dir, progress, config.context)
     return StoreData(store, config.context, config.seed)
+
+
+@contextlib.contextmanager
+def verified_behind(data: Data, megabytes_per_second: float) -> Iterator[None]:
+    """A context in which threads verify the token stores of some data; damage is raised by the next batch.
+
+    Several processes share the files between them.
+
+    Args:
+      data: what is read in the context.
+      megabytes_per_second: the most that each process reads for it; 0: there are no threads.
+
+    Raises:
+      ValueError: at the end of the context, damage that no batch has met.
+    """
+    share, threads = (jax.process_index(), jax.process_count()), []
+    if megabytes_per_second:
+        behind = [store.verify_behind(1e6 * megabytes_per_second / len(data.stores), share) for store in data.stores]
+        threads = [thread for thread in behind if thread is not None]
+    try:
+        yield
+    finally:
+        for thread in threads:
+            print0(thread.close())
+    for store in data.stores:
+        store.check_found()
 
 
 def recorded_data(record: Mapping[str, Any] | None) -> StoreData:

@@ -1,10 +1,13 @@
-"""The token store: tokens on disk, read by number, with a checksum over everything.
+"""The token store: tokens on disk, read by number, with checksums over everything.
 
     store.json         format, dtype, vocabulary and corpus digests, splits, shards, and a sha256 over all of these
     vocabulary.json    the vocabulary's spec, self-contained
     train-00000.bin    tokens, little-endian uint16 (uint32 above 65,536 ids): documents, each ended by eos
     train.idx          little-endian uint64: where each document starts, and the end of the last
     train-00000.weights  of conversations only: a byte per token, 1 if it is trained on (format 2)
+    blocks.json, blocks.crc32  checksums of the blocks of these files: see `store_sums`
+
+Opening looks at the record and at the sizes of files. A block is compared with its checksum when it is first read.
 
 Window i of a split is the context + 1 tokens from i * context on: neighbours share one token, so every token but the
 first is predicted exactly once per epoch. Conversations are packed into windows: a document begins and ends within one.
@@ -14,176 +17,73 @@ Reading needs only NumPy.
 from __future__ import annotations
 
 import functools
-import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flm_jax.data.store_files import CheckedFile, Column
+from flm_jax.data.store_record import (
+    PREPARE_AGAIN,
+    VOCABULARY_FILE,
+    WEIGHTED,
+    check_sizes,
+    data_digest,
+    files_of,
+    read_record,
+    vocabulary_of,
+    weights_file,
+)
+from flm_jax.data.store_sums import BlockSums, read_sums
+from flm_jax.data.store_verify import BackgroundVerification, verify_once
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.data.vocabulary_files import from_spec
-from flm_jax.files import read_bounded, sha256_file, sha256_json
+from flm_jax.files import sha256_file
 from flm_jax.records import counted
-from flm_jax.records.foreign_json import check, field, parse_json, read_json
-
-FORMAT, WEIGHTED = 1, 2
-# A corpus of millions of files lists none of them; a shard takes 150 bytes.
-MOST_BYTES = 1 << 28
-# The fields of the record, of a split and of a shard, and their types.
-_RECORD: dict[str, type] = {"vocabulary": dict, "corpus": str, "description": dict}
-_SHARD: dict[str, type] = {"file": str, "tokens": int, "sha256": str}
-_SPLIT: dict[str, type] = {"documents": int, "tokens": int, "text_bytes": int, "index_sha256": str, "shards": list}
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-STORE_FILE = "store.json"
-VOCABULARY_FILE = "vocabulary.json"
-
-
-def weights_file(shard: str) -> str:
-    """The name of the file with the weights of a shard's tokens."""
-    return f"{Path(shard).stem}.weights"
-
-
-def data_digest(record: dict[str, Any]) -> str:
-    """The sha256 that identifies a store's data: over everything but the corpus's description, which holds paths."""
-    return sha256_json({key: record[key] for key in ("format", "dtype", "vocabulary", "corpus", "splits")})
-
-
-def render(record: dict[str, Any]) -> bytes:
-    """The bytes of store.json."""
-    return (json.dumps(record, indent=1) + "\n").encode()
-
-
-def _check_file(path: Path, size: int, sha256: str, verify: bool) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"the token store lacks {path}: delete the store's folder and prepare it again")
-    found = path.stat().st_size
-    if found != size:
-        raise ValueError(
-            f"{path} is {counted(found, 'byte')} long and should be {size:,}: delete the store and prepare it again"
-        )
-    if verify and sha256_file(path) != sha256:
-        raise ValueError(
-            f"{path} was altered (its sha256 is not the recorded one): delete the store and prepare it again"
-        )
-
-
-def _check_record(record: dict[str, Any]) -> None:
-    """Checks that a record has the fields of a store, and names no files outside of it.
-
-    Raises:
-      ValueError: it has not; the message names the field.
-    """
-    if field(record, "dtype", str, "it") not in ("<u2", "<u4"):
-        raise ValueError(f"its dtype is {record['dtype']!r}")
-    for name, kind in _RECORD.items():
-        field(record, name, kind, "it")
-    weighted = record["format"] == WEIGHTED
-    field(record["vocabulary"], "eos_id", int, "its vocabulary")
-    size_and_sha256 = [type(part) for part in field(record, "vocabulary_file", list, "it")]
-    if size_and_sha256 != [int, str]:
-        raise ValueError("its field 'vocabulary_file' is not a size and a sha256")
-    for split, info in field(record, "splits", dict, "it").items():
-        for name, kind in _SPLIT.items():
-            field(check(info, dict, f"its split {split!r}"), name, kind, f"its split {split!r}")
-        if weighted:
-            field(info, "weighted_tokens", int, f"its split {split!r}")
-        for number, shard in enumerate(info["shards"]):
-            where = f"shard {number} of its split {split!r}"
-            for name, kind in {**_SHARD, **({"weights_sha256": str} if weighted else {})}.items():
-                field(check(shard, dict, where), name, kind, where)
-            if not _PLAIN.fullmatch(shard["file"]) or not _PLAIN.fullmatch(split):
-                raise ValueError(f"{where} is the file {shard['file']!r}, which is no plain name")
-
-
-def _check_length(mapped: np.memmap) -> None:
-    """Checks that a mapped file still has its length: beyond the end of a shorter one, reading ends the program.
-
-    Raises:
-      ValueError: it has not.
-    """
-    file = Path(str(mapped.filename))
-    if (size := file.stat().st_size) < mapped.nbytes:
-        raise ValueError(
-            f"{file} had {mapped.nbytes} bytes when it was opened and has {size} now: something has truncated it. "
-            "Delete the store; the next start prepares it again."
-        )
-
-
-class _Mapped:
-    """The shards of a split as one array, memory-mapped."""
-
-    def __init__(self, files: list[Path], dtype: np.dtype) -> None:
-        self._shards = [np.memmap(file, dtype=dtype, mode="r") for file in files]
-        self._starts = np.cumsum([0] + [len(shard) for shard in self._shards], dtype=np.int64)
-        self._dtype = dtype
-
-    def at(self, positions: np.ndarray) -> np.ndarray:
-        """The entries at the given positions, in their shape."""
-        flat = positions.ravel()
-        shard_of = np.searchsorted(self._starts, flat, side="right") - 1
-        found = np.empty(flat.shape, self._dtype)
-        for number in np.unique(shard_of):
-            _check_length(self._shards[number])
-            chosen = shard_of == number
-            found[chosen] = self._shards[number][flat[chosen] - self._starts[number]]
-        return found.reshape(positions.shape)
+from flm_jax.records.foreign_json import read_json
 
 
 class TokenStore:
     """A store opened for reading, by `open`."""
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        """Takes a record that `open` has checked."""
+    def __init__(self, path: Path, record: dict[str, Any], sums: BlockSums | None) -> None:
+        """Takes a record and checksums that `open` has checked."""
         self.path = path
-        self._record = record
+        self._record, self._sums = record, sums
+        self._found: dict[str, str] = {}  # 'damage': that a thread has found
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> TokenStore:
-        """Opens a store after checking it.
+        """Opens a store after checking its record, its vocabulary, and the sizes of its files.
 
         Args:
           path: the store's folder.
-          verify: also compare every file with its sha256 (1.7 GB/s); sizes are checked in any case.
+          verify: whether a store without checksums of its blocks, as earlier versions wrote it, is compared as a whole
+            with its sha256 sums; the checksums are written then. Without them what is read is compared with nothing.
 
         Raises:
           FileNotFoundError: there is no store, or a file of it is missing.
           ValueError: a file is truncated or altered, or the format is another one. Both name the file.
         """
         path = Path(path).expanduser()
-        manifest = path / STORE_FILE
-        if not manifest.is_file():
-            raise FileNotFoundError(f"there is no token store at {path}: {manifest} is missing")
-        try:
-            content = read_bounded(manifest, MOST_BYTES)
-            record = parse_json(content, str(manifest))
-        except (ValueError, OSError):
-            raise ValueError(f"{manifest} is damaged: delete the store and prepare it again") from None
-        whole = render(record) == content  # no byte more or less, even where JSON ignores it
-        seal = record.pop("seal", None)
-        if not whole or sha256_json(record) != seal:
-            raise ValueError(f"{manifest} was altered (its seal does not match): delete the store and prepare it again")
-        if record.get("format") not in (FORMAT, WEIGHTED):
+        record, seal = read_record(path)
+        files, vocabulary = files_of(record), vocabulary_of(record)
+        check_sizes(path, [vocabulary, *files])
+        if sha256_file(path / vocabulary.name) != vocabulary.sha256:
             raise ValueError(
-                f"{manifest} has format {record.get('format')!r}; this version reads formats {FORMAT} and {WEIGHTED}"
+                f"{path / vocabulary.name} was altered (its sha256 is not the recorded one): {PREPARE_AGAIN}"
             )
-        try:
-            _check_record(record)
-        except ValueError as error:
-            raise ValueError(f"{manifest} is damaged: {error}; delete the store and prepare it again") from None
-        size, sha256 = record["vocabulary_file"]
-        _check_file(path / VOCABULARY_FILE, size, sha256, verify)
-        width = np.dtype(record["dtype"]).itemsize
-        for split, info in record["splits"].items():
-            _check_file(path / f"{split}.idx", 8 * (info["documents"] + 1), info["index_sha256"], verify)
-            for shard in info["shards"]:
-                _check_file(path / shard["file"], shard["tokens"] * width, shard["sha256"], verify)
-                if record["format"] == WEIGHTED:
-                    weights = path / weights_file(shard["file"])
-                    _check_file(weights, shard["tokens"], shard["weights_sha256"], verify)
-        return cls(path, record)
+        sums = read_sums(path, seal, files)
+        if sums is None and verify:
+            sums = verify_once(path, seal, files)
+        return cls(path, record, sums)
 
-    @property
+    def __reduce__(self) -> tuple[Callable[..., TokenStore], tuple[str, str]]:
+        """Another process opens the store by its path, and checks that it is the same."""
+        return _reopened, (str(self.path.absolute()), self.digest)
+
+    @functools.cached_property
     def digest(self) -> str:
         """A sha256 (hex), equal for two stores only if they hold the same tokens, vocabulary and splits."""
         return data_digest(self._record)
@@ -249,23 +149,47 @@ class TokenStore:
         return bool(self._record["format"] == WEIGHTED)
 
     @functools.cached_property
-    def _shards(self) -> dict[str, _Mapped]:
-        """By split, its tokens, memory-mapped."""
-        dtype = np.dtype(self._record["dtype"])
-        return {split: _Mapped(self._files(split), dtype) for split in self.splits}
+    def _files(self) -> dict[str, CheckedFile]:
+        """By name, the files of tokens, weights and indexes."""
+        return {file.name: CheckedFile(self.path, file, self._sums) for file in files_of(self._record)}
 
     @functools.cached_property
-    def _weights(self) -> dict[str, _Mapped]:
-        """By split, the weights of its tokens, memory-mapped."""
-        return {
-            split: _Mapped([path.with_name(weights_file(path.name)) for path in self._files(split)], np.dtype(np.uint8))
-            for split in self.splits
-        }
+    def _tokens(self) -> dict[str, Column]:
+        """By split, its tokens."""
+        return {split: self._column(split, np.dtype(self._record["dtype"]), str) for split in self.splits}
 
-    def _files(self, split: str) -> list[Path]:
-        return [self.path / shard["file"] for shard in self._record["splits"][split]["shards"]]
+    @functools.cached_property
+    def _weights(self) -> dict[str, Column]:
+        """By split, the weights of its tokens."""
+        return {split: self._column(split, np.dtype(np.uint8), weights_file) for split in self.splits}
+
+    def _column(self, split: str, dtype: np.dtype, file_of: Callable[[str], str]) -> Column:
+        shards = self._record["splits"][split]["shards"]
+        files = [self._files[file_of(shard["file"])] for shard in shards]
+        return Column(files, [shard["tokens"] for shard in shards], dtype)
+
+    def verify_behind(self, bytes_per_second: float, share: tuple[int, int] = (0, 1)) -> BackgroundVerification | None:
+        """Starts a thread that verifies the store at a limited rate; damage is raised by the next read.
+
+        Args:
+          bytes_per_second: the most that it reads.
+          share: (i, n): of every n files, the i-th, where n processes share the work.
+
+        Returns:
+          The thread; None if the store has no checksums of its blocks.
+        """
+        if self._sums is None:
+            return None
+        files = list(self._files.values())[share[0] :: share[1]]
+        return BackgroundVerification(files, bytes_per_second, self._found, str(self.path))
+
+    def check_found(self) -> None:
+        """Raises a ValueError if a thread of `verify_behind` has found damage."""
+        if self._found:
+            raise ValueError(self._found["damage"])
 
     def _check_positions(self, split: str, positions: np.ndarray) -> None:
+        self.check_found()
         total = self.num_tokens(split)
         if positions.size and not (positions.min() >= 0 and positions.max() < total):
             raise IndexError(
@@ -277,10 +201,10 @@ class TokenStore:
 
         Raises:
           IndexError: a position outside [0, num_tokens).
-          ValueError: a file has become shorter since the store was opened.
+          ValueError: a file has become shorter since the store was opened, or a block of it is damaged.
         """
         self._check_positions(split, positions)
-        return self._shards[split].at(positions).astype(np.int32)
+        return self._tokens[split].at(positions).astype(np.int32)
 
     def weights(self, split: str, positions: np.ndarray) -> np.ndarray:
         """The weights of the tokens at the given positions, float32; all 1 if the store has none.
@@ -294,24 +218,31 @@ class TokenStore:
         return self._weights[split].at(positions).astype(np.float32)
 
     def document_numbers(self, split: str, positions: np.ndarray) -> np.ndarray:
-        """The number of the document that each position lies in, int64, in the shape of `positions`."""
-        self._check_positions(split, positions)
-        return np.searchsorted(self._indexes[split], positions, side="right") - 1
+        """The number of the document that each position lies in, int64, in the shape of `positions`.
 
-    @functools.cached_property
-    def _indexes(self) -> dict[str, np.ndarray]:
-        return {split: np.memmap(self.path / f"{split}.idx", dtype="<u8", mode="r") for split in self.splits}
+        Raises:
+          IndexError, ValueError: as `tokens`.
+        """
+        self._check_positions(split, positions)
+        return np.searchsorted(self._index(split, 0, self.num_documents(split) + 1), positions, side="right") - 1
+
+    def _index(self, split: str, first: int, last: int) -> np.ndarray:
+        """Where the documents first..last start, int64."""
+        # As signed numbers: NumPy compares unsigned ones with signed positions by converting all of them to floats.
+        return self._files[f"{split}.idx"].bytes(8 * first, 8 * last).view("<i8")
 
     def document(self, split: str, number: int) -> np.ndarray:
         """The tokens of one document, int32, its end included.
 
         Raises:
           IndexError: there is no such document.
+          ValueError: as `tokens`.
         """
         if not 0 <= number < self.num_documents(split):
             raise IndexError(f"document {number} of {split!r}, which has {self.num_documents(split)}")
-        start, end = (int(offset) for offset in self._indexes[split][number : number + 2])
-        return self.tokens(split, np.arange(start, end))
+        start, end = self._index(split, number, number + 2).tolist()
+        self._check_positions(split, np.array([start, end - 1] if end > start else [], np.int64))
+        return self._tokens[split].run(start, end).astype(np.int32)
 
     def num_windows(self, split: str, context: int) -> int:
         """The number of windows of context + 1 tokens in the split, `context` apart.
@@ -334,13 +265,30 @@ class TokenStore:
 
         Raises:
           IndexError: an index outside [0, num_windows).
+          ValueError: as `tokens`.
         """
         total = self.num_windows(split, context)
         indices = np.asarray(indices, np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < total):
             raise IndexError(f"windows {indices.min()} to {indices.max()} of {split!r}, which has {total} of {context}")
-        return self.tokens(split, indices[:, None] * context + np.arange(context + 1))
+        self.check_found()
+        found = np.empty((len(indices), context + 1), np.int32)
+        for row, index in enumerate(indices.tolist()):
+            found[row] = self._tokens[split].run(index * context, index * context + context + 1)
+        return found
 
     def window(self, split: str, index: int, context: int) -> np.ndarray:
         """One window, int32 (context + 1,)."""
         return self.windows(split, np.array([index]), context)[0]
+
+
+def _reopened(path: str, digest: str) -> TokenStore:
+    """The store at a path, opened again by another process.
+
+    Raises:
+      FileNotFoundError, ValueError: as `TokenStore.open`, or it is another store now.
+    """
+    store = TokenStore.open(path, verify=False)
+    if store.digest != digest:
+        raise ValueError(f"{path} holds another token store than the one that was opened there before")
+    return store

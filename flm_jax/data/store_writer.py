@@ -20,7 +20,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flm_jax.data.corpora import SPLITS
-from flm_jax.data.store import FORMAT, STORE_FILE, VOCABULARY_FILE, WEIGHTED, TokenStore, render, weights_file
+from flm_jax.data.store import TokenStore
+from flm_jax.data.store_record import FORMAT, STORE_FILE, VOCABULARY_FILE, WEIGHTED, files_of, render, weights_file
+from flm_jax.data.store_sums import Summing, write_sums
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.data.vocabulary_files import spec_bytes
 from flm_jax.files import draft_of, naming, sha256_json, sync_write
@@ -50,16 +52,17 @@ def _remove_left(path: Path) -> None:
 
 
 class _File:
-    """A file that is being written, and the sha256 of what it holds so far."""
+    """A file that is being written, the sha256 of what it holds so far, and the checksums of its blocks."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._sha = path, hashlib.sha256()
+        self.path, self._sha, self.summing = path, hashlib.sha256(), Summing()
         self._stream: BinaryIO = path.open("wb")
 
     def write(self, content: bytes) -> None:
         with naming(self.path):
             self._stream.write(content)
         self._sha.update(content)
+        self.summing.add(content)
 
     def end(self) -> str:
         """Closes the file; returns its sha256."""
@@ -80,6 +83,7 @@ class _Split:
     def __init__(self, folder: Path, name: str, dtype: np.dtype, limit: int, weighted: bool) -> None:
         self.folder, self.name, self.dtype, self.limit, self.weighted = folder, name, dtype, limit, weighted
         self.shards: list[dict[str, Any]] = []
+        self.sums: dict[str, np.ndarray] = {}  # of the blocks of each file that is complete
         self.offsets = array.array("Q", [0])  # 8 bytes a document
         self.text_bytes = self.weighted_tokens = 0
         # Of the open shard, by the field of its record with their sha256: tokens, and weights if the store has them.
@@ -109,18 +113,21 @@ class _Split:
         if self._files:
             sums = {name: file.end() for name, file in self._files.items()}
             self.shards.append({"file": self._files["sha256"].path.name, "tokens": self._tokens, **sums})
+            self.sums |= {file.path.name: file.summing.sums() for file in self._files.values()}
             self._files = {}
 
     def finish(self) -> dict[str, Any]:
         self._end_shard()
-        index = np.array(self.offsets, "<u8").tobytes()
-        sync_write(self.folder / f"{self.name}.idx", index)
+        file = _File(self.folder / f"{self.name}.idx")
+        file.write(np.array(self.offsets, "<u8").tobytes())
+        index_sha256 = file.end()
+        self.sums[file.path.name] = file.summing.sums()
         return {
             "tokens": self.offsets[-1],
             "documents": len(self.offsets) - 1,
             "text_bytes": self.text_bytes,
             **({"weighted_tokens": self.weighted_tokens} if self.weighted else {}),
-            "index_sha256": hashlib.sha256(index).hexdigest(),
+            "index_sha256": index_sha256,
             "shards": self.shards,
         }
 
@@ -228,6 +235,8 @@ class StoreWriter:
         }
         record["seal"] = sha256_json(record)
         sync_write(self._draft / STORE_FILE, render(record))
+        sums = {name: of for split in self._splits.values() for name, of in split.sums.items()}
+        write_sums(self._draft, record["seal"], files_of(record), sums)
         try:
             self._draft.rename(self.path)
         except OSError:

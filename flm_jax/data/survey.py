@@ -8,7 +8,8 @@ from pathlib import Path
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, SeqioTask, TextFolder, TokenCorpus
 from flm_jax.data.prepare import store_path, token_store_path
-from flm_jax.data.store import STORE_FILE, TokenStore
+from flm_jax.data.store import TokenStore
+from flm_jax.data.store_record import STORE_FILE
 from flm_jax.data.tfds import Tfds, check_tfds
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
 from flm_jax.data.vocabulary import ByteVocabulary

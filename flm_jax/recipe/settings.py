@@ -110,6 +110,8 @@ class Run:
       prompt: beginning of the text that is sampled at the end of the run.
       sample_tokens: length of that sample.
       tracker: a service that measurements are also sent to; None: they are only in files of the work directory.
+      verify_data: MB per second that a thread of each process reads to verify the whole token store while the run
+        trains; 0: a block is verified when it is first read, and no other.
     """
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -123,6 +125,7 @@ class Run:
     prompt: str = "def "
     sample_tokens: Size = 120
     tracker: Wandb | Mlflow | Trackio | None = None
+    verify_data: NonNegative = 0.0
 
     def mesh_of(self, stage: Stage) -> MeshConfig:
         """How devices are laid out for a stage."""
