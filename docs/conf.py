@@ -29,6 +29,7 @@ NAVIGATION = {
     "Begin": ["docs/tutorial.md", "docs/guide.md", "docs/words.md", "docs/demo.md"],
     "How to": [
         "docs/own_data.md",
+        "docs/token_store.md",
         "docs/own_operator.md",
         "docs/own_parameter.md",
         "docs/own_family.md",

@@ -142,8 +142,8 @@ def test_it_is_read_beyond_32_and_40_bits(huge):
     assert np.array_equal(store.tokens("train", positions), [text(place) for place in PLACES])
     assert store.document_numbers("train", positions[1:, 0] - 1).tolist() == [0, 1, 2, 3]
     assert store.document("train", len(PLACES) - 1).tolist() == text(PLACES[-1]).tolist()
-    for place in PLACES:
-        window = min(place // CONTEXT, store.num_windows("train", CONTEXT) - 1)
+    for place in PLACES[:-1]:  # what is left behind the last window is in none
+        window = place // CONTEXT
         found = store.window("train", window, CONTEXT)
         assert np.array_equal(found, store.tokens("train", window * CONTEXT + np.arange(CONTEXT + 1)))
         assert found.any()

@@ -5,7 +5,7 @@
 
 A block is BLOCK_BYTES of a file, or what is left at its end; a piece is the same of blocks.crc32. crc32 always finds
 one or two flipped bits in a block and damage within 32 neighbouring bits; other damage with a probability of 1 - 2^-32.
-It is that of zlib: `checkpoint.checksum` is for arrays on devices, and a store is read without JAX.
+It is that of zlib, on the host: `checkpoint.checksum` is computed by JAX, on the devices, which train meanwhile.
 
 These two files are beside the record, not in it: a store that was written before they existed gets them when it is
 first opened, its digest stays what runs have recorded, and earlier versions read a store that has them.
