@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +308,12 @@ def test_a_thread_finds_damage_that_no_batch_has_met(stores, tmp_path, capsys):
             read()
     assert "so far" in thread.close()
     with pytest.raises(ValueError, match="is damaged"), verified_behind(StoreData(store, CONTEXT, 0), 0):
+        pass
+    streamed = types.SimpleNamespace(stores=())
+    with (
+        pytest.raises(ValueError, match="Run.verify_data is 5, and the data is not in a"),
+        verified_behind(streamed, 5),
+    ):
         pass
 
 

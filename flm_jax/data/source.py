@@ -202,10 +202,15 @@ def verified_behind(data: Data, megabytes_per_second: float) -> Iterator[None]:
       megabytes_per_second: the most that each process reads for it; 0: there are no threads.
 
     Raises:
-      ValueError: at the end of the context, damage that no batch has met.
+      ValueError: there is no token store to verify; or, at the end of the context, damage that no batch has met.
     """
     share, threads = (jax.process_index(), jax.process_count()), []
     if megabytes_per_second:
+        if not data.stores:
+            raise ValueError(
+                f"Run.verify_data is {megabytes_per_second:g}, and the data is not in a token store: leave it out, or "
+                "set DataConfig.streamed = False."
+            )
         behind = [store.verify_behind(1e6 * megabytes_per_second / len(data.stores), share) for store in data.stores]
         threads = [thread for thread in behind if thread is not None]
     try:
@@ -230,7 +235,7 @@ def recorded_data(record: Mapping[str, Any] | None) -> StoreData:
     try:
         path = field(dict(record), "store", str, "the record")
         context = field(dict(record), "context", int, "the record")
-        store = TokenStore.open(path, verify=False)  # whoever trains verifies; two models are compared here
+        store = TokenStore.open(path, verify=False)  # writes nothing: whoever trains verifies
     except (ValueError, OSError) as error:
         raise LookupError(str(error)) from error
     if store.digest != record.get("digest"):

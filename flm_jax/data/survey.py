@@ -92,7 +92,7 @@ def _survey(config: DataConfig) -> Survey:
         return Survey(name, vocabulary, ids, None, files, {}, f"reading {size / 1e9:.1f} GB takes longer")
     path = store_path(corpus, config.tokenised_by, config.cache_dir)
     if not config.streamed and (path / STORE_FILE).is_file():
-        store = TokenStore.open(path, verify=False)
+        store = TokenStore.open(path, verify=False)  # a survey writes nothing
         return Survey(name, vocabulary, store.vocabulary.size, path, files, store.describe()["splits"])
     if not isinstance(corpus, FileCorpus | Jsonl):
         return Survey(name, vocabulary, ids, None, files, {}, "only preparing it tells")
