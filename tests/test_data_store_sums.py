@@ -309,11 +309,8 @@ def test_a_thread_finds_damage_that_no_batch_has_met(stores, tmp_path, capsys):
     assert "so far" in thread.close()
     with pytest.raises(ValueError, match="is damaged"), verified_behind(StoreData(store, CONTEXT, 0), 0):
         pass
-    streamed = types.SimpleNamespace(stores=())
-    with (
-        pytest.raises(ValueError, match="Run.verify_data is 5, and the data is not in a"),
-        verified_behind(streamed, 5),
-    ):
+    streamed, said = types.SimpleNamespace(stores=()), r"Run\.verify_data is 5, and the data is not in a token store"
+    with pytest.raises(ValueError, match=said), verified_behind(streamed, 5):
         pass
 
 
