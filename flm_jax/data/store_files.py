@@ -30,7 +30,7 @@ class CheckedFile:
         self._mapped: np.ndarray | None = None
         self._block = sums.block_bytes if sums is not None else max(file.size, 1)
         self.blocks = blocks_of(file.size, self._block)
-        self._seen = bytearray(self.blocks if sums is not None else 0)
+        self._seen = bytearray()  # from the first reading on, a byte per block: 1 if it was compared
 
     def bytes(self, start: int, end: int) -> np.ndarray:
         """The bytes start..end, uint8, as the file has them: compared, and not copied.
@@ -82,14 +82,15 @@ class CheckedFile:
         """The file as uint8, which still has its length: beyond the end of a shorter one, reading ends the program."""
         if not self._file.size:
             return np.zeros(0, np.uint8)  # an empty file cannot be mapped
-        if self._mapped is None:
-            # Without the class np.memmap, slicing is several times faster.
-            self._mapped = np.memmap(self._path, np.uint8, mode="r", shape=(self._file.size,)).view(np.ndarray)
         if (size := os.stat(self._path).st_size) < self._file.size:  # noqa: PTH116
             raise ValueError(
                 f"{self._path} had {self._file.size} bytes when it was opened and has {size} now: something has "
                 "truncated it. Delete the store; the next start prepares it again."
             )
+        if self._mapped is None:
+            self._seen = bytearray(self.blocks)
+            # Without the class np.memmap, slicing is several times faster.
+            self._mapped = np.memmap(self._path, np.uint8, mode="r", shape=(self._file.size,)).view(np.ndarray)
         return self._mapped
 
 
