@@ -1,5 +1,8 @@
 """grain's DataLoader over a token store: every window once, by a worker process, from a saved position on."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from absl import flags
@@ -45,6 +48,22 @@ def test_it_is_a_data_source(windows):
     assert sorted(inputs.tolist()) == sorted(own.tolist()) and inputs.tolist() != own.tolist()
     dataset = grain.MapDataset.source(windows).shuffle(seed=1).batch(BATCH)
     assert dataset[0]["weights"].tolist() == [[1.0] * CONTEXT] * BATCH
+
+
+def test_the_program_of_the_page_runs(windows, capsys):
+    page = Path(__file__).parent.parent / "docs/token_store.md"
+    program = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[1]
+    for own, mine in (
+        ('"cache/textfolder-5f1c"', repr(str(windows.store.path))),
+        ("4096", "8"),
+        ("worker_count=4", "worker_count=0"),
+    ):
+        assert own in program
+        program = program.replace(own, mine)
+    names = {"__name__": "page"}
+    exec(program, names)
+    names["main"](None)
+    assert capsys.readouterr().out.startswith("(8, 8) (8, 8)\n")
 
 
 @pytest.mark.integration

@@ -72,7 +72,7 @@ class CheckedFile:
         for block in blocks:
             if not self._seen[block]:
                 part = content[block * self._block : (block + 1) * self._block]
-                if zlib.crc32(part) != self._sums.of(self._file.name, block, block + 1)[0]:
+                if zlib.crc32(part.data) != self._sums.of(self._file.name, block, block + 1)[0]:
                     raise ValueError(damage(self._folder, self._file, np.array([block]), self._block)[0])
                 self._seen[block] = 1
                 compared += part.nbytes

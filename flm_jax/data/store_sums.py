@@ -127,7 +127,7 @@ class BlockSums:
         for piece in range(first // per_piece, blocks_of(end, per_piece)):
             if not self._seen[piece]:
                 content = self._sums[piece * per_piece : (piece + 1) * per_piece]
-                if zlib.crc32(content) != self._pieces[piece]:
+                if zlib.crc32(content.data) != self._pieces[piece]:
                     start = piece * self.block_bytes
                     raise ValueError(f"{self._path} is damaged in {_span(start, start + content.nbytes)}: {_ADVICE}")
                 self._seen[piece] = 1
