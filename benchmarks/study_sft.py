@@ -204,13 +204,13 @@ def plain_text(work: Path) -> tuple[Data, str]:
     """What forgetting is measured on, and what it is in words: the base's own text, where its record says which."""
     from flm_jax.data.config import DataConfig
     from flm_jax.data.corpora import StandardLibrary
-    from flm_jax.data.source import open_data, recorded_data
+    from flm_jax.data.source import StoreData, open_data, recorded_data
     from flm_jax.data.train_vocabulary import Pretrained
     from flm_jax.source_checkpoint import read_source
 
     try:
         found = recorded_data(read_source(_BASE.value).meta.data)
-        if not found.store.weighted:  # else the base was tuned on conversations
+        if isinstance(found, StoreData) and not found.store.weighted:  # else the base was tuned on conversations
             return found, "that the base was trained on the like of"
     except LookupError:  # of a base that was converted, nothing is recorded
         pass

@@ -30,6 +30,7 @@ NAVIGATION = {
     "How to": [
         "docs/own_data.md",
         "docs/token_store.md",
+        "docs/mixtures.md",
         "docs/own_operator.md",
         "docs/own_parameter.md",
         "docs/own_family.md",

@@ -91,6 +91,7 @@ def summary(
                 "total_flops": flops,
                 "eval_loss": evals[-1]["loss"],
                 "eval_bits_per_byte": evals[-1]["bits_per_byte"],
+                **({"sources": evals[-1]["sources"]} if "sources" in evals[-1] else {}),
                 **_teacher(s, context),
             }
         )
@@ -220,6 +221,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             size, flops = costs.count(taught["params"]), f"{taught['flops']:.3g}"
             until = f"Until step {taught['steps']}, {r['name']} also learns from"
             lines += ["", f"{until} a teacher of {size} parameters: {flops} of its FLOPs."]
+    lines += _sources(result["stages"])
     if result["growths"]:
         lines += [
             "",
@@ -239,6 +241,19 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += ["", "## Data", "", "```json", json.dumps(result["data"], indent=1), "```"]
     lines += ["", "## Sample", "", "```", result["sample"], "```", ""]
     return "\n".join(lines)
+
+
+def _sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines about the sources of a mixture: the held-out loss of each at the end of every stage."""
+    last = rows[-1].get("sources")
+    if not last:
+        return []
+    lines = ["", "## Sources", "", "Held-out loss of each source at the end of each stage.", ""]
+    lines += [f"| source | {' | '.join(r['name'] for r in rows)} | bits per byte |", "|---" * (len(rows) + 2) + "|"]
+    for name, own in last.items():
+        losses = " | ".join(f"{r['sources'][name]['loss']:.4f}" for r in rows)
+        lines.append(f"| {name} | {losses} | {own['bits_per_byte']:.3f} |")
+    return lines
 
 
 def _parameters(row: Mapping[str, Any]) -> str:

@@ -236,16 +236,16 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
-    """A batch of (B, T) host arrays as global arrays, split over the mesh.
+    """A batch of (B, T) or (B,) host arrays as global arrays, split over the mesh.
 
     Args:
       batch: the whole batch, the same in every process; or, with `batch_size`, only the rows `own_rows`.
       mesh: the mesh of the result.
       batch_size: B, if the arrays hold only this process's rows; None: they hold all rows.
     """
-    where = NamedSharding(mesh, spec(("batch", "time")))
 
     def put(x: np.ndarray) -> jax.Array:
+        where = NamedSharding(mesh, spec(("batch", "time")[: x.ndim]))
         whole = len(x) if batch_size is None else batch_size
         own = np.arange(whole) if batch_size is None else own_rows(mesh, batch_size)
 

@@ -28,7 +28,7 @@ from flm_jax.data.train_vocabulary import Pretrained
 from flm_jax.data.vocabulary_files import to_files
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import GrowthError
-from flm_jax.loss import bits_per_byte, make_heldout_loss
+from flm_jax.loss import bits_per_byte, make_heldout_sums
 from flm_jax.model import Params
 from flm_jax.progress import Interrupts, Progress
 from flm_jax.recipe import Recipe, ResolvedStage, Run
@@ -78,12 +78,12 @@ class StageRun:
         self.store, self.history, self.source = store, history, source
         self.program = stage_program(recipe, run, stages[index])
         self.mesh: Mesh = self.program.mesh
-        self.batches: TokenBatches = data.train()
+        self.batches: TokenBatches = data.train(stages[index].source_weights)
         if position is not None:
             self.batches.restore(position)
         stage, context = stages[index], recipe.data.context
         self.files = to_files(data.vocabulary) if source is None else source.files_with(data.vocabulary)
-        self.heldout_loss = make_heldout_loss(stage.cfg, self.mesh, recipe.loss_chunks)
+        self.heldout_sums = make_heldout_sums(stage.cfg, self.mesh, recipe.loss_chunks)
         self.cost = stage.cost(context)
         before = Totals(0, 0, 0)
         for s in stages[:index]:
@@ -203,7 +203,7 @@ class StageRun:
 
             def look(at: int, metrics: Metrics) -> None:
                 nonlocal bad_in_a_row
-                values = {f: float(x) for f, x in vars(jax.device_get(metrics)).items() if x is not None}
+                values = metrics.by_name(tuple(self.data.sources))
                 show.step(at, values, write=at % settings.log_every == 0 or at == stage.steps)
                 bad_in_a_row = bad_in_a_row + 1 if values["bad"] else 0
                 if values["bad"]:
@@ -266,7 +266,9 @@ class StageRun:
 
     def _written(self, step: int, measured: Mapping[str, Any]) -> None:
         """Writes a held-out measurement, and the plot of all so far."""
-        self.metrics.write("heldout", step, {name: measured[name] for name in ("loss", "bits_per_byte")})
+        names = ("loss", "bits_per_byte")
+        of_sources = {f"{s}/{n}": own[n] for s, own in measured.get("sources", {}).items() for n in names}
+        self.metrics.write("heldout", step, {**{name: measured[name] for name in names}, **of_sources})
         if distributed.is_primary():
             lines = report.curves(self.stages, self.history, self.recipe.data.context)
             report.plot(lines, self.workdir / "loss.png")
@@ -276,7 +278,8 @@ class StageRun:
 
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
         """The record of the held-out loss at this step, which is also added to the history."""
-        loss = self.heldout_loss(state.params, self._heldout(), self.program.masks(step))
+        total, weight = self.heldout_sums(state.params, self._heldout(), self.program.masks(step))
+        loss = float(total.sum() / weight.sum())
         tokens = step * self.stage.batch_size * self.recipe.data.context
         record = {
             "stage": self.stage.name,
@@ -286,6 +289,11 @@ class StageRun:
             "loss": loss,
             "bits_per_byte": bits_per_byte(loss, self.data.bytes_per_token),
         }
+        if sources := self.data.sources:
+            losses = {name: float(x) for name, x in zip(sources, total / weight, strict=True)}
+            record["sources"] = {
+                name: {"loss": own, "bits_per_byte": bits_per_byte(own, sources[name])} for name, own in losses.items()
+            }
         self.history["evals"].append(record)
         return record
 

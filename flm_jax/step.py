@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -20,7 +21,7 @@ from flm_jax.distillation import distilled_sums
 from flm_jax.growth.grow import grow_opt_state, grow_params
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.rescaling import paced, rescaled_optimizer, rescaling
-from flm_jax.loss import loss_sum
+from flm_jax.loss import by_source, loss_sum, source_sums
 from flm_jax.model import Masks, Params, declared, init_params
 from flm_jax.optimizer import in_form, schedule
 from flm_jax.recipe import ResolvedStage
@@ -38,7 +39,8 @@ class Metrics(struct.PyTreeNode):
 
     `mask` is the smallest value of any growth mask (1 without masks); `bad` is 1 if the step was skipped because its
     loss, gradient or update was not finite. Of steps with a teacher, `kl` is the divergence from it, in nats per token,
-    and `kl_weight` its weight; `loss` is the cross-entropy in any case.
+    and `kl_weight` its weight; `loss` is the cross-entropy in any case. Of steps on a mixture without a teacher,
+    `source_losses_S` is the loss on the rows of each source; NaN where the batch has none.
     """
 
     loss: jax.Array
@@ -50,6 +52,14 @@ class Metrics(struct.PyTreeNode):
     bad: jax.Array
     kl: jax.Array | None = None
     kl_weight: jax.Array | None = None
+    source_losses_S: jax.Array | None = None
+
+    def by_name(self, sources: Sequence[str] = ()) -> dict[str, float]:
+        """The measurements as numbers; the loss of each source that the batch had rows of is `name/loss`."""
+        found = {name: x for name, x in vars(jax.device_get(self)).items() if x is not None}
+        losses = found.pop("source_losses_S", np.zeros(0))
+        own = {f"{name}/loss": float(x) for name, x in zip(sources, losses, strict=False) if np.isfinite(x)}
+        return {**{name: float(x) for name, x in found.items()}, **own}
 
 
 @contextlib.contextmanager
@@ -240,7 +250,16 @@ class StageProgram:
 
         resolved = self.stage.teacher
         if teacher is None or weight is None or resolved is None:
-            return of_text, (zero, {})
+            if batch.sources is None:
+                return of_text, (zero, {})
+            weights_S = by_source(jnp.sum(batch.weights_BT, axis=1), batch.sources)
+
+            def of_mixture(params: Params, rows: Any) -> tuple[jax.Array, Measured]:
+                sums_S = source_sums(cfg, params, rows, masks, self.chunks)
+                loss = jnp.sum(sums_S) / total
+                return loss, (loss, {"source_losses_S": sums_S / weights_S})
+
+            return of_mixture, (zero, {"source_losses_S": jnp.zeros(weights_S.shape, zero.dtype)})
         temperature = resolved.teacher.temperature
 
         def of_both(params: Params, rows: Any) -> tuple[jax.Array, Measured]:

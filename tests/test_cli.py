@@ -21,6 +21,10 @@ PROGRAMS = sorted(path.stem for path in ROOT.glob("experiments/[a-z]*.py"))
 LIGHT = {"absl", "gin"}
 
 
+# Of the configurations of data, those that describe their fields one by one.
+DESCRIBED = ("DataConfig", "Mixture", "Pretrained", "SentencePiece", "Source")
+
+
 def surface() -> str:
     """Everything that gin can bind, as `python experiments/bindings.py` prints it."""
     return "\n\n".join(bindings.table(c, meanings=False) for c in configure.configurables()) + "\n"
@@ -35,7 +39,7 @@ def test_what_gin_can_bind_is_what_was_reviewed():
 @pytest.mark.parametrize("cls", records.classes(), ids=lambda c: c.__name__)
 def test_every_field_of_every_configuration_has_a_meaning(cls):
     # Corpora say theirs in their first lines.
-    if not cls.__module__.startswith("flm_jax.data") or cls.__name__ in ("DataConfig", "SentencePiece", "Pretrained"):
+    if not cls.__module__.startswith("flm_jax.data") or cls.__name__ in DESCRIBED:
         assert set(bindings.meanings_of(cls)) == {name for name, _, _ in bindings.fields_of(cls)}
 
 

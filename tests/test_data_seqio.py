@@ -14,7 +14,7 @@ import pytest
 from flm_jax.data import prepare as preparing
 from flm_jax.data import reading, streaming, tasks
 from flm_jax.data.config import DataConfig
-from flm_jax.data.corpora import Jsonl, SeqioTask, TextFolder, Tfds
+from flm_jax.data.corpora import Jsonl, Records, SeqioTask, TextFolder, Tfds
 from flm_jax.data.prepare import prepare, store_path
 from flm_jax.data.source import StoreData, StreamData, open_data
 from flm_jax.data.streaming import SeqioBatches
@@ -277,6 +277,28 @@ def test_jsonl_keeps_every_byte(tmp_path):
     for split in ("train", "heldout"):
         stored = [store.vocabulary.decode(store.document(split, i)) for i in range(store.num_documents(split))]
         assert stored == list(corpus.documents(split))
+
+
+def test_records_of_examples(tmp_path):
+    tf, _ = reading.load_tensorflow()
+    examples = [
+        tf.train.Example(
+            features=tf.train.Features(
+                feature={"body": tf.train.Feature(bytes_list=tf.train.BytesList(value=[f"text {i}".encode()]))}
+            )
+        ).SerializeToString()
+        for i in range(4)
+    ]
+    path = tmp_path / "a.tfrecord-00000-of-00001"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for example in examples:
+            writer.write(example)
+    assert [text for _, text in Records(str(tmp_path), "body").lines()] == [f"text {i}" for i in range(4)]
+    with pytest.raises(ValueError, match="record 1, has no feature 'text': found body"):
+        list(Records(str(tmp_path)).lines())
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="cannot be read as TFRecord"):
+        list(Records(str(tmp_path), "body").lines())
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -1,6 +1,7 @@
 """Corpora and vocabularies: what is held out, what is refused, and that text comes back."""
 
 import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from flm_jax.data import text
 from flm_jax.data.corpora import Jsonl, SeqioTask, StandardLibrary, TextFolder, Tfds
+from flm_jax.data.prepare import prepare
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary, chunks, sample, train
 from flm_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
 from flm_jax.data.vocabulary_files import from_spec
@@ -105,6 +107,24 @@ def test_jsonl(tmp_path):
     both = [*corpus.documents("train"), *corpus.documents("heldout")]
     assert sorted(both) == [f"line {i}\n\ttab" for i in range(10)]
     assert Jsonl(str(tmp_path), heldout_percent=30).digest() == corpus.digest()
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_compressed_lines_and_fields_inside_others(tmp_path, ending):
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps({"id": i, "page": {"text": f"line {i}"}, "a.b": "dotted"}) + "\n" for i in range(10))
+    content = gzip.compress(lines.encode()) if ending == ".gz" else zstandard.compress(lines.encode())
+    (tmp_path / f"a.jsonl{ending}").write_bytes(content)
+    corpus = Jsonl(str(tmp_path), "page.text", heldout_percent=30)
+    assert corpus.compressed and [text for _, text in corpus.lines()] == [f"line {i}" for i in range(10)]
+    assert {text for _, text in Jsonl(str(tmp_path), "a.b").lines()} == {"dotted"}
+    store = prepare(corpus, Bytes(), tmp_path / "cache", progress=False)
+    assert store.vocabulary.decode(store.document("heldout", 0)) == next(corpus.documents("heldout"))
+    with pytest.raises(ValueError, match=rf"a.jsonl{ending}:1 has no field 'page.txt': .* did you mean 'text'"):
+        list(Jsonl(str(tmp_path), "page.txt").lines())
+    (tmp_path / f"a.jsonl{ending}").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match="the file is damaged or cut short"):
+        list(corpus.lines())
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ OTHER = {
     "docs/distillation.md": ["second/Stage.teacher = @Teacher()", "(1 - w) * cross-entropy"],
     "docs/growth.md": ["plan = Growth", "plan = plan.settled"],
     "docs/growth_math.md": ["norm(x)_i = g_i", "g' = g", "c_i = sqrt", "norm(x)_i = m_i", "m' = a m"],
+    "docs/mixtures.md": ["first/Stage.source_weights"],
     "docs/muon.md": ["0.2 sqrt", "bytes per device"],
     "docs/sft.md": ["category     n"],
     "docs/smollm2.md": ['"The capital'],

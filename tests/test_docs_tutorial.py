@@ -57,7 +57,9 @@ def test_the_tutorial_leads_from_an_empty_folder_to_an_exported_model(tmp_path, 
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", ["own_data.md", "own_operator.md"])
+@pytest.mark.parametrize(
+    "name", ["own_data.md", "own_operator.md", pytest.param("mixtures.md", marks=pytest.mark.slow)]
+)
 def test_what_a_page_adds_from_outside_works(name, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     from flm_jax.data.text import FileCorpus

@@ -10,7 +10,8 @@ from flm_jax import records
 from flm_jax.cli import configure
 from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.data.config import DataConfig
-from flm_jax.data.text import Jsonl, StandardLibrary, TextFolder
+from flm_jax.data.rows import Jsonl
+from flm_jax.data.text import StandardLibrary, TextFolder
 from flm_jax.data.train_vocabulary import Bytes, Pretrained, SentencePiece
 from flm_jax.growth import Growth
 from flm_jax.growth.masks import Ramp
@@ -57,8 +58,8 @@ STAGE = dict(name="a", model=small.config(), steps=2, batch_size=4)
         (lambda: DataConfig(streamed="False"), "streamed = 'False': use True or False; write it without quotes: False"),
         (
             lambda: DataConfig(corpus="texts"),
-            "DataConfig.corpus = 'texts': use a Conversations or a Jsonl or a SeqioTask or a StandardLibrary or a "
-            "TextFolder or a Tfds.",
+            "DataConfig.corpus = 'texts': use a Conversations or a Jsonl or a Mixture or a Parquet or a Records or "
+            "a SeqioTask or a SitePackages or a StandardLibrary or a TextFolder or a Tfds.",
         ),
         (lambda: DataConfig(vocabulary=StandardLibrary()), "use a Bytes or a SentencePiece or a Pretrained or None."),
         (lambda: Recipe(stages=Stage(**STAGE)), "use a list, each entry a Stage; write brackets around a single one."),

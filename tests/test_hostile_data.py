@@ -10,7 +10,8 @@ import pytest
 from flm_jax.cli import errors, runs
 from flm_jax.data import prepare
 from flm_jax.data.reading import read_files, read_lines
-from flm_jax.data.text import SPLITS, Jsonl, TextFolder
+from flm_jax.data.rows import Jsonl
+from flm_jax.data.text import SPLITS, TextFolder
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,11 +23,11 @@ from flm_jax.convert.tensors import open_shards
 from flm_jax.data.batches import pack_state, unpack_state
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
+from flm_jax.data.rows import Jsonl
 from flm_jax.data.source import recorded_data
 from flm_jax.data.store import TokenStore
 from flm_jax.data.store_record import render
 from flm_jax.data.store_writer import StoreWriter
-from flm_jax.data.text import Jsonl
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.evaluation.loaded import find_length

@@ -9,7 +9,8 @@ from flm_jax import records
 from flm_jax.cli import configure  # noqa: F401  # Every configuration class is imported with it.
 from flm_jax.config import ModelConfig, RopeScaling
 from flm_jax.data.config import DataConfig
-from flm_jax.data.text import TextFolder
+from flm_jax.data.mixture import Source
+from flm_jax.data.text import StandardLibrary, TextFolder
 from flm_jax.data.train_vocabulary import Pretrained
 from flm_jax.growth import Growth
 from flm_jax.recipe import Recipe, Stage
@@ -26,6 +27,10 @@ GIVEN = {
     "TextFolder": dict(path="texts"),
     "Conversations": dict(path="talks"),
     "Jsonl": dict(path="a.jsonl"),
+    "Parquet": dict(path="a.parquet"),
+    "Records": dict(path="records"),
+    "Source": dict(name="a", corpus=StandardLibrary()),
+    "Mixture": dict(sources=(Source("a", StandardLibrary()),)),
     "Tfds": dict(name="a"),
     "SeqioTask": dict(name="a"),
     "Pretrained": dict(path="a"),
@@ -41,7 +46,7 @@ GIVEN = {
     "Tuning": dict(rate=1e-2),
 }
 # Where a thing lies is no part of what it is: these records cannot be read back alone.
-NOT_RECORDED = {"Conversations", "TextFolder", "Jsonl", "Pretrained", "ScoringBase"}
+NOT_RECORDED = {"Conversations", "TextFolder", "Jsonl", "Parquet", "Records", "Pretrained", "ScoringBase"}
 
 
 def made(cls):

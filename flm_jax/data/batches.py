@@ -6,16 +6,32 @@ size may change between calls, and any number of processes together see the batc
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from flm_jax.data.permutation import permute
 from flm_jax.data.store import TokenStore
 from flm_jax.records import counted
 from flm_jax.records.foreign_json import field, parse_json
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSources:
+    """Which source of a mixture each row of a batch is a window of.
+
+    Attributes:
+      numbers_B: int32, the place of the source in the mixture.
+      count: number of sources of the mixture; programs are compiled for it.
+    """
+
+    numbers_B: Any
+    count: int = dataclasses.field(metadata={"static": True})
 
 
 class Batch(NamedTuple):
@@ -27,12 +43,14 @@ class Batch(NamedTuple):
       weights_BT: float32, 1 where the target counts, 0 in rows that only fill up a batch.
       segments_BT: int32, how many documents have ended before each input in its row; attention stays within equal
         numbers.
+      sources: of a mixture, the source of each row; None: the rows are windows of one corpus.
     """
 
     inputs_BT: Any
     targets_BT: Any
     weights_BT: Any
     segments_BT: Any
+    sources: RowSources | None = None
 
 
 class TokenBatches(Protocol):

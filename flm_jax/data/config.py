@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from flm_jax.data.corpora import Corpus, StandardLibrary
+from flm_jax.data.mixture import Mixture
 from flm_jax.data.train_vocabulary import CACHE, SentencePiece, VocabularyConfig
 from flm_jax.records import recorded
 from flm_jax.records.fields import Seed, Size
@@ -16,7 +17,7 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-      corpus: where documents come from.
+      corpus: where documents come from; a `Mixture` names several corpora, with weights.
       vocabulary: how they are tokenised; a SeqioTask has its own vocabulary instead. None: the vocabulary of
         `Recipe.start`, or without a start `SentencePiece`.
       context: tokens per row.
@@ -38,3 +39,8 @@ class DataConfig:
     def tokenised_by(self) -> VocabularyConfig:
         """The vocabulary that is named, or the default one. A recipe with a start names that of its start."""
         return self.vocabulary or SentencePiece()
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The corpus, if it is a mixture."""
+        return self.corpus if isinstance(self.corpus, Mixture) else None

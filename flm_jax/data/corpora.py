@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from flm_jax.data.text import SPLITS, FileCorpus, Jsonl, StandardLibrary, TextFolder, describe_fields
+from flm_jax.data.rows import Jsonl, RowCorpus
+from flm_jax.data.tables import Parquet, Records
+from flm_jax.data.text import SPLITS, FileCorpus, SitePackages, StandardLibrary, TextFolder, describe_fields
 from flm_jax.data.tfds import Tfds
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.records import recorded
@@ -30,7 +32,11 @@ __all__ = [
     "Document",
     "FileCorpus",
     "Jsonl",
+    "Parquet",
+    "Records",
+    "RowCorpus",
     "SeqioTask",
+    "SitePackages",
     "StandardLibrary",
     "TextCorpus",
     "TextFolder",

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from flm_jax.data.config import DataConfig
-from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, SeqioTask, TokenCorpus, TokenisedCorpus
+from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, RowCorpus, SeqioTask, TokenCorpus, TokenisedCorpus
 from flm_jax.data.reading import MissingExtraError, load_tensorflow
 from flm_jax.data.store import TokenStore
 from flm_jax.data.store_record import FORMAT, PREPARE_AGAIN, STORE_FILE, WEIGHTED
@@ -119,10 +119,13 @@ def _source(corpus: Corpus, vocabulary_config: VocabularyConfig, cache_dir: str 
     Raises:
       MissingExtraError: the corpus needs what is not installed; nothing was computed before.
     """
+    if isinstance(corpus, RowCorpus) and (corpus.compressed if isinstance(corpus, Jsonl) else True):
+        # tf.data reads only plain lines.
+        return _PlainSource(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
     try:
         load_tensorflow()
     except MissingExtraError:
-        if not isinstance(corpus, FileCorpus | Jsonl):
+        if not isinstance(corpus, FileCorpus | RowCorpus):
             raise
         return _PlainSource(corpus, build_vocabulary(vocabulary_config, corpus, cache_dir))
     from flm_jax.data import tasks
@@ -146,7 +149,7 @@ class _Source(Protocol):
 class _PlainSource:
     """A corpus of text, tokenised in Python."""
 
-    corpus: FileCorpus | Jsonl
+    corpus: FileCorpus | RowCorpus
     vocabulary: Vocabulary
 
     def documents(self, split: str) -> Iterator[tuple[np.ndarray, int]]:

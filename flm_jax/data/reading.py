@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from flm_jax.data.text import FileCorpus, Jsonl, name_hash
+from flm_jax.data.rows import Jsonl
+from flm_jax.data.text import FileCorpus, name_hash
 
 
 class MissingExtraError(ImportError):

@@ -17,6 +17,7 @@ import jax
 from flm_jax.data.batches import Batch, StoreBatches, TokenBatches, heldout_batches
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import Corpus, TokenCorpus
+from flm_jax.data.mixture_data import open_mixture, recorded_mixture
 from flm_jax.data.prepare import prepare
 from flm_jax.data.store import TokenStore
 from flm_jax.data.train_vocabulary import build_vocabulary
@@ -45,12 +46,21 @@ class Data(Protocol):
         ...
 
     @property
+    def sources(self) -> dict[str, float]:
+        """Of a mixture, `bytes_per_token` of each source by its name; empty: it is one corpus."""
+        ...
+
+    @property
     def stores(self) -> tuple[TokenStore, ...]:
         """The token stores that it is read from; none where seqio reads it."""
         ...
 
-    def train(self) -> TokenBatches:
-        """A new stream of training batches, at its start."""
+    def train(self, weights: Mapping[str, float] | None = None) -> TokenBatches:
+        """A new stream of training batches, at its start.
+
+        Args:
+          weights: of the sources of a mixture by name, from where the stream starts or is restored; None: its own.
+        """
         ...
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
@@ -85,12 +95,18 @@ class StoreData:
         return self.store.digest
 
     @property
+    def sources(self) -> dict[str, float]:
+        """See Data; none."""
+        return {}
+
+    @property
     def stores(self) -> tuple[TokenStore, ...]:
         """See Data."""
         return (self.store,)
 
-    def train(self) -> StoreBatches:
+    def train(self, weights: Mapping[str, float] | None = None) -> StoreBatches:
         """See Data."""
+        del weights  # a recipe that gives a single corpus any is refused
         return StoreBatches(self.store, "train", self._context, self._seed)
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
@@ -128,8 +144,14 @@ class StreamData:
         """See Data; of corpus and vocabulary, because the tokens are never all read."""
         return sha256_json({"corpus": self._corpus.digest(), "vocabulary": self.vocabulary.digest})
 
-    def train(self) -> TokenBatches:
+    @property
+    def sources(self) -> dict[str, float]:
+        """See Data; none."""
+        return {}
+
+    def train(self, weights: Mapping[str, float] | None = None) -> TokenBatches:
         """See Data."""
+        del weights  # as above
         from flm_jax.data import streaming
 
         return streaming.SeqioBatches(self._corpus, self.vocabulary, "train", self._context, self._seed)
@@ -180,6 +202,8 @@ def open_data(config: DataConfig, progress: bool = True) -> Data:
 
 
 def _open(config: DataConfig, progress: bool) -> Data:
+    if config.mixture is not None:
+        return open_mixture(config, config.mixture, progress)
     if config.streamed:
         if isinstance(config.corpus, TokenCorpus):
             raise ValueError(
@@ -222,14 +246,19 @@ def verified_behind(data: Data, megabytes_per_second: float) -> Iterator[None]:
         store.check_found()
 
 
-def recorded_data(record: Mapping[str, Any] | None) -> StoreData:
-    """The data that a checkpoint records with `Data.describe`, from its token store, without the texts.
+def recorded_data(record: Mapping[str, Any] | None) -> Data:
+    """The data that a checkpoint records with `Data.describe`, from its token store or stores, without the texts.
 
     Raises:
-      LookupError: the store is not there any more, or the data was not in a store; the message is for people.
+      LookupError: a store is not there any more, or the data was not in a store; the message is for people.
     """
     if record is None:
         raise LookupError("the checkpoint records no data")
+    if "sources" in record:
+        try:
+            return recorded_mixture(record)
+        except (ValueError, OSError) as error:
+            raise LookupError(str(error)) from error
     if "store" not in record:
         raise LookupError("the checkpoint records no token store")
     try:

@@ -6,12 +6,19 @@ import dataclasses
 from pathlib import Path
 
 from flm_jax.data.config import DataConfig
-from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, SeqioTask, TextFolder, TokenCorpus
+from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, RowCorpus, SeqioTask, TextFolder, TokenCorpus
+from flm_jax.data.mixture import STREAMED, Mixture, Source
 from flm_jax.data.prepare import store_path, token_store_path
 from flm_jax.data.store import TokenStore
 from flm_jax.data.store_record import STORE_FILE
 from flm_jax.data.tfds import Tfds, check_tfds
-from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
+from flm_jax.data.train_vocabulary import (
+    Bytes,
+    Pretrained,
+    SentencePiece,
+    build_vocabulary,
+    model_file,
+)
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.files import check_writable
 from flm_jax.records import counted
@@ -70,8 +77,57 @@ def _writes(config: DataConfig, found: Survey) -> bool:
     return looked or not any(Path(config.cache_dir).expanduser().glob(kept))
 
 
+def _mixture(config: DataConfig, mixture: Mixture) -> Survey:
+    """As `_survey`, of all sources together, with a note on each."""
+    if config.streamed:
+        raise ValueError(STREAMED)
+    named, trained = config.tokenised_by, isinstance(config.tokenised_by, SentencePiece)
+    found = [_of_source(config, source) for source in mixture.sources]
+    if isinstance(named, SentencePiece) and all(own.splits for own in found):
+        file = model_file(named, mixture, config.cache_dir)
+        if file.is_file():  # only with it is it known which stores are those of this mixture
+            trained, config = False, dataclasses.replace(config, vocabulary=Pretrained(str(file)))
+            found = [_of_source(config, source) for source in mixture.sources]
+    counts = [n for n in _COUNTED if not (trained and n == "tokens") and all(n in _train(own) for own in found)]
+    splits = {split: {n: sum(own.splits[split][n] for own in found) for n in counts} for split in SPLITS if counts}
+    notes = []
+    for source, own in zip(mixture.sources, found, strict=True):
+        weight = "weight by its size" if source.weight is None else f"weight {source.weight:g}"
+        most = "" if source.epochs is None else f", at most {source.epochs:g} passes"
+        sizes = ", ".join(counted(_train(own)[n], _COUNTED[n]) for n in counts) or own.unread
+        notes.append(f"{source.name}, {weight}{most}: {own.corpus}; to train on: {sizes}")
+    return Survey(
+        f"Mixture of {counted(len(found), 'source')}",
+        "SentencePiece, trained on all sources" if isinstance(named, SentencePiece) else found[0].vocabulary,
+        found[0].ids,
+        Path(config.cache_dir).expanduser() if not trained and all(own.store for own in found) else None,
+        None if any(own.files is None for own in found) else sum(own.files or 0 for own in found),
+        splits,
+        "" if splits else "not every source can be counted without preparing it",
+        tuple(notes),
+    )
+
+
+_COUNTED = {"documents": "document", "text_bytes": "byte", "tokens": "token"}
+
+
+def _train(found: Survey) -> dict[str, int]:
+    return found.splits.get("train", {})
+
+
+def _of_source(config: DataConfig, source: Source) -> Survey:
+    try:
+        return _survey(dataclasses.replace(config, corpus=source.corpus))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"Source {source.name!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"Source {source.name!r}: {error}") from error
+
+
 def _survey(config: DataConfig) -> Survey:
     """As `survey`, without a look at `cache_dir`."""
+    if config.mixture is not None:
+        return _mixture(config, config.mixture)
     corpus = config.corpus
     name = " ".join(filter(None, [type(corpus).__name__, getattr(corpus, "path", getattr(corpus, "name", ""))]))
     if isinstance(corpus, SeqioTask):
@@ -88,13 +144,13 @@ def _survey(config: DataConfig) -> Survey:
     paths = _paths(corpus)
     files, size = None if paths is None else len(paths), sum(path.stat().st_size for path in paths or ())
     if size > READ_BYTES:
-        next(iter(corpus.lines() if isinstance(corpus, Jsonl) else corpus.contents()), None)  # type: ignore[attr-defined]
+        next(iter(corpus.lines() if isinstance(corpus, RowCorpus) else corpus.contents()), None)  # type: ignore[attr-defined]
         return Survey(name, vocabulary, ids, None, files, {}, f"reading {size / 1e9:.1f} GB takes longer")
     path = store_path(corpus, config.tokenised_by, config.cache_dir)
     if not config.streamed and (path / STORE_FILE).is_file():
         store = TokenStore.open(path, verify=False)  # a survey writes nothing
         return Survey(name, vocabulary, store.vocabulary.size, path, files, store.describe()["splits"])
-    if not isinstance(corpus, FileCorpus | Jsonl):
+    if not isinstance(corpus, FileCorpus | RowCorpus):
         return Survey(name, vocabulary, ids, None, files, {}, "only preparing it tells")
     splits = {}
     for split in SPLITS:
@@ -112,7 +168,7 @@ def _paths(corpus: Corpus) -> list[Path] | None:
     Raises:
       FileNotFoundError: there are none.
     """
-    if isinstance(corpus, Jsonl):
+    if isinstance(corpus, RowCorpus):
         return [path for _, path in corpus.files()]
     return corpus.paths() if isinstance(corpus, TextFolder) else None
 

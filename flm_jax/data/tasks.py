@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from flm_jax.data import reading
-from flm_jax.data.corpora import Corpus, FileCorpus, Jsonl, SeqioTask, Tfds
+from flm_jax.data.corpora import Corpus, FileCorpus, Jsonl, RowCorpus, SeqioTask, Tfds
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.text import check_split
 from flm_jax.data.tfds import check_tfds
@@ -110,6 +110,11 @@ def resolve(corpus: Corpus, vocabulary: Vocabulary | None = None, shuffle_buffer
       ValueError: an unknown task, module or feature, a vocabulary that is neither SentencePiece nor bytes, or a text
         corpus without a vocabulary.
     """
+    if isinstance(corpus, RowCorpus) and (not isinstance(corpus, Jsonl) or corpus.compressed):
+        raise ValueError(
+            f"{type(corpus).__name__} {corpus.path}: seqio reads neither compressed lines nor tables during training; "
+            "set DataConfig.streamed = False."
+        )
     _, seqio = load_tensorflow()
     if not isinstance(corpus, SeqioTask):
         if vocabulary is None:

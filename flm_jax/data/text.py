@@ -1,4 +1,4 @@
-"""Corpora of text files: the standard library, a folder, JSON lines; and the rule that holds documents out.
+"""Corpora of text files: the standard library, a folder; and the rule that holds documents out.
 
 Documents are held out by a hash of their names, so the held-out split stays the same when other documents are added or
 the folder moves.
@@ -16,11 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from flm_jax.data.folders import all_files, count_endings, find_files, in_words
-from flm_jax.data.json_lines import is_text
-from flm_jax.records import counted, meant, meant_beside, recorded
+from flm_jax.data.folders import all_files, count_endings, in_words
+from flm_jax.records import counted, meant_beside, recorded
 from flm_jax.records.fields import Limit
-from flm_jax.records.foreign_json import parse_json
 
 SPLITS = ("train", "heldout")
 # A whole number stays one: digests hold it as it was given.
@@ -175,21 +173,53 @@ class StandardLibrary(FileCorpus):
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
         """Yields every readable, non-empty *.py file outside site-packages."""
         root = Path(sysconfig.get_path("stdlib"))
-        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-            inside = path.relative_to(root)
-            if {"site-packages", "dist-packages", "__pycache__"} & set(inside.parts):
-                continue
-            try:
-                text = path.read_bytes()
-                text.decode("utf-8")
-            except (OSError, UnicodeDecodeError):
-                continue
-            if text:
-                yield inside.as_posix(), path, text
+        apart = {"site-packages", "dist-packages", "__pycache__"}
+        yield from _readable(
+            root, (path for path in root.rglob("*.py") if not apart & set(path.relative_to(root).parts))
+        )
 
     def describe(self) -> dict[str, Any]:
         """The kind and fields of the corpus, and the interpreter's version."""
         return {**describe_fields(self), "python": sys.version.split()[0]}
+
+
+def _readable(root: Path, paths: Iterable[Path]) -> Iterator[tuple[str, Path, bytes]]:
+    """Yields the name below `root`, the path and the content of each file that is UTF-8 and not empty, by name."""
+    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
+        try:
+            text = path.read_bytes()
+            text.decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if text:
+            yield path.relative_to(root).as_posix(), path, text
+
+
+@dataclasses.dataclass(frozen=True)
+@recorded
+class SitePackages(FileCorpus):
+    """The files of installed Python packages that match `pattern`, in site-packages: other kinds of text, offline.
+
+    Files that are not UTF-8 are left out.
+    """
+
+    pattern: str = "**/*.txt"
+    heldout_percent: Percent = 5.0
+
+    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
+        """Yields every readable, non-empty file.
+
+        Raises:
+          FileNotFoundError: none matches.
+        """
+        root = Path(sysconfig.get_path("purelib"))
+        paths = [path for path in root.glob(self.pattern) if path.is_file()]
+        if not paths:
+            raise FileNotFoundError(
+                f"SitePackages: no file in {root} matches the pattern {self.pattern!r}; install what holds such files, "
+                "or leave the source out"
+            )
+        yield from _readable(root, paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,84 +323,3 @@ def read_utf8(path: Path) -> bytes:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     return text
-
-
-@dataclasses.dataclass(frozen=True)
-@recorded
-class Jsonl:
-    """JSON lines: each line of a file, or of every *.jsonl in a folder, has a document in its `field`."""
-
-    path: str = dataclasses.field(metadata={"identity": False})
-    field: str = "text"
-    heldout_percent: Percent = 5.0
-
-    def files(self) -> list[tuple[str, Path]]:
-        """(name, path) of each file, sorted by name.
-
-        Raises:
-          FileNotFoundError: there is no such file or folder, or the folder has no *.jsonl files.
-        """
-        return find_files(self.path, (".jsonl",))
-
-    def parse(self, line: bytes, where: str) -> str:
-        """The document on one line; '' for a blank line or an empty document.
-
-        Args:
-          line: the line's bytes.
-          where: file:line, for the error.
-
-        Raises:
-          ValueError: the line is not JSON or not an object, has no such field, or the field is not text.
-        """
-        if not line.strip():
-            return ""
-        # Only one field is used, and NaN in another one does no harm; Python writes it.
-        record = parse_json(line, where, None, finite=False)
-        if not isinstance(record, dict) or self.field not in record:
-            found = f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            near = meant(self.field, record) if isinstance(record, dict) else ""
-            raise ValueError(f"{where} has no field {self.field!r}: found {found}{near}")
-        text = record[self.field]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: the field {self.field!r} is {type(text).__name__}, and should be text")
-        if not is_text(text):
-            raise ValueError(f"{where}: the field {self.field!r} holds half of a surrogate pair")
-        return text
-
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """Yields each non-empty document with its name, file:line."""
-        for name, path in self.files():
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if text := self.parse(line, f"{path}:{number}"):
-                        yield f"{name}:{number}", text
-
-    def border(self) -> int:
-        """The held-out border of this corpus.
-
-        Raises:
-          ValueError: there is no document.
-        """
-        names = [name for name, _ in self.lines()]
-        if not names:
-            raise ValueError(f"Jsonl: {self.path} holds no document")
-        return heldout_border(names, self.heldout_percent)
-
-    def documents(self, split: str) -> Iterator[str]:
-        """Yields the documents of one split, in the order of files and lines."""
-        check_split(split)
-        border = self.border()
-        for name, text in self.lines():
-            if (name_hash(name) < border) == (split == "heldout"):
-                yield text
-
-    def digest(self) -> str:
-        """The sha256 over kind, held-out share, names and texts."""
-        whole = hashlib.sha256(f"{type(self).__name__} {self.heldout_percent!r}".encode())
-        for name, text in self.lines():
-            whole.update(json.dumps([name, text]).encode())
-        return whole.hexdigest()
-
-    def describe(self) -> dict[str, Any]:
-        """The kind and fields of the corpus."""
-        return describe_fields(self)

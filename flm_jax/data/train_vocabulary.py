@@ -198,6 +198,12 @@ def identity(config: VocabularyConfig) -> list[Any]:
     return [FORMAT, type(config).__name__, decides]
 
 
+def model_file(config: SentencePiece, corpus: Corpus, cache_dir: str | Path) -> Path:
+    """The file in which the vocabulary that is trained on a corpus is kept."""
+    key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), dataclasses.astuple(config)]).encode()).hexdigest()[:16]
+    return Path(cache_dir).expanduser() / f"vocabulary-{key}.model"
+
+
 def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | Path) -> Vocabulary:
     """The vocabulary of a corpus: trained, from the cache, read from files, or that of a seqio task.
 
@@ -218,8 +224,7 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
         return ByteVocabulary()
     if isinstance(config, Pretrained):
         return config.load()
-    key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), dataclasses.astuple(config)]).encode()).hexdigest()[:16]
-    model_path = Path(cache_dir).expanduser() / f"vocabulary-{key}.model"
+    model_path = model_file(config, corpus, cache_dir)
     record_path = model_path.with_suffix(".json")
     if model_path.is_file() and record_path.is_file():
         try:

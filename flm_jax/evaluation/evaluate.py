@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flm_jax.data.folders import endings_of
-from flm_jax.data.text import Jsonl, TextFolder, read_utf8
+from flm_jax.data.rows import Jsonl
+from flm_jax.data.text import TextFolder, read_utf8
 from flm_jax.distributed import is_primary
 from flm_jax.evaluation.loaded import load_model
 from flm_jax.evaluation.scoring import bits_per_byte_of_text

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flm_jax import costs
 from flm_jax.checkpoint.find import stage_directory
 from flm_jax.config import ModelConfig
+from flm_jax.data.config import DataConfig
 from flm_jax.distillation import ResolvedTeacher, resolve_teacher
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.plan import NUMERICS, Growth
@@ -88,6 +89,11 @@ class ResolvedStage:
         return self.stage.accumulate
 
     @property
+    def source_weights(self) -> Mapping[str, float] | None:
+        """Of the sources of a mixture by name; None: the mixture's own."""
+        return self.stage.source_weights
+
+    @property
     def train(self) -> str:
         """What of the model trains."""
         return self.stage.train
@@ -158,6 +164,7 @@ def resolve(
     for index, stage in enumerate(recipe.stages):
         try:
             _check_steps(stage)
+            _check_weights(stage, recipe.data)
             if stage.growth is not None:
                 before = resolved[-1].lineage if resolved else None if source is None else source.lineage
                 found = ResolvedStage(index, stage, _grown(stage, before))
@@ -272,6 +279,18 @@ def _check_rising(found: ResolvedStage) -> None:
             f"{found.steps}: the ramp must "
             "end within the stage."
         )
+
+
+def _check_weights(stage: Stage, data: DataConfig) -> None:
+    if stage.source_weights is None:
+        return
+    if data.mixture is None:
+        corpus = type(data.corpus).__name__
+        raise ValueError(f"source_weights are those of a Mixture, and DataConfig.corpus is a {corpus}; leave them out.")
+    try:
+        data.mixture.weights(stage.source_weights)
+    except ValueError as error:
+        raise ValueError(f"source_weights: {error}") from None
 
 
 def _check_steps(stage: Stage) -> None:

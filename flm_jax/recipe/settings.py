@@ -44,6 +44,8 @@ class Stage:
         there before stays as it is, bit for bit. The growth is the stage's own, or that of the stage or checkpoint
         that it continues.
       teacher: a frozen model that this one learns from too; None: it learns from the text alone.
+      source_weights: of the sources of a `Mixture` by name, from the stage's start to its end; a source that is not
+        named is not read. None: the mixture's own weights.
     """
 
     name: Name
@@ -55,6 +57,7 @@ class Stage:
     accumulate: Size = 1
     train: Annotated[str, one_of(TRAINED)] = "all"
     teacher: Teacher | None = None
+    source_weights: Mapping[str, NonNegative] | None = None
 
 
 @dataclass(frozen=True)

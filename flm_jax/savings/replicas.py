@@ -153,7 +153,7 @@ class _Replica:
         self.placed = dict(before.placed) if before else {}
         self.evals: list[Mapping[str, Any]] = list(before.evals) if before else []
         self.program = stage_program(recipe, run, self._resolved()[index])
-        self.batches: TokenBatches = data.train()
+        self.batches: TokenBatches = data.train(recipe.stages[index].source_weights)
         if before is not None:
             self.batches.restore(before.position)
         earlier, context = self._resolved()[:index], recipe.data.context

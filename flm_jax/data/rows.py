@@ -1,0 +1,136 @@
+"""Corpora of many documents per file: what they have in common, and JSON lines."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flm_jax.data.folders import find_files
+from flm_jax.data.json_lines import ENDINGS, file_lines, is_text
+from flm_jax.data.text import Percent, border_within, check_split, describe_fields, hash_range, name_hash
+from flm_jax.records import meant, recorded
+from flm_jax.records.foreign_json import parse_json
+
+COMPRESSED = (".gz", ".zst")
+
+
+class RowCorpus(abc.ABC):
+    """A corpus of many documents per file, each with a number; subclasses read their files."""
+
+    path: str
+    heldout_percent: float
+
+    @abc.abstractmethod
+    def files(self) -> list[tuple[str, Path]]:
+        """(name, path) of each file, sorted by name.
+
+        Raises:
+          FileNotFoundError: there is no such file or folder, or the folder has no such files.
+        """
+
+    @abc.abstractmethod
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yields each non-empty document with its name, file:number, in a fixed order."""
+
+    def border(self) -> int:
+        """The held-out border of this corpus.
+
+        Raises:
+          ValueError: there is no document.
+        """
+        hashes = hash_range(name for name, _ in self.lines())
+        if hashes is None:
+            raise ValueError(f"{type(self).__name__}: {self.path} holds no document")
+        return border_within(hashes, self.heldout_percent)
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yields the documents of one split, in the order of files and lines."""
+        check_split(split)
+        border = self.border()
+        for name, text in self.lines():
+            if (name_hash(name) < border) == (split == "heldout"):
+                yield text
+
+    def digest(self) -> str:
+        """The sha256 over kind, held-out share, names and texts."""
+        whole = hashlib.sha256(f"{type(self).__name__} {self.heldout_percent!r}".encode())
+        for name, text in self.lines():
+            whole.update(json.dumps([name, text]).encode())
+        return whole.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """The kind and fields of the corpus."""
+        return describe_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
+@recorded
+class Jsonl(RowCorpus):
+    """JSON lines: each line of a file, or of every *.jsonl in a folder, has a document in its `field`.
+
+    Files may end with .jsonl.gz or .jsonl.zst. A field inside another one is named by its path, such as 'page.text'.
+    """
+
+    path: str = dataclasses.field(metadata={"identity": False})
+    field: str = "text"
+    heldout_percent: Percent = 5.0
+
+    def files(self) -> list[tuple[str, Path]]:
+        """See RowCorpus."""
+        return find_files(self.path, ENDINGS)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any of the files is."""
+        return any(path.suffix in COMPRESSED for _, path in self.files())
+
+    def parse(self, line: bytes, where: str) -> str:
+        """The document on one line; '' for a blank line or an empty document.
+
+        Args:
+          line: the line's bytes.
+          where: file:line, for the error.
+
+        Raises:
+          ValueError: the line is not JSON or not an object, has no such field, or the field is not text.
+        """
+        if not line.strip():
+            return ""
+        # Only one field is used, and NaN in another one does no harm; Python writes it.
+        text = self._value(parse_json(line, where, None, finite=False), where)
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: the field {self.field!r} is {type(text).__name__}, and should be text")
+        if not is_text(text):
+            raise ValueError(f"{where}: the field {self.field!r} holds half of a surrogate pair")
+        return text
+
+    def _value(self, record: Any, where: str) -> Any:
+        """What stands in the field: one of this name or, if there is none, inside others along the path."""
+        names = [self.field] if isinstance(record, dict) and self.field in record else self.field.split(".")
+        for name in names:
+            if not isinstance(record, dict) or name not in record:
+                found = f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+                near = meant(name, record) if isinstance(record, dict) else ""
+                raise ValueError(f"{where} has no field {self.field!r}: found {found}{near}")
+            record = record[name]
+        return record
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """See RowCorpus."""
+        for name, path in self.files():
+            for number, line in _numbered(path):
+                if text := self.parse(line, f"{path}:{number}"):
+                    yield f"{name}:{number}", text
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+    if path.suffix in COMPRESSED:
+        yield from ((line.number, line.content) for line in file_lines(path))
+        return
+    with path.open("rb") as file:
+        yield from enumerate(file, 1)
