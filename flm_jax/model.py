@@ -97,10 +97,8 @@ def parameter(module: nn.Module, cfg: ModelConfig, name: str, text: str) -> jax.
     shape_alone = _SHAPES_ALONE.get() or module.has_variable("params", name)
 
     def init(key: jax.Array) -> Declared:
-        value = (
-            jnp.zeros(shape, dtype) if shape_alone else draw(signature, key, shape, std=cfg.std(signature), dtype=dtype)
-        )
-        return Declared(value=value, signature=signature)
+        drawn = functools.partial(draw, signature, key, shape, std=cfg.std(signature), dtype=dtype)
+        return Declared(jnp.zeros(shape, dtype) if shape_alone else drawn(), signature)
 
     value: Any = module.param(name, init)
     return value.astype(jnp.promote_types(cfg.compute, jnp.float32) if signature.gains else cfg.compute)
@@ -384,13 +382,11 @@ def declared(cfg: ModelConfig) -> tuple[Params, Params]:
 def _declared(cfg: ModelConfig, x64: bool) -> tuple[Params, Params]:
     """`declared`, remembered: tracing a model takes a tenth of a second. Without x64, float64 becomes float32."""
     del x64
-    before = _SHAPES_ALONE.set(True)
-    try:
-        boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
-    finally:
-        _SHAPES_ALONE.reset(before)
-    is_box = lambda x: isinstance(x, Declared)  # noqa: E731
-    return meta.unbox(boxed), jax.tree.map(lambda box: box.signature, boxed, is_leaf=is_box)
+    alone = contextvars.copy_context()
+    alone.run(_SHAPES_ALONE.set, True)
+    boxed = alone.run(jax.eval_shape, lambda: init(cfg, jax.random.key(0)))
+    signatures = jax.tree.map(lambda box: box.signature, boxed, is_leaf=lambda x: isinstance(x, Declared))
+    return meta.unbox(boxed), signatures
 
 
 def apply(
