@@ -127,6 +127,12 @@ def test_recipes_of_runs_share_stages_and_add_up(study):
     for points in ([GrowthPoint(0.85, Growth("zero"))], [GrowthPoint(0.5, Growth("zero"))] * 2):
         with pytest.raises(ValueError, match="Growths of a run must be"):
             run_recipe(target, target.shape(layers=1), tuning, 0.2, points)
+    twice = [GrowthPoint(0.3, Growth("zero"), {"layers": 2}), GrowthPoint(0.5, Growth("zero"))]
+    for frozen, what in ((0.25, "it grows again"), (0.4, "it grows again")):
+        with pytest.raises(ValueError, match=rf"frozen={frozen} lets old entries rest until step \d+ .* {what}"):
+            run_recipe(target, target.shape(layers=1), tuning, 0.2, twice, frozen=frozen)
+    with pytest.raises(ValueError, match=r"frozen=0.4 lets old entries rest .* its decay begins: give a smaller"):
+        run_recipe(target, target.shape(layers=1), tuning, 0.2, twice[1:], frozen=0.4)
 
 
 def test_a_study_runs_to_its_end_keeps_what_it_found_and_does_nothing_twice(study, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 
 from flm_jax.costs import param_count
 from flm_jax.data.config import DataConfig
+from flm_jax.distillation import Teacher
 from flm_jax.growth import Growth
 from flm_jax.records import as_dict
 from flm_jax.savings.page import page, write_page
@@ -121,6 +122,14 @@ def test_a_plan_that_has_changed_is_run_again(found):
     plans = {"other-twice": dataclasses.replace(changed.plans["other-twice"], rate=0.5)}
     changed = dataclasses.replace(changed, plans=plans)
     assert [arm.name for arm in missing(list(STEPS["plans"](changed, found)), found)] == ["other-twice"]
+    # A teacher for more steps than its stage has is refused before anything is trained.
+    taught = dataclasses.replace(changed.plans["other-twice"], teacher=Teacher(steps=10**6))
+    with pytest.raises(ValueError, match=r"Study.plans\['other-twice'\]: .*Teacher.steps=1000000 is more than its"):
+        list(STEPS["plans"](dataclasses.replace(changed, plans={"other-twice": taught}), found))
+    # Rates of another target are not taken for this one's.
+    other = dataclasses.replace(changed, target=dataclasses.replace(changed.target, batch_size=64))
+    with pytest.raises(ValueError, match="is not known yet: run the step 'tune' first"):
+        list(STEPS["plans"](other, found))
     # So is every growth, if the best rate is another one.
     moved = {name: r for name, r in found.items() if "-adamw-" not in name or "wsd" not in name}
     lower = {**moved, **{n: r for n, r in found.items() if n.startswith("scratch-target-adamw-wsd") and r.rate < 5e-3}}

@@ -20,7 +20,7 @@ from tests.mixtures import changed, write
 from tests.runs import FAST, StopAfter, recipe_of
 from tests.small import shape
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_fast")]
+pytestmark = pytest.mark.integration
 MODEL = shape(layers=1)
 NAMES = ("prose", "code", "numbers")
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flm_jax.recipe import resolve
 from flm_jax.records import recorded
 from flm_jax.records.fields import Positive, Size
 from flm_jax.savings.results import Arm, Result
@@ -115,7 +116,7 @@ class Baseline:
         factor = rates[1] / rates[0]
         while True:
             arms = [self.arm(rate, self.study.target.tokens_per_param) for rate in rates]
-            if any(arm.name not in results for arm in arms):
+            if any(arm.name not in results or not results[arm.name].is_of(arm) for arm in arms):
                 return arms, None
             at = min(range(len(arms)), key=lambda i: results[arms[i].name].losses[0])
             if 0 < at < len(arms) - 1:
@@ -213,6 +214,7 @@ def plan_arm(study: Study, results: Results, name: str, plan: GrowthPlan) -> Arm
             frozen=plan.frozen,
             teacher=plan.teacher,
         )
+        resolve(recipe)  # what is wrong with a later stage is said before the first is trained
     except ValueError as error:
         raise ValueError(f"Study.plans[{name!r}]: {error}") from error
     return Arm(name, "plans", recipe, tuple(range(plan.seeds or study.seeds)))

@@ -16,11 +16,10 @@ from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, ResolvedStage, Stage, resolve
 from flm_jax.records import recorded
-from flm_jax.records.fields import Count, Fraction, Limit, Name, Positive, Size, one_of
+from flm_jax.records.fields import Count, Fraction, Name, Positive, Share, Size, one_of
 
 SCHEDULES = ("wsd", "linear")
 Schedule = Annotated[str, one_of(SCHEDULES)]
-Share = Annotated[float, Limit("greater than 0 and less than 1", lambda share: 0 < share < 1)]
 
 
 @dataclass(frozen=True)
@@ -206,8 +205,12 @@ def run_recipe(
     if grown and not 0 < min(grown) <= max(grown) < stable:
         raise ValueError(f"Growths of a run must be between its first step and step {stable}, where its decay begins.")
     thaws = {at + round(total * frozen) for at in grown} if frozen else set()
-    if thaws and not max(thaws) < stable:
-        raise ValueError(f"frozen={frozen:g} reaches into the decay of the run, which begins at step {stable}.")
+    for thaw, end in zip(sorted(thaws), [*sorted(grown)[1:], stable], strict=False):
+        if not thaw < end:
+            raise ValueError(
+                f"frozen={frozen:g} lets old entries rest until step {thaw} of the run, but at step {end} "
+                f"{'its decay begins' if end == stable else 'it grows again'}: give a smaller share."
+            )
     borders = {*grown, *thaws}
     if tuning.schedule == "wsd":
         whole = (target.steps(cut) for cut in cuts)
