@@ -58,7 +58,8 @@ def test_the_minimal_recipe_is_short_and_trains_and_grows_on_texts_of_ones_own(t
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"{number} is a number; " * 30)
     given = [f"TextFolder.path = {str(tmp_path)!r}", f"DataConfig.cache_dir = {str(tmp_path / 'cache')!r}"]
-    given += ["DataConfig.context = 32", "Stage.steps = 2", "Recipe.eval_windows = 4", "Run.verify_data = 100"]
+    given += ["DataConfig.context = 32", "Stage.steps = 2", "Recipe.eval_windows = 4", "train.run = @Run()"]
+    given += ["Run.verify_data = 100"]
     gin.clear_config()
     runs.run_train([str(recipe)], given, str(tmp_path / "run"), False)
     gin.clear_config()
