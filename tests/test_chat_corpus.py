@@ -122,7 +122,7 @@ def test_weights_lie_on_targets_and_attention_stays_within_a_conversation(store)
     windows = np.arange(store.num_windows("train", CONTEXT))
     batch = read_batch(store, "train", windows, CONTEXT)
     assert len(windows) * CONTEXT == store.num_tokens("train") - 1
-    for inputs, targets, weights, segments in zip(*batch, strict=True):
+    for inputs, targets, weights, segments in zip(*batch[:4], strict=True):
         assert np.array_equal(inputs[1:], targets[:-1])
         text = VOCABULARY.decode(targets[weights > 0])
         assert "q" not in text

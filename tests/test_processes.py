@@ -14,10 +14,7 @@ import pytest
 from flm_jax import distributed
 from flm_jax import train as training
 from flm_jax.checkpoint import read_manifest
-from flm_jax.data.corpora import TextFolder
-from flm_jax.data.prepare import prepare, store_path
 from flm_jax.data.source import open_data
-from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.sharding import MeshConfig, make_mesh
 from tests import worker
 from tests.environment import fast_flags
@@ -71,17 +68,15 @@ def digest(work: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The data, prepared: shared, one copy a process, and in one place altered."""
+    """The data, prepared: shared, one copy a process; and other texts for one of them."""
     base = tmp_path_factory.mktemp("processes")
     write_corpus(base / "corpus")
     open_data(worker.recipe(base).data)
     for i in range(2):
         shutil.copytree(base / "cache", base / f"cache.{i}")
-    shutil.copytree(base / "corpus", base / "other")
-    (base / "other" / "00.txt").write_text("another text\n" * 30)
-    shutil.copytree(base / "cache", base / "altered.0")
-    theirs = prepare(TextFolder(str(base / "other")), Bytes(), base / "altered.1").path
-    theirs.rename(store_path(TextFolder(str(base / "corpus")), Bytes(), base / "altered.1"))
+    for i in range(2):
+        shutil.copytree(base / "corpus", base / f"other.{i}")
+    (base / "other.1" / "00.txt").write_text("another text\n" * 30)
     return base
 
 
@@ -97,7 +92,7 @@ def two(folder):
     """Two processes, each with a cache of its own; one of them gets SIGTERM in the second stage, at its third step."""
     acts = [
         ("train", "unshared", {"work": "unshared.#"}, True),
-        ("train", "altered", {"work": "altered", "cache": "altered.#"}, True),
+        ("train", "altered", {"work": "altered", "cache": "cache.#", "corpus": "other.#"}, True),
         ("train", "stopped", {"work": "stopped", "cache": "cache.#", "terminate": [1, 7]}, False),
         ("locked", "locked", {"work": "stopped"}, True),
         ("alone", "alone", {}, True),

@@ -3,18 +3,18 @@
 import dataclasses
 import fcntl
 import os
+import socket
 import threading
 
 import pytest
 
 from flm_jax import train as training
 from flm_jax.checkpoint import CheckpointError
-from flm_jax.checkpoint.directory import locked, take_lock
+from flm_jax.checkpoint.directory import holder, locked, take_lock
 from flm_jax.data.corpora import TextFolder
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.records import LOCK
-from flm_jax.sweeps.execute import held
 from tests import small
 
 
@@ -31,12 +31,12 @@ def test_a_second_run_is_refused_before_it_prepares_data(data, tmp_path, monkeyp
 def test_a_look_at_who_trains_there_keeps_nobody_from_training(tmp_path):
     take_lock(tmp_path).close()
     with (tmp_path / LOCK).open() as looking:
-        fcntl.flock(looking, fcntl.LOCK_SH)  # as `held` does, for longer
-        assert not held(tmp_path)
+        fcntl.flock(looking, fcntl.LOCK_SH)  # as `holder` does, for longer
+        assert holder(tmp_path) is None
         threading.Timer(0.2, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
         with take_lock(tmp_path):
-            assert held(tmp_path)
-    assert not held(tmp_path)
+            assert holder(tmp_path) == f"{os.getpid()} on {socket.gethostname()}"
+    assert holder(tmp_path) is None
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -45,7 +45,7 @@ def test_a_run_that_wrote_nothing_leaves_no_lock_and_no_folder_that_it_made(ther
     if there:
         folder.mkdir(parents=True)
     with pytest.raises(RuntimeError), locked(folder):
-        assert held(folder)
+        assert holder(folder) is not None
         raise RuntimeError
     assert list(tmp_path.rglob("*")) == ([folder.parent, folder] if there else [])
 

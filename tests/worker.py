@@ -33,7 +33,7 @@ MESH = MeshConfig(fsdp=2, tensor=4)
 RUN = Run(mesh=MESH, checkpoint_every=3, log_every=1, sample_tokens=4)
 
 
-def recipe(folder: Path, cache: str = "cache") -> Recipe:
+def recipe(folder: Path, cache: str = "cache", corpus: str = "corpus") -> Recipe:
     """Two stages; the second grows along several axes, its layers where they were measured to disturb least."""
     fast = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
     growth = Growth("zero", depth="distance")
@@ -42,13 +42,15 @@ def recipe(folder: Path, cache: str = "cache") -> Recipe:
             Stage("first", shape(kv_heads=4), 4, 8, fast),
             Stage("second", shape(kv_heads=4, embed=32, layers=3), 6, 8, fast, growth, accumulate=2),
         ),
-        data=DataConfig(TextFolder(str(folder / "corpus")), Bytes(), context=16, cache_dir=str(folder / cache)),
+        data=DataConfig(TextFolder(str(folder / corpus)), Bytes(), context=16, cache_dir=str(folder / cache)),
         eval_windows=12,
         eval_every=4,
     )
 
 
-def train(folder: Path, work: str, cache: str = "cache", terminate: list[int] | None = None) -> object:
+def train(
+    folder: Path, work: str, cache: str = "cache", corpus: str = "corpus", terminate: list[int] | None = None
+) -> object:
     """Trains; `terminate` is [process, n]: that one sends itself SIGTERM as it places its n-th batch.
 
     In names '#' stands for the process. Returns the report, and how many rows were read of the batches.
@@ -64,7 +66,8 @@ def train(folder: Path, work: str, cache: str = "cache", terminate: list[int] | 
 
     stage_run.put_batch = put
     try:
-        found = training.train(recipe(folder, cache.replace("#", str(me))), RUN, folder / work.replace("#", str(me)))
+        cache, corpus, work = (name.replace("#", str(me)) for name in (cache, corpus, work))
+        found = training.train(recipe(folder, cache, corpus), RUN, folder / work)
     finally:
         stage_run.put_batch = honest
     return {"report": found, "rows": own_rows(make_mesh(MESH), 8).tolist(), "read": sorted(set(read))}

@@ -53,4 +53,9 @@ class StoreWindows:
         """
         windows = np.array([operator.index(index)], np.int64)
         batch = read_batch(self.store, self.split, windows, self.context)
-        return {name.removesuffix("_BT"): rows[0] for name, rows in batch._asdict().items()}
+        return {
+            "inputs": batch.inputs_BT[0],
+            "targets": batch.targets_BT[0],
+            "weights": batch.weights_BT[0],
+            "segments": batch.segments_BT[0],
+        }
