@@ -57,8 +57,8 @@ class Metrics(struct.PyTreeNode):
     def by_name(self, sources: Sequence[str] = ()) -> dict[str, float]:
         """The measurements as numbers; the loss of each source that the batch had rows of is `name/loss`."""
         found = {name: x for name, x in vars(jax.device_get(self)).items() if x is not None}
-        losses = found.pop("source_losses_S", np.zeros(0))
-        own = {f"{name}/loss": float(x) for name, x in zip(sources, losses, strict=False) if np.isfinite(x)}
+        losses = found.pop("source_losses_S", np.full(len(sources), np.nan))
+        own = {f"{name}/loss": float(x) for name, x in zip(sources, losses, strict=True) if np.isfinite(x)}
         return {**{name: float(x) for name, x in found.items()}, **own}
 
 

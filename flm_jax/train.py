@@ -44,7 +44,7 @@ from flm_jax.checkpoint import (
 from flm_jax.checkpoint.directory import locked
 from flm_jax.checkpoint.find import STAGES
 from flm_jax.checkpoint_growth.record import GrowthRecord
-from flm_jax.data.mixture_data import MixtureData, StageNeed
+from flm_jax.data.batches import StageNeed
 from flm_jax.data.source import Data, open_data, verified_behind
 from flm_jax.files import sha256_json
 from flm_jax.generation import Sampling
@@ -107,10 +107,8 @@ def train(
                 check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         data = open_data(recipe.data)
         check_vocabulary(stages, data.vocabulary.size)
-        if isinstance(data, MixtureData):
-            needs = [StageNeed(s.name, s.steps, s.batch_size, s.source_weights) for s in stages]
-            for line in data.supply(needs):
-                distributed.print0(line)
+        for line in data.supply([StageNeed(s.name, s.steps, s.batch_size, s.source_weights) for s in stages]):
+            distributed.print0(line)
         if source is not None and (other := source.other_vocabulary(data.vocabulary)):
             distributed.print0(other)
         taught = {s.name: s.teacher for s in stages if s.teacher is not None}

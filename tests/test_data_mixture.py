@@ -11,12 +11,12 @@ import pytest
 
 from flm_jax.cli import configure
 from flm_jax.data import text
+from flm_jax.data.batches import StageNeed
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.mixing import SupplyError
 from flm_jax.data.mixture import Mixture, Source
 from flm_jax.data.mixture_batches import MixtureBatches
-from flm_jax.data.mixture_data import StageNeed
 from flm_jax.data.source import open_data, recorded_data
 from flm_jax.data.survey import survey, survey_text
 from flm_jax.data.train_vocabulary import SentencePiece

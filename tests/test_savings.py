@@ -131,6 +131,8 @@ def test_recipes_of_runs_share_stages_and_add_up(study):
     for frozen, what in ((0.25, "it grows again"), (0.4, "it grows again")):
         with pytest.raises(ValueError, match=rf"frozen={frozen} lets old entries rest until step \d+ .* {what}"):
             run_recipe(target, target.shape(layers=1), tuning, 0.2, twice, frozen=frozen)
+    with pytest.raises(ValueError, match=r"frozen=0.0001 of \d+ steps is less than one: give a larger share"):
+        run_recipe(target, target.shape(layers=1), tuning, 0.2, twice, frozen=1e-4)
     with pytest.raises(ValueError, match=r"frozen=0.4 lets old entries rest .* its decay begins: give a smaller"):
         run_recipe(target, target.shape(layers=1), tuning, 0.2, twice[1:], frozen=0.4)
 

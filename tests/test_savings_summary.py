@@ -155,8 +155,14 @@ def test_the_page_shows_every_arm_and_the_plots_are_drawn(summary, tmp_path):
     empty = "\n".join(page(summarise(study(), {}), "the command", {}))
     assert "# Does growing pay: planted" in empty
     assert "## Growths" not in empty
-    assert "**The study has not come to its end.** The best rate is not known yet for adamw with wsd, adamw" in empty
+    assert "The best rate is not known yet for adamw with wsd, adamw" in empty
+    assert (
+        "**The study has not come to its end.** Not measured yet, or with fewer seeds than it asks for: 12 arms"
+        in empty
+    )
     assert "has not come to its end" not in text
+    some = {name: result for name, result in summary.results.items() if name != "other-twice"}
+    assert "for: 1 arm of the step 'plans'." in "\n".join(page(summarise(study(), some), "the command", {}))
 
 
 def test_a_study_that_cannot_be_is_refused():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -51,6 +51,15 @@ class Batch(NamedTuple):
     weights_BT: Any
     segments_BT: Any
     sources: RowSources | None = None
+
+
+class StageNeed(NamedTuple):
+    """What a stage reads: `steps` batches of `batch_size` windows, with weights of its own or those of the mixture."""
+
+    name: str
+    steps: int
+    batch_size: int
+    weights: Mapping[str, float] | None
 
 
 class TokenBatches(Protocol):

@@ -10,6 +10,7 @@ position can be computed alone. The rule of the largest deficit deviates by less
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -154,7 +155,7 @@ class Order:
         """The positions at which sources run out while others do not, and which these are."""
         return [
             (after.start, tuple(k for k in range(len(self.weights)) if _width(before, k) and not _width(after, k)))
-            for before, after in zip(self.phases, self.phases[1:], strict=False)
+            for before, after in itertools.pairwise(self.phases)
         ]
 
     def shares(self, position: int) -> list[float]:

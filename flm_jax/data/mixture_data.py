@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from flm_jax.data.batches import Batch
+from flm_jax.data.batches import Batch, StageNeed
 from flm_jax.data.config import DataConfig
 from flm_jax.data.mixing import Order
 from flm_jax.data.mixture import STREAMED, Mixture
@@ -100,11 +100,7 @@ class MixtureData:
         }
 
     def supply(self, stages: Sequence[StageNeed]) -> list[str]:
-        """Sentences about sources that run out in a run of such stages.
-
-        Raises:
-          ValueError: the sources together do not suffice; the message names the stage and the step.
-        """
+        """See Data."""
         said, position = [], 0
         order = Order(self._weights(None), tuple(part.limit for part in self.parts))
         for name, steps, batch_size, weights in stages:
@@ -130,15 +126,6 @@ class MixtureData:
     def _weights(self, given: Mapping[str, float] | None) -> tuple[float, ...]:
         """The weights of the sources in order: as given by name, where one that is not named has 0, or their own."""
         return tuple(part.weight if given is None else float(given.get(part.name, 0.0)) for part in self.parts)
-
-
-class StageNeed(NamedTuple):
-    """What a stage reads: `steps` batches of `batch_size` windows, with weights of its own or those of the mixture."""
-
-    name: str
-    steps: int
-    batch_size: int
-    weights: Mapping[str, float] | None
 
 
 def open_mixture(config: DataConfig, mixture: Mixture, progress: bool) -> MixtureData:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 
-from flm_jax.data.batches import Batch, StoreBatches, TokenBatches, heldout_batches
+from flm_jax.data.batches import Batch, StageNeed, StoreBatches, TokenBatches, heldout_batches
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import Corpus, TokenCorpus
 from flm_jax.data.mixture_data import open_mixture, recorded_mixture
@@ -60,6 +60,14 @@ class Data(Protocol):
 
         Args:
           weights: of the sources of a mixture by name, from where the stream starts or is restored; None: its own.
+        """
+        ...
+
+    def supply(self, stages: Sequence[StageNeed]) -> list[str]:
+        """Sentences about sources of a mixture that run out in a run of such stages.
+
+        Raises:
+          ValueError: the sources together do not suffice; the message names the stage and the step.
         """
         ...
 
@@ -109,6 +117,11 @@ class StoreData:
         del weights  # a recipe that gives a single corpus any is refused
         return StoreBatches(self.store, "train", self._context, self._seed)
 
+    def supply(self, stages: Sequence[StageNeed]) -> list[str]:
+        """See Data; a single corpus is read as often as it takes."""
+        del stages
+        return []
+
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
         """See Data; spread evenly over the held-out split."""
         return heldout_batches(self.store, self._context, batch_size, windows)
@@ -155,6 +168,11 @@ class StreamData:
         from flm_jax.data import streaming
 
         return streaming.SeqioBatches(self._corpus, self.vocabulary, "train", self._context, self._seed)
+
+    def supply(self, stages: Sequence[StageNeed]) -> list[str]:
+        """See Data; a single corpus is read as often as it takes."""
+        del stages
+        return []
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
         """See Data; the first windows of the held-out documents."""

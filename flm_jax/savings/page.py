@@ -11,7 +11,7 @@ from flm_jax.files import atomic_write
 from flm_jax.records import counted
 from flm_jax.savings import picture
 from flm_jax.savings.fit import Point, Ratio
-from flm_jax.savings.study import baselines
+from flm_jax.savings.study import baselines, unmeasured
 from flm_jax.savings.summary import GrownRow, Summary, spread
 
 
@@ -57,6 +57,10 @@ def page(summary: Summary, command: str, plots: dict[str, str]) -> Iterator[str]
     if summary.noise:
         yield f"The loss of a run has a standard deviation of {summary.noise:.4f} over seeds, pooled over all arms."
         yield ""
+    if left := unmeasured(study, summary.results):
+        steps = ", ".join(f"{counted(count, 'arm')} of the step '{step}'" for step, count in left.items())
+        yield f"**The study has not come to its end.** Not measured yet, or with fewer seeds than it asks for: {steps}."
+        yield ""
     yield from _rates(summary, plots)
     yield from _scratch(summary, plots)
     yield from _frontier(summary)
@@ -98,8 +102,8 @@ def _rates(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
     yield from _plot(plots, "rates", "loss against the learning rate")
     if unknown := [f"{family.optimizer} with {family.schedule}" for family, (_, rate) in found if rate is None]:
         yield (
-            f"**The study has not come to its end.** The best rate is not known yet for {', '.join(unknown)}: it needs "
-            "a worse one on both sides. What depends on it is missing on this page."
+            f"The best rate is not known yet for {', '.join(unknown)}: it needs a worse one on both sides. What "
+            "depends on it is missing on this page."
         )
         yield ""
 

@@ -10,6 +10,7 @@ The rates that later steps use are the best of what was measured before, so a st
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -226,6 +227,15 @@ STEPS: Mapping[str, Callable[[Study, Results], Iterator[Arm]]] = {
     "frontier": frontier,
     "plans": plans,
 }
+
+
+def unmeasured(study: Study, results: Results) -> dict[str, int]:
+    """How many arms of each step lack a result or seeds of it; a step whose rates are not known yet is left out."""
+    found = {}
+    for name, step in STEPS.items():
+        with contextlib.suppress(ValueError):
+            found[name] = len(missing(list(step(study, results)), results))
+    return {name: count for name, count in found.items() if count}
 
 
 def missing(arms: Sequence[Arm], results: Results) -> list[Arm]:

@@ -204,14 +204,16 @@ def run_recipe(
         raise ValueError("Growths of a run must be in order, at different steps.")
     if grown and not 0 < min(grown) <= max(grown) < stable:
         raise ValueError(f"Growths of a run must be between its first step and step {stable}, where its decay begins.")
-    thaws = {at + round(total * frozen) for at in grown} if frozen else set()
-    for thaw, end in zip(sorted(thaws), [*sorted(grown)[1:], stable], strict=False):
-        if not thaw < end:
+    rest = round(total * frozen)
+    if frozen and not rest:
+        raise ValueError(f"frozen={frozen:g} of {total} steps is less than one: give a larger share, or 0.")
+    for at, end in itertools.pairwise([*grown, stable]):
+        if rest and not at + rest < end:
             raise ValueError(
-                f"frozen={frozen:g} lets old entries rest until step {thaw} of the run, but at step {end} "
+                f"frozen={frozen:g} lets old entries rest until step {at + rest} of the run, but at step {end} "
                 f"{'its decay begins' if end == stable else 'it grows again'}: give a smaller share."
             )
-    borders = {*grown, *thaws}
+    borders = {*grown, *(at + rest for at in grown)}
     if tuning.schedule == "wsd":
         whole = (target.steps(cut) for cut in cuts)
         borders |= {at for steps in whole if 0 < (at := steps - round(steps * target.decay)) < stable}
