@@ -13,14 +13,17 @@ from flm_jax import train as training
 from flm_jax.checkpoint import Checkpoints
 from flm_jax.costs import orthogonalisation_flops
 from flm_jax.data.corpora import TextFolder
+from flm_jax.data.source import open_data
 from flm_jax.distillation import Teacher
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Stage, resolve
+from flm_jax.records import as_dict, reduced
 from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, Task, perform, tasks_of, train_all
 from flm_jax.savings.replicas import Snapshot, recipe_record, train_stage
 from flm_jax.savings.run import run_steps
+from flm_jax.savings.second_text import measure, on_second_text, windows
 from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.study import STEPS, Study, missing
 from flm_jax.savings.summary import summarise
@@ -109,6 +112,7 @@ def study(data):
         budgets=(0.1,),
         schedules=("wsd",),
         seeds=2,
+        second_text=data.corpus,
     )
 
 
@@ -154,9 +158,37 @@ def test_a_study_runs_to_its_end_keeps_what_it_found_and_does_nothing_twice(stud
     assert capsys.readouterr().out == ""
     assert [r.record() for r in again.values()] == [r.record() for r in dict(sorted(found.items())).values()]
     assert sorted((tmp_path / "snapshots").iterdir()) == before
+    # The second text of this study is its first one.
+    same = on_second_text(study, found)
+    assert len(same) >= 3
+    for name, result in same.items():
+        assert result.losses == pytest.approx(found[name].losses, rel=1e-6)
     summary = summarise(study, found)
     assert [row.preserving for row in summary.rows] == [True, False]
     assert summary.noise > 0
+
+
+def test_a_second_text_that_has_changed_is_measured_again(study, tmp_path, monkeypatch):
+    write_corpus(tmp_path / "texts")
+    study = dataclasses.replace(study, rates=(1e-3, 1e-2), second_text=TextFolder(str(tmp_path / "texts")))
+    arm = next(iter(STEPS["tune"](study, {})))
+    how = How(Snapshots(tmp_path / "snapshots"))
+    train_all(arm.recipes, how)
+    found = {arm.name: kept.collect(arm, how.snapshots)}
+    once = measure(study, found, tmp_path / "results", how.snapshots)
+    assert kept.read(tmp_path / "results") == once
+    assert on_second_text(study, once)[arm.name].losses == [once[arm.name].runs[0]["second"]["loss"]]
+    with monkeypatch.context() as patched:
+        patched.setattr("flm_jax.savings.second_text._Loss.__call__", None)  # not called any more
+        assert measure(study, once, tmp_path / "results", how.snapshots) == once
+    for path in (tmp_path / "texts").iterdir():
+        path.write_text(path.read_text().upper())
+    assert on_second_text(study, once) == {}
+    assert measure(study, once, tmp_path / "results", Snapshots(tmp_path / "elsewhere")) == once
+    again = measure(study, once, tmp_path / "results", how.snapshots)
+    assert again[arm.name].runs[0]["second"]["loss"] > once[arm.name].runs[0]["second"]["loss"]
+    with pytest.raises(ValueError, match=r"Study.second_text: .* have \d+ tokens, fewer than a window of 10000000"):
+        windows(study.second_text, open_data(study.target.data).vocabulary, 10**7, 1)
 
 
 def test_stages_that_several_recipes_begin_with_are_one_task(study, tmp_path):
@@ -247,6 +279,9 @@ def test_runs_on_other_texts_or_from_another_teacher_are_not_taken_for_those_of_
         for path in ("", "one", "same", "two")
     }
     snapshots = late.snapshots
+    # A field that recipes gain later, at its default, does not lose what was trained before.
+    gained = {name: value for name, value in as_dict(taught[""]).items() if name != "init_seed"}
+    assert reduced(gained) == reduced(as_dict(taught[""]))
     assert len({snapshots.path(recipe, 0) for recipe in taught.values()}) == 1
     assert len({snapshots.path(recipe, 1) for recipe in taught.values()}) == 3
     assert snapshots.path(taught["one"], 1) == snapshots.path(taught["same"], 1)

@@ -9,11 +9,13 @@ import pytest
 
 from flm_jax.costs import param_count
 from flm_jax.data.config import DataConfig
+from flm_jax.data.corpora import TextFolder
 from flm_jax.distillation import Teacher
 from flm_jax.growth import Growth
 from flm_jax.records import as_dict
 from flm_jax.savings.page import page, write_page
 from flm_jax.savings.results import Result
+from flm_jax.savings.second_text import on_second_text
 from flm_jax.savings.study import STEPS, Study, best, missing
 from flm_jax.savings.summary import spread, summarise
 from flm_jax.savings.target import GrowthPlan, GrowthPoint, PlanGrid, Target, run_flops
@@ -115,6 +117,29 @@ def test_planted_savings_are_found(found, summary):
     assert best.frontier.value < best.same_size.value  # another size than the target is better for these FLOPs
     assert [rows[name].preserving for name in SAVED] == [True, False, False]
     assert len(found["when-1layer-0.5-stack"].runs) == 3
+
+
+def test_a_second_text_chooses_nothing(found, tmp_path):
+    """There another rate and another optimizer would be the best, and what growths save is less."""
+    second = dataclasses.replace(study(), sizes={}, second_text=TextFolder(str(tmp_path)))
+    (tmp_path / "a.txt").write_text("one")
+    digest = second.second_text.digest()
+
+    def on(result):
+        flat = 3.0 + 0.1 * result.loss + (10 if result.rate == best(study(), found).rate(found) else 0)
+        runs = ({**run, "second": {"text": digest, "loss": flat}} for run in result.runs)
+        return dataclasses.replace(result, runs=tuple(runs))
+
+    marked = {name: on(result) for name, result in found.items() if name != "other-twice"}
+    seen = summarise(second, marked, on_second_text(second, marked))
+    assert best(second, marked).optimizer == "adamw"
+    assert [row.name for row in seen.rows] == ["when-1layer-0.5-zero", "when-1layer-0.5-stack"]
+    assert all(row.result.loss > 13 for row in seen.rows)
+    assert seen.rows[1].same_size.value == pytest.approx(SAVED["when-1layer-0.5-stack"], rel=0.03)
+    text = "\n".join(page(summarise(second, marked), "the command", {}, seen))
+    assert "## On a second text" in text
+    assert "held-out documents of TextFolder" in text
+    assert re.search(r"\| when-1layer-0.5-stack \| 13\.\d+ ± 0\.0000 \|", text)
 
 
 def test_a_plan_that_has_changed_is_run_again(found):

@@ -60,6 +60,7 @@ def _study(values: Any, steps: list[str]) -> None:
     from flm_jax.savings.execute import How, keep_programs
     from flm_jax.savings.page import write_page
     from flm_jax.savings.run import run_steps
+    from flm_jax.savings.second_text import on_second_text
     from flm_jax.savings.snapshots import Snapshots
     from flm_jax.savings.summary import summarise
     from flm_jax.sweeps.execute import shares
@@ -84,7 +85,8 @@ def _study(values: Any, steps: list[str]) -> None:
     found = run_steps(study, steps, results, how)
     if page is not None:
         command = values.command or shlex.join(["python", *sys.argv])
-        write_page(summarise(study, found), page, command)
+        second = summarise(study, found, on_second_text(study, found)) if study.second_text else None
+        write_page(summarise(study, found), page, command, second)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from flm_jax.records.fields import FieldError, classes, recorded
 from flm_jax.records.identity import DATA, LOCK, RECIPE, check_identity, differences, write_identity, write_record
-from flm_jax.records.json import as_dict, completed, flattened, from_dict
+from flm_jax.records.json import as_dict, completed, flattened, from_dict, reduced
 from flm_jax.records.nearest import meant, meant_beside
 from flm_jax.records.wording import counted
 
@@ -22,6 +22,7 @@ __all__ = [
     "meant",
     "meant_beside",
     "recorded",
+    "reduced",
     "write_identity",
     "write_record",
 ]

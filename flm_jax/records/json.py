@@ -63,12 +63,28 @@ def completed(record: Any) -> Any:
     if not isinstance(record, dict):
         return record
     cls = {cls.__name__: cls for cls in classes()}.get(str(record.get("class", "")))
-    gained = {
+    return {**_defaults(cls), **{name: completed(value) for name, value in record.items()}}
+
+
+def reduced(record: Any) -> Any:
+    """A record without the fields that are at their defaults, so that a class may gain fields without changing it."""
+    if isinstance(record, list):
+        return [reduced(value) for value in record]
+    if not isinstance(record, dict):
+        return record
+    cls = {cls.__name__: cls for cls in classes()}.get(str(record.get("class", "")))
+    defaults = _defaults(cls)
+    kept = {name: value for name, value in record.items() if name not in defaults or value != defaults[name]}
+    return {name: reduced(value) for name, value in kept.items()}
+
+
+def _defaults(cls: type | None) -> dict[str, Any]:
+    """The record of each field of a class that has a default and is part of the identity."""
+    return {
         f.name: as_dict(default)
         for f in (dataclasses.fields(cls) if cls else ())
         if _identifies(f) and (default := _default(f)) is not dataclasses.MISSING
     }
-    return {**gained, **{name: completed(value) for name, value in record.items()}}
 
 
 def flattened(record: Any, path: str = "") -> dict[str, Any]:

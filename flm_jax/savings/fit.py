@@ -6,6 +6,7 @@ Savings are read from these. A ratio is given only inside the range of the data,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,15 +194,21 @@ def frontier_ratio(points: Sequence[Point], loss: float, flops: float, noise: fl
     value = frontier.flops_at(loss)
     if value is None:
         return None
-    spread = max(noise, float(np.std(frontier.residuals)))
-    rng = np.random.default_rng(0)
     drawn: list[float] = []
-    for _ in range(REFITS):
-        found = fit_frontier(_moved(points, spread, rng)).flops_at(
-            loss + noise * rng.standard_normal() / math.sqrt(seeds)
-        )
+    for refit, error in _refits(tuple(points), max(noise, float(np.std(frontier.residuals)))):
+        found = refit.flops_at(loss + noise * error / math.sqrt(seeds))
         drawn.append(math.nan if found is None else found / flops)
     return _ratio(value / flops, drawn)
+
+
+@functools.lru_cache(maxsize=8)
+def _refits(points: tuple[Point, ...], spread: float) -> list[tuple[Frontier, float]]:
+    """Frontiers fitted to the points as other seeds might have given them, each with a standard normal number.
+
+    All growths of a study are compared with the same ones.
+    """
+    rng = np.random.default_rng(0)
+    return [(fit_frontier(_moved(points, spread, rng)), float(rng.standard_normal())) for _ in range(REFITS)]
 
 
 def _moved(points: Sequence[Point], spread: float, rng: np.random.Generator) -> list[Point]:

@@ -15,13 +15,14 @@ from flm_jax.savings.study import baselines, unmeasured
 from flm_jax.savings.summary import GrownRow, Summary, spread
 
 
-def write_page(summary: Summary, path: Path, command: str) -> None:
+def write_page(summary: Summary, path: Path, command: str, second: Summary | None = None) -> None:
     """Writes the page of a study, and its plots beside it.
 
     Args:
       summary: of the study.
       path: of the page, a Markdown file.
       command: that made it.
+      second: of what was measured on the study's second text.
     """
     plots = {
         "rates": picture.rates(summary),
@@ -33,10 +34,10 @@ def write_page(summary: Summary, path: Path, command: str) -> None:
         if plot is not None:
             atomic_write(path.parent / f"{path.stem}_{name}.png", plot)
     shown = {name: f"{path.stem}_{name}.png" for name, plot in plots.items() if plot is not None}
-    atomic_write(path, "\n".join(page(summary, command, shown)) + "\n")
+    atomic_write(path, "\n".join(page(summary, command, shown, second)) + "\n")
 
 
-def page(summary: Summary, command: str, plots: dict[str, str]) -> Iterator[str]:
+def page(summary: Summary, command: str, plots: dict[str, str], second: Summary | None = None) -> Iterator[str]:
     """The lines of the page."""
     study = summary.study
     target, context = study.target, study.target.data.context
@@ -65,6 +66,8 @@ def page(summary: Summary, command: str, plots: dict[str, str]) -> Iterator[str]
     yield from _scratch(summary, plots)
     yield from _frontier(summary)
     yield from _plans(summary, plots)
+    if second is not None and second.rows:
+        yield from _second(second)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -236,6 +239,42 @@ def _cells(row: GrownRow, several: bool, noise: float) -> list[str]:
         rises,
         back,
     ]
+
+
+def _second(second: Summary) -> Iterator[str]:
+    """What scratch runs of the target and growths reached on the second text."""
+    corpus = second.study.second_text
+    assert corpus is not None
+    about = ", ".join(f"{name} {value}" for name, value in corpus.describe().items() if name != "kind")
+    yield "## On a second text"
+    yield ""
+    yield (
+        f"The same models on held-out documents of {type(corpus).__name__} ({about}), on which nothing was chosen: not "
+        "the rates, not the schedule, not the optimizer. Columns as above. Runs whose last model is not kept any more "
+        "are missing."
+    )
+    yield ""
+    yield from _table(
+        ("scratch run of the target", "tokens per parameter", "loss"),
+        [
+            [optimizer, f"{point.tokens / second.study.target.params:.1f}", f"{point.loss:.4f}"]
+            for optimizer, points in second.scratch.items()
+            for point in points
+        ],
+    )
+    yield from _table(
+        ("plan", "loss", "gain", "same-size", "frontier"),
+        [
+            [
+                row.name,
+                spread(row.result.losses),
+                "-" if row.gain is None else f"{row.gain:+.4f}",
+                _shown(row.same_size, second.noise),
+                _shown(row.frontier, second.noise),
+            ]
+            for row in second.rows
+        ],
+    )
 
 
 def _per_run(row: GrownRow) -> int:

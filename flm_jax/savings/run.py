@@ -14,6 +14,7 @@ from flm_jax.records.foreign_json import read_json
 from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, train_all
 from flm_jax.savings.results import Arm, Result
+from flm_jax.savings.second_text import measure
 from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.study import STEPS, Study, missing
 
@@ -48,13 +49,13 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
                     kept.write(directory, result)
                     found[arm.name] = result
             if not complete and how.late:
-                return found
+                return measure(study, found, directory, how.snapshots)
             if not complete:
                 raise ValueError(
                     f"Step {step!r} lacks runs whose stages failed, as said above; the others are in {directory}. Mend "
                     "the cause, and the same command goes on."
                 )
-    return found
+    return measure(study, found, directory, how.snapshots)
 
 
 def _open_data(config: DataConfig, directories: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from flm_jax.files import atomic_write, sha256_json
 from flm_jax.recipe import Recipe, resolve
-from flm_jax.records import as_dict, from_dict
+from flm_jax.records import as_dict, from_dict, reduced
 from flm_jax.savings.replicas import Snapshot, stages_record
 from flm_jax.sharding import make_mesh
 from flm_jax.state import abstract_state
@@ -35,8 +35,8 @@ class Snapshots:
     directory: Path
 
     def path(self, recipe: Recipe, index: int) -> Path:
-        """The file of a recipe's snapshot at the end of stage `index`."""
-        return self.directory / f"{sha256_json([VERSION, stages_record(recipe, index)])[:32]}.npz"
+        """The file of a recipe's snapshot at the end of stage `index`; fields that recipes gain do not change it."""
+        return self.directory / f"{sha256_json([VERSION, reduced(stages_record(recipe, index))])[:32]}.npz"
 
     def has(self, recipe: Recipe, index: int) -> bool:
         """Whether it is there."""

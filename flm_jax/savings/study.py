@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flm_jax.data.corpora import FileCorpus, RowCorpus
 from flm_jax.recipe import resolve
 from flm_jax.records import recorded
 from flm_jax.records.fields import Positive, Size
@@ -24,6 +25,7 @@ from flm_jax.savings.results import Arm, Result
 from flm_jax.savings.target import SCHEDULES, GrowthPlan, PlanGrid, Schedule, Target, Tuning, run_recipe
 
 Results = Mapping[str, Result]
+SecondText = FileCorpus | RowCorpus
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Study:
       schedules: of the baseline's runs.
       sizes: changes to the target's sizes for the frontier, by a name for each.
       seeds: runs of the baseline with the best optimizer.
+      second_text: texts on whose held-out documents the last models are measured too; nothing is chosen by that. None:
+        they are not.
     """
 
     target: Target
@@ -52,6 +56,7 @@ class Study:
     schedules: Sequence[Schedule] = SCHEDULES
     sizes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
     seeds: Size = 3
+    second_text: SecondText | None = None
 
     def __post_init__(self) -> None:
         if len(self.rates) < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -43,7 +44,7 @@ class Summary:
 
     Attributes:
       study: the study.
-      results: of all arms.
+      results: of all arms; by these rates, schedules and optimizers were chosen.
       noise: standard deviation of a run's loss over seeds, pooled over the arms that ran with several; 0 if none did.
       scratch: by optimizer, for each budget the best of its schedules.
       others: what the frontier is fitted to: scratch runs of all sizes, by the best optimizer and schedule.
@@ -79,12 +80,12 @@ def point_of(result: Result) -> Point:
     return Point(result.params, result.tokens, result.flops, result.loss, len(result.runs))
 
 
-def family_points(family: Baseline, results: Mapping[str, Result]) -> list[Point]:
-    """The points of a family at its best rate, as far as they are there and did not diverge."""
+def family_points(family: Baseline, results: Mapping[str, Result], measured: Mapping[str, Result]) -> list[Point]:
+    """What was measured of a family at its best rate by the results, as far as it is there and did not diverge."""
     if family.search(results)[1] is None:
         return []
     arms = family.budgets(results, 1)
-    points = [point_of(results[arm.name]) for arm in arms if arm.name in results]
+    points = [point_of(measured[arm.name]) for arm in arms if arm.name in measured]
     return [point for point in points if math.isfinite(point.loss)]
 
 
@@ -98,29 +99,37 @@ def loss_at(points: Sequence[Point], flops: float) -> float | None:
     return None
 
 
-def summarise(study: Study, results: Mapping[str, Result]) -> Summary:
-    """The summary of a study's results so far."""
-    losses = [[loss for loss in r.losses if math.isfinite(loss)] for r in results.values()]
+def summarise(study: Study, results: Mapping[str, Result], measured: Mapping[str, Result] | None = None) -> Summary:
+    """The summary of a study's results so far.
+
+    Args:
+      study: the study.
+      results: by these rates, schedules and optimizers are chosen.
+      measured: what is summarised, such as losses on a text that nothing is chosen by; None: the results.
+    """
+    measured = results if measured is None else measured
+    losses = [[loss for loss in r.losses if math.isfinite(loss)] for r in measured.values()]
     noise = pooled_noise(losses) or 0.0
     scratch: dict[str, list[Point]] = {}
     for family in baselines(study):
-        scratch[family.optimizer] = lowest([*scratch.get(family.optimizer, []), *family_points(family, results)])
+        points = family_points(family, results, measured)
+        scratch[family.optimizer] = lowest([*scratch.get(family.optimizer, []), *points])
     others: list[Point] = []
     tuned = all(family.search(results)[1] is not None for family in baselines(study))
     if tuned:
         for family in of_sizes(study, results):
-            others += family_points(family, results)
+            others += family_points(family, results, measured)
     try:
         fitted = fit_frontier(others)
     except ValueError:
         fitted = None
     found = Summary(study, results, noise, scratch, others, fitted, ())
-    rows = [_row(found, name) for name in study.all_plans if tuned and name in results]
-    return Summary(study, results, noise, scratch, others, fitted, rows)
+    names = [name for name in study.all_plans if tuned and name in measured]
+    return dataclasses.replace(found, rows=[_row(found, name, measured[name]) for name in names])
 
 
-def _row(summary: Summary, name: str) -> GrownRow:
-    study, result = summary.study, summary.results[name]
+def _row(summary: Summary, name: str, result: Result) -> GrownRow:
+    study = summary.study
     plan, noise = study.all_plans[name], summary.noise
     own = summary.scratch[plan.optimizer or best(study, summary.results).optimizer]
     about = (result.loss, result.flops, noise, len(result.runs))
