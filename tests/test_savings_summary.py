@@ -112,6 +112,10 @@ def test_planted_savings_are_found(found, summary):
         assert 0.99 * ratio.low <= saving <= 1.01 * ratio.high
         assert saving == 1 or not ratio.low <= 1 <= ratio.high
         assert (rows[name].gain > 0.01) == (saving > 1)
+    scratch = next(r for name, r in found.items() if name.startswith("scratch-target-adamw-wsd-0.008-20"))
+    for row in rows.values():
+        assert row.equal_tokens == pytest.approx(scratch.flops / row.result.flops)
+        assert 1.2 < row.equal_tokens < 2
     best = rows["when-1layer-0.5-stack"]
     assert best.frontier is not None
     assert best.frontier.value < best.same_size.value  # another size than the target is better for these FLOPs
@@ -123,10 +127,10 @@ def test_a_second_text_chooses_nothing(found, tmp_path):
     """There another rate and another optimizer would be the best, and what growths save is less."""
     second = dataclasses.replace(study(), sizes={}, second_text=TextFolder(str(tmp_path)))
     (tmp_path / "a.txt").write_text("one")
-    digest = second.second_text.digest()
+    digest, rate = second.second_text.digest(), best(study(), found).rate(found)
 
     def on(result):
-        flat = 3.0 + 0.1 * result.loss + (10 if result.rate == best(study(), found).rate(found) else 0)
+        flat = 3.0 + 0.1 * result.loss + (10 if result.rate == rate else 0)
         runs = ({**run, "second": {"text": digest, "loss": flat}} for run in result.runs)
         return dataclasses.replace(result, runs=tuple(runs))
 

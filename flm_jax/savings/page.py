@@ -202,7 +202,9 @@ def _plans(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
         intervals = "No arm ran with several seeds, so the noise is not known and neither has an interval"
     yield (
         "Same-size: FLOPs of scratch runs of the target, with the same optimizer and the best of its schedules, at the "
-        "growth's loss, divided by its own FLOPs. Frontier: the same against the best scratch run of any size. "
+        "growth's loss, divided by its own FLOPs. If nothing were lost: what the same-size ratio would be at the loss "
+        "of a scratch run with the same tokens; more only if a growth ends below that loss. Frontier: FLOPs of the "
+        "best scratch run of any size at the growth's loss, divided by its own. "
         f"{intervals}; '-': the loss lies outside the runs that were measured. Gain: the loss of a scratch run of the "
         "target with the same FLOPs, minus the growth's own. Spike: the rise of the loss at the growth; recovered "
         "after: the tokens until it is gone."
@@ -213,7 +215,7 @@ def _plans(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
     for row in summary.rows:
         groups.setdefault(row.name.split("-")[0], []).append(row)
     several = len(summary.study.optimizers) > 1
-    head = ["plan", "preserves the function", "loss", "FLOPs", "gain", "same-size"]
+    head = ["plan", "preserves the function", "loss", "FLOPs", "gain", "same-size", "if nothing were lost"]
     head += ["against the best optimizer"] if several else []
     head += ["frontier", "spike", "recovered after"]
     for group, members in groups.items():
@@ -234,6 +236,7 @@ def _cells(row: GrownRow, several: bool, noise: float) -> list[str]:
         f"{row.result.flops:.3g}",
         "-" if row.gain is None else f"{row.gain:+.4f}",
         _shown(row.same_size, noise),
+        "-" if row.equal_tokens is None else f"{row.equal_tokens:.2f}",
         *([_shown(row.best_optimizer, noise)] if several else []),
         _shown(row.frontier, noise),
         rises,

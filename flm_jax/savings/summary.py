@@ -27,6 +27,8 @@ class GrownRow:
       best_optimizer: the same against the best optimizer.
       frontier: FLOPs of the best scratch run of any size, divided by its own.
       gain: the loss of a scratch run with the same FLOPs, minus its own, in nats per token.
+      equal_tokens: FLOPs of a scratch run of the target with the same tokens, divided by its own: the same-size ratio
+        of a growth that reaches the loss of that run.
     """
 
     name: str
@@ -36,6 +38,7 @@ class GrownRow:
     best_optimizer: Ratio | None
     frontier: Ratio | None
     gain: float | None
+    equal_tokens: float | None
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def _row(summary: Summary, name: str, result: Result) -> GrownRow:
     about = (result.loss, result.flops, noise, len(result.runs))
     finite = math.isfinite(result.loss)
     scratch_loss = loss_at(own, result.flops)
+    as_long = next((point.flops for point in own if point.tokens == result.tokens), None)
     return GrownRow(
         name,
         result,
@@ -143,6 +147,7 @@ def _row(summary: Summary, name: str, result: Result) -> GrownRow:
         same_size_ratio(summary.best_scratch, *about) if finite and own else None,
         frontier_ratio(summary.others, *about) if finite and summary.frontier else None,
         scratch_loss - result.loss if finite and scratch_loss is not None else None,
+        None if as_long is None else as_long / result.flops,
     )
 
 
