@@ -4,6 +4,8 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import os
+import time
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Stage, resolve
 from flm_jax.records import as_dict, reduced
+from flm_jax.savings import execute
 from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, Task, perform, tasks_of, train_all
 from flm_jax.savings.replicas import Snapshot, recipe_record, train_stage
@@ -237,6 +240,15 @@ def test_a_process_that_the_system_ends_is_one_sentence(study, tmp_path, monkeyp
     recipe = run_recipe(study.target, study.target.model, Tuning(1e-2), 0.1)
     with pytest.raises(ValueError, match=r"ended a process during stage 1 of 2, 2 x 24, .* a smaller --parallel"):
         train_all([recipe], How(Snapshots(tmp_path)))
+
+
+def test_an_interrupted_study_does_not_wait_for_the_stages_that_it_trains(tmp_path):
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), execute._pool(How(Snapshots(tmp_path), cores=((0,),))) as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()
+        pool.submit(time.sleep, 600)
+        raise KeyboardInterrupt
+    assert time.monotonic() - begun < 300
 
 
 def test_a_result_is_kept_as_soon_as_its_run_has_ended(study, tmp_path, monkeypatch):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,28 +156,35 @@ class _Here(concurrent.futures.Executor):
         return future
 
 
-def _pool(how: How) -> concurrent.futures.Executor:
+@contextlib.contextmanager
+def _pool(how: How) -> Iterator[concurrent.futures.Executor]:
+    """The processes that train. An exception in the context ends them at once, not after the stages they are in."""
     if not how.cores:
-        return _Here()
+        yield _Here()
+        return
     context = multiprocessing.get_context("spawn")
     shares = context.SimpleQueue()
     for cores in how.cores:
         shares.put(cores)
-    return concurrent.futures.ProcessPoolExecutor(len(how.cores), context, _begin, (shares, how.programs))
+    theirs, ours = context.Pipe(duplex=False)
+    pool = concurrent.futures.ProcessPoolExecutor(len(how.cores), context, _begin, (shares, how.programs, theirs))
+    with pool, ours:
+        yield pool
+        pool.shutdown()
 
 
-def _begin(shares: Any, programs: Path | None) -> None:
+def _begin(shares: Any, programs: Path | None, pipe: Any) -> None:
     """Restricts a new process to its share of the cores, before JAX counts them, and keeps compiled programs."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, shares.get())
-    # A process of a pool waits for work for ever if the one that it belongs to is killed.
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
     keep_programs(programs)
 
 
-def _end_with(parent: Any) -> None:
-    """Waits for a process to end, and ends this one."""
-    parent.join()
+def _end_with(pipe: Any) -> None:
+    """Waits until the other end of a pipe is closed, by its process or because that was killed; ends this process."""
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
     os._exit(1)
 
 
