@@ -7,7 +7,6 @@ import math
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,11 @@ from flm_jax.checkpoint.blocks import StoredLeaf, open_leaves
 from flm_jax.checkpoint.manifest import ARRAYS, CheckpointError, DamagedError, Leaf, NoCheckpointError, read_manifest
 from flm_jax.checkpoint.places import told
 from flm_jax.records import counted
+from flm_jax.records.verification import Verification
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Report(Verification):
     """What `verify` found.
 
     Attributes:
@@ -36,22 +36,9 @@ class Report:
     bytes: int
     problems: tuple[str, ...]
 
-    @property
-    def ok(self) -> bool:
-        """Whether every byte is as it was saved."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        if self.ok:
-            return (
-                f"{self.directory}: {counted(self.leaves, 'leaf', 'leaves')} and "
-                f"{counted(self.bytes, 'byte')} are as they were saved."
-            )
-        return "\n  ".join([f"{self.directory} is DAMAGED:", *self.problems])
-
-    def record(self) -> dict[str, Any]:
-        """The report, JSON-able."""
-        return {**dataclasses.asdict(self), "ok": self.ok}
+    def whole(self) -> str:
+        """See Verification."""
+        return f"{counted(self.leaves, 'leaf', 'leaves')} and {counted(self.bytes, 'byte')} are as they were saved"
 
 
 def verify(step_dir: str | Path, progress: Callable[[int], object] = lambda _: None) -> Report:

@@ -14,7 +14,7 @@ import gin
 from flm_jax import checkpoint_growth, costs, distributed, evaluation, run_comparison
 from flm_jax.chat.checkpoint_template import chat_template_of
 from flm_jax.chat.template import ChatEncoder
-from flm_jax.checkpoint import Report, verify
+from flm_jax.checkpoint import verify
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint_growth.text import verification_lines
 from flm_jax.cli import chat, configure
@@ -22,7 +22,7 @@ from flm_jax.cli.configure import PACKAGE, check_used, configured, parse
 from flm_jax.cli.errors import fail, join, started
 from flm_jax.cli.flags import STOPPED
 from flm_jax.convert import exporting, importing
-from flm_jax.data.store_verify import StoreReport, verify_store
+from flm_jax.data.store_verify import verify_store
 from flm_jax.evaluation import EvalRequest, JudgeRequest
 from flm_jax.evaluation.loaded import load_model
 from flm_jax.files import check_writable, write_json
@@ -30,6 +30,7 @@ from flm_jax.generation import GenerateRequest, Sampling, prompts
 from flm_jax.planning import compiled, stages, text
 from flm_jax.planning.topology import Topology
 from flm_jax.records import as_dict, counted
+from flm_jax.records.verification import Verification
 from flm_jax.selection.select import select
 from flm_jax.train import train
 
@@ -152,7 +153,7 @@ def run_verify_store(store: str, json_file: str | None) -> None:
     _verify_files(lambda: verify_store(store), json_file)
 
 
-def _verify_files(look: Callable[[], Report | StoreReport], json_file: str | None) -> None:
+def _verify_files(look: Callable[[], Verification], json_file: str | None) -> None:
     with started():
         check_json_file(json_file)
         found = look()

@@ -17,6 +17,7 @@ from flm_jax.data.store_files import CheckedFile
 from flm_jax.data.store_record import StoreFile, files_of, read_record, size_fault, vocabulary_of
 from flm_jax.data.store_sums import BLOCK_BYTES, BlockSums, Summing, blocks_of, damage, read_sums, write_sums
 from flm_jax.records import counted
+from flm_jax.records.verification import Verification
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ _LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class StoreReport:
+class StoreReport(Verification):
     """What `verify_store` found.
 
     Attributes:
@@ -41,22 +42,9 @@ class StoreReport:
     bytes: int
     problems: tuple[str, ...]
 
-    @property
-    def ok(self) -> bool:
-        """Whether every byte is as it was written."""
-        return not self.problems
-
-    def __str__(self) -> str:
-        if self.ok:
-            return (
-                f"{self.directory}: {counted(self.files, 'file')} and {counted(self.bytes, 'byte')} are as they were "
-                "written."
-            )
-        return "\n  ".join([f"{self.directory} is DAMAGED:", *self.problems])
-
-    def record(self) -> dict[str, Any]:
-        """The report, JSON-able."""
-        return {**dataclasses.asdict(self), "ok": self.ok}
+    def whole(self) -> str:
+        """See Verification."""
+        return f"{counted(self.files, 'file')} and {counted(self.bytes, 'byte')} are as they were written"
 
 
 def verify_store(path: str | Path, progress: bool = True) -> StoreReport:
