@@ -1,71 +1,35 @@
-"""Looking after checkpoints: what is listed, described, compared, deleted and copied, and what stays as it was."""
+"""Looking after checkpoints: what is listed, described and verified, and what is refused."""
 
-import filecmp
 import json
 import math
 import os
-import random
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flm_jax.checkpoint import CheckpointError, DamagedError, NoCheckpointError, directory, manifest, verify
+from flm_jax.checkpoint import manifest
 from flm_jax.checkpoint.blocks import open_leaves
 from flm_jax.checkpoint.checksum import add, digest
 from flm_jax.checkpoint.directory import take_lock
 from flm_jax.checkpoint.verify import block_checksum
-from flm_jax.checkpoint_care import copy_checkpoint, copying, describe, difference, differences, list_checkpoints, prune
-from flm_jax.checkpoint_care.differences import compare_arrays
+from flm_jax.checkpoint_care import describe, list_checkpoints
 from flm_jax.source_checkpoint import CheckpointMeta, read_source, versions_here
-from tests.checkpoints import flip, flip_value, numpy_state, renumbered
-from tests.commands import run_here
-from tests.golden_run import RUN as GOLDEN
-
-STEPS = (0, 1, 2, 3, 4, 5, 6)
-# Held-out losses of the second stage by step; at steps 3 and 5 nothing was measured.
-LOSSES = {0: 5.3, 1: 5.2, 2: 5.1, 4: 4.9, 6: 5.0}
-SECOND = "checkpoints/1_second"
-
-
-def line(kind, stage, step, **values):
-    about = {"kind": kind, "stage": stage, "stage_step": step, "step": step, "tokens": 0, "flops": 0, "time": 1.5e9}
-    return json.dumps(about | values) + "\n"
+from tests import care
+from tests.care import SECOND, STEPS, files_of, line, program
+from tests.checkpoints import flip_value, numpy_state
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A work directory with steps 4 of its first stage and 0 to 6 of its second; to read."""
-    run = tmp_path_factory.mktemp("care") / "run"
-    shutil.copytree(GOLDEN, run)
-    for step in STEPS[2:]:
-        renumbered(run / SECOND / "1", step)
-    found = [line("start", "first", 0, devices=1), line("heldout", "first", 4, loss=5.4, bits_per_byte=7.0)]
-    found += [line("heldout", "second", 4, loss=9.9)]  # a run that was rewound measured it again
-    found += [line("heldout", "second", step, loss=loss) for step, loss in LOSSES.items()]
-    (run / "metrics.jsonl").write_text("".join(found))
-    return run
+    """A work directory, to read."""
+    return care.write(tmp_path_factory.mktemp("care") / "run")
 
 
 @pytest.fixture
 def run(whole, tmp_path):
     """A copy of it, to change."""
     return shutil.copytree(whole, tmp_path / "run")
-
-
-def program(*words):
-    """Runs the program in this process; returns its exit status."""
-    flags = [word for word in words if word.startswith("--")]
-    try:
-        run_here("checkpoint", [*(f"--command={word}" for word in words if word not in flags), *flags])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def files_of(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # list
@@ -193,170 +157,6 @@ def test_what_is_no_whole_checkpoint_fails_verification(damaged, capsys):
     assert "looks like a step, but its manifest.json is missing" in capsys.readouterr().err
 
 
-# diff
-
-
-@pytest.mark.parametrize("entries", [1 << 20, 20])
-def test_arrays_are_compared_as_numpy_compares_them(two_steps, entries, monkeypatch):
-    monkeypatch.setattr(differences, "_ENTRIES", entries)
-    found = {one.path: one for one in compare_arrays(two_steps / "1", two_steps / "2")}
-    for path in ("params/w", "params/b"):
-        a, b = (numpy_state(step)["params"][path[-1]].astype("f8").ravel() for step in (1, 2))
-        one = found[path]
-        assert not one.equal and one.entries == np.sum(a != b)
-        assert one.max_abs == np.max(np.abs(b - a))
-        assert np.isclose(one.relative, np.linalg.norm(b - a) / np.linalg.norm(a), rtol=1e-12)
-        assert np.isclose(one.cosine, a @ b / np.linalg.norm(a) / np.linalg.norm(b), rtol=1e-12)
-    assert found["params/b"].a == "bfloat16[8]" and found["none"].equal
-    same = compare_arrays(two_steps / "1", two_steps / "1", lambda _: pytest.fail("nothing is to be read"))
-    assert all(one.equal for one in same) and len(same) == len(found) == 7
-
-
-def test_settings_lineage_and_shapes_that_differ_are_named(whole, capsys):
-    found = difference(whole / "checkpoints/0_first/4", whole / SECOND / "1")
-    assert found.settings["model.embed"] == (8, 12) and found.settings["stage"] == ("first", "second")
-    assert "model.vocab" not in found.settings
-    assert [len(only) for only in found.lineage] == [0, 1] and found.lineage[1][0].startswith("grown by mask")
-    shapes = {one.path: (one.a, one.b) for one in found.arrays if not one.compared}
-    assert shapes["params/embedding"] == ("float32[264, 8]", "float32[264, 12]")
-    assert program("diff", str(whole / SECOND / "1"), str(whole / SECOND / "2")) == 0
-    assert "Equal: settings, lineage and 38 arrays, bit for bit." in capsys.readouterr().out
-
-
-# prune
-
-
-def test_what_is_kept_and_why(whole):
-    def kept(**rules):
-        found = prune(whole, **rules)
-        return {fate.entry.step: fate.kept for fate in found.fates if fate.entry.stage == "1_second" and fate.kept}
-
-    before = files_of(whole)
-    assert kept(best=0) == {0: "first", 6: "last"}
-    assert kept(every=3) == {0: "first, multiple of 3", 3: "multiple of 3", 6: "last, multiple of 3"}
-    assert kept(best=2) == {0: "first", 4: "loss no. 1", 6: "last, loss no. 2"}
-    assert set(kept(every=4, best=3)) == {0, 2, 4, 6}
-    found = prune(whole, best=9)
-    assert [fate.entry.step for fate in found.fates if not fate.kept] == [3, 5]
-    assert any("measured at the step of 5 of its 7 checkpoints" in note for note in found.notes)
-    assert files_of(whole) == before
-
-
-def test_a_dry_run_and_a_refused_one_delete_nothing(run, capsys):
-    before = files_of(run)
-    assert program("prune", str(run), "--every=3") == 0
-    assert program("prune", str(run), "--every=3", "--dry_run") == 0
-    said = capsys.readouterr().out
-    assert (
-        "Would delete 4 checkpoints, 897 kB; keeps 4 checkpoints, " in said and said.count("Nothing was deleted") == 2
-    )
-    for where in (run, run / SECOND):
-        with take_lock(where):
-            assert program("prune", str(run), "--every=3", "--yes") == 1
-            assert f"error: {where} is being written by another run (process " in capsys.readouterr().err
-        (where / ".lock").unlink()
-    assert {name: files_of(run).get(name) for name in before} == before
-
-
-def test_pruning_deletes_what_it_said_and_what_killed_runs_left(run, capsys):
-    shutil.copytree(run / SECOND / "1", run / SECOND / "9.partial")
-    (run / SECOND / "2/meta.json").unlink()
-    wanted = {name: content for name, content in files_of(run).items() if "/4/" in str(name)}
-    assert program("prune", str(run), "--best=1", "--yes") == 0
-    said = capsys.readouterr().out
-    assert "delete: unfinished" in said and "2 is damaged and stays" in said and said.endswith("Deleted.\n")
-    left = sorted(path.name for path in (run / SECOND).iterdir() if path.is_dir())
-    assert left == ["0", "2", "4", "6"]
-    assert {name: content for name, content in files_of(run).items() if "/4/" in str(name)} == wanted
-    assert not prune(run, best=1, delete=True).deleted  # the same once more
-
-
-@pytest.mark.parametrize("killed_at", [0, 1, 2])
-def test_a_prune_that_is_killed_leaves_no_half_checkpoint_that_looks_whole(run, killed_at, monkeypatch):
-    """Killed after it has deleted some checkpoints, and one file of the next."""
-    deletions, rmtree = [], shutil.rmtree
-
-    def killed(folder):
-        deletions.append(folder)
-        if len(deletions) <= killed_at:
-            return rmtree(folder)
-        next(path for path in sorted(Path(folder).rglob("*")) if path.is_file()).unlink()
-        raise KeyboardInterrupt
-
-    whole = {entry.step: files_of(entry.directory) for entry in list_checkpoints(run / SECOND).entries}
-    with monkeypatch.context() as patch:
-        patch.setattr(directory.shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prune(run, every=6, delete=True)
-    entries = list_checkpoints(run / SECOND).entries
-    assert [entry.state for entry in entries].count("unfinished") == 1 and not any(
-        e.state == "damaged" for e in entries
-    )
-    complete = [entry for entry in entries if entry.complete]
-    assert len(complete) == 7 - killed_at - 1
-    for entry in complete:
-        assert files_of(entry.directory) == whole[entry.step]
-    prune(run, every=6, delete=True)
-    assert sorted(path.name for path in (run / SECOND).iterdir() if path.is_dir()) == ["0", "6"]
-
-
-# copy
-
-
-def test_a_copy_has_the_same_files_and_times(two_steps, tmp_path, capsys):
-    target = tmp_path / "new/folder/2"
-    assert program("copy", str(two_steps), str(target)) == 0
-    assert f"{target}: 7 leaves and " in capsys.readouterr().out
-    assert files_of(target) == files_of(two_steps / "2") and verify(target).ok
-    for name in files_of(target):
-        assert (target / name).stat().st_mtime == (two_steps / "2" / name).stat().st_mtime
-    assert [path.name for path in target.parent.iterdir()] == ["2"]
-    assert program("copy", str(two_steps / "1"), str(target)) == 1
-    assert f"error: {target} exists already, and nothing is overwritten" in capsys.readouterr().err
-    assert filecmp.cmp(target / "manifest.json", two_steps / "2/manifest.json", shallow=False)
-
-
-def in_a_file(step):
-    flip(next(path for path in sorted((step / "arrays").rglob("*")) if path.stat().st_size > 1000), random.Random(0))
-
-
-@pytest.mark.parametrize("damage", [in_a_file, flip_value, lambda step: (step / "blobs/vocab.model").unlink()])
-def test_a_damaged_checkpoint_is_not_copied(damaged, tmp_path, damage):
-    damage(damaged / "2")
-    with pytest.raises(DamagedError, match=f"{damaged}/2"):
-        copy_checkpoint(damaged / "2", tmp_path / "new/copy")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_bit_that_changes_on_the_way_is_found(two_steps, tmp_path, monkeypatch):
-    def badly(source, target, progress, copy=copying._copy):
-        found = copy(source, target, progress)
-        if source.stat().st_size > 2000 and source.parent.name == "d":
-            flip(target, random.Random(0))
-        return found
-
-    monkeypatch.setattr(copying, "_copy", badly)
-    with pytest.raises(DamagedError, match=r"d/\w+ is damaged.*seen in the copy"):
-        copy_checkpoint(two_steps / "2", tmp_path / "copy")
-    assert not list(tmp_path.iterdir())
-
-
-def test_targets_that_cannot_be_are_refused(two_steps, tmp_path):
-    source = two_steps / "2"
-    for target, said in (
-        (tmp_path / "3", f"this is step 2; give {tmp_path}/2, or a name that is no number"),
-        (source / "arrays/copy", "lies inside the checkpoint"),
-        (tmp_path / "a[1]", "cannot be read back from a path with"),
-    ):
-        with pytest.raises(CheckpointError) as error:
-            copy_checkpoint(source, target)
-        assert said in str(error.value)
-    (tmp_path / "stage").mkdir()
-    with take_lock(tmp_path / "stage"), pytest.raises(CheckpointError, match="is being written by another run"):
-        copy_checkpoint(source, tmp_path / "stage/2")
-    assert not (tmp_path / "stage/2").exists()
-
-
 # what is refused
 
 
@@ -398,11 +198,3 @@ def test_wrong_input_is_one_sentence(words, status, said, whole, capsys):
     error = capsys.readouterr().err
     assert said.replace("RUN", str(whole)) in error
     assert len(error.splitlines()) == status  # status 2 also says where the flags are listed
-
-
-def test_rules_that_keep_nothing_sensible_are_refused(whole):
-    for rules, said in (({"every": -2}, "--every=-2"), ({"best": -1}, "--best=-1"), ({}, "Say what to keep")):
-        with pytest.raises(ValueError, match=said):
-            prune(whole, **rules)
-    with pytest.raises(NoCheckpointError, match="is no directory"):
-        prune(whole / "nothing", every=1)
