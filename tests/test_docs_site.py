@@ -70,6 +70,7 @@ def test_what_is_recalled_of_the_tuning_is_called_so(name):
     recalled = {
         "2.7e-5 linearly": "rate from 2.7e-5 linearly to 1e-9",
         "maths, code and dialogues": "emphasis on maths",
+        "1.03 in a chat": "repetition penalty 1.03",
     }
     text = " ".join((ROOT / name).read_text().replace("\n#", " ").split())
     found = [word for word in recalled if word in text]

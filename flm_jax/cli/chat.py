@@ -15,7 +15,7 @@ from flm_jax.records import counted
 from flm_jax.records.foreign_json import field
 
 PROMPT = "> "
-# As the report of Tele-FLM says of its chats (2407.02783).
+# Recalled of the chats of Tele-FLM, not confirmed; its sibling TeleChat-52B has 1.02 (docs/facts.md).
 SAMPLING = Sampling(repetition_penalty=1.03)
 
 

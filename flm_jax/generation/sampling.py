@@ -20,7 +20,8 @@ class Sampling:
 
     Attributes:
       repetition_penalty: of tokens that prompt or answer hold already, positive logits are divided by this, and
-        negative ones multiplied (CTRL, 1909.05858); 1: none. The Tele-FLM report chats with 1.03.
+        negative ones multiplied (CTRL, 1909.05858); 1: none. A chat uses 1.03, which is recalled of Tele-FLM and not
+        confirmed (docs/facts.md).
       temperature: divides the logits; 0: greedy, the likeliest token each time, and no other filter than the penalty.
       top_k: only so many of the likeliest tokens are kept; None: all.
       top_p: the likeliest tokens are kept until their probabilities, among those that `top_k` keeps, sum to this
