@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from flm_jax.checkpoint_growth.streaming import CHUNK_BYTES
 from flm_jax.cli import gin_reader
 from flm_jax.config import ModelConfig
 from flm_jax.data.config import DataConfig
+from flm_jax.data.train_vocabulary import SentencePiece
 from flm_jax.generation import Sampling
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
@@ -181,6 +183,19 @@ def savings(study: Study = gin.REQUIRED) -> Study:
 
 
 @gin.configurable(module="flm_jax")
+def tokenizer(data: DataConfig | None = None) -> DataConfig:
+    """The data of `experiments/tokenizer.py`, from gin, with a vocabulary.
+
+    None: a `DataConfig` with what the gin files bind in it; so with a `SentencePiece`, if that names no vocabulary.
+    """
+    given: DataConfig | None = fitted(tokenizer, dict(data=data))["data"]
+    found: DataConfig = gin.get_configurable(DataConfig)() if given is None else given
+    if found.vocabulary is None:
+        found = dataclasses.replace(found, vocabulary=gin.get_configurable(SentencePiece)())
+    return found
+
+
+@gin.configurable(module="flm_jax")
 def coordinate_check(model: ModelConfig | None = None, optimizer: OptimizerConfig | None = None) -> dict[str, Any]:
     """The model and the optimizer of `experiments/coordinate_check.py`, from gin; None: those of the small family."""
     return fitted(coordinate_check, dict(model=model, optimizer=optimizer))
@@ -236,4 +251,15 @@ def _lacking(name: str, quoted: str, scope: str) -> str:
     return f"{full} lacks {', '.join(missing)}: bind {right}.{near}"
 
 
-PROGRAMS = ("train", "grow", "verify", "evaluate", "generate", "select_sft", "sweep", "savings", "coordinate_check")
+PROGRAMS = (
+    "train",
+    "grow",
+    "verify",
+    "evaluate",
+    "generate",
+    "select_sft",
+    "sweep",
+    "savings",
+    "tokenizer",
+    "coordinate_check",
+)

@@ -105,19 +105,28 @@ class Mixture:
         return tuple((count / max(tokens)) ** (1 / self.temperature) for count in tokens)
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yields the documents of one split, source by source: what a vocabulary is trained on, whatever the weights.
+        """Yields the documents of one split, source by source, whatever the weights.
 
         Raises:
           ValueError: a source has a vocabulary of its own.
         """
-        for source in self.sources:
-            if isinstance(source.corpus, SeqioTask):
-                raise ValueError(
-                    f"Source {source.name!r} is a SeqioTask, which has its own vocabulary: name the same one as "
-                    "DataConfig.vocabulary, with @Pretrained()."
-                )
-            corpus: TextCorpus = source.corpus  # type: ignore[assignment]  # every other corpus has documents
-            yield from corpus.documents(split)
+        for name in self.names:
+            yield from self.source_documents(name, split)
+
+    def source_documents(self, name: str, split: str) -> Iterator[str]:
+        """The documents of one split of one source.
+
+        Raises:
+          ValueError: it has a vocabulary of its own, so its texts are not known.
+        """
+        found = self.sources[self.names.index(name)].corpus
+        if isinstance(found, SeqioTask):
+            raise ValueError(
+                f"Source {name!r} is a SeqioTask, which has its own vocabulary: name the same one as "
+                "DataConfig.vocabulary, with @Pretrained()."
+            )
+        corpus: TextCorpus = found  # type: ignore[assignment]  # every other corpus has documents
+        return corpus.documents(split)
 
     def digest(self) -> str:
         """The sha256 over the names and digests of the sources, without their weights."""

@@ -15,6 +15,7 @@ from flm_jax.data.prepare import prepare
 from flm_jax.data.store import TokenStore
 from flm_jax.data.train_vocabulary import Pretrained, SentencePiece, VocabularyConfig, build_vocabulary, model_file
 from flm_jax.data.vocabulary import Vocabulary
+from flm_jax.distributed import print0
 from flm_jax.files import sha256_json
 from flm_jax.records import counted
 from flm_jax.records.foreign_json import check, field
@@ -140,7 +141,7 @@ def open_mixture(config: DataConfig, mixture: Mixture, progress: bool) -> Mixtur
     """
     if config.streamed:
         raise ValueError(STREAMED)
-    vocabulary = _vocabulary(config, mixture)
+    vocabulary, trained = _vocabulary(config, mixture)
     stores = []
     for source in mixture.sources:
         try:
@@ -164,17 +165,23 @@ def open_mixture(config: DataConfig, mixture: Mixture, progress: bool) -> Mixtur
                 "window; raise it, or leave the source out."
             )
         parts.append(Part(source.name, store, weight, limit))
-    return MixtureData(parts, config.context, config.seed, {**mixture.describe(), "digest": mixture.digest()})
+    data = MixtureData(parts, config.context, config.seed, {**mixture.describe(), "digest": mixture.digest()})
+    if trained and progress:
+        said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in data.sources.items())
+        print0(f"A vocabulary of {data.vocabulary.size} ids was trained. Bytes per token of held-out text: {said}.")
+    return data
 
 
-def _vocabulary(config: DataConfig, mixture: Mixture) -> VocabularyConfig:
-    """The vocabulary of every source: one that is trained is trained once, on all of them."""
+def _vocabulary(config: DataConfig, mixture: Mixture) -> tuple[VocabularyConfig, bool]:
+    """The vocabulary of every source, and whether it was trained now: once, on a sample of all of them."""
     named = config.tokenised_by
     if not isinstance(named, SentencePiece):
-        return named
+        return named, False
+    file = model_file(named, mixture, config.cache_dir)
+    trained = not file.is_file()
     build_vocabulary(named, mixture, config.cache_dir)
     # By its content it gives stores their names: other mixtures with this vocabulary share them.
-    return Pretrained(str(model_file(named, mixture, config.cache_dir)))
+    return Pretrained(str(file)), trained
 
 
 def _check_vocabularies(names: Sequence[str], stores: Sequence[TokenStore]) -> None:

@@ -1,42 +1,35 @@
-"""The vocabulary of a corpus (bytes, an existing one, or SentencePiece BPE, trained once and cached) or a checkpoint.
-
-Everything here is deterministic: the sample of chunks is chosen by hash, not at random; the trainer runs on one thread
-(the model file records the number of threads, and one is enough: 8 MB take two seconds).
-"""
+"""The vocabulary of a corpus (bytes, an existing one, or SentencePiece, trained once and cached) or of a checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import heapq
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint.manifest import CheckpointError, read_blobs, read_manifest, read_meta
 from flm_jax.data import hub
 from flm_jax.data.corpora import Corpus, Jsonl, SeqioTask, StandardLibrary, TextCorpus, TextFolder, Tfds
+from flm_jax.data.mixture import Mixture
+from flm_jax.data.sentencepiece_training import SentencePiece, draw, train
 from flm_jax.data.special import CHAT_TEMPLATE, CONFIGS
 from flm_jax.data.vocabulary import (
-    EOS_ID,
-    PAD_ID,
+    MOST_BYTES,
     TOKENIZER,
-    UNK_ID,
     ByteVocabulary,
     SentencePieceVocabulary,
     TokenizerVocabulary,
     Vocabulary,
 )
-from flm_jax.data.vocabulary_files import VocabularyError, from_files, from_spec
-from flm_jax.files import atomic_write, check_writable, sha256_file
-from flm_jax.records import counted, recorded
-from flm_jax.records.fields import Count, Size, at_least
+from flm_jax.data.vocabulary_files import MODELS, RECORD, VocabularyError, from_files, from_spec
+from flm_jax.files import atomic_write, check_writable, read_bounded, sha256_file
+from flm_jax.records import recorded
+from flm_jax.records.fields import Count
 from flm_jax.records.foreign_json import check, field, read_json
 
-CHUNK = 2048  # characters given to the trainer at once: several lines, so that it sees newlines
 CACHE = "~/.cache/flm_jax"
 # What to do about a checkpoint whose vocabulary is not known.
 _NAME = ". Name the right one: for an evaluation by --tokenizer, for training by DataConfig.vocabulary"
@@ -53,26 +46,13 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 @recorded
-class SentencePiece:
-    """A BPE vocabulary trained on the training split.
-
-    Attributes:
-      size: number of ids, including the 3 special ones and the 256 bytes.
-      sample_bytes: how many bytes of text the trainer sees at most; 8 MB take about 2 s on one core.
-    """
-
-    size: Annotated[int, at_least(260)] = 2048
-    sample_bytes: Size = 8_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-@recorded
 class Pretrained:
     """An existing vocabulary, of a checkpoint or a Hugging Face tokenizer: nothing to train.
 
     Attributes:
       path: a checkpoint (a step, a stage's directory or a work directory), a directory with tokenizer.json and its
-        configuration files, a SentencePiece model file, or a repository of the Hugging Face hub as org/name@revision.
+        configuration files, one that `tokenizer.py train` has written, a SentencePiece model file, or a repository of
+        the Hugging Face hub as org/name@revision.
       eos_id: the id that ends a document, for a tokenizer.json; None: as the files beside it say.
     """
 
@@ -97,10 +77,18 @@ def load_vocabulary(path: str | Path, eos_id: int | None = None) -> Vocabulary:
     if (name := hub.named(path)) is not None:
         root = _fetched(hub.find(name))
     hub.check_whole(root, (TOKENIZER, *BESIDE))
+    if root.name == TOKENIZER and root.is_file():
+        root = root.parent
     if (root / TOKENIZER).is_file():
         return TokenizerVocabulary.from_directory(root, eos_id)
-    if root.is_file():
-        found: Vocabulary = SentencePieceVocabulary(root)
+    model = root / MODELS["sentencepiece"]
+    if (root / RECORD).is_file():
+        names = [name for name in (RECORD, model.name) if (root / name).is_file()]
+        kept = from_files({name: read_bounded(root / name, MOST_BYTES) for name in names}, str(root))
+        assert kept is not None  # there is a record
+        found: Vocabulary = kept
+    elif root.is_file() or model.is_file():
+        found = SentencePieceVocabulary(root if root.is_file() else model)
     else:
         try:
             step = step_directory(root)
@@ -194,14 +182,30 @@ VocabularyConfig = Bytes | SentencePiece | Pretrained
 
 def identity(config: VocabularyConfig) -> list[Any]:
     """JSON-able: what determines the vocabulary of a corpus. Of a tokenizer this is its content, not its path."""
-    decides = config.load().digest if isinstance(config, Pretrained) else dataclasses.asdict(config)
+    decides: Any = {}
+    if isinstance(config, Pretrained):
+        decides = config.load().digest
+    elif isinstance(config, SentencePiece):
+        decides = config.decides
     return [FORMAT, type(config).__name__, decides]
 
 
 def model_file(config: SentencePiece, corpus: Corpus, cache_dir: str | Path) -> Path:
-    """The file in which the vocabulary that is trained on a corpus is kept."""
-    key = hashlib.sha256(json.dumps([FORMAT, corpus.digest(), dataclasses.astuple(config)]).encode()).hexdigest()[:16]
+    """The file in which the vocabulary that is trained on a corpus is kept; its name changes with what decides it."""
+    decides = [FORMAT, corpus.digest(), list(config.decides.values())]
+    if isinstance(corpus, Mixture):
+        decides.append(config.shares(corpus))
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
     return Path(cache_dir).expanduser() / f"vocabulary-{key}.model"
+
+
+def sample_of(config: SentencePiece, corpus: Corpus, cache_dir: str | Path) -> dict[str, dict[str, int]]:
+    """How many bytes each source of a mixture has, and gave to train its vocabulary on, as its record says.
+
+    Empty: the corpus is no mixture.
+    """
+    record = model_file(config, corpus, cache_dir).with_suffix(".json")
+    return field(read_json(record), "sample", dict, str(record)) if isinstance(corpus, Mixture) else {}
 
 
 def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | Path) -> Vocabulary:
@@ -209,7 +213,7 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
 
     Args:
       config: what to build; ignored for a SeqioTask, which has its own vocabulary.
-      corpus: its training split is the text to train on.
+      corpus: its training split is the text to train on; of a mixture, a sample in the proportions of its weights.
       cache_dir: where a trained model is kept, as `vocabulary-KEY.model` with its sha256 in `vocabulary-KEY.json`.
 
     Raises:
@@ -224,6 +228,7 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
         return ByteVocabulary()
     if isinstance(config, Pretrained):
         return config.load()
+    config.check(corpus)
     model_path = model_file(config, corpus, cache_dir)
     record_path = model_path.with_suffix(".json")
     if model_path.is_file() and record_path.is_file():
@@ -236,91 +241,11 @@ def build_vocabulary(config: VocabularyConfig, corpus: Corpus, cache_dir: str | 
         return SentencePieceVocabulary(model_path)
     check_writable(model_path.parent, f"DataConfig.cache_dir = {str(cache_dir)!r}")
     text_corpus: TextCorpus = corpus  # type: ignore[assignment]  # every other corpus has documents
-    model = train(config, text_corpus.documents("train"))
+    pieces, drawn = draw(config, text_corpus)
+    model = train(config, pieces)
     vocabulary = SentencePieceVocabulary(model=model)
     atomic_write(model_path, model)
-    record = {"sha256": vocabulary.digest, "config": dataclasses.asdict(config), "corpus": corpus.describe()}
+    about = {"config": dataclasses.asdict(config), "corpus": corpus.describe(), "sample": drawn}
+    record = {"sha256": vocabulary.digest, **about}
     atomic_write(record_path, (json.dumps(record, indent=1) + "\n").encode())
     return vocabulary
-
-
-def chunks(documents: Iterable[str], limit: int = CHUNK) -> Iterator[str]:
-    """Cuts documents into pieces of at most `limit` characters, at line ends if possible."""
-    for document in documents:
-        start = 0
-        while start < len(document):
-            end = min(start + limit, len(document))
-            if end < len(document):
-                end = document.rfind("\n", start, end) + 1 or end
-            yield document[start:end]
-            start = end
-
-
-def sample(pieces: Iterable[str], sample_bytes: int) -> list[str]:
-    """Whole pieces chosen by the hash of their number, up to `sample_bytes` of UTF-8 in all, in their order.
-
-    It takes one pass, with no more than the sample in memory: when the heap is full, it drops the largest hash.
-    """
-    heap: list[tuple[int, int, str, int]] = []
-    total = 0
-    for number, piece in enumerate(pieces):
-        rank = int.from_bytes(hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest(), "little")
-        length = len(piece.encode())
-        heapq.heappush(heap, (-rank, number, piece, length))
-        total += length
-        while total > sample_bytes and len(heap) > 1:
-            total -= heapq.heappop(heap)[3]
-    return [piece for _, _, piece, _ in sorted(heap, key=lambda entry: entry[1])]
-
-
-def train(config: SentencePiece, documents: Iterable[str]) -> bytes:
-    """Trains SentencePiece BPE; the same documents and config give the same bytes.
-
-    Text is taken as it is: there is no normalisation, no spaces are added or removed, runs of spaces (indentation) may
-    become one piece, and digits stay separate. Newlines merge with the punctuation before them; a tab, which no piece
-    may contain, is encoded as its byte.
-
-    Args:
-      config: size and sample.
-      documents: the training documents.
-
-    Returns:
-      The model file.
-
-    Raises:
-      ValueError: there is no text, or the size is too large for the text or too small for the bytes.
-    """
-    import sentencepiece
-
-    sampled = sample(chunks(documents), config.sample_bytes)
-    if not sampled:
-        raise ValueError("there is no training text to train a vocabulary on")
-    writer = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sampled),
-            model_writer=writer,
-            model_type="bpe",
-            vocab_size=config.size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            pad_id=PAD_ID,
-            eos_id=EOS_ID,
-            unk_id=UNK_ID,
-            bos_id=-1,
-            max_sentence_length=8 * CHUNK,  # bytes: a chunk of 4-byte characters is not skipped
-            input_sentence_size=0,  # all of it: the sample was chosen above
-            shuffle_input_sentence=False,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"no SentencePiece vocabulary of {config.size} ids from {counted(sum(map(len, sampled)), 'character')} "
-            f"(it holds 3 special ids, 256 bytes and the characters first): {error}"
-        ) from None
-    return writer.getvalue()

@@ -68,6 +68,10 @@ class Vocabulary(Protocol):
         """Whether an id is a special token, which no plain text contains."""
         ...
 
+    def is_partial(self, number: int) -> bool:
+        """Whether an id stands for no whole character: for bytes of one without a token, or for an unknown one."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids.
 
@@ -116,6 +120,10 @@ class ByteVocabulary:
     def is_special(self, number: int) -> bool:
         """Whether an id is not a byte."""
         return not 3 <= number < 259
+
+    def is_partial(self, number: int) -> bool:
+        """Whether an id is a byte of a character that takes several."""
+        return 3 + 0x80 <= number < 259
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; bytes that are not UTF-8 are dropped, as a model's sample may hold some."""
@@ -188,6 +196,12 @@ class SentencePieceVocabulary:
     def is_special(self, number: int) -> bool:
         """Whether an id is a control symbol."""
         return bool(0 <= number < self.size and self._processor.is_control(number))
+
+    def is_partial(self, number: int) -> bool:
+        """Whether an id is the unknown one, or a byte of a character that takes several."""
+        if self._processor.is_byte(number):
+            return int(self._processor.id_to_piece(number)[1:-1], 16) >= 0x80  # '<0xE4>'
+        return bool(self._processor.is_unknown(number))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -309,6 +323,17 @@ class TokenizerVocabulary:
     def is_special(self, number: int) -> bool:
         """Whether an id is a special token of tokenizer.json, or ends a document."""
         return number in self._special_ids or number in self.special.stop_ids
+
+    @functools.cached_property
+    def _unknown_id(self) -> int | None:
+        token = getattr(self._processor.model, "unk_token", None)
+        found = None if token is None else self._processor.token_to_id(token)
+        return found if found is None else int(found)
+
+    def is_partial(self, number: int) -> bool:
+        """Whether an id is the unknown one, or its own text is no whole characters."""
+        with guarded(self._where):
+            return number == self._unknown_id or REPLACEMENT in self._processor.decode([number])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are dropped."""
