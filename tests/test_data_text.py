@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from flm_jax.data import text
 from flm_jax.data.corpora import Jsonl, SeqioTask, StandardLibrary, TextFolder, Tfds
 from flm_jax.data.prepare import prepare
-from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary, chunks, sample, train
+from flm_jax.data.sentencepiece_training import chunks, sample, train
+from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
 from flm_jax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
 from flm_jax.data.vocabulary_files import from_spec
 
