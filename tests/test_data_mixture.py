@@ -18,9 +18,11 @@ from flm_jax.data.mixing import SupplyError
 from flm_jax.data.mixture import Mixture, Source
 from flm_jax.data.mixture_batches import MixtureBatches
 from flm_jax.data.source import open_data, recorded_data
+from flm_jax.data.supply import expected_supply
 from flm_jax.data.survey import survey, survey_text
 from flm_jax.data.train_vocabulary import SentencePiece
-from flm_jax.recipe import Recipe, Stage, resolve
+from flm_jax.planning.text import dry_run
+from flm_jax.recipe import Recipe, Run, Stage, resolve
 from tests import small
 from tests.mixtures import CONTEXT, changed, unweighted, write
 
@@ -324,3 +326,25 @@ def test_a_batch_has_no_window_of_a_source_without_weight(config):
     batches = data.train()
     assert isinstance(batches, MixtureBatches)
     assert not (batches.next(32).sources.numbers_B == 1).any()
+
+
+def test_a_dry_run_says_what_the_run_will_say_of_sources_that_run_out(config, data):
+    found = survey(config)
+    tokens = [own.splits["train"]["tokens"] for own in found.sources]
+    stages = [StageNeed("one", 60, 4, None)]
+    said = expected_supply(config.mixture, tokens, CONTEXT, stages)
+    assert said == data.supply(stages) and "code will have been read as often as it may" in said[0]
+    short = changed(config, prose={"epochs": 0.1}, code={"epochs": 0.1}, numbers={"epochs": 0.1}).mixture
+    with pytest.raises(ValueError, match="Stage 'one' needs 240 windows"):
+        expected_supply(short, tokens, CONTEXT, stages)
+    assert "known once every source" in expected_supply(config.mixture, [None, *tokens[1:]], CONTEXT, stages)[0]
+    without = changed(config, code={"epochs": None}).mixture
+    assert expected_supply(without, [None, None, None], CONTEXT, stages) == []
+
+
+def test_the_dry_run_of_a_recipe_asks_for_its_supply(config):
+    stage = Stage("one", small.shape(), 200, 4)
+    limits = {"epochs": 1.0}
+    short = changed(config, prose=limits, code=limits, numbers=limits)
+    with pytest.raises(ValueError, match="Stage 'one' needs 800 windows"):
+        list(dry_run(Recipe((stage,), short), Run()))

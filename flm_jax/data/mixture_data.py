@@ -8,16 +8,15 @@ from typing import Any
 
 from flm_jax.data.batches import Batch, StageNeed
 from flm_jax.data.config import DataConfig
-from flm_jax.data.mixing import Order
 from flm_jax.data.mixture import STREAMED, Mixture
 from flm_jax.data.mixture_batches import MixtureBatches, Part, heldout_rows
 from flm_jax.data.prepare import prepare
 from flm_jax.data.store import TokenStore
+from flm_jax.data.supply import limit_of, supply, weights_of
 from flm_jax.data.train_vocabulary import Pretrained, SentencePiece, VocabularyConfig, build_vocabulary, model_file
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.distributed import print0
 from flm_jax.files import sha256_json
-from flm_jax.records import counted
 from flm_jax.records.foreign_json import check, field
 
 
@@ -102,31 +101,12 @@ class MixtureData:
 
     def supply(self, stages: Sequence[StageNeed]) -> list[str]:
         """See Data."""
-        said, position = [], 0
-        order = Order(self._weights(None), tuple(part.limit for part in self.parts))
-        for name, steps, batch_size, weights in stages:
-            order, before = order.weighed(self._weights(weights), position), position
-            position += steps * batch_size
-            if order.end is not None and order.end < position:
-                limits = ", ".join(f"{p.name} {p.limit:,}" for p in self.parts if p.limit is not None)
-                raise ValueError(
-                    f"Stage {name!r} needs {counted(position - before, 'window')}, and after "
-                    f"{max(order.end - before, 0):,} of them (step {max(order.end - before, 0) // batch_size}) every "
-                    f"source that has a weight has been read as often as it may (windows in all stages: {limits}); "
-                    "raise Source.epochs, or train for fewer steps."
-                )
-            for at, ended in order.run_out:
-                if before < at <= position:
-                    names = " and ".join(self.parts[k].name for k in ended)
-                    said.append(
-                        f"Stage {name!r}: {names} will have been read as often as it may at step "
-                        f"{-(-(at - before) // batch_size)}; its share then goes to the other sources."
-                    )
-        return said
+        limits = tuple(part.limit for part in self.parts)
+        return supply(tuple(part.name for part in self.parts), self._weights(None), limits, stages)
 
     def _weights(self, given: Mapping[str, float] | None) -> tuple[float, ...]:
-        """The weights of the sources in order: as given by name, where one that is not named has 0, or their own."""
-        return tuple(part.weight if given is None else float(given.get(part.name, 0.0)) for part in self.parts)
+        own = tuple(part.weight for part in self.parts)
+        return weights_of(tuple(part.name for part in self.parts), own, given)
 
 
 def open_mixture(config: DataConfig, mixture: Mixture, progress: bool) -> MixtureData:
@@ -158,13 +138,7 @@ def open_mixture(config: DataConfig, mixture: Mixture, progress: bool) -> Mixtur
     weights = mixture.weights_by_size([store.num_tokens("train") for store in stores])
     for source, store, weight in zip(mixture.sources, stores, weights, strict=True):
         windows = store.num_windows("train", config.context)
-        limit = None if source.epochs is None else int(source.epochs * windows)
-        if limit == 0:
-            raise ValueError(
-                f"Source {source.name!r}: Source.epochs = {source.epochs} of {counted(windows, 'window')} is not one "
-                "window; raise it, or leave the source out."
-            )
-        parts.append(Part(source.name, store, weight, limit))
+        parts.append(Part(source.name, store, weight, limit_of(source, windows)))
     data = MixtureData(parts, config.context, config.seed, {**mixture.describe(), "digest": mixture.digest()})
     if trained and progress:
         said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in data.sources.items())

@@ -40,6 +40,7 @@ class Survey:
       splits: documents and text_bytes of each split, and tokens where there is a store; empty if they were not counted.
       unread: why the documents were not counted; empty if they were.
       notes: what a reader may not expect of the corpus.
+      sources: of a mixture, what was found of each.
     """
 
     corpus: str
@@ -50,6 +51,7 @@ class Survey:
     splits: dict[str, dict[str, int]]
     unread: str = ""
     notes: tuple[str, ...] = ()
+    sources: tuple[Survey, ...] = ()
 
 
 def survey(config: DataConfig) -> Survey:
@@ -98,13 +100,16 @@ def _mixture(config: DataConfig, mixture: Mixture) -> Survey:
         notes.append(f"{source.name}, {weight}{most}: {own.corpus}; to train on: {sizes}")
     return Survey(
         f"Mixture of {counted(len(found), 'source')}",
-        "SentencePiece, trained on all sources" if isinstance(named, SentencePiece) else found[0].vocabulary,
+        "SentencePiece, trained on a sample of all sources"
+        if isinstance(named, SentencePiece)
+        else found[0].vocabulary,
         found[0].ids,
         Path(config.cache_dir).expanduser() if not trained and all(own.store for own in found) else None,
         None if any(own.files is None for own in found) else sum(own.files or 0 for own in found),
         splits,
         "" if splits else "not every source can be counted without preparing it",
         tuple(notes),
+        tuple(found),
     )
 
 

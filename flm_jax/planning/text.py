@@ -8,6 +8,8 @@ from typing import Any
 import jax
 
 from flm_jax import costs
+from flm_jax.data.batches import StageNeed
+from flm_jax.data.supply import expected_supply
 from flm_jax.data.survey import survey, survey_text
 from flm_jax.planning import stages
 from flm_jax.planning.topology import Topology
@@ -23,13 +25,17 @@ def dry_run(recipe: Recipe, run: Run) -> Iterator[str]:
 
     Raises:
       ValueError: the recipe is not valid, or the mesh does not divide one of its axes.
-      ValueError, FileNotFoundError: as `survey`: the data cannot be read.
+      ValueError, FileNotFoundError: as `survey`: the data cannot be read; or the sources of a mixture do not suffice.
     """
     _, resolved = begin(recipe)
     check_installed(run.tracker)
     found = survey(recipe.data)
     check_vocabulary(resolved, found.ids or 0)
     yield survey_text(found)
+    if recipe.data.mixture is not None:
+        counts = [own.splits.get("train", {}).get("tokens") for own in found.sources]
+        needs = [StageNeed(s.name, s.steps, s.batch_size, s.source_weights) for s in resolved]
+        yield from expected_supply(recipe.data.mixture, counts, recipe.data.context, needs)
     tokens, context = found.splits.get("train", {}).get("tokens"), recipe.data.context
     windows = None if tokens is None else (tokens - 1) // context  # as the token store counts them
     records = []
