@@ -1,4 +1,4 @@
-"""A hub of the Hugging Face hub's protocol on this machine, with faults: models by commit, files by range."""
+"""A hub of the Hugging Face hub's protocol on this machine, with faults: models and data by commit, files by range."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,8 @@ class Hub:
     """The server, running, and what it has; tests change it while it runs.
 
     Attributes:
-      models: the files of each commit, by repository and revision; a branch is an entry with the files of a commit.
+      models: the files of each commit, by repository and revision; a branch is an entry with the files of a commit. A
+        repository of data is named datasets/org/name.
       heads: the commit of each revision, by repository and revision.
       gated: repositories whose files are refused without a token.
       down: the status of every answer; 0: as it should be.
@@ -71,12 +72,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         hub.asked.append((self.command, path, self.headers.get("Range", "")))
         if hub.down:
             return self._refuse(hub.down, "")
-        api = path.startswith("/api/models/")
-        parts = path.removeprefix("/api/models/").lstrip("/").split("/", 4)
+        api, data = path.startswith("/api/"), "/datasets/" in path
+        parts = path.removeprefix("/api").removeprefix("/models").removeprefix("/datasets").lstrip("/").split("/", 4)
         if len(parts) < 4:
             return self._refuse(404, "")
         owner, name, what, revision, *file = parts
-        repository, revision = f"{owner}/{name}", revision.replace("%2F", "/")
+        repository, revision = f"{'datasets/' * data}{owner}/{name}", revision.replace("%2F", "/")
         if repository not in hub.models:
             # As the hub answers whoever is not logged in, so that nobody learns which private repositories exist.
             return self._refuse(401, "RepoNotFound")
@@ -92,7 +93,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for name, content in files.items()
             ]
-            return self._json(entries)
+            return self._json(_inside(entries, *file) if data else entries)
         if repository in hub.gated and "Authorization" not in self.headers:
             return self._refuse(401, "GatedRepo")
         if file[0] not in files:
@@ -134,6 +135,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for at in range(first, len(content), PIECE):
                 self.hub.sending(name, at)
                 self.wfile.write(content[at : at + PIECE])
+
+
+def _inside(entries, folder=""):
+    """The files and folders in a folder, without what lies in those."""
+    found = {}
+    for entry in entries:
+        if entry["path"].startswith(folder):
+            name, _, deeper = entry["path"].removeprefix(folder).lstrip("/").partition("/")
+            path = f"{folder}/{name}".lstrip("/")
+            found[path] = {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} if deeper else entry
+    return list(found.values())
 
 
 @contextlib.contextmanager

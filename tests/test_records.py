@@ -26,6 +26,7 @@ GIVEN = {
     "Recipe": dict(stages=(Stage("a", small.config(rope_scaling=small.SCALING), 2, 4),)),
     "TextFolder": dict(path="texts"),
     "Conversations": dict(path="talks"),
+    "HubDataset": dict(path="org/name"),
     "Jsonl": dict(path="a.jsonl"),
     "Parquet": dict(path="a.parquet"),
     "Records": dict(path="records"),
@@ -46,7 +47,9 @@ GIVEN = {
     "Tuning": dict(rate=1e-2),
 }
 # Where a thing lies is no part of what it is: these records cannot be read back alone.
-NOT_RECORDED = {"Conversations", "TextFolder", "Jsonl", "Parquet", "Records", "Pretrained", "ScoringBase"}
+NOT_RECORDED = {
+    "Conversations", "TextFolder", "HubDataset", "Jsonl", "Parquet", "Records", "Pretrained", "ScoringBase",
+}  # fmt: skip
 
 
 def made(cls):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from flm_jax.data.hub_dataset import HubDataset
 from flm_jax.data.rows import Jsonl, RowCorpus
 from flm_jax.data.tables import Parquet, Records
 from flm_jax.data.text import SPLITS, FileCorpus, SitePackages, StandardLibrary, TextFolder, describe_fields
@@ -31,6 +32,7 @@ __all__ = [
     "Corpus",
     "Document",
     "FileCorpus",
+    "HubDataset",
     "Jsonl",
     "Parquet",
     "Records",

@@ -204,6 +204,30 @@ def find(name: Name) -> Snapshot:
     return Snapshot(name, info.sha, files)
 
 
+@functools.cache
+def dataset_commit(name: Name) -> str:
+    """The commit that the name of a repository of data stands for, until the program ends. A commit is not asked for.
+
+    Raises:
+      HubError: there is no such repository or revision, it may not be read, or the hub cannot be reached.
+    """
+    if _COMMIT.fullmatch(name.revision):
+        return name.revision
+    from huggingface_hub import HfApi
+
+    try:
+        with _told(name, "the hub cannot be reached"):
+            info = HfApi(library_name="flm_jax").dataset_info(name.repository, revision=name.revision, timeout=PATIENCE)
+    except _UnreachableError as error:
+        raise HubError(
+            f"{name}: {error}. If the data of a commit is in the cache of the library datasets, give all 40 digits of "
+            "that commit after the @; or give a directory that save_to_disk wrote."
+        ) from error
+    if info.sha is None or not _COMMIT.fullmatch(info.sha):
+        raise HubError(f"{name}: the hub's answer has no commit; if HF_ENDPOINT is set, check that it is a hub.")
+    return info.sha
+
+
 def _in_cache(name: Name, reason: str) -> Snapshot:
     """The repository as the cache holds it, where the hub cannot be asked."""
     import huggingface_hub

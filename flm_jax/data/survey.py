@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from flm_jax.data.config import DataConfig
-from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, RowCorpus, SeqioTask, TextFolder, TokenCorpus
+from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, HubDataset, RowCorpus, SeqioTask, TextFolder, TokenCorpus
+from flm_jax.data.hub import dataset_commit
 from flm_jax.data.mixture import STREAMED, Mixture, Source
 from flm_jax.data.prepare import store_path, token_store_path
 from flm_jax.data.store import TokenStore
@@ -146,6 +147,9 @@ def _survey(config: DataConfig) -> Survey:
     if isinstance(corpus, Tfds) and not corpus.is_prepared:
         check_tfds(corpus)
         return Survey(name, vocabulary, ids, None, None, {}, "the dataset is not prepared yet")
+    if isinstance(corpus, HubDataset) and corpus.repository is not None:
+        dataset_commit(corpus.repository)
+        return Survey(name, vocabulary, ids, None, None, {}, "the first run fetches it")
     paths = _paths(corpus)
     files, size = None if paths is None else len(paths), sum(path.stat().st_size for path in paths or ())
     if size > READ_BYTES:
