@@ -31,6 +31,7 @@ NAVIGATION = {
         "docs/own_data.md",
         "docs/token_store.md",
         "docs/mixtures.md",
+        "docs/tokenizers.md",
         "docs/own_operator.md",
         "docs/own_parameter.md",
         "docs/own_family.md",

@@ -58,8 +58,8 @@ STAGE = dict(name="a", model=small.config(), steps=2, batch_size=4)
         (lambda: DataConfig(streamed="False"), "streamed = 'False': use True or False; write it without quotes: False"),
         (
             lambda: DataConfig(corpus="texts"),
-            "DataConfig.corpus = 'texts': use a Conversations or a Jsonl or a Mixture or a Parquet or a Records or "
-            "a SeqioTask or a SitePackages or a StandardLibrary or a TextFolder or a Tfds.",
+            "DataConfig.corpus = 'texts': use a Conversations or a HubDataset or a Jsonl or a Mixture or a Parquet or "
+            "a Records or a SeqioTask or a SitePackages or a StandardLibrary or a TextFolder or a Tfds.",
         ),
         (lambda: DataConfig(vocabulary=StandardLibrary()), "use a Bytes or a SentencePiece or a Pretrained or None."),
         (lambda: Recipe(stages=Stage(**STAGE)), "use a list, each entry a Stage; write brackets around a single one."),
