@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from flm_jax.data import hub_dataset
+from flm_jax.data import hub, hub_dataset
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import HubDataset
+from flm_jax.data.hub import HubError
 from flm_jax.data.prepare import prepare
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.data.survey import survey, survey_text
@@ -128,10 +129,10 @@ def test_a_repository_is_read_at_its_commit_and_no_code_of_it_is_run(monkeypatch
     (made / "README.md").write_text("---\n---\n")
     (tmp_path / "script").mkdir()
     (tmp_path / "script/script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with hub_here(monkeypatch, tmp_path / "cache") as hub:
-        hub.add("datasets/me/data", made)
-        hub.add("datasets/me/script", tmp_path / "script")
-        environment = {**as_user(), "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    with hub_here(monkeypatch, tmp_path / "cache") as server:
+        server.add("datasets/me/data", made)
+        server.add("datasets/me/script", tmp_path / "script")
+        environment = {**as_user(), "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         done = subprocess.run(
             [sys.executable, "-c", CODE, "me/data@main"], capture_output=True, text=True, env=environment, cwd=tmp_path
@@ -141,3 +142,23 @@ def test_a_repository_is_read_at_its_commit_and_no_code_of_it_is_run(monkeypatch
         assert said[1].startswith("error: me/data@main cannot be read by the library datasets: Unknown split")
         assert said[2].startswith("error: me/script@main cannot be read by the library datasets: ")
         assert not (tmp_path / "ran").exists()
+
+
+def test_a_name_is_resolved_to_its_commit_and_nothing_is_fetched_by_a_survey(monkeypatch, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/train.jsonl").write_text("{}\n")
+    hub.dataset_commit.cache_clear()
+    with hub_here(monkeypatch, tmp_path / "cache") as server:
+        server.add("datasets/me/data", tmp_path / "made")
+        config = DataConfig(HubDataset("me/data"), Bytes(), 8, cache_dir=str(tmp_path / "stores"))
+        assert "the first run fetches it" in survey_text(survey(config))
+        assert not server.fetched and HubDataset("me/data").describe()["commit"] == COMMIT
+        for path, message in (("me/dta", "shows no repository"), ("me/data@old", "has no revision 'old'")):
+            with pytest.raises(HubError, match=message):
+                HubDataset(path).describe()
+        server.down = 503
+        hub.dataset_commit.cache_clear()
+        with pytest.raises(HubError, match="give all 40 digits of that commit"):
+            HubDataset("me/data").describe()
+        assert HubDataset(f"me/data@{COMMIT}").describe()["commit"] == COMMIT
+    hub.dataset_commit.cache_clear()
