@@ -17,6 +17,7 @@ from flm_jax.recipe import ResolvedStage
 from flm_jax.records import as_dict, from_dict
 from flm_jax.records.foreign_json import check, field
 from flm_jax.source_checkpoint import POSITION
+from flm_jax.tracking import recorded_forks
 
 _LEFT_OUT = ("config_before", "config_after", "verification")
 
@@ -40,6 +41,8 @@ def read_history(meta: Mapping[str, Any]) -> dict[str, list[Any]]:
                 field(check(entry, dict, where), key, kind, where)
     for number, entry in enumerate(found["growths"]):
         _measured(GrowthRecord.from_record(check(entry, dict, f"entry {number} of its growths")))
+    if "forks" in history:
+        found["forks"] = [fork.record() for fork in recorded_forks(history, "its history")]
     return found
 
 
@@ -73,8 +76,8 @@ def summary(
     """
     rows, tokens, flops = [], 0, 0
     for s in stages:
-        own = s.steps * s.batch_size * context
-        own_flops = s.cost(context).flops(s.steps)
+        cost = s.cost(context)
+        own, own_flops = cost.tokens(s.steps), cost.flops(s.steps)
         tokens, flops = tokens + own, flops + own_flops
         evals = [e for e in history["evals"] if e["stage"] == s.name]
         rows.append(
@@ -101,6 +104,7 @@ def summary(
         "growths": growths,
         "evals": history["evals"],
         "skipped_steps": history["skipped"],
+        **({"forks": history["forks"]} if "forks" in history else {}),
         "data": data,
         "context": context,
         "sample": sample,
@@ -113,8 +117,7 @@ def _teacher(stage: ResolvedStage, context: int) -> dict[str, Any]:
     if stage.teacher is None:
         return {}
     cost, params = stage.cost(context), costs.param_count(stage.teacher.cfg)
-    flops = cost.teacher_steps * cost.tokens_per_step * cost.teacher_flops_per_token
-    return {"teacher": {"params": params, "steps": cost.teacher_steps, "flops": flops}}
+    return {"teacher": {"params": params, "steps": stage.teacher_steps, "flops": cost.teacher_flops(stage.steps)}}
 
 
 def _growth(growth: GrowthRecord) -> dict[str, Any]:
@@ -222,6 +225,11 @@ def markdown(result: Mapping[str, Any]) -> str:
             until = f"Until step {taught['steps']}, {r['name']} also learns from"
             lines += ["", f"{until} a teacher of {size} parameters: {flops} of its FLOPs."]
     lines += _sources(result["stages"])
+    if forks := recorded_forks(result, "the report"):
+        lines += ["", "## Forks", ""]
+        for fork in forks:
+            first, *rest = fork.lines()
+            lines += [f"- {first}", *(f"  - {line.strip()}" for line in rest)]
     if result["growths"]:
         lines += [
             "",
@@ -251,7 +259,8 @@ def _sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["", "## Sources", "", "Held-out loss of each source at the end of each stage.", ""]
     lines += [f"| source | {' | '.join(r['name'] for r in rows)} | bits per byte |", "|---" * (len(rows) + 2) + "|"]
     for name, own in last.items():
-        losses = " | ".join(f"{r['sources'][name]['loss']:.4f}" for r in rows)
+        # A run that forks may have other sources than before.
+        losses = " | ".join(f"{r['sources'][name]['loss']:.4f}" if name in r.get("sources", {}) else "-" for r in rows)
         lines.append(f"| {name} | {losses} | {own['bits_per_byte']:.3f} |")
     return lines
 

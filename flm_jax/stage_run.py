@@ -88,7 +88,6 @@ class StageRun:
         before = Totals(0, 0, 0)
         for s in stages[:index]:
             before = before.plus(s.steps, s.cost(context))
-        self.windows_before = before.tokens // context
         self.metrics = MetricsLog(workdir, stage.directory, stage.name, before, self.cost, session)
 
     @property
@@ -127,6 +126,21 @@ class StageRun:
             self.metrics.write("growth", 0, {**sizes, **losses, "max_rel_logit_diff": found["logits"]["max_rel"]})
         self._written(0, measured)
         return state
+
+    def adopt(self, state: TrainState, measured: Mapping[str, Any] | None, provenance: dict[str, Any] | None) -> None:
+        """Saves the state of another run, at its step, as the first of this one.
+
+        Args:
+          state: that of the other run.
+          measured: its held-out measurement there, on the same text; None: it is measured.
+          provenance: what led to step 0, if it is that step.
+        """
+        step = int(state.step)
+        measured = measured or self._measure(step, state)
+        self._save(step, state, provenance)
+        self.store.wait()
+        self.metrics.open(step)
+        self._written(step, measured)
 
     def _grow(self, state: TrainState, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
         """The grown state, verified, and the record of the growth; the given state is donated."""
@@ -261,7 +275,7 @@ class StageRun:
 
     def _batch_name(self, step: int) -> str:
         """Which windows, in the order of training, the batch of a step held."""
-        first = self.windows_before + (step - 1) * self.stage.batch_size
+        first = self.metrics.totals(step - 1).tokens // self.recipe.data.context
         return f"its batch: windows {first} to {first + self.stage.batch_size - 1} of the run"
 
     def _written(self, step: int, measured: Mapping[str, Any]) -> None:
@@ -280,11 +294,10 @@ class StageRun:
         """The record of the held-out loss at this step, which is also added to the history."""
         total, weight = self.heldout_sums(state.params, self._heldout(), self.program.masks(step))
         loss = float(total.sum() / weight.sum())
-        tokens = step * self.stage.batch_size * self.recipe.data.context
         record = {
             "stage": self.stage.name,
             "step": step,
-            "tokens": tokens,
+            "tokens": self.cost.tokens(step),
             "flops": self.cost.flops(step),
             "loss": loss,
             "bits_per_byte": bits_per_byte(loss, self.data.bytes_per_token),

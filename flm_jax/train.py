@@ -4,6 +4,7 @@ The order of decisions:
 
 1. The recipe is checked. A work directory that was begun with another recipe is refused.
 2. The data is opened and must be the data that the work directory was begun with. Nothing is written before this point.
+   A run that forks from another one (see `flm_jax.forking`), and has no checkpoint of its own yet, reads that run's.
 3. The run continues from the newest intact checkpoint of the latest stage that has one.
 4. A stage without a checkpoint starts: the first one by initialisation, every other one by growing the last state of
    the stage before. A growth is verified before any step of the new stage, and then saved as step 0 of that stage with
@@ -31,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flm_jax import costs, distributed, report, run_comparison
+from flm_jax import costs, distributed, forking, report, run_comparison
 from flm_jax.chat.conversation import USER, Message
 from flm_jax.chat.template import ChatEncoder, Template
 from flm_jax.checkpoint import (
@@ -44,7 +45,6 @@ from flm_jax.checkpoint import (
 from flm_jax.checkpoint.directory import locked
 from flm_jax.checkpoint.find import STAGES
 from flm_jax.checkpoint_growth.record import GrowthRecord
-from flm_jax.data.batches import StageNeed
 from flm_jax.data.source import Data, open_data, verified_behind
 from flm_jax.files import sha256_json
 from flm_jax.generation import Sampling
@@ -56,13 +56,17 @@ from flm_jax.source_checkpoint import SourceCheckpoint
 from flm_jax.stage_run import StageRun, stage_program
 from flm_jax.state import TrainState
 from flm_jax.step import StageProgram
-from flm_jax.tracking import Session, check_installed, devices, tracked, where_to_look
+from flm_jax.tracking import Session, check_installed, devices, read_fork, tracked, where_to_look
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe, run: Run, workdir: str | Path, records: Mapping[str, str] | None = None
+    recipe: Recipe,
+    run: Run,
+    workdir: str | Path,
+    records: Mapping[str, str] | None = None,
+    fork: str | Path | None = None,
 ) -> dict[str, Any] | None:
     """Runs a recipe in a work directory, from its start or from the newest checkpoint, and returns the report.
 
@@ -71,14 +75,16 @@ def train(
       run: how to run it.
       workdir: the work directory; it belongs to this recipe, and is made if it does not exist.
       records: texts to write into it, by file name, for example the configuration as given and the state of the code.
+      fork: a checkpoint of another run, or that run's work directory, to go on from: with its optimizer, data position
+        and history, and with what this recipe changes. It is read until the work directory has a checkpoint of its own.
 
     Returns:
       The report, which is also written to the work directory; None if a signal to any process stopped the run. The
       state is saved in that case.
 
     Raises:
-      ValueError: the recipe is not valid, or the work directory belongs to another recipe or other data. Nothing is
-        overwritten.
+      ValueError: the recipe is not valid, or the work directory belongs to another recipe or other data, or the recipe
+        cannot go on from the other run. Nothing is overwritten.
       GrowthError: a growth did not preserve what its method promises.
       NonFiniteError: the loss or the gradient was not finite for `run.max_bad_steps` steps in a row.
       CheckpointError: a checkpoint cannot be written or does not fit the model.
@@ -86,11 +92,13 @@ def train(
     """
     distributed.check_joined()
     workdir = Path(workdir).expanduser()
+    origin = distributed.from_primary("fork", lambda: forking.located(workdir, fork))
     with distributed.together("recipe"):
         source, stages = begin(recipe)
         check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         if source is not None:
             distributed.print0(f"The run starts with {source.directory}.")
+        forked = None if origin is None else forking.planned(recipe, stages, source, origin, fork)
         run.check(recipe)
         if distributed.is_primary():  # no other process writes measurements
             check_installed(run.tracker)
@@ -107,8 +115,6 @@ def train(
                 check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
         data = open_data(recipe.data)
         check_vocabulary(stages, data.vocabulary.size)
-        for line in data.supply([StageNeed(s.name, s.steps, s.batch_size, s.source_weights) for s in stages]):
-            distributed.print0(line)
         if source is not None and (other := source.other_vocabulary(data.vocabulary)):
             distributed.print0(other)
         taught = {s.name: s.teacher for s in stages if s.teacher is not None}
@@ -123,8 +129,24 @@ def train(
         with distributed.together("data"):
             what = "another teacher, other data" if taught else "other data"
             check_identity(workdir, DATA, identity, f"{what} or another start")
+            position: bytes | None = None
+            record = read_fork(workdir)
+            if forked is not None:
+                record, position = forked.record(data, identity, recipe.eval_windows)
+            needed = forking.needs(stages, record)
+            said = data.supply(needed, None if record is None else record.begun)
+        for line in [*said, *([] if record is None else record.lines())]:
+            distributed.print0(line)
+        stages = forking.with_fork(stages, record)
+        # What lies before the stage that a fork goes on with is no beginning of it.
+        first = 0 if record is None else forking.place(stages, record)
+        state: TrainState | None = None
+        if forked is not None and record is not None:
+            state = forked.restore(programs[first])
+            with distributed.together("fork"):
+                forked.claim(workdir, recipe, identity, record)
         stores = [
-            stack.enter_context(Checkpoints(workdir / STAGES / s.directory, keep=run.keep, keep_steps=(0, s.steps)))
+            stack.enter_context(Checkpoints(workdir / STAGES / s.directory, keep=run.keep, keep_steps=s.kept_steps))
             for s in stages
         ]
         write_identity(workdir, RECIPE, as_dict(recipe))
@@ -136,14 +158,15 @@ def train(
         session = Session(service, devices())
         for line in where_to_look(workdir, service):
             distributed.print0(line)
-        first, restored = _newest(programs, stores)
+        first, restored = _newest(programs[first:], stores[first:])
         begins = restored is None
-        state: TrainState | None = None
         history: dict[str, list[Any]] = {"evals": [], "growths": [], "skipped": []}
-        position: bytes | None = None
         if restored is not None:
             where = stores[first].directory / str(restored.step)
             state, (history, position) = restored.state, report.read_run(restored.meta, restored.blobs, where)
+            forked = None
+        elif forked is not None and record is not None:
+            history = forked.history(record)
         elif source is not None:
             state = source.restore(programs[0].mesh, stages[0].optimizer.name)
         del restored  # or it would keep the restored arrays in memory for the whole run
@@ -151,12 +174,15 @@ def train(
         interrupts = stack.enter_context(Interrupts())
         for index in range(first, len(stages)):
             # The lineage of this stage needs the layer placement that earlier growths by distance have measured.
-            stages = _placed(recipe, source, stages, history)
+            stages = forking.with_fork(_placed(recipe, source, stages, history), record)
             worker = StageRun(
                 recipe, run, workdir, data, stages, index, stores[index], history, position, source, session
             )
             with jax.set_mesh(worker.mesh):
-                if begins or index > first:
+                if forked is not None and index == first and state is not None:
+                    measured = forked.measured(identity, recipe.eval_windows)
+                    worker.adopt(state, measured, forked.provenance)
+                elif begins or index > first:
                     state = worker.start(state)
                 assert state is not None
                 state = worker.run(state, interrupts)
@@ -195,7 +221,7 @@ def _placed(
 
 
 def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[int, Restored | None]:
-    """The index of the stage to continue, and its newest intact checkpoint; (0, None) if there is no checkpoint."""
+    """The index of the stage to continue, and its newest intact checkpoint; the first and None if there is none."""
     damaged: list[str] = []
     for program, store in reversed(list(zip(programs, stores, strict=True))):
         try:
@@ -214,7 +240,7 @@ def _newest(programs: list[StageProgram], stores: list[Checkpoints]) -> tuple[in
             f"No checkpoint of any stage can be restored: {'; '.join(damaged)}. Restore one from a copy, or take a new "
             "--workdir."
         )
-    return 0, None
+    return programs[0].stage.index, None
 
 
 def _sample(stage: ResolvedStage, state: TrainState, data: Data, run: Run, seed: int) -> str:

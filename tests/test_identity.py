@@ -50,6 +50,6 @@ def test_what_does_is_named_with_the_way_on(workdir, recipe, message):
     with pytest.raises(ValueError) as refused:
         check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
     assert f"was begun with another recipe: {message}. Nothing was changed." in str(refused.value)
-    assert f"a new --workdir; to go on there from the newest checkpoint here, set Recipe.start = '{workdir}'" in str(
+    assert f"a new --workdir; to go on there from the newest checkpoint here, add --fork={workdir}," in str(
         refused.value
     )

@@ -28,7 +28,7 @@ recipe
 step
 checkpoint_growth
 report run_comparison
-stage_run
+stage_run forking
 train
 convert evaluation planning
 selection launching sweeps savings mup

@@ -17,6 +17,7 @@ from flm_jax.growth.lineage import Lineage
 from flm_jax.records import as_dict
 from flm_jax.records.foreign_json import JsonError, check, parse_json
 from flm_jax.source_checkpoint import POSITION, CheckpointMeta, SourceCheckpoint, read_source
+from flm_jax.tracking import ForkRecord, recorded_forks
 
 PARAMETERS, MOMENTS, OTHERS = "parameters", "moments", "others"
 
@@ -35,6 +36,7 @@ class Description:
       windows: how many windows of the training split the run had read; None if no run wrote it.
       heldout: the held-out measurement at its step or the last one before it, if its record has one.
       skipped: steps of the run that were skipped until then, as they were not finite.
+      forks: from which runs its own has forked, the oldest first.
     """
 
     source: SourceCheckpoint
@@ -46,6 +48,7 @@ class Description:
     windows: int | None
     heldout: Heldout | None
     skipped: int
+    forks: tuple[ForkRecord, ...] = ()
 
     @property
     def passes(self) -> float | None:
@@ -79,6 +82,7 @@ class Description:
             "passes": self.passes,
             "heldout": None if self.heldout is None else self.heldout.record(),
             "skipped": self.skipped,
+            "forks": [fork.record() for fork in self.forks],
             "versions": dict(meta.versions),
             "bytes": {**self.arrays, "files": dict(self.files), "stored": self.stored},
         }
@@ -112,6 +116,7 @@ def describe(path: str | Path) -> Description:
         windows=_windows(source, manifest),
         heldout=at_or_before(losses_of_record({"history": history}, where), source.meta.stage, source.step),
         skipped=len(check(history.get("skipped", []), list, f"{where}: skipped")),
+        forks=recorded_forks(history, where),
     )
 
 

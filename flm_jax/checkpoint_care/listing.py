@@ -30,7 +30,7 @@ from flm_jax.checkpoint_care.losses import (
     tokens_of,
 )
 from flm_jax.records import meant_beside
-from flm_jax.tracking import METRICS
+from flm_jax.tracking import METRICS, StageCost, read_fork
 
 # What an entry of a stage's directory is.
 COMPLETE, DAMAGED, UNFINISHED, ASIDE = "complete", "damaged", "unfinished", "set aside"
@@ -132,18 +132,22 @@ def list_checkpoints(path: str | Path) -> Listing:
         raise NoCheckpointError(f"{path} holds no checkpoint; give the work directory of a run, or one of its stages.")
     writer = next((held for where in (workdir, *folders) if where and (held := holder(where))), None)
     notes: list[str] = []
-    tokens: dict[str, tuple[int, int]] = {}
+    tokens: dict[str, tuple[int, StageCost]] = {}
     if workdir is not None:
         try:
             tokens = tokens_of(workdir)
+            fork = read_fork(workdir)
+            notes += [] if fork is None else fork.lines()
         except (OSError, ValueError) as error:
             notes.append(f"Tokens are not known: {error}.")
     newest = next((entry.directory for entry in reversed(entries) if entry.complete), None)
     losses = _losses(workdir, newest, manifests, notes)
     found = []
     for entry in entries:
-        before, per_step = tokens.get(entry.stage, (None, 0))
-        known = entry.step * per_step + before if before is not None and entry.complete else None
+        known = None
+        if entry.stage in tokens and entry.complete:
+            before, cost = tokens[entry.stage]
+            known = before + cost.tokens(entry.step)
         measured = at_or_before(losses, entry.stage.partition("_")[2], entry.step) if entry.complete else None
         found.append(dataclasses.replace(entry, tokens=known, heldout=measured))
     return Listing(path, tuple(found), writer, tuple(notes))

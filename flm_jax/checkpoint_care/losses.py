@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from flm_jax.checkpoint.find import stage_directory
 from flm_jax.records import RECIPE, completed
 from flm_jax.records.foreign_json import check, field, read_json
-from flm_jax.tracking import METRICS, read_log
+from flm_jax.tracking import METRICS, StageCost, read_fork, read_log
 
 
 class Heldout(NamedTuple):
@@ -29,8 +29,8 @@ class Heldout(NamedTuple):
 Losses = Mapping[str, Sequence[Heldout]]
 
 
-def tokens_of(workdir: Path) -> dict[str, tuple[int, int]]:
-    """By directory of a stage: tokens of the run before it, and per step of it; empty if there is no recipe.
+def tokens_of(workdir: Path) -> dict[str, tuple[int, StageCost]]:
+    """By directory of a stage: tokens of the run before it, and what counts those of it; empty if there is no recipe.
 
     Raises:
       ValueError: the recipe is not what a run writes.
@@ -38,15 +38,17 @@ def tokens_of(workdir: Path) -> dict[str, tuple[int, int]]:
     path = workdir / RECIPE
     if not path.is_file():
         return {}
-    recipe, found, before = completed(read_json(path, finite=False)), {}, 0
+    recipe, fork, found, before = completed(read_json(path, finite=False)), read_fork(workdir), {}, 0
     context = field(field(recipe, "data", dict, str(path)), "context", int, f"{path}: data")
     for number, entry in enumerate(field(recipe, "stages", list, str(path))):
         where = f"{path}: stage {number}"
         stage = check(entry, dict, where)
         name = field(stage, "name", str, where)
         steps, batch = (field(stage, key, int, where) for key in ("steps", "batch_size"))
-        found[stage_directory(number, name)] = before, batch * context
-        before += steps * batch * context
+        cost = StageCost(batch * context, 0)
+        cost = cost if fork is None else fork.cost(name, cost)
+        found[stage_directory(number, name)] = before, cost
+        before += cost.tokens(steps)
     return found
 
 

@@ -94,6 +94,7 @@ def description_text(found: Description) -> str:
         ("lineage", first),
         *(("", sentence) for sentence in grown),
         *([("growing", rising)] if rising else []),
+        *((("forked" if not i else ""), line) for fork in found.forks for i, line in enumerate(fork.lines())),
         ("data", _data(found)),
         ("held-out loss", "not measured" if found.heldout is None else _loss(found.heldout, source.step)),
         *(

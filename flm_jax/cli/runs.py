@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gin
 
-from flm_jax import checkpoint_growth, costs, distributed, evaluation, run_comparison
+from flm_jax import checkpoint_growth, costs, distributed, evaluation, forking, run_comparison
 from flm_jax.chat.checkpoint_template import chat_template_of
 from flm_jax.chat.template import ChatEncoder
 from flm_jax.checkpoint import verify
@@ -52,7 +52,9 @@ __all__ = [
 ]
 
 
-def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool) -> None:
+def run_train(
+    gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | None, dry_run: bool, fork: str | None = None
+) -> None:
     """Builds the recipe from gin and trains it, or prints its plan if `dry_run`.
 
     The program exits with `STOPPED` if a signal stopped the run, which is then saved.
@@ -64,11 +66,13 @@ def run_train(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
         if dry_run:
             for section in text.dry_run(recipe, run):
                 distributed.print0(section)
+            for line in forking.preview(recipe, fork) if fork else ():
+                distributed.print0(line)
             return
         assert workdir is not None
         check_directory("workdir", workdir)
         given = {"config.gin": gin.operative_config_str(), "git.txt": git_state()}
-        if train(recipe, run, workdir, records=given) is not None:
+        if train(recipe, run, workdir, records=given, fork=fork) is not None:
             return
         distributed.print0(f"Stopped; everything is saved in {workdir}. Run the same command to continue.")
     sys.exit(STOPPED)

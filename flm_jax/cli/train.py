@@ -4,7 +4,8 @@
 
 Run the same command again to resume it. Add --dry_run to open the data, to print parameters, FLOPs and memory of every
 stage, and to check that all programs lower, without preparing, compiling or training. On several hosts, start the same
-command once per host: see docs/pods.md.
+command once per host: see docs/pods.md. With --fork=runs/demo another recipe goes on from a checkpoint of that run, in
+a work directory of its own: see docs/fork.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ def define() -> None:
     define_processes()
     define_gin("Recipe.seed = 1")
     flags.DEFINE_string("workdir", None, "The directory for checkpoints and results; it belongs to one recipe.")
+    flags.DEFINE_string(
+        "fork",
+        None,
+        "Begin with a checkpoint of another run, optimizer and data position included, and go on with this recipe: its "
+        "work directory, or a step's.",
+    )
     flags.DEFINE_bool(
         "dry_run", False, "Open the data, print parameters, FLOPs and memory, and lower every stage; do not train."
     )
@@ -35,7 +42,7 @@ def run(values: Any) -> None:
     from flm_jax.cli import runs  # Imported here, so that --help is fast.
 
     runs.join(process_flags(values))
-    runs.run_train(values.gin_file, values.gin_bindings, values.workdir, values.dry_run)
+    runs.run_train(values.gin_file, values.gin_bindings, values.workdir, values.dry_run, values.fork)
 
 
 def main() -> None:

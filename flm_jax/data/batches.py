@@ -54,12 +54,16 @@ class Batch(NamedTuple):
 
 
 class StageNeed(NamedTuple):
-    """What a stage reads: `steps` batches of `batch_size` windows, with weights of its own or those of the mixture."""
+    """What a stage reads: `steps` batches of `batch_size` windows, with weights of its own or those of the mixture.
+
+    `since` are steps of the stage that are over.
+    """
 
     name: str
     steps: int
     batch_size: int
     weights: Mapping[str, float] | None
+    since: int = 0
 
 
 class TokenBatches(Protocol):

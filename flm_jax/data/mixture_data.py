@@ -99,10 +99,13 @@ class MixtureData:
             "sources": sources,
         }
 
-    def supply(self, stages: Sequence[StageNeed]) -> list[str]:
+    def supply(self, stages: Sequence[StageNeed], begun: bytes | None = None) -> list[str]:
         """See Data."""
-        limits = tuple(part.limit for part in self.parts)
-        return supply(tuple(part.name for part in self.parts), self._weights(None), limits, stages)
+        batches = self.train(stages[0].weights)
+        if begun is not None:
+            batches.restore(begun)
+        names, limits = tuple(part.name for part in self.parts), tuple(part.limit for part in self.parts)
+        return supply(names, self._weights(None), limits, stages, batches.order, batches.position)
 
     def _weights(self, given: Mapping[str, float] | None) -> tuple[float, ...]:
         own = tuple(part.weight for part in self.parts)

@@ -63,8 +63,12 @@ class Data(Protocol):
         """
         ...
 
-    def supply(self, stages: Sequence[StageNeed]) -> list[str]:
+    def supply(self, stages: Sequence[StageNeed], begun: bytes | None = None) -> list[str]:
         """Sentences about sources of a mixture that run out in a run of such stages.
+
+        Args:
+          stages: what they read.
+          begun: the position at which they begin, from `TokenBatches.state`; None: the start.
 
         Raises:
           ValueError: the sources together do not suffice; the message names the stage and the step.
@@ -117,9 +121,9 @@ class StoreData:
         del weights  # a recipe that gives a single corpus any is refused
         return StoreBatches(self.store, "train", self._context, self._seed)
 
-    def supply(self, stages: Sequence[StageNeed]) -> list[str]:
+    def supply(self, stages: Sequence[StageNeed], begun: bytes | None = None) -> list[str]:
         """See Data; a single corpus is read as often as it takes."""
-        del stages
+        del stages, begun
         return []
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
@@ -169,9 +173,9 @@ class StreamData:
 
         return streaming.SeqioBatches(self._corpus, self.vocabulary, "train", self._context, self._seed)
 
-    def supply(self, stages: Sequence[StageNeed]) -> list[str]:
+    def supply(self, stages: Sequence[StageNeed], begun: bytes | None = None) -> list[str]:
         """See Data; a single corpus is read as often as it takes."""
-        del stages
+        del stages, begun
         return []
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:

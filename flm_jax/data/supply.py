@@ -33,7 +33,12 @@ def weights_of(names: Sequence[str], own: Sequence[float], given: Mapping[str, f
 
 
 def supply(
-    names: Sequence[str], own: Sequence[float], limits: Sequence[int | None], stages: Sequence[StageNeed]
+    names: Sequence[str],
+    own: Sequence[float],
+    limits: Sequence[int | None],
+    stages: Sequence[StageNeed],
+    order: Order | None = None,
+    position: int = 0,
 ) -> list[str]:
     """Sentences about sources that run out in a run.
 
@@ -42,20 +47,23 @@ def supply(
       own: their weights, for stages without weights.
       limits: the most windows that are read of each.
       stages: of the run, in order.
+      order: of the sources up to where the stages begin; None: the run begins with them.
+      position: where they begin.
 
     Raises:
       ValueError: the sources together do not suffice; the message names the stage and the step.
     """
-    said, position = [], 0
-    order = Order(tuple(own), tuple(limits))
-    for name, steps, batch_size, weights in stages:
+    said = []
+    order = Order(tuple(own), tuple(limits)) if order is None else order
+    for name, steps, batch_size, weights, since in stages:
         order, before = order.weighed(weights_of(names, own, weights), position), position
         position += steps * batch_size
         if order.end is not None and order.end < position:
             most = ", ".join(f"{n} {limit:,}" for n, limit in zip(names, limits, strict=True) if limit is not None)
+            left = max(order.end - before, 0)
             raise ValueError(
                 f"Stage {name!r} needs {counted(position - before, 'window')}, and after "
-                f"{max(order.end - before, 0):,} of them (step {max(order.end - before, 0) // batch_size}) every "
+                f"{left:,} of them (step {since + left // batch_size}) every "
                 f"source that has a weight has been read as often as it may (windows in all stages: {most}); "
                 "raise Source.epochs, or train for fewer steps."
             )
@@ -64,7 +72,7 @@ def supply(
                 gone = " and ".join(names[k] for k in ended)
                 said.append(
                     f"Stage {name!r}: {gone} will have been read as often as it may at step "
-                    f"{-(-(at - before) // batch_size)}; its share then goes to the other sources."
+                    f"{since - (-(at - before) // batch_size)}; its share then goes to the other sources."
                 )
     return said
 

@@ -19,7 +19,7 @@ from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.recipe.settings import Recipe, Stage
 from flm_jax.records import as_dict, counted, differences
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
-from flm_jax.tracking import StageCost
+from flm_jax.tracking import ForkRecord, StageCost
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ResolvedStage:
       optimizer_before: the name of the optimizer whose state it begins with.
       trained_before: `Stage.train` of that stage or checkpoint, which decides about the moments in its state.
       teacher: that of its first steps, if any.
+      fork: where the run has forked from, if it has: until there, steps cost what they cost in the other run.
     """
 
     index: int
@@ -47,6 +48,7 @@ class ResolvedStage:
     optimizer_before: str = "adamw"
     trained_before: str = "all"
     teacher: ResolvedTeacher | None = None
+    fork: ForkRecord | None = None
 
     @property
     def cfg(self) -> ModelConfig:
@@ -109,6 +111,12 @@ class ResolvedStage:
         return stage_directory(self.index, self.name)
 
     @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """Checkpoints that are kept: its first, which is that of a fork if there was one, and its last."""
+        forked = self.fork is not None and self.fork.stage == self.name
+        return (self.fork.step if self.fork is not None and forked else 0, self.steps)
+
+    @property
     def ramp_steps(self) -> int:
         """Steps at the start of the stage that run with masks."""
         return 0 if self.since_growth is None else max(self.lineage.ramp_steps - self.since_growth, 0)
@@ -122,7 +130,8 @@ class ResolvedStage:
         """What its steps cost, with windows of `context` tokens."""
         lesson = 0 if self.teacher is None else costs.forward_flops_per_token(self.teacher.cfg, context)
         own = costs.train_flops_per_token(self.cfg, context)
-        return StageCost(self.batch_size * context, own, lesson, self.teacher_steps)
+        cost = StageCost(self.batch_size * context, own, lesson, self.teacher_steps)
+        return cost if self.fork is None else self.fork.cost(self.name, cost)
 
 
 def begin(recipe: Recipe) -> tuple[SourceCheckpoint | None, tuple[ResolvedStage, ...]]:

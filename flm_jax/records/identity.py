@@ -51,8 +51,9 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
             more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
             raise ValueError(
                 f"{workdir} was begun with {what}: {'; '.join(found[:3])}{more}. Nothing was changed. Give this one a "
-                f"new --workdir; to go on there from the newest checkpoint here, set Recipe.start = {str(workdir)!r}: "
-                "the first stage then continues that model, or grows it."
+                f"new --workdir; to go on there from the newest checkpoint here, add --fork={workdir}, which keeps "
+                f"optimizer and data position, or set Recipe.start = {str(workdir)!r}: the first stage then continues "
+                "that model, or grows it."
             )
     elif workdir.exists() and not (workdir / RECIPE).exists() and any(p.name != LOCK for p in workdir.iterdir()):
         raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")

@@ -16,9 +16,32 @@ from flm_jax.growth import Growth
 from flm_jax.records import DATA, RECIPE, completed, counted, flattened, from_dict
 from flm_jax.records.foreign_json import check, field, read_json
 from flm_jax.run_comparison.curves import Point, RunCurves, StageCurve
-from flm_jax.tracking import METRICS, StageCost, Totals, read_log
+from flm_jax.tracking import METRICS, ForkRecord, StageCost, Totals, read_fork, read_log
 
 _EVAL = {"stage": str, "step": int, "loss": float, "bits_per_byte": float}
+
+
+def stage_costs(workdir: Path, count: int) -> dict[str, StageCost]:
+    """What the steps of the first `count` stages of a run cost, by the stages' names.
+
+    Raises:
+      ValueError, OSError: as `read_run_curves`, of the recipe and the data.
+    """
+    recipe = completed(read_json(workdir / RECIPE, finite=False))
+    return {stage.name: stage.cost for stage in _planned(workdir, recipe, _data(workdir))[:count]}
+
+
+def _data(workdir: Path) -> Mapping[str, Any]:
+    data: Mapping[str, Any] = completed(read_json(workdir / DATA, finite=False)) if (workdir / DATA).is_file() else {}
+    return data
+
+
+def _planned(workdir: Path, recipe: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[StageCurve, ...]:
+    """The stages of a run, as its records say."""
+    about = str(workdir / RECIPE)
+    context = field(field(recipe, "data", dict, about), "context", int, f"{about}: data")
+    teachers = field(data, "teachers", dict, str(workdir / DATA)) if "teachers" in data else {}
+    return tuple(_stages(recipe, teachers, context, about, read_fork(workdir)))
 
 
 def read_run_curves(workdir: str | Path, name: str = "") -> RunCurves:
@@ -38,11 +61,8 @@ def read_run_curves(workdir: str | Path, name: str = "") -> RunCurves:
     if not (where / RECIPE).is_file():
         raise ValueError(f"{workdir} holds no {RECIPE}, so it is no work directory of train.py; give one that is.")
     recipe = completed(read_json(where / RECIPE, finite=False))
-    data = completed(read_json(where / DATA, finite=False)) if (where / DATA).is_file() else {}
-    about = str(where / RECIPE)
-    context = field(field(recipe, "data", dict, about), "context", int, f"{about}: data")
-    teachers = field(data, "teachers", dict, str(where / DATA)) if "teachers" in data else {}
-    stages = tuple(_stages(recipe, teachers, context, about))
+    data, fork = _data(where), read_fork(where)
+    stages, teachers = _planned(where, recipe, data), data.get("teachers", {})
     name, device = name or where.absolute().name, None
     notes: list[str] = []
     if (where / METRICS).is_file():
@@ -53,6 +73,11 @@ def read_run_curves(workdir: str | Path, name: str = "") -> RunCurves:
         notes.append(f"It has no {METRICS}: held-out losses are those of {source}, without wall clock.")
     if not heldout and not train:
         raise ValueError(f"{workdir} holds no losses yet: compare it once it has measured some.")
+    if fork is not None:
+        notes.append(
+            f"{fork.sentence()} Its curve begins there; tokens and FLOPs count from the start of that run, wall clock "
+            "from the fork."
+        )
     if "start" in data:
         notes.append("It began with a checkpoint of another run: what that one cost is not counted.")
     notes += [
@@ -83,7 +108,9 @@ def names_of(workdirs: Sequence[str]) -> list[str]:
     raise ValueError(f"{twice} is named twice; name each run once.")
 
 
-def _stages(recipe: Mapping[str, Any], teachers: Mapping[str, Any], context: int, about: str) -> Iterable[StageCurve]:
+def _stages(
+    recipe: Mapping[str, Any], teachers: Mapping[str, Any], context: int, about: str, fork: ForkRecord | None
+) -> Iterable[StageCurve]:
     before = Totals(0, 0, 0)
     for number, entry in enumerate(field(recipe, "stages", list, about)):
         where = f"{about}: stage {number}"
@@ -103,6 +130,7 @@ def _stages(recipe: Mapping[str, Any], teachers: Mapping[str, Any], context: int
             taught = check(field(stage, "teacher", dict, where).get("steps"), (int, type(None)), where)
             forward = costs.forward_flops_per_token(teacher, context)
             cost = cost._replace(teacher_flops_per_token=forward, teacher_steps=steps if taught is None else taught)
+        cost = cost if fork is None else fork.cost(name, cost)
         grown = None if growth is None else growth.name
         yield StageCurve(name, model, costs.param_count(model), steps, cost, before, grown)
         before = before.plus(steps, cost)
