@@ -43,6 +43,7 @@ NAVIGATION = {
         "docs/sweeps.md",
         "docs/savings.md",
         "docs/metrics.md",
+        "docs/fork.md",
         "docs/checkpoints.md",
         "docs/launch.md",
         "docs/pods.md",

@@ -181,7 +181,8 @@ def located(workdir: Path, asked: str | Path | None) -> str | None:
             )
         return None
     step = step_directory(record.checkpoint if path is None and record is not None else str(path))
-    if (inside := step.parent.parent.parent) in (workdir.absolute(), *workdir.absolute().parents):
+    inside = step.parent.parent.parent
+    if (inside / RECIPE).is_file() and inside in (workdir.absolute(), *workdir.absolute().parents):
         raise ValueError(
             f"--workdir={workdir} lies in {inside}, the run to fork from, where nothing is written; give another one."
         )

@@ -44,7 +44,7 @@ class Difference(NamedTuple):
 def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[Difference]:
     """Yields where two records differ; entries of a list that have a name are compared by it."""
     if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("class") == new.get("class"):
-        for key in dict.fromkeys((*old, *new)):
+        for key in dict.fromkeys((*new, *old)):
             yield from differences(old.get(key), new.get(key), (*path, str(key)))
     elif _named(old) and _named(new):
         yield from differences({e["name"]: e for e in old}, {e["name"]: e for e in new}, path)
