@@ -176,8 +176,18 @@ def curves(stages: Sequence[ResolvedStage], history: Mapping[str, Any], context:
     return found
 
 
-def plot(lines: Sequence[Curve], file: Path) -> None:
-    """Writes a plot of held-out loss against training FLOPs over all stages, with growths marked."""
+def forked_at(stages: Sequence[ResolvedStage], history: Mapping[str, Any], context: int) -> list[tuple[str, float]]:
+    """For each fork that led to a run, where it was, in words, and the training FLOPs until there."""
+    found = []
+    for fork in recorded_forks(history, "the history"):
+        place = next(place for place, s in enumerate(stages) if s.name == fork.stage)
+        before = sum(s.cost(context).flops(s.steps) for s in stages[:place])
+        found.append((f"forked at step {fork.step}", before + stages[place].cost(context).flops(fork.step)))
+    return found
+
+
+def plot(lines: Sequence[Curve], file: Path, forks: Sequence[tuple[str, float]] = ()) -> None:
+    """Writes a plot of held-out loss against training FLOPs over all stages, with growths and forks marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
@@ -194,6 +204,17 @@ def plot(lines: Sequence[Curve], file: Path) -> None:
                 fontsize=9,
                 color="dimgrey",
             )
+    for name, flops in forks:
+        axes.axvline(flops, color="grey", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            name,
+            (flops, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -10),
+            textcoords="offset points",
+            fontsize=9,
+            color="dimgrey",
+        )
     axes.set_xlabel("training FLOPs, all stages")
     axes.set_ylabel("held-out loss (nats per token)")
     # The first point is the loss of a random model; an axis that includes it would flatten the other points.

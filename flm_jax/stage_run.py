@@ -284,8 +284,8 @@ class StageRun:
         of_sources = {f"{s}/{n}": own[n] for s, own in measured.get("sources", {}).items() for n in names}
         self.metrics.write("heldout", step, {**{name: measured[name] for name in names}, **of_sources})
         if distributed.is_primary():
-            lines = report.curves(self.stages, self.history, self.recipe.data.context)
-            report.plot(lines, self.workdir / "loss.png")
+            shown = self.stages, self.history, self.recipe.data.context
+            report.plot(report.curves(*shown), self.workdir / "loss.png", report.forked_at(*shown))
 
     def _heldout(self) -> Any:
         return self.data.heldout(self.stage.batch_size, self.recipe.eval_windows)

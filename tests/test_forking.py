@@ -18,14 +18,17 @@ from flm_jax.checkpoint_care import describe, list_checkpoints
 from flm_jax.checkpoint_care.text import description_text, listing_text
 from flm_jax.data.mixture_batches import MixtureBatches
 from flm_jax.distillation import Teacher
+from flm_jax.forking.old import read_old
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.recipe import Run, Stage
 from flm_jax.records import RECIPE
+from flm_jax.report import forked_at
 from flm_jax.run_comparison import compare_runs, markdown, read_run_curves
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import POSITION
 from flm_jax.tracking import FORK, read_fork, read_log
+from tests.golden_run import RUN as GOLDEN
 from tests.mixtures import CONTEXT, changed, write
 from tests.pretend import pretending
 from tests.runs import StopAfter, recipe_of
@@ -164,6 +167,8 @@ def test_tokens_and_flops_count_from_the_start_of_the_run_before(longer, old):
     assert report["evals"][0] == json.loads((old / "report.json").read_text())["evals"][0]
     logged = [(line["step"], line["tokens"], line["flops"]) for line in lines(workdir, "heldout")]
     assert logged == [(step, own * CONTEXT, own * CONTEXT * per_token) for step, own in ((2, 16), (4, 24), (8, 40))]
+    stages = forking.with_fork(training.resolve(made), read_fork(workdir))
+    assert forked_at(stages, report, CONTEXT) == [("forked at step 2", 16 * CONTEXT * per_token)]
     curves = read_run_curves(workdir)
     assert [(p.step, p.tokens, p.flops) for p in curves.heldout] == logged
     assert [(p.step, p.tokens) for p in curves.train][:2] == [(3, 20 * CONTEXT), (4, 24 * CONTEXT)]
@@ -290,6 +295,11 @@ def test_a_run_that_trains_meanwhile_is_read_up_to_its_last_whole_checkpoint(old
             staged(recipe, dataclasses.replace(recipe.stages[0], steps=6)), HOW, tmp_path / "new", fork=there
         )
     assert at(tmp_path / "new", 6).is_dir()
+
+
+def test_a_run_of_an_earlier_version_can_be_forked_from():
+    found = read_old(GOLDEN)
+    assert (found.index, found.step, found.stage["name"]) == (1, 1, "second")
 
 
 def test_places_that_cannot_be_forked_from_or_to(old, recipe, tmp_path):
