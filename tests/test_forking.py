@@ -16,6 +16,8 @@ from flm_jax.checkpoint.directory import take_lock
 from flm_jax.checkpoint.manifest import read_blobs, read_meta
 from flm_jax.checkpoint_care import describe, list_checkpoints
 from flm_jax.checkpoint_care.text import description_text, listing_text
+from flm_jax.cli import runs
+from flm_jax.cli import train as cli_train
 from flm_jax.data.mixture_batches import MixtureBatches
 from flm_jax.distillation import Teacher
 from flm_jax.forking.old import read_old
@@ -23,11 +25,12 @@ from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.recipe import Run, Stage
 from flm_jax.records import RECIPE
-from flm_jax.report import forked_at
+from flm_jax.report import _sources, forked_at
 from flm_jax.run_comparison import compare_runs, markdown, read_run_curves
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import POSITION
 from flm_jax.tracking import FORK, read_fork, read_log
+from tests.commands import parsed
 from tests.golden_run import RUN as GOLDEN
 from tests.mixtures import CONTEXT, changed, write
 from tests.pretend import pretending
@@ -214,7 +217,7 @@ def test_a_fork_of_a_fork_without_the_runs_before_it(longer, old, recipe, tmp_pa
         training.train(made, HOW, new, fork=old)
 
 
-def test_a_rate_that_has_decayed_is_told_with_the_checkpoints_from_before(old, recipe, tmp_path, capsys):
+def test_a_rate_that_has_decayed_is_told_with_the_checkpoints_from_before(old, recipe):
     only = staged(recipe, dataclasses.replace(recipe.stages[0], steps=6))
     fork = planned(only, at(old, 4))
     assert fork.notes[1:] == (
@@ -223,6 +226,11 @@ def test_a_rate_that_has_decayed_is_told_with_the_checkpoints_from_before(old, r
     )
     assert fork.notes[0] == "The learning rate of stage 'first' goes from 0.005 to 0.01 at step 4."
     assert planned(only, at(old, 2)).notes == ()
+    assert list(forking.preview(only, at(old, 4)))[1:] == [
+        "  stages.first.steps: 4 -> 6",
+        "  stages.second: a Stage -> -",
+        *fork.notes,
+    ]
 
 
 def planned(recipe, step):
@@ -242,6 +250,25 @@ def test_other_weights_and_sources_are_told_and_recorded(old, recipe, tmp_path):
     assert fork["notes"][1].startswith("The held-out loss is measured on other text from here on")
     # Measured once more, on the text that is measured from here on.
     assert [(e["step"], len(e["sources"])) for e in report["evals"]] == [(0, 3), (2, 3), (4, 3)]
+
+
+def test_other_data_is_read_from_its_beginning_and_measured_at_once(old, recipe, tmp_path):
+    """One of the corpora alone, in another order."""
+    data = dataclasses.replace(recipe.data, corpus=recipe.data.mixture.sources[0].corpus, seed=1)
+    made = staged(dataclasses.replace(recipe, data=data), dataclasses.replace(recipe.stages[0], steps=4))
+    report = training.train(made, HOW, tmp_path / "new", fork=at(old, 2))
+    step = at(tmp_path / "new", 4)
+    assert json.loads(read_blobs(step, read_manifest(step))[POSITION])["position"] == 2 * 8
+    (fork,) = report["forks"]
+    assert fork["position"] is None and "starts from its beginning" in fork["notes"][0]
+    assert {"data.corpus", "data.seed", "data.digest"} <= {change["field"] for change in fork["changes"]}
+    assert [(e["step"], "sources" in e) for e in report["evals"]] == [(0, True), (2, False), (4, False)]
+    assert report["stages"][0]["tokens"] == 4 * 8 * CONTEXT
+
+
+def test_a_report_has_no_loss_of_a_source_from_before_it_was_read():
+    rows = [{"name": "a"}, {"name": "b", "sources": {"x": {"loss": 1.0, "bits_per_byte": 2.0}}}]
+    assert _sources(rows)[-1] == "| x | - | 1.0000 | 2.000 |"
 
 
 REFUSED = {
@@ -337,3 +364,12 @@ def test_the_model_that_a_stage_grew_from_comes_along_as_its_teacher(old, recipe
     assert digest(new, 4, "0_first") == digest(old, 4, "0_first")
     assert [line["step"] for line in lines(new, "train")] == [7, 8, 9, 10]
     assert digest(new) != digest(old)
+
+
+def test_the_program_passes_on_where_to_fork_from(monkeypatch):
+    given = []
+    monkeypatch.setattr(runs, "join", lambda flags: None)
+    monkeypatch.setattr(runs, "run_train", lambda *values: given.append(values))
+    with parsed("train", ["--gin_file=a.gin", "--workdir=new", "--fork=old"]) as values:
+        cli_train.run(values)
+    assert given == [(["a.gin"], [], "new", False, "old")]

@@ -174,15 +174,15 @@ def located(workdir: Path, asked: str | Path | None) -> str | None:
                 "out to go on with the run there."
             )
     elif _has_own(workdir, record):
-        if path is not None and str(path) not in (record.asked, record.checkpoint):
+        if path is not None and path.resolve() not in (Path(record.asked).resolve(), Path(record.checkpoint).resolve()):
             raise ValueError(
                 f"{workdir} holds a fork of {record.checkpoint}, and --fork={asked} names another one; give a new "
                 "--workdir, or leave --fork out to go on with the run there."
             )
         return None
     step = step_directory(record.checkpoint if path is None and record is not None else str(path))
-    inside = step.parent.parent.parent
-    if (inside / RECIPE).is_file() and inside in (workdir.absolute(), *workdir.absolute().parents):
+    inside, new = step.resolve().parent.parent.parent, workdir.resolve()
+    if (inside / RECIPE).is_file() and new.is_relative_to(inside):
         raise ValueError(
             f"--workdir={workdir} lies in {inside}, the run to fork from, where nothing is written; give another one."
         )
