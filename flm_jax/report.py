@@ -178,7 +178,7 @@ def curves(stages: Sequence[ResolvedStage], history: Mapping[str, Any], context:
 
 def forked_at(stages: Sequence[ResolvedStage], history: Mapping[str, Any], context: int) -> list[tuple[str, float]]:
     """For each fork that led to a run, where it was, in words, and the training FLOPs until there."""
-    found = []
+    found: list[tuple[str, float]] = []
     for fork in recorded_forks(history, "the history"):
         place = next(place for place, s in enumerate(stages) if s.name == fork.stage)
         before = sum(s.cost(context).flops(s.steps) for s in stages[:place])

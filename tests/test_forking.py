@@ -24,12 +24,12 @@ from flm_jax.forking.old import read_old
 from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.recipe import Run, Stage
-from flm_jax.records import RECIPE
+from flm_jax.records import FORK, RECIPE
 from flm_jax.report import _sources, forked_at
 from flm_jax.run_comparison import compare_runs, markdown, read_run_curves
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import POSITION
-from flm_jax.tracking import FORK, read_fork, read_log
+from flm_jax.tracking import read_fork, read_log
 from tests.commands import parsed
 from tests.golden_run import RUN as GOLDEN
 from tests.mixtures import CONTEXT, changed, write
@@ -353,6 +353,11 @@ def test_a_fork_that_was_killed_before_its_first_checkpoint_begins_again(old, re
         with pytest.raises(RuntimeError, match="killed"):
             training.train(made, HOW, new, fork=at(old, 2))
     assert (new / FORK).is_file()
+    for written_later in ("recipe.json", "data.json"):
+        (new / written_later).unlink()
+    shutil.rmtree(new / "checkpoints")
+    for record in new.glob("*.txt"):
+        record.unlink()
     training.train(made, HOW, new)
     assert digest(new, 2, "0_first") == digest(old, 2, "0_first") and at(new, 6).is_dir()
 

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from flm_jax.tracking import FORK, Change, ForkRecord, StageCost, Totals, read_fork
+from flm_jax.records import FORK
+from flm_jax.tracking import Change, ForkRecord, StageCost, Totals, read_fork
 from tests.test_hostile_fuzz import changed, check
 
 FIRST = StageCost(8, 10, teacher_flops_per_token=3, teacher_steps=4)

@@ -30,12 +30,12 @@ from flm_jax.forking.changes import (
 )
 from flm_jax.forking.old import OldRun, read_old
 from flm_jax.recipe import Recipe, ResolvedStage, begin
-from flm_jax.records import DATA, RECIPE, as_dict, write_identity
+from flm_jax.records import DATA, FORK, RECIPE, as_dict, write_identity
 from flm_jax.run_comparison import stage_costs
 from flm_jax.source_checkpoint import SourceCheckpoint
 from flm_jax.state import TrainState
 from flm_jax.step import StageProgram
-from flm_jax.tracking import FORK, ForkRecord, read_fork
+from flm_jax.tracking import ForkRecord, read_fork
 
 # Of what identifies the data, that on which a held-out loss depends.
 _HELD_OUT = ("digest", "vocabulary", "context")

@@ -13,6 +13,8 @@ from flm_jax.records.foreign_json import read_json
 from flm_jax.records.json import compared, completed
 
 RECIPE, DATA = "recipe.json", "data.json"
+# What a run that goes on from another one's checkpoint records first.
+FORK = "fork.json"
 # What the process that writes to a directory holds.
 LOCK = ".lock"
 
@@ -55,7 +57,11 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
                 f"optimizer and data position, or set Recipe.start = {str(workdir)!r}: the first stage then continues "
                 "that model, or grows it."
             )
-    elif workdir.exists() and not (workdir / RECIPE).exists() and any(p.name != LOCK for p in workdir.iterdir()):
+    elif (
+        workdir.exists()
+        and not (workdir / RECIPE).exists()
+        and any(p.name not in (LOCK, FORK) for p in workdir.iterdir())
+    ):
         raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")
 
 

@@ -1,14 +1,13 @@
 """The measurements of a run: in files of the work directory, always, and at a tracking service, if one is named."""
 
 from flm_jax.tracking.background import Background, tracked
-from flm_jax.tracking.forks import FORK, Change, ForkRecord, read_fork, recorded_forks, shown
+from flm_jax.tracking.forks import Change, ForkRecord, read_fork, recorded_forks, shown
 from flm_jax.tracking.log import MetricsLog, Session, devices, where_to_look
 from flm_jax.tracking.reading import METRICS, read_log
 from flm_jax.tracking.services import Mlflow, Trackio, Wandb, check_installed
 from flm_jax.tracking.writer import Measurement, StageCost, Totals
 
 __all__ = [
-    "FORK",
     "METRICS",
     "Background",
     "Change",

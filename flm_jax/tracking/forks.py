@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flm_jax.records import FORK
 from flm_jax.records.foreign_json import check, field, read_json
 from flm_jax.tracking.writer import StageCost
 
-FORK = "fork.json"
 # Characters of a value in a sentence or a table.
 _WIDE = 60
 
