@@ -298,10 +298,14 @@ def _itself(x: jax.Array) -> jax.Array:
     return x
 
 
-def fail_together(sentence: str) -> None:
+def fail_together(sentence: str, status: int = 1) -> None:
     """After an error: tells the other processes, and ends this one unless all of them end together, by the same error.
 
     The others may be waiting for this process in a collective, where nothing wakes them; `_listen` ends them.
+
+    Args:
+      sentence: what has happened.
+      status: the exit status of this process, if it is ended here.
     """
     if not joined():
         return
@@ -316,7 +320,7 @@ def fail_together(sentence: str) -> None:
     except Exception:
         # The coordination service ends with process 0, and ends the others with a page of C++ output: process 0 waits.
         time.sleep(2.0 if is_primary() else 0.0)
-        os._exit(1)
+        os._exit(status)
 
 
 def _listen() -> None:

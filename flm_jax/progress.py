@@ -69,6 +69,11 @@ class Progress:
             rates = {"tokens_per_second": self._rate, "flops_per_second": self._rate * cost.at(step)}
             self._metrics.write("train", step, {**values, **rates})
 
+    def rewound(self, step: int) -> None:
+        """Goes back to a step."""
+        self._since = (step, time.perf_counter())
+        self._bar.update(step - self._bar.n)
+
     def evaluated(self, step: int, record: Mapping[str, Any]) -> None:
         """Shows and writes a held-out measurement; the time that it took does not count in tokens per second."""
         self._eval = f", held-out {record['loss']:.3f}"

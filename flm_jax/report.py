@@ -13,6 +13,7 @@ from flm_jax import costs
 from flm_jax.checkpoint import CheckpointError
 from flm_jax.checkpoint_growth.record import GrowthRecord
 from flm_jax.files import atomic_write
+from flm_jax.guards import Spike, batch_text, spike_text
 from flm_jax.recipe import ResolvedStage
 from flm_jax.records import as_dict, from_dict
 from flm_jax.records.foreign_json import check, field
@@ -24,6 +25,12 @@ _LEFT_OUT = ("config_before", "config_after", "verification")
 # The fields of a measurement, and of a step that was skipped.
 _EVAL = {"stage": str, "step": int, "tokens": int, "flops": float, "loss": float, "bits_per_byte": float}
 _SKIPPED = {"stage": str, "step": int}
+# What guards have found; histories of runs in which they have found nothing lack it.
+_SPIKE = {"since": int, "what": str, "value": float, "median": float, "bound": float}
+_GUARDED = {
+    "rewinds": {**_SKIPPED, "to": int, **_SPIKE, "windows": list},
+    "alarms": {**_SKIPPED, "grad_norm": float, "median": float, "windows": list},
+}
 
 
 def read_history(meta: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -34,16 +41,31 @@ def read_history(meta: Mapping[str, Any]) -> dict[str, list[Any]]:
     """
     history = field(dict(meta), "history", dict, "it")
     found = {name: list(field(history, name, list, "its history")) for name in ("evals", "growths", "skipped")}
-    for name, fields in (("evals", _EVAL), ("skipped", _SKIPPED)):
-        for number, entry in enumerate(found[name]):
+    found |= {name: list(field(history, name, list, "its history")) for name in _GUARDED if name in history}
+    for name, fields in {"evals": _EVAL, "skipped": _SKIPPED, **_GUARDED}.items():
+        for number, entry in enumerate(found.get(name, [])):
             where = f"entry {number} of its {name}"
             for key, kind in fields.items():
                 field(check(entry, dict, where), key, kind, where)
+            _check_batch(entry, where)
     for number, entry in enumerate(found["growths"]):
         _measured(GrowthRecord.from_record(check(entry, dict, f"entry {number} of its growths")))
     if "forks" in history:
         found["forks"] = [fork.record() for fork in recorded_forks(history, "its history")]
     return found
+
+
+def _check_batch(entry: Mapping[str, Any], where: str) -> None:
+    """Checks the windows and sources of a batch in an entry, if it names any.
+
+    Raises:
+      ValueError: they are not as `batch_record` returns them.
+    """
+    windows = check(entry.get("windows", [0, 0]), list, f"{where}: its windows")
+    if len(windows) != 2:
+        raise ValueError(f"{where}: its windows are {len(windows)}, not the first and the last")
+    for number in (*windows, *check(entry.get("sources", {}), dict, f"{where}: its sources").values()):
+        check(number, int, f"{where}: a count of windows")
 
 
 def read_run(meta: Mapping[str, Any], blobs: Mapping[str, bytes], where: Path) -> tuple[dict[str, list[Any]], bytes]:
@@ -105,6 +127,7 @@ def summary(
         "evals": history["evals"],
         "skipped_steps": history["skipped"],
         **({"forks": history["forks"]} if "forks" in history else {}),
+        **{name: history.get(name, []) for name in _GUARDED},
         "data": data,
         "context": context,
         "sample": sample,
@@ -267,6 +290,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"{g['eval_loss_after']:.6f} |"
             for g in result["growths"]
         ]
+    lines += _guarded(result)
     lines += ["", "## Data", "", "```json", json.dumps(result["data"], indent=1), "```"]
     lines += ["", "## Sample", "", "```", result["sample"], "```", ""]
     return "\n".join(lines)
@@ -284,6 +308,25 @@ def _sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         losses = " | ".join(f"{r['sources'][name]['loss']:.4f}" if name in r.get("sources", {}) else "-" for r in rows)
         lines.append(f"| {name} | {losses} | {own['bits_per_byte']:.3f} |")
     return lines
+
+
+def _guarded(result: Mapping[str, Any]) -> list[str]:
+    """The lines about what the guards have found: rewinds, skipped steps and alarms."""
+    found = [
+        f"| {r['stage']} | {r['step']} | {spike_text(Spike(r['step'], *(r[name] for name in _SPIKE)))} | to step "
+        f"{r['to']}, without {batch_text(r)} |"
+        for r in result["rewinds"]
+    ]
+    found += [
+        f"| {r['stage']} | {r['step']} | not finite | skipped{': ' + batch_text(r) if 'windows' in r else ''} |"
+        for r in result["skipped_steps"]
+    ]
+    found += [
+        f"| {r['stage']} | {r['step']} | gradient norm {r['grad_norm']:.4g}, median {r['median']:.4g} | recorded: "
+        f"{batch_text(r)} |"
+        for r in result["alarms"]
+    ]
+    return ["", "## Guards", "", "| stage | step | what | then |", "|---|---|---|---|", *found] if found else []
 
 
 def _parameters(row: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from flm_jax.data.vocabulary_files import FILES, VocabularyError, to_files
 from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.rescaling import rescaled_optimizer
 from flm_jax.growth.trained import TRAINED, Trained
+from flm_jax.guards import MEMORY
 from flm_jax.model import Masks, Params, declared
 from flm_jax.optimizer import OPTIMIZERS, OptimizerConfig
 from flm_jax.records import as_dict, counted
@@ -192,7 +193,7 @@ class SourceCheckpoint:
         if faults := file_faults(self.directory, manifest, contents=False):
             raise DamagedError("; ".join(faults[:3]))
         found = read_blobs(self.directory, manifest)
-        return {name: found[name] for name in sorted(found) if name != POSITION}
+        return {name: found[name] for name in sorted(found) if name not in (POSITION, MEMORY)}
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -28,6 +27,19 @@ from flm_jax.data.train_vocabulary import Pretrained
 from flm_jax.data.vocabulary_files import to_files
 from flm_jax.growth.distance import settle
 from flm_jax.growth.verify import GrowthError
+from flm_jax.guards import (
+    MEMORY,
+    Spike,
+    StageFacts,
+    StepGuards,
+    StepLimits,
+    Watch,
+    batch_text,
+    restore_before,
+    skip_behind,
+    spike_text,
+)
+from flm_jax.guards.watch import DATA, EVAL, REWIND, SAVE, START, STEP, VOTE
 from flm_jax.loss import bits_per_byte, make_heldout_sums
 from flm_jax.model import Params
 from flm_jax.progress import Interrupts, Progress
@@ -41,8 +53,11 @@ from flm_jax.tracking import MetricsLog, Session, Totals
 log = logging.getLogger(__name__)
 
 
-class NonFiniteError(RuntimeError):
-    """Raised when too many consecutive steps were not finite, or when the loss exceeds `Run.max_loss`."""
+class _Spiked(NamedTuple):
+    """A spike, and the first window of the batch that it was seen at, of the run."""
+
+    spike: Spike
+    first: int
 
 
 def beginning(recipe: Recipe, index: int) -> dict[str, Any]:
@@ -73,7 +88,11 @@ class StageRun:
         position: bytes | None,
         source: SourceCheckpoint | None,
         session: Session,
+        watch: Watch,
+        step: int = 0,
+        memory: bytes | None = None,
     ) -> None:
+        """Prepares the stage, which goes on after `step` steps, with what the guards remember of them."""
         self.recipe, self.settings, self.workdir, self.data, self.stages = recipe, run, workdir, data, stages
         self.store, self.history, self.source = store, history, source
         self.program = stage_program(recipe, run, stages[index])
@@ -89,6 +108,9 @@ class StageRun:
         for s in stages[:index]:
             before = before.plus(s.steps, s.cost(context))
         self.metrics = MetricsLog(workdir, stage.directory, stage.name, before, self.cost, session)
+        self.watch = watch
+        self._compiled: tuple[bool, Any] | None = None
+        self.guards = self._guards(step, memory)
 
     @property
     def stage(self) -> ResolvedStage:
@@ -101,6 +123,7 @@ class StageRun:
         It is initialised, grown from the given state and verified, or the given state itself: that of the stage before
         or of the recipe's start checkpoint.
         """
+        self.watch.at(START, 0)
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), self.stage.index)
         provenance = beginning(self.recipe, self.stage.index)
         if state is None:
@@ -200,83 +223,125 @@ class StageRun:
 
     def run(self, state: TrainState, interrupts: Interrupts) -> TrainState:
         """The state at the end of the stage, or at the step where the processes agreed to stop; it is saved."""
-        stage, settings = self.stage, self.settings
-        step = int(state.step)
-        skipped = {s["step"] for s in self.history["skipped"] if s["stage"] == stage.name}
-        bad_in_a_row = next(n for n in range(step + 1) if step - n not in skipped)
-        stop = distributed.any_process("stop", interrupts.requested is not None)
-        vote = distributed.Vote(self.mesh)
-        rows = own_rows(self.mesh, stage.batch_size)
-        pending: tuple[int, Metrics] | None = None
-        masked, stepper, teacher = None, None, self._teacher(step)
+        stage, step = self.stage, int(state.step)
         if stage.train != "all":
             sizes = (costs.count(size) for size in (stage.trained.count, costs.param_count(stage.cfg)))
             distributed.print0("Stage {!r} trains what is new: {} of {} parameters.".format(stage.name, *sizes))
         self.metrics.open(step)
         with contextlib.closing(self.metrics), Progress(self.metrics, stage.name, stage.steps, step) as show:
-
-            def look(at: int, metrics: Metrics) -> None:
-                nonlocal bad_in_a_row
-                values = metrics.by_name(tuple(self.data.sources))
-                show.step(at, values, write=at % settings.log_every == 0 or at == stage.steps)
-                bad_in_a_row = bad_in_a_row + 1 if values["bad"] else 0
-                if values["bad"]:
-                    self.history["skipped"].append({"stage": stage.name, "step": at})
-                    self.metrics.write("skip", at, values)
-                    if distributed.is_primary():
-                        log.warning("Stage %s, step %d: not finite, skipped; %s.", stage.name, at, self._batch_name(at))
-                if bad_in_a_row >= settings.max_bad_steps:
-                    raise NonFiniteError(
-                        f"Stage {stage.name!r}: {bad_in_a_row} steps in a row, up to step {at}, had a loss, gradient "
-                        f"or update that is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}, "
-                        f"update norm {values['update_norm']}; {self._batch_name(at)}). None of them was applied. "
-                        "Lower the learning rate, or look at the data."
-                    )
-                bound = settings.max_loss * math.log(stage.cfg.vocab)
-                if values["loss"] > bound:
-                    raise NonFiniteError(
-                        f"Stage {stage.name!r}, step {at}: the loss is {values['loss']:.6g} nats per token, more than "
-                        f"{settings.max_loss:g} times that of a uniform guess ({math.log(stage.cfg.vocab):.4g}; "
-                        f"{self._batch_name(at)}): training has diverged. Start again from an earlier checkpoint with "
-                        "a lower learning rate. Run.max_loss sets this bound."
-                    )
-
-            while step < stage.steps and not stop:
-                if masked != (step < stage.ramp_steps):
-                    masked = step < stage.ramp_steps
-                    stepper = self.program.stepper(masked)
-                if step == stage.teacher_steps:
-                    teacher = None  # frees its memory
-                batch = put_batch(self.batches.next(stage.batch_size, rows), self.mesh, stage.batch_size)
-                assert stepper is not None
-                with jax.transfer_guard("disallow"):
-                    state, metrics = stepper(state, batch, teacher=teacher)
-                step += 1
-                if pending is not None:
-                    look(*pending)
-                pending = (step, metrics)
-                # Asked once per step, so that all decisions below, and all processes, use the same answer.
-                stop, failed = vote(interrupts.requested is not None, self.store.failed())
-                if failed:
-                    self.store.wait()
-                due_eval = step % self.recipe.eval_every == 0 or step == stage.steps
-                due_save = step % settings.checkpoint_every == 0 or step == stage.steps
-                if due_eval or due_save or stop:
-                    look(*pending)
-                    pending = None
-                if due_eval:
-                    measured = self._measure(step, state)
-                    show.evaluated(step, measured)
-                    self._written(step, measured)
-                if due_save or stop:
-                    self._save(step, state, None)
+            while True:
+                found = self._steps(state, interrupts, show)
+                if not isinstance(found, _Spiked):
+                    break
+                del state  # donated to the steps; the state before the spike takes its memory
+                state = self._rewound(found, show)
+            self.watch.at(SAVE, int(found.step))
             self.store.wait()
+        self.watch.pause()
+        return found
+
+    def _steps(self, state: TrainState, interrupts: Interrupts, show: Progress) -> TrainState | _Spiked:
+        """The state at the end of the stage or where it was stopped, or a spike because of which the run is rewound."""
+        stage, settings, watch = self.stage, self.settings, self.watch
+        step = int(state.step)
+        after_rewind = step + 1 if self._last_rewind() == step else None
+        stop = distributed.any_process("stop", interrupts.requested is not None)
+        vote = distributed.Vote(self.mesh)
+        rows = own_rows(self.mesh, stage.batch_size)
+        pending: tuple[int, int, Metrics] | None = None
+        teacher = self._teacher(step)
+
+        def look(at: int, first: int, metrics: Metrics) -> _Spiked | None:
+            values = metrics.by_name(tuple(self.data.sources))
+            show.step(at, values, write=at % settings.log_every == 0 or at == stage.steps)
+            spike = self.guards.look(at, first, values)
+            return None if spike is None else _Spiked(spike, first)
+
+        while step < stage.steps and not stop:
+            stepper = self._stepper(masked=step < stage.ramp_steps)
+            if step == stage.teacher_steps:
+                teacher = None  # frees its memory
+            step += 1
+            watch.at(DATA, step)
+            first = self.batches.position
+            batch = put_batch(self.batches.next(stage.batch_size, rows), self.mesh, stage.batch_size)
+            watch.at(STEP, step)
+            with jax.transfer_guard("disallow"):
+                state, metrics = stepper(state, batch, teacher=teacher)
+            spiked = None if pending is None else look(*pending)
+            pending = (step, first, metrics)
+            watch.at(VOTE, step)
+            # Asked once per step, so that all decisions below, and all processes, use the same answer.
+            stop, failed = vote(interrupts.requested is not None, self.store.failed())
+            if failed:
+                self.store.wait()
+            due_eval = step % self.recipe.eval_every == 0 or step == stage.steps
+            due_save = step % settings.checkpoint_every == 0 or step in (stage.steps, after_rewind)
+            due_save = due_save or step in self.guards.needed(step)
+            if spiked is None and (due_eval or due_save or stop):
+                spiked, pending = look(*pending), None
+            if spiked is not None:
+                return spiked
+            if due_eval:
+                watch.at(EVAL, step)
+                measured = self._measure(step, state)
+                show.evaluated(step, measured)
+                self._written(step, measured)
+            if due_save or stop:
+                watch.at(SAVE, step)
+                self._save(step, state, None)
         return state
 
-    def _batch_name(self, step: int) -> str:
-        """Which windows, in the order of training, the batch of a step held."""
-        first = self.metrics.totals(step - 1).tokens // self.recipe.data.context
-        return f"its batch: windows {first} to {first + self.stage.batch_size - 1} of the run"
+    def _stepper(self, masked: bool) -> Any:
+        """The train step, compiled once, though the stage may be rewound; the one for the other steps is forgotten."""
+        if self._compiled is None or self._compiled[0] != masked:
+            self._compiled = masked, self.program.stepper(masked)
+        return self._compiled[1]
+
+    def _last_rewind(self) -> int | None:
+        """The step that this stage was last rewound to."""
+        mine = [record["to"] for record in self.history.get("rewinds", []) if record["stage"] == self.stage.name]
+        return mine[-1] if mine else None
+
+    def _rewound(self, spiked: _Spiked, show: Progress) -> TrainState:
+        """The state before a spike; the data goes on after it.
+
+        Where the run is killed before its next save, it comes to the spike again, and to the same decision.
+        """
+        stage, (spike, first), guard = self.stage, spiked, self.recipe.spike_guard
+        assert guard is not None
+        self.watch.at(REWIND, spike.step)
+        restored = restore_before(spike, guard, self.store, self.program.abstract_state)
+        step, rewinds = restored.step, self.history.get("rewinds", [])
+        where = self.store.directory / str(step)
+        before, position = report.read_run(restored.meta, restored.blobs, where)
+        self.batches.restore(position)
+        skipped = skip_behind(spike, first, guard, self.batches, stage.batch_size)
+        record = {"stage": stage.name, "step": spike.step, "to": step, **spike.record(), **skipped}
+        self.history.clear()
+        self.history.update(before, rewinds=[*rewinds, record])
+        self.store.discard_after(step)
+        self.guards = self._guards(step, restored.blobs.get(MEMORY))
+        self.metrics.close()
+        self.metrics.open(step)
+        # At the step that comes first now: what is resumed from a checkpoint before it writes the line again.
+        self.metrics.write("rewind", step + 1, {"to": step, "spike": spike.step, **spike.record(), **skipped})
+        show.rewound(step)
+        if distributed.is_primary():
+            log.warning(
+                "Stage %s, step %d: %s, a spike that began at step %d. The stage goes on from step %d, without %s.",
+                *(stage.name, spike.step, spike_text(spike), spike.since, step, batch_text(skipped)),
+            )
+        state: TrainState = restored.state
+        return state
+
+    def _guards(self, step: int, memory: bytes | None) -> StepGuards:
+        stage, settings = self.stage, self.settings
+        rewarm = 0 if stage.growth is None else stage.growth.rewarm_steps - (stage.since_growth or 0)
+        quiet = max(stage.ramp_steps, stage.optimizer.warmup_steps, rewarm)
+        facts = StageFacts(stage.name, stage.batch_size, stage.cfg.vocab, quiet)
+        limits = StepLimits(settings.max_bad_steps, settings.max_loss, self.recipe.spike_guard, settings.gradient_alarm)
+        return StepGuards(facts, limits, self.history, self.batches, self.metrics.write, step, memory)
 
     def _written(self, step: int, measured: Mapping[str, Any]) -> None:
         """Writes a held-out measurement, and the plot of all so far."""
@@ -319,5 +384,8 @@ class StageRun:
         distributed.assert_equal("The data read so far", self.batches.mark(), advice)
         self.store.discard_after(step - 1)
         blobs = {**self.files, POSITION: self.batches.state()}
+        if memory := self.guards.memory():
+            blobs[MEMORY] = memory
+        self.store.kept_for_now = self.guards.needed(step)
         self.store.save(step, state, signatures=signature_texts(stage.cfg), meta=meta, blobs=blobs)
         self.metrics.write("save", step, {})

@@ -49,6 +49,7 @@ from flm_jax.data.source import Data, open_data, verified_behind
 from flm_jax.files import sha256_json
 from flm_jax.generation import Sampling
 from flm_jax.generation.decode import continued
+from flm_jax.guards import MEMORY, watching
 from flm_jax.progress import Interrupts
 from flm_jax.recipe import Recipe, ResolvedStage, Run, begin, check_vocabulary, resolve
 from flm_jax.records import DATA, RECIPE, as_dict, check_identity, write_identity, write_record
@@ -87,6 +88,7 @@ def train(
         cannot go on from the other run. Nothing is overwritten.
       GrowthError: a growth did not preserve what its method promises.
       NonFiniteError: the loss or the gradient was not finite for `run.max_bad_steps` steps in a row.
+      SpikeError: the loss spiked more often than `recipe.spike_guard` allows.
       CheckpointError: a checkpoint cannot be written or does not fit the model.
       PeerError: one of these errors was raised in another process.
     """
@@ -161,22 +163,25 @@ def train(
         first, restored = _newest(programs[first:], stores[first:])
         begins = restored is None
         history: dict[str, list[Any]] = {"evals": [], "growths": [], "skipped": []}
+        step, memory = 0, None
         if restored is not None:
             where = stores[first].directory / str(restored.step)
             state, (history, position) = restored.state, report.read_run(restored.meta, restored.blobs, where)
-            forked = None
+            step, memory, forked = restored.step, restored.blobs.get(MEMORY), None
         elif forked is not None and record is not None:
-            history = forked.history(record)
+            history, step, memory = forked.history(record), forked.old.step, forked.memory
         elif source is not None:
             state = source.restore(programs[0].mesh, stages[0].optimizer.name)
         del restored  # or it would keep the restored arrays in memory for the whole run
         stack.enter_context(verified_behind(data, run.verify_data))
+        watch = stack.enter_context(watching(run.watchdog, workdir))
         interrupts = stack.enter_context(Interrupts())
         for index in range(first, len(stages)):
             # The lineage of this stage needs the layer placement that earlier growths by distance have measured.
             stages = forking.with_fork(_placed(recipe, source, stages, history), record)
             worker = StageRun(
-                recipe, run, workdir, data, stages, index, stores[index], history, position, source, session
+                *(recipe, run, workdir, data, stages, index, stores[index], history, position, source, session, watch),
+                *((step, memory) if index == first else (0, None)),
             )
             with jax.set_mesh(worker.mesh):
                 if forked is not None and index == first and state is not None:

@@ -22,6 +22,7 @@ growth
 state
 checkpoint
 data
+guards
 source_checkpoint
 chat checkpoint_care distillation generation
 recipe

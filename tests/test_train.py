@@ -267,7 +267,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_then_stop_the_run(rec
     one = dataclasses.replace(recipe, stages=recipe.stages[:1])
     monkeypatch.setattr(stage_run, "put_batch", poisoned({2}))
     report = training.train(one, RUN, tmp_path / "one")
-    assert report["skipped_steps"] == [{"stage": "first", "step": 3}]
+    assert report["skipped_steps"] == [{"stage": "first", "step": 3, "windows": [16, 23]}]
     assert np.isfinite(report["stages"][0]["eval_loss"])
     monkeypatch.setattr(stage_run, "put_batch", poisoned({2, 3, 4, 5}))
     with pytest.raises(stage_run.NonFiniteError, match=r"Stage 'first': 3 steps in a row, up to step 5.*None of them"):

@@ -93,6 +93,8 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, not {keep}: the newest checkpoint is never deleted")
         self.directory = Path(directory).absolute()
         self._keep, self._keep_steps = keep, frozenset(keep_steps)
+        # Steps that are kept as well, until others are named.
+        self.kept_for_now: Collection[int] = ()
         self._primary = distributed.is_primary()
         self._read_only = read_only
         self._lock: IO[str] | None = None
@@ -344,7 +346,8 @@ class Checkpoints:
     def _prune(self) -> None:
         try:
             trusted = self._trusted()
-            self._steps.delete(step for step in trusted[: -self._keep] if step not in self._keep_steps)
+            kept = self._keep_steps.union(self.kept_for_now)
+            self._steps.delete(step for step in trusted[: -self._keep] if step not in kept)
         except OSError as error:  # the save itself has succeeded
             _log.warning("%s: old checkpoints could not be deleted: %s", self.directory, error)
 

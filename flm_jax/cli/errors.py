@@ -15,7 +15,7 @@ from flm_jax.checkpoint import CheckpointError, DamagedError
 from flm_jax.cli.flags import begun, exit_interrupted, refuse, was_interrupted
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import GrowthError
-from flm_jax.stage_run import NonFiniteError
+from flm_jax.guards import NonFiniteError, SpikeError
 
 # Errors that a user's input can cause; they are printed as one sentence. Others are bugs and keep their traceback.
 EXPECTED = (
@@ -24,6 +24,7 @@ EXPECTED = (
     GrowthError,
     CheckpointError,
     NonFiniteError,
+    SpikeError,
     distributed.PeerError,
     MissingExtraError,
 )

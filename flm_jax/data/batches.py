@@ -67,7 +67,13 @@ class StageNeed(NamedTuple):
 
 
 class TokenBatches(Protocol):
-    """The interface between data and training: an endless stream of batches that can save its position."""
+    """The interface between data and training: an endless stream of batches that can save its position.
+
+    Attributes:
+      position: windows that have been read, in all processes together.
+    """
+
+    position: int
 
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
         """The next global batch of `batch_size` windows, or only the given `rows` of it."""

@@ -73,6 +73,11 @@ class MixtureBatches:
         self.position += batch_size
         return batch
 
+    def rows_by_source(self, first: int, count: int) -> dict[str, int]:
+        """How many of `count` windows from position `first` on are of each source, for those that have any."""
+        numbers = np.bincount(self.order.span(first, count)[0], minlength=len(self._parts))
+        return {part.name: int(n) for part, n in zip(self._parts, numbers, strict=True) if n}
+
     def _say_what_runs_out(self, batch_size: int) -> None:
         for at, ended in self.order.run_out:
             if self.position < at <= self.position + batch_size:

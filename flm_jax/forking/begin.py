@@ -119,6 +119,12 @@ class Fork:
         return next((e for e in reversed(self.old.history["evals"]) if (e["stage"], e["step"]) == place), None)
 
     @property
+    def memory(self) -> bytes | None:
+        """What the old run's guards remember; None if the spikes that are looked for are others."""
+        changed = any(one.path.split(".")[0] == "spike_guard" for one in self.differences)
+        return None if changed else self.old.memory
+
+    @property
     def provenance(self) -> dict[str, Any] | None:
         """What led to step 0 of the stage, if the checkpoint is that step."""
         found = self.old.source.meta.provenance

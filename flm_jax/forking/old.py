@@ -13,6 +13,7 @@ from flm_jax.checkpoint.directory import Steps
 from flm_jax.checkpoint.find import STAGES, stage_directory, step_directory
 from flm_jax.checkpoint.manifest import read_blobs
 from flm_jax.files import sha256_json
+from flm_jax.guards import MEMORY
 from flm_jax.records import DATA, RECIPE, completed
 from flm_jax.records.foreign_json import check, field, read_json
 from flm_jax.source_checkpoint import SourceCheckpoint, read_source
@@ -31,6 +32,7 @@ class OldRun:
       source: the checkpoint.
       history: of the run until there.
       position: in its data.
+      memory: what its guards remember of the steps before.
     """
 
     workdir: Path
@@ -41,6 +43,7 @@ class OldRun:
     source: SourceCheckpoint
     history: dict[str, list[Any]]
     position: bytes
+    memory: bytes | None
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -91,6 +94,5 @@ def read_old(path: str | Path) -> OldRun:
     blobs = read_blobs(step, read_manifest(step))
     history, position = report.read_run({"history": source.meta.history}, blobs, step)
     data = read_json(workdir / DATA, finite=False)
-    return OldRun(
-        workdir, recipe, sha256_json(written), data, folders.index(step.parent.name), source, history, position
-    )
+    index, memory = folders.index(step.parent.name), blobs.get(MEMORY)
+    return OldRun(workdir, recipe, sha256_json(written), data, index, source, history, position, memory)

@@ -19,6 +19,7 @@ from flm_jax.data.train_vocabulary import Pretrained, SentencePiece
 from flm_jax.distillation import Teacher
 from flm_jax.growth.plan import Growth
 from flm_jax.growth.trained import TRAINED
+from flm_jax.guards import GradientAlarm, SpikeGuard, Watchdog
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.records import meant, recorded
 from flm_jax.records.fields import Name, NonNegative, Positive, Seed, Size, one_of
@@ -76,6 +77,7 @@ class Recipe:
       start: a checkpoint that the first stage continues with, or grows from, if it has a growth; empty: none. The data
         starts from its beginning, the report leaves out what was spent before, and the checkpoint must be there
         whenever the run is resumed.
+      spike_guard: what rewinds the run at a spike of the loss, and skips batches; None: nothing does.
     """
 
     stages: tuple[Stage, ...]
@@ -87,6 +89,7 @@ class Recipe:
     eval_every: Size = field(default=50, metadata={"compared": False})
     # The path may change: the checkpoint is identified by its digest, which is recorded.
     start: str = field(default="", metadata={"identity": False})
+    spike_guard: SpikeGuard | None = None
 
     def __post_init__(self) -> None:
         if self.data.vocabulary is None:
@@ -115,6 +118,8 @@ class Run:
       tracker: a service that measurements are also sent to; None: they are only in files of the work directory.
       verify_data: MB per second that a thread of each process reads to verify the whole token store while the run
         trains; 0: a block is verified when it is first read, and no other.
+      gradient_alarm: when the gradient's norm is told to be too large; None: never.
+      watchdog: when a process says that something takes too long, and may end; None: never.
     """
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -129,6 +134,8 @@ class Run:
     sample_tokens: Size = 120
     tracker: Wandb | Mlflow | Trackio | None = None
     verify_data: NonNegative = 0.0
+    gradient_alarm: GradientAlarm | None = field(default_factory=GradientAlarm)
+    watchdog: Watchdog | None = field(default_factory=Watchdog)
 
     def mesh_of(self, stage: Stage) -> MeshConfig:
         """How devices are laid out for a stage."""
