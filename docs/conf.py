@@ -44,6 +44,7 @@ NAVIGATION = {
         "docs/savings.md",
         "docs/metrics.md",
         "docs/fork.md",
+        "docs/guards.md",
         "docs/checkpoints.md",
         "docs/launch.md",
         "docs/pods.md",

@@ -9,6 +9,7 @@ import pytest
 
 from flm_jax.guards import Watch, Watchdog, watching
 from flm_jax.guards.watch import DATA, SAVE, STEP
+from tests.test_processes import start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,3 +113,15 @@ def test_a_process_that_hangs_tells_where_and_ends(wait, status, tmp_path):
     if status == 79:
         assert "error: Process 0, step 7: computing the step has taken" in done.stderr
         assert "in stuck" in (tmp_path / "stalls.0.txt").read_text()
+
+
+@pytest.mark.integration
+def test_of_two_processes_each_watches_itself_and_the_one_that_hangs_ends_both(tmp_path):
+    printed = start(tmp_path, 2, 4, {"do": "stalled", "name": "stalled"})
+    assert printed[1].endswith("exit status 79") and printed[0].endswith("exit status 1")
+    # The one that hangs says what it does, the other one what it waits for, and why it ends.
+    assert "error: Process 1, step 2: reading the batch has taken" in printed[1]
+    assert "error: process 1 failed: Process 1, step 2: reading the batch has taken" in printed[0]
+    stacks = [(tmp_path / f"stalls.{process}.txt").read_text() for process in range(2)]
+    assert "Process 0, step 2: the vote to stop has taken" in stacks[0] and "in stalled" in stacks[0]
+    assert "Process 1, step 2: reading the batch has taken" in stacks[1] and "in stalled" in stacks[1]

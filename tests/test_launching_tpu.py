@@ -245,6 +245,7 @@ HOSTS = "flm_launch: host={} state={} attempt={} status={} asked={} launch=d"
         ([("ended", 1, 1, 0)] * 2, Verdict.FAILED),
         ([("ended", 1, 1, 0), ("lost", 1, "-", 0)], Verdict.AGAIN),
         ([("ended", 1, 1, 0), ("ended", 1, 137, 0)], Verdict.AGAIN),
+        ([("ended", 1, 1, 0), ("ended", 1, 79, 0)], Verdict.AGAIN),
         ([("ended", 1, 1, 0), ("new", 0, "-", 0)], Verdict.AGAIN),
     ],
 )

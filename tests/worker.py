@@ -23,6 +23,8 @@ from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.growth import Growth
+from flm_jax.guards import Watchdog, watching
+from flm_jax.guards.watch import DATA, VOTE
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.sharding import MeshConfig, make_mesh, own_rows
@@ -88,6 +90,19 @@ def alone(folder: Path) -> object:
         distributed.fail_together("no more data")
     vote = distributed.Vote(make_mesh(MESH))
     return [vote(True), vote(True)]
+
+
+def stalled(folder: Path) -> object:
+    """Process 1 hangs before its second vote, and its watchdog ends it; process 0 waits for it, and says so."""
+    vote, primary = distributed.Vote(make_mesh(MESH)), distributed.is_primary()
+    vote(False)
+    dog = Watchdog(at_least_seconds=0.5, first_seconds=0.5 if primary else 4.0, end=not primary)
+    with watching(dog, folder) as watch:
+        watch.at(VOTE if primary else DATA, 2)
+        if not primary:
+            time.sleep(600)
+        while True:
+            vote(False)
 
 
 def main() -> None:

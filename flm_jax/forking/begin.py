@@ -121,7 +121,7 @@ class Fork:
     @property
     def memory(self) -> bytes | None:
         """What the old run's guards remember; None if the spikes that are looked for are others."""
-        changed = any(one.path.split(".")[0] == "spike_guard" for one in self.differences)
+        changed = any(one.path[0] == "spike_guard" for one in self.differences)
         return None if changed else self.old.memory
 
     @property
