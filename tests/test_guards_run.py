@@ -1,0 +1,129 @@
+"""A run on data with a poisoned batch: it rewinds and leaves the batch out, also if it is killed while it does."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from flm_jax import train as training
+from flm_jax.checkpoint import Checkpoints, read_manifest
+from flm_jax.data.mixture_batches import MixtureBatches
+from flm_jax.guards import SpikeGuard
+from flm_jax.recipe import Recipe, Run, Stage
+from flm_jax.sharding import MeshConfig
+from flm_jax.tracking import read_log
+from tests.mixtures import write
+from tests.runs import FAST, recipe_of
+from tests.small import shape
+
+pytestmark = pytest.mark.integration
+
+STEPS, BATCH, POISONED = 20, 8, 13  # the batch that step 13 would read holds targets that no text has
+RUN = Run(mesh=MeshConfig(fsdp=2, tensor=2), checkpoint_every=5, keep=1, log_every=1, sample_tokens=2)
+GUARD = SpikeGuard(sigmas=3.0, least=0.5, window=8, rewind_steps=3, save_every=4, skip_batches=1)
+UNUSED = 261  # an id of the model's embedding beyond the bytes
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Recipe:
+    data = write(tmp_path_factory.mktemp("mixture"))
+    return recipe_of(data, Stage("only", shape(layers=1), STEPS, BATCH, FAST), eval_every=50, spike_guard=GUARD)
+
+
+@pytest.fixture(scope="module")
+def read():
+    """The position of every batch that was read, of which the poisoned one has other targets."""
+    positions, honest = [], MixtureBatches.next
+
+    def poisoned(self, batch_size, rows=None):
+        first = self.position
+        batch = honest(self, batch_size, rows)
+        if rows is None or len(rows):
+            positions.append(first // BATCH + 1)
+        if first == (POISONED - 1) * BATCH and len(batch.targets_BT):
+            batch.targets_BT[:] = UNUSED
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MixtureBatches, "next", poisoned)
+        yield positions
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, read, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    read.clear()
+    return workdir, training.train(recipe, RUN, workdir), list(read)
+
+
+def digest(workdir) -> str:
+    return read_manifest(workdir / "checkpoints" / "0_only" / str(STEPS)).state_digest
+
+
+def lines(workdir) -> list[dict]:
+    """The log, without times, and without what differs between starts and ways to run."""
+    found = [line for line in read_log(workdir / "metrics.jsonl") if line["kind"] not in ("start", "save")]
+    return [{k: v for k, v in line.items() if k != "time" and not k.endswith("_second")} for line in found]
+
+
+def test_a_run_rewinds_before_a_spike_leaves_its_batch_out_and_learns_on(unbroken):
+    workdir, report, read = unbroken
+    (rewind,) = report["rewinds"]
+    # Steps 1 to 14 run: the spike of step 13 is seen while the next one is computed. The last saved step that is three
+    # before it is 8; the batches from there to one behind the spike are left out.
+    assert read == [*range(1, 15), *range(15, 15 + STEPS - 8)]
+    assert {name: rewind[name] for name in ("stage", "step", "since", "what", "to", "windows")} == {
+        "stage": "only",
+        "step": POISONED,
+        "since": POISONED,
+        "what": "loss",
+        "to": 8,
+        "windows": [8 * BATCH, 14 * BATCH - 1],
+    }
+    assert sum(rewind["sources"].values()) == 6 * BATCH and set(rewind["sources"]) == {"prose", "code", "numbers"}
+    log = lines(workdir)
+    train = [line for line in log if line["kind"] == "train"]
+    assert [line["stage_step"] for line in train] == list(range(1, STEPS + 1))
+    assert max(line["loss"] for line in train) < rewind["bound"] < rewind["value"]
+    (line,) = [line for line in log if line["kind"] == "rewind"]
+    assert (line["stage_step"], line["to"], line["spike"], line["windows"]) == (9, 8, POISONED, rewind["windows"])
+    first, last = report["evals"][0]["loss"], report["evals"][-1]["loss"]
+    assert last < first - 0.5
+    page = (workdir / "report.md").read_text()
+    assert "| only | 13 | the loss is " in page and "| to step 8, without windows 64 to 111 of the run: " in page
+
+
+def test_a_run_that_is_killed_while_it_rewinds_ends_with_the_same_bits(unbroken, recipe, read, tmp_path, monkeypatch):
+    """Saving at other steps than the one that is not killed: where a rewind goes to is up to the recipe alone."""
+    workdir, run = tmp_path / "run", dataclasses.replace(RUN, checkpoint_every=6, keep=2)
+    saved = workdir / "checkpoints" / "0_only"
+
+    def killed(name, step):
+        """Trains until a method of the checkpoint manager is called with a step; the steps that are then on disk."""
+        honest = getattr(Checkpoints, name)
+
+        def kill(self, at, *given, **named):
+            if at == step:
+                raise SystemExit("killed")
+            return honest(self, at, *given, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, name, kill)
+            with pytest.raises(SystemExit, match="killed"):
+                training.train(recipe, run, workdir)
+        return sorted(int(path.name) for path in saved.glob("[0-9]*"))
+
+    # Before the steps after the rewind are deleted; before the first step after it is saved; and later.
+    assert killed("discard_after", 8) == [0, 8, 12]
+    assert killed("save", 9) == [0, 8]
+    assert killed("save", 18) == [0, 12, 16]
+    read.clear()
+    report = training.train(recipe, run, workdir)
+    assert read == [23, 24, 25, 26], "from step 16, whose data lies behind what was left out"
+    assert digest(workdir) == digest(unbroken[0])
+    assert json.loads(json.dumps(report)) == json.loads(json.dumps(unbroken[1]))
+    assert lines(workdir) == lines(unbroken[0])
+    assert np.isfinite(report["evals"][-1]["loss"])
+    shutil.rmtree(workdir)
