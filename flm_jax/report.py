@@ -47,7 +47,8 @@ def read_history(meta: Mapping[str, Any]) -> dict[str, list[Any]]:
             where = f"entry {number} of its {name}"
             for key, kind in fields.items():
                 field(check(entry, dict, where), key, kind, where)
-            _check_batch(entry, where)
+            if name != "evals":  # whose sources are losses
+                _check_batch(entry, where)
     for number, entry in enumerate(found["growths"]):
         _measured(GrowthRecord.from_record(check(entry, dict, f"entry {number} of its growths")))
     if "forks" in history:

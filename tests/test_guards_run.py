@@ -20,9 +20,9 @@ from tests.small import shape
 
 pytestmark = pytest.mark.integration
 
-STEPS, BATCH, POISONED = 20, 8, 13  # the batch that step 13 would read holds targets that no text has
+STEPS, BATCH, POISONED = 24, 8, 17  # the batch that step 17 would read holds targets that no text has
 RUN = Run(mesh=MeshConfig(fsdp=2, tensor=2), checkpoint_every=5, keep=1, log_every=1, sample_tokens=2)
-GUARD = SpikeGuard(sigmas=3.0, least=0.5, window=8, rewind_steps=3, save_every=4, skip_batches=1)
+GUARD = SpikeGuard(sigmas=2.0, least=0.5, window=8, rewind_steps=3, save_every=4, skip_batches=1)
 UNUSED = 261  # an id of the model's embedding beyond the bytes
 
 
@@ -71,28 +71,28 @@ def lines(workdir) -> list[dict]:
 def test_a_run_rewinds_before_a_spike_leaves_its_batch_out_and_learns_on(unbroken):
     workdir, report, read = unbroken
     (rewind,) = report["rewinds"]
-    # Steps 1 to 14 run: the spike of step 13 is seen while the next one is computed. The last saved step that is three
-    # before it is 8; the batches from there to one behind the spike are left out.
-    assert read == [*range(1, 15), *range(15, 15 + STEPS - 8)]
+    # Steps 1 to 18 run: the spike of step 17 is seen while the next one is computed. The last saved step that is three
+    # before it is 12; the batches from there to one behind the spike are left out.
+    assert read == [*range(1, 19), *range(19, 19 + STEPS - 12)]
     assert {name: rewind[name] for name in ("stage", "step", "since", "what", "to", "windows")} == {
         "stage": "only",
         "step": POISONED,
         "since": POISONED,
         "what": "loss",
-        "to": 8,
-        "windows": [8 * BATCH, 14 * BATCH - 1],
+        "to": 12,
+        "windows": [12 * BATCH, 18 * BATCH - 1],
     }
     assert sum(rewind["sources"].values()) == 6 * BATCH and set(rewind["sources"]) == {"prose", "code", "numbers"}
     log = lines(workdir)
     train = [line for line in log if line["kind"] == "train"]
     assert [line["stage_step"] for line in train] == list(range(1, STEPS + 1))
-    assert max(line["loss"] for line in train) < rewind["bound"] < rewind["value"]
+    assert max(line["loss"] for line in train[12:]) < rewind["bound"] < rewind["value"]
     (line,) = [line for line in log if line["kind"] == "rewind"]
-    assert (line["stage_step"], line["to"], line["spike"], line["windows"]) == (9, 8, POISONED, rewind["windows"])
+    assert (line["stage_step"], line["to"], line["spike"], line["windows"]) == (13, 12, POISONED, rewind["windows"])
     first, last = report["evals"][0]["loss"], report["evals"][-1]["loss"]
     assert last < first - 0.5
     page = (workdir / "report.md").read_text()
-    assert "| only | 13 | the loss is " in page and "| to step 8, without windows 64 to 111 of the run: " in page
+    assert "| only | 17 | the loss is " in page and "| to step 12, without windows 96 to 143 of the run: " in page
 
 
 def test_a_run_that_is_killed_while_it_rewinds_ends_with_the_same_bits(unbroken, recipe, read, tmp_path, monkeypatch):
@@ -116,12 +116,12 @@ def test_a_run_that_is_killed_while_it_rewinds_ends_with_the_same_bits(unbroken,
         return sorted(int(path.name) for path in saved.glob("[0-9]*"))
 
     # Before the steps after the rewind are deleted; before the first step after it is saved; and later.
-    assert killed("discard_after", 8) == [0, 8, 12]
-    assert killed("save", 9) == [0, 8]
-    assert killed("save", 18) == [0, 12, 16]
+    assert killed("discard_after", 12) == [0, 12, 16]
+    assert killed("save", 13) == [0, 12]
+    assert killed("save", STEPS) == [0, 16, 18, 20]
     read.clear()
     report = training.train(recipe, run, workdir)
-    assert read == [23, 24, 25, 26], "from step 16, whose data lies behind what was left out"
+    assert read == [27, 28, 29, 30], "from step 20, whose data lies behind what was left out"
     assert digest(workdir) == digest(unbroken[0])
     assert json.loads(json.dumps(report)) == json.loads(json.dumps(unbroken[1]))
     assert lines(workdir) == lines(unbroken[0])
