@@ -93,26 +93,21 @@ def test_a_folder_that_cannot_be_written_does_not_silence_it(tmp_path, capfd):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("wait", "status"), [("time.sleep(60)", 79), ("ctypes.PyDLL(None).sleep(60)", 1)])
-def test_a_process_that_hangs_tells_where_and_ends(wait, status, tmp_path):
-    """Also where the waiting thread lets no Python code run: then the status is that of faulthandler."""
+def test_a_thread_that_lets_no_python_code_run_is_told_by_faulthandler(tmp_path):
+    """As one that waits for a page of a file; the watchdog's own thread cannot run then."""
     program = (
         "import ctypes, pathlib, time\n"
         "from flm_jax.guards import Watchdog, watching\n"
         "def stuck():\n"
-        f"    {wait}\n"
+        "    ctypes.PyDLL(None).sleep(60)\n"
         "dog = Watchdog(at_least_seconds=0.4, first_seconds=0.8, end=True)\n"
         f"with watching(dog, pathlib.Path({str(tmp_path)!r})) as watch:\n"
         "    watch.at('computing the step', 7)\n"
-        "    time.sleep(0.5)\n"
+        "    time.sleep(0.3)\n"
         "    stuck()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
-    assert done.returncode == status, done.stderr
-    assert "in stuck" in done.stderr
-    if status == 79:
-        assert "error: Process 0, step 7: computing the step has taken" in done.stderr
-        assert "in stuck" in (tmp_path / "stalls.0.txt").read_text()
+    assert done.returncode == 1 and "in stuck" in done.stderr, done.stderr
 
 
 @pytest.mark.integration

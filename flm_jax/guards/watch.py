@@ -162,8 +162,8 @@ def _is_file(stream: object) -> bool:
 
 def end_stalled(sentence: str) -> None:
     """Tells the other processes that this one is stalled, and ends it with status 79."""
-    distributed.fail_together(sentence, STALLED)
     print(f"error: {sentence}", file=sys.stderr, flush=True)
+    distributed.fail_together(sentence, STALLED)
     os._exit(STALLED)
 
 
