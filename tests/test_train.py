@@ -17,6 +17,7 @@ from flm_jax.data.corpora import TextFolder
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.source import open_data
 from flm_jax.growth import Growth, GrowthError
+from flm_jax.guards import NonFiniteError
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage, resolve
 from flm_jax.records import check_identity
@@ -270,13 +271,13 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_then_stop_the_run(rec
     assert report["skipped_steps"] == [{"stage": "first", "step": 3, "windows": [16, 23]}]
     assert np.isfinite(report["stages"][0]["eval_loss"])
     monkeypatch.setattr(stage_run, "put_batch", poisoned({2, 3, 4, 5}))
-    with pytest.raises(stage_run.NonFiniteError, match=r"Stage 'first': 3 steps in a row, up to step 5.*None of them"):
+    with pytest.raises(NonFiniteError, match=r"Stage 'first': 3 steps in a row, up to step 5.*None of them"):
         training.train(one, RUN, tmp_path / "three")
     skipped = [line for line in measurements(tmp_path / "three") if line["kind"] == "skip"]
     assert [(line["step"], line["loss"]) for line in skipped] == [(3, None), (4, None), (5, None)]
     monkeypatch.setattr(stage_run, "put_batch", honest)
     with pytest.raises(
-        stage_run.NonFiniteError,
+        NonFiniteError,
         match=r"Stage 'first', step 1: the loss is 5\.\d+ nats per token, more than 0.9 times that of a uniform guess "
         r"\(5.576; its batch: windows 0 to 7 of the run\): training has diverged",
     ):
