@@ -10,7 +10,9 @@ import pytest
 from flm_jax import train as training
 from flm_jax.checkpoint import Checkpoints, read_manifest
 from flm_jax.data.mixture_batches import MixtureBatches
+from flm_jax.data.source import open_data
 from flm_jax.guards import SpikeGuard
+from flm_jax.guards.steps import batch_record
 from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.sharding import MeshConfig
 from flm_jax.tracking import read_log
@@ -66,6 +68,20 @@ def lines(workdir) -> list[dict]:
     """The log, without times, and without what differs between starts and ways to run."""
     found = [line for line in read_log(workdir / "metrics.jsonl") if line["kind"] not in ("start", "save")]
     return [{k: v for k, v in line.items() if k != "time" and not k.endswith("_second")} for line in found]
+
+
+def test_batches_that_are_left_out_leave_the_data_where_reading_them_does(recipe):
+    source = dataclasses.replace(recipe.data, corpus=recipe.data.mixture.sources[0].corpus)
+    for data in (recipe.data, source):
+        skipped, whole = open_data(data, progress=False).train(), open_data(data, progress=False).train()
+        for _ in range(30):  # beyond an epoch of the source
+            skipped.next(BATCH, np.zeros(0, np.int64))
+            whole.next(BATCH)
+        assert skipped.state() == whole.state() and skipped.position == 30 * BATCH
+        np.testing.assert_array_equal(skipped.next(BATCH).inputs_BT, whole.next(BATCH).inputs_BT)
+    mixed = open_data(recipe.data, progress=False).train()
+    counts = np.bincount(mixed.next(BATCH).sources.numbers_B, minlength=3).tolist()
+    assert batch_record(mixed, 0, BATCH)["sources"] == dict(zip(("prose", "code", "numbers"), counts, strict=True))
 
 
 def test_a_run_rewinds_before_a_spike_leaves_its_batch_out_and_learns_on(unbroken):

@@ -2,12 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flm_jax.guards import Spike, SpikeDetector, SpikeGuard
 from flm_jax.guards.spikes import Window, median
+
+CURVE = Path(__file__).resolve().parent / "golden" / "curve.json"
 
 
 def spikes(losses, guard=None, quiet=0, norms=None) -> list[Spike]:
@@ -73,6 +76,17 @@ def test_there_is_none_on_a_decline_a_warm_up_and_a_mask_ramp():
     ramp[150:] += 1.0
     assert spikes(ramp, quiet=200) == []
     assert spikes(ramp)[0].step == 151
+
+
+def test_the_loss_of_a_real_run_has_none_and_its_gradient_norm_only_single_steps():
+    curve = json.loads(CURVE.read_text())
+    losses, norms = curve["losses"], curve["norms"]
+    assert len(losses) == 900 and spikes(losses, SpikeGuard(sigmas=4.0), 30) == []
+    assert len(spikes(losses, SpikeGuard(sigmas=3.0), 30)) == 2
+    assert {spike.what for spike in spikes(losses, SpikeGuard(gradient_sigmas=6.0), 30, norms)} == {"grad_norm"}
+    assert spikes(losses, SpikeGuard(gradient_sigmas=6.0, in_a_row=2), 30, norms) == []
+    losses[600] += 2.0  # the loss of a batch that is noise, at a step whose loss would be 2.3
+    assert [spike.step for spike in spikes(losses, quiet=30)] == [601]
 
 
 def test_a_stage_begins_with_an_empty_window():

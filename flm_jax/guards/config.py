@@ -25,7 +25,8 @@ class SpikeGuard:
 
     Attributes:
       sigmas: deviations above the median from which on a step's loss is a spike.
-      gradient_sigmas: the same for the logarithm of the gradient's norm; 0: the norm is not looked at.
+      gradient_sigmas: the same for the logarithm of the gradient's norm; 0: the norm is not looked at. Norms have long
+        tails: with it, `in_a_row` is best 2 or more.
       least: nats per token by which the loss of a spike exceeds the median in any case.
       window: good steps that median and deviation are taken over.
       in_a_row: steps above the bound, one after the other, that make a spike.
