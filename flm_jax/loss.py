@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,33 @@ from flm_jax.model import Masks, Params, Transformer
 from flm_jax.sharding import put_batch, replicated
 
 
+class TokenSums(NamedTuple):
+    """Weighted sums over the tokens of a batch, () each; of a mixture over those of each row, (B,).
+
+    Attributes:
+      loss: of the cross-entropies, in nats.
+      squared_log_z: of (log Z)^2, where Z is the sum of the exponentials of a token's logits; None: not asked for.
+    """
+
+    loss: jax.Array
+    squared_log_z: jax.Array | None = None
+
+
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """The loss -log p(target) of every token, (B, T), in nats, in the dtype of the logits; NaN for an unknown id."""
+    return cross_entropy_and_log_z(logits_BTV, targets_BT)[0]
+
+
+def cross_entropy_and_log_z(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The loss of every token, as `cross_entropy`, and log Z = logsumexp(logits), (B, T) each."""
     # Taking the target's logit by its index would scatter its gradient into an array of zeros; a sum of the one value
     # that is not masked is the same number, and its gradient is part of one pass over the logits.
     ids_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, logits_BTV.ndim - 1)
     target_BT = jnp.sum(jnp.where(ids_BTV == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
     # An id that the vocabulary does not have would count as a logit of 0.
     known_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.where(known_BT, target_BT, jnp.nan)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return log_z_BT - jnp.where(known_BT, target_BT, jnp.nan), log_z_BT
 
 
 def loss_sum(
@@ -34,7 +52,7 @@ def loss_sum(
     inputs_BT: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    segments_BT: jax.Array,
+    segments_BT: jax.Array | None,
     masks: Masks | None = None,
     chunks: int = 1,
 ) -> jax.Array:
@@ -46,7 +64,7 @@ def loss_sum(
       inputs_BT: int32 token ids.
       targets_BT: int32, the token that follows each input.
       weights_BT: float32, 0 for tokens that are ignored.
-      segments_BT: int32, equal within a document.
+      segments_BT: int32, equal within a document; None: each row is one document.
       masks: growth masks.
       chunks: number of parts that the head is applied to one after the other, each T / chunks positions, recomputed in
         the backward pass; 1: all positions at once.
@@ -54,13 +72,19 @@ def loss_sum(
     Raises:
       ValueError: `chunks` does not divide T.
     """
-    return _summed(cfg, params, (inputs_BT, targets_BT, weights_BT, segments_BT), masks, chunks, None)
+    batch = _Tokens(inputs_BT, targets_BT, weights_BT, segments_BT)
+    return token_sums(cfg, params, batch, masks, chunks).loss
 
 
-def source_sums(cfg: ModelConfig, params: Params, batch: Any, masks: Masks | None = None, chunks: int = 1) -> jax.Array:
-    """As `loss_sum`, of the rows of each source of a mixture, (S,); `batch` is a `Batch` whose rows have sources."""
-    tokens = (batch.inputs_BT, batch.targets_BT, batch.weights_BT, batch.segments_BT)
-    return by_source(_summed(cfg, params, tokens, masks, chunks, 1), batch.sources)
+class _Tokens(NamedTuple):
+    """The fields of a `Batch` without sources, which this module may not import."""
+
+    inputs_BT: jax.Array
+    targets_BT: jax.Array
+    weights_BT: jax.Array
+    segments_BT: jax.Array | None
+    sources: None = None
+    positions_BT: None = None
 
 
 def by_source(values_B: jax.Array, sources: Any) -> jax.Array:
@@ -70,20 +94,44 @@ def by_source(values_B: jax.Array, sources: Any) -> jax.Array:
     return jnp.sum(jnp.where(own_BS, values_B[:, None], 0), axis=0)
 
 
-def _summed(
-    cfg: ModelConfig, params: Params, tokens: tuple[jax.Array, ...], masks: Masks | None, chunks: int, axis: int | None
-) -> jax.Array:
-    """The weighted sum of the losses of all tokens, or with axis 1 of each row; `tokens` as those of `loss_sum`."""
-    inputs_BT, targets_BT, weights_BT, segments_BT = tokens
-    model = Transformer(cfg)
-    x_BTD, _ = model.apply({"params": params}, inputs_BT, segments_BT, masks, method="hidden")
+def token_sums(
+    cfg: ModelConfig, params: Params, batch: Any, masks: Masks | None = None, chunks: int = 1, log_z: bool = False
+) -> TokenSums:
+    """The weighted sums over all tokens of a batch; over those of each row if the rows have sources.
 
-    def of_chunk(x_BtD: jax.Array, targets_Bt: jax.Array, weights_Bt: jax.Array) -> jax.Array:
+    Args:
+      cfg: the model.
+      params: its parameters.
+      batch: a `Batch`.
+      masks: growth masks.
+      chunks: as for `loss_sum`.
+      log_z: whether to sum (log Z)^2 too.
+
+    Raises:
+      ValueError: `chunks` does not divide T.
+    """
+    model, axis = Transformer(cfg), rows_apart(batch)
+    x_BTD, _ = hidden(cfg, params, batch, masks)
+
+    def of_chunk(x_BtD: jax.Array, targets_Bt: jax.Array, weights_Bt: jax.Array) -> TokenSums:
         logits_BtV: Any = model.apply({"params": params}, x_BtD, method="logits")
-        return jnp.sum(cross_entropy(logits_BtV, targets_Bt) * weights_Bt, axis=axis)
+        loss_Bt, log_z_Bt = cross_entropy_and_log_z(logits_BtV, targets_Bt)
+        squares = jnp.sum(jnp.square(log_z_Bt) * weights_Bt, axis=axis) if log_z else None
+        return TokenSums(jnp.sum(loss_Bt * weights_Bt, axis=axis), squares)
 
-    found: jax.Array = in_chunks(of_chunk, chunks, x_BTD, targets_BT, weights_BT)
+    found: TokenSums = in_chunks(of_chunk, chunks, x_BTD, batch.targets_BT, batch.weights_BT)
     return found
+
+
+def rows_apart(batch: Any) -> int | None:
+    """The axis that tokens of a `Batch` are summed over: the rows stay apart where they have sources."""
+    return None if batch.sources is None else 1
+
+
+def hidden(cfg: ModelConfig, params: Params, batch: Any, masks: Masks | None = None) -> Any:
+    """What `Transformer.hidden` gives for the tokens of a `Batch`."""
+    tokens = (batch.inputs_BT, batch.segments_BT, masks)
+    return Transformer(cfg).apply({"params": params}, *tokens, positions_BT=batch.positions_BT, method="hidden")
 
 
 def in_chunks(of_chunk: Callable[..., Any], chunks: int, *arrays: jax.Array) -> Any:
@@ -136,13 +184,11 @@ def make_heldout_sums(
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def sums(params: Params, batch: Any, masks: Masks | None) -> tuple[jax.Array, jax.Array]:
-        if batch.sources is not None:
-            total = source_sums(cfg, params, batch, masks, chunks)
-            return total, by_source(jnp.sum(batch.weights_BT, axis=1), batch.sources)
-        total = loss_sum(
-            cfg, params, batch.inputs_BT, batch.targets_BT, batch.weights_BT, batch.segments_BT, masks, chunks
-        )
-        return total, jnp.sum(batch.weights_BT)
+        total = token_sums(cfg, params, batch, masks, chunks).loss
+        weights = jnp.sum(batch.weights_BT, axis=rows_apart(batch))
+        if batch.sources is None:
+            return total, weights
+        return by_source(total, batch.sources), by_source(weights, batch.sources)
 
     def evaluate(params: Params, batches: Iterable[Any], masks: Masks | None = None) -> tuple[np.ndarray, np.ndarray]:
         with jax.set_mesh(mesh):

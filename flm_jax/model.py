@@ -203,12 +203,7 @@ class Attention(nn.Module):
         if not cfg.qk_norm:
             q_BTNH, k_BSKH = checkpoint_name(q_BTNH, "query"), checkpoint_name(k_BSKH, "key")
         if cache is None or layer is None:
-            o_BTNH = attend(
-                *(q_BTNH, k_BSKH, v_BSKH, shared.seen),
-                width=cfg.scores_width,
-                kernel=cfg.attention,
-                sliding_window=cfg.sliding_window,
-            )
+            o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, shared.seen, cfg.scores_width, cfg.attention, cfg.sliding_window)
         else:
             cache = append(cache, layer, k_BSKH, v_BSKH)
             o_BTNH = attend_cached(q_BTNH, cache, layer, shared.seen, cfg.scores_width)
@@ -313,6 +308,7 @@ class Transformer(nn.Module):
         segments_BT: jax.Array | None = None,
         masks: Masks | None = None,
         cache: Cache | None = None,
+        positions_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The residual stream after the final norm, (B, T, D), and the cache, extended by T positions.
 
@@ -321,12 +317,13 @@ class Transformer(nn.Module):
           segments_BT: int32, equal within a document; None: one document per row. Ignored if there is a cache.
           masks: growth masks; with None, the compiled program contains no masks.
           cache: keys and values of the earlier positions; None: these positions are the first.
+          positions_BT: int32, what heads are rotated by; None: 0 to T - 1 in each row. Ignored if there is a cache.
         """
         cfg, masks = self.cfg, masks or Masks()
         time = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         layers_L = None
         if cache is None:
-            positions, seen = time, see(cfg, tokens_BT.shape, segments_BT)
+            positions, seen = time if positions_BT is None else positions_BT, see(cfg, tokens_BT.shape, segments_BT)
         else:
             layers_L, slots = jnp.arange(cfg.layers, dtype=jnp.int32), time + cache.length
             positions, seen = slots, Seen(cached_mask(cache, slots, cfg.sliding_window))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import time
@@ -11,7 +12,10 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from flm_jax.distributed import is_primary
-from flm_jax.tracking import MetricsLog
+from flm_jax.tracking import MetricsLog, Waits, memory, utilisation
+from flm_jax.tracking.waits import SHARE, Running
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -29,7 +33,8 @@ class Progress:
         # Imported here, because using the library without a terminal does not need it.
         from tqdm import tqdm
 
-        self._metrics = metrics
+        self._metrics, self._name = metrics, name
+        self._waits, self._said, self._share = Waits(start), False, 0.0
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -59,19 +64,46 @@ class Progress:
         if self._compiling:
             # The first step after a start includes compilation, so it is not timed.
             self._compiling, self._since = False, (step, time.perf_counter())
+            self._waits.begin(step)
         elif write or not self._rate:
             now = time.perf_counter()
             self._rate = (step - begun) * cost.tokens_per_step / (now - since)
             self._since = (step, now)
-        self._bar.set_postfix_str(f"loss {values['loss']:.3f}{self._eval}, {self._rate:,.0f} tokens/s", refresh=False)
+        self._look_at_data(step)
+        waits = f", {self._share:.0%} of the time waiting for data" if self._share >= SHARE else ""
+        shown = f"loss {values['loss']:.3f}{self._eval}, {self._rate:,.0f} tokens/s{waits}"
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
         if write:
-            rates = {"tokens_per_second": self._rate, "flops_per_second": self._rate * cost.at(step)}
-            self._metrics.write("train", step, {**values, **rates})
+            flops = self._rate * cost.at(step)
+            rates = {"tokens_per_second": self._rate, "flops_per_second": flops, **utilisation(flops)}
+            self._metrics.write("train", step, {**values, **rates, **self._waits.per_step(step), **memory()})
+
+    def waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """A context whose time the run spends on `what`, such as device, save or heldout."""
+        return self._waits.on(what)
+
+    def reading(self, running: Running | None) -> contextlib.AbstractContextManager[None]:
+        """A context that reads the next batch; see `Waits.on_data`."""
+        return self._waits.on_data(running)
+
+    def _look_at_data(self, step: int) -> None:
+        """Notes the share of time that the run waits for its data, and says it once if it is large."""
+        share = self._waits.data_share(step)
+        self._share = self._share if share is None else share
+        if self._share >= SHARE and not self._said:
+            self._said = True
+            log.warning(
+                "Stage %s waits for its data: %.0f %% of the time before step %d, in which the devices had nothing to "
+                "do. Read it from a token store (DataConfig.streamed = False) on a local disk, and leave processor "
+                "cores free.",
+                *(self._name, 100 * self._share, step),
+            )
 
     def rewound(self, step: int) -> None:
         """Goes back to a step."""
         self._since = (step, time.perf_counter())
+        self._waits.begin(step)
         self._bar.update(step - self._bar.n)
 
     def evaluated(self, step: int, record: Mapping[str, Any]) -> None:

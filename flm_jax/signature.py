@@ -49,6 +49,8 @@ KINDS: Mapping[str, Kind] = {
 }
 
 STACK_AXIS = "layers"
+# The part of a block that has an inner axis; an axis that is not named here is a part of its own.
+PARTS: Mapping[str, str] = {"heads": "attention", "kv_heads": "attention", "head_dim": "attention", "mlp": "mlp"}
 
 
 class Role(enum.Enum):
@@ -155,6 +157,21 @@ class Signature:
     def decays(self) -> bool:
         """Whether weight decay applies: to parameters that read, not to gains and biases."""
         return bool(self.reads)
+
+    @property
+    def part(self) -> str:
+        """The part of the model that it belongs to: gains, embedding, head, attention or mlp.
+
+        A parameter on another inner axis belongs to the part that bears the axis's name.
+        """
+        if self.gains:
+            return "gains"
+        if "vocab" in self.reads:
+            return "embedding"
+        if "vocab" in self.writes:
+            return "head"
+        axis = next((a for a in (*self.reads, *self.writes) if KINDS[a] is not Kind.RESIDUAL), "residual")
+        return PARTS.get(axis, axis)
 
     def width_mult(self, sizes: Sizes, base: Sizes) -> float:
         """MuP's width multiplier: fan-in divided by fan-in at the base width, for matrix-like parameters; otherwise 1.

@@ -252,7 +252,8 @@ class StageRun:
         teacher = self._teacher(step)
 
         def look(at: int, first: int, metrics: Metrics) -> _Spiked | None:
-            values = metrics.by_name(tuple(self.data.sources))
+            with show.waiting("device"):
+                values = metrics.by_name(tuple(self.data.sources))
             show.step(at, values, write=at % settings.log_every == 0 or at == stage.steps)
             spike = self.guards.look(at, first, values)
             return None if spike is None else _Spiked(spike, first)
@@ -264,9 +265,10 @@ class StageRun:
             step += 1
             watch.at(DATA, step)
             first = self.batches.position
-            batch = put_batch(self.batches.next(stage.batch_size, rows), self.mesh, stage.batch_size)
+            with show.reading(None if pending is None else pending[2].loss):
+                batch = put_batch(self.batches.next(stage.batch_size, rows), self.mesh, stage.batch_size)
             watch.at(STEP, step)
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow"), show.waiting("device"):
                 state, metrics = stepper(state, batch, teacher=teacher)
             spiked = None if pending is None else look(*pending)
             pending = (step, first, metrics)
@@ -284,12 +286,14 @@ class StageRun:
                 return spiked
             if due_eval:
                 watch.at(EVAL, step)
-                measured = self._measure(step, state)
+                with show.waiting("heldout"):
+                    measured = self._measure(step, state)
                 show.evaluated(step, measured)
                 self._written(step, measured)
             if due_save or stop:
                 watch.at(SAVE, step)
-                self._save(step, state, None)
+                with show.waiting("save"):
+                    self._save(step, state, None)
         return state
 
     def _stepper(self, masked: bool) -> Any:

@@ -42,8 +42,9 @@ class Batch(NamedTuple):
       targets_BT: int32, the token after each input.
       weights_BT: float32, 1 where the target counts, 0 in rows that only fill up a batch.
       segments_BT: int32, how many documents have ended before each input in its row; attention stays within equal
-        numbers.
+        numbers. None: it crosses the borders of documents.
       sources: of a mixture, the source of each row; None: the rows are windows of one corpus.
+      positions_BT: int32, the position of each input in its document; None: positions run over the row.
     """
 
     inputs_BT: Any
@@ -51,6 +52,7 @@ class Batch(NamedTuple):
     weights_BT: Any
     segments_BT: Any
     sources: RowSources | None = None
+    positions_BT: Any = None
 
 
 class StageNeed(NamedTuple):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from flm_jax.data.corpora import Corpus, StandardLibrary
 from flm_jax.data.mixture import Mixture
 from flm_jax.data.train_vocabulary import CACHE, SentencePiece, VocabularyConfig
 from flm_jax.records import recorded
-from flm_jax.records.fields import Seed, Size
+from flm_jax.records.fields import Seed, Size, one_of
+
+# Whether attention crosses the borders of the documents in a window, and whether positions begin again at each.
+PACKINGS = ("separate", "restarted", "joined")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,9 @@ class DataConfig:
       vocabulary: how they are tokenised; a SeqioTask has its own vocabulary instead. None: the vocabulary of
         `Recipe.start`, or without a start `SentencePiece`.
       context: tokens per row.
+      packing: separate: attention stays within a document, and positions run over the window; restarted: the same, and
+        positions begin at 0 in each document, which changes rounding at most; joined: attention crosses the borders of
+        documents, as if a window were one.
       streamed: whether seqio reads and tokenises documents during training, without a token store. (`grow.streamed` is
         another thing: a growth from disk to disk.)
       seed: of the order.
@@ -30,6 +37,7 @@ class DataConfig:
     corpus: Corpus = dataclasses.field(default_factory=StandardLibrary)
     vocabulary: VocabularyConfig | None = None
     context: Size = 256
+    packing: Annotated[str, one_of(PACKINGS)] = "separate"
     streamed: bool = False
     seed: Seed = 0
     # Not "identity": the same data in another folder is the same recipe.

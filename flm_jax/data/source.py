@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import jax
 
 from flm_jax.data.batches import Batch, StageNeed, StoreBatches, TokenBatches, heldout_batches
-from flm_jax.data.config import DataConfig
+from flm_jax.data.config import PACKINGS, DataConfig
 from flm_jax.data.corpora import Corpus, TokenCorpus
 from flm_jax.data.mixture_data import open_mixture, recorded_mixture
+from flm_jax.data.packing import PackedBatches, laid_out
 from flm_jax.data.prepare import prepare
 from flm_jax.data.store import TokenStore
 from flm_jax.data.train_vocabulary import build_vocabulary
@@ -197,6 +198,60 @@ class StreamData:
         }
 
 
+class PackedData:
+    """Data whose batches are laid out as `DataConfig.packing` asks for it; the rest is that of other data."""
+
+    def __init__(self, data: Data, packing: str) -> None:
+        """Wraps data; see `DataConfig` for `packing`."""
+        self._data, self._packing = data, packing
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """See Data."""
+        return self._data.vocabulary
+
+    @property
+    def bytes_per_token(self) -> float:
+        """See Data."""
+        return self._data.bytes_per_token
+
+    @property
+    def digest(self) -> str:
+        """See Data."""
+        return self._data.digest
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """See Data."""
+        return self._data.sources
+
+    @property
+    def stores(self) -> tuple[TokenStore, ...]:
+        """See Data."""
+        return self._data.stores
+
+    def train(self, weights: Mapping[str, float] | None = None) -> PackedBatches:
+        """See Data."""
+        return PackedBatches(self._data.train(weights), self._packing)
+
+    def supply(self, stages: Sequence[StageNeed]) -> list[str]:
+        """See Data."""
+        return self._data.supply(stages)
+
+    def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
+        """See Data."""
+        return (laid_out(batch, self._packing) for batch in self._data.heldout(batch_size, windows))
+
+    def describe(self) -> dict[str, Any]:
+        """See Data."""
+        return {**self._data.describe(), "packing": self._packing}
+
+
+def packed(data: Data, packing: str) -> Data:
+    """The data with another packing; the data itself if that is how it is read anyway."""
+    return data if packing == PACKINGS[0] else PackedData(data, packing)
+
+
 def open_data(config: DataConfig, progress: bool = True) -> Data:
     """Opens the data of a config; prepares it first if necessary.
 
@@ -216,7 +271,7 @@ def open_data(config: DataConfig, progress: bool = True) -> Data:
       ValueError: processes have prepared different data.
       PeerError: another process could not open it.
     """
-    data = primary_then_others("data", lambda: _open(config, progress and is_primary()))
+    data = primary_then_others("data", lambda: packed(_open(config, progress and is_primary()), config.packing))
     advice = "Let all share one DataConfig.cache_dir, or copy that of one process to the others."
     assert_equal("The data's digest", data.digest, advice)
     assert_equal("The vocabulary's digest", data.vocabulary.digest, advice)
@@ -276,6 +331,13 @@ def recorded_data(record: Mapping[str, Any] | None) -> Data:
     """
     if record is None:
         raise LookupError("the checkpoint records no data")
+    packing = record.get("packing", PACKINGS[0])
+    if packing not in PACKINGS:
+        raise LookupError(f"the checkpoint records an unknown packing, {packing!r:.40}")
+    return packed(_recorded(record), packing)
+
+
+def _recorded(record: Mapping[str, Any]) -> Data:
     if "sources" in record:
         try:
             return recorded_mixture(record)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flm_jax.config import ModelConfig
-from flm_jax.loss import cross_entropy, in_chunks
+from flm_jax.loss import cross_entropy_and_log_z, hidden, in_chunks, rows_apart
 from flm_jax.model import Masks, Params, Transformer
+
+
+class DistilledSums(NamedTuple):
+    """Weighted sums over the tokens of a batch, in nats.
+
+    Attributes:
+      loss: of the cross-entropies, (); of a mixture those of each row, (B,).
+      kl: of the divergences from the teacher, ().
+      squared_log_z: as in `TokenSums`; None: not asked for.
+    """
+
+    loss: jax.Array
+    kl: jax.Array
+    squared_log_z: jax.Array | None = None
 
 
 def divergence(theirs_BTV: jax.Array, ours_BTU: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -37,8 +51,9 @@ def distilled_sums(
     masks: Masks | None = None,
     chunks: int = 1,
     temperature: float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
-    """The weighted sums of cross-entropies and of divergences from the teacher, each (), in nats.
+    log_z: bool = False,
+) -> DistilledSums:
+    """The weighted sums of cross-entropies and of divergences from the teacher.
 
     Args:
       cfg: the model.
@@ -49,24 +64,24 @@ def distilled_sums(
       masks: growth masks of the model.
       chunks: as for `loss.loss_sum`: of both models' logits only those of T / chunks positions exist at a time.
       temperature: of the divergence.
+      log_z: whether to sum (log Z)^2 of the model's logits too.
 
     Raises:
       ValueError: `chunks` does not divide T.
     """
-    model, other = Transformer(cfg), Transformer(teacher)
-    inputs_BT, segments_BT = batch.inputs_BT, batch.segments_BT
-    x_BTD, _ = model.apply({"params": params}, inputs_BT, segments_BT, masks, method="hidden")
-    y_BTE, _ = other.apply({"params": teacher_params}, inputs_BT, segments_BT, method="hidden")
+    model, other, axis = Transformer(cfg), Transformer(teacher), rows_apart(batch)
+    x_BTD, _ = hidden(cfg, params, batch, masks)
+    y_BTE, _ = hidden(teacher, teacher_params, batch)
 
-    def of_chunk(
-        x_BtD: jax.Array, y_BtE: jax.Array, targets_Bt: jax.Array, weights_Bt: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def of_chunk(x_BtD: jax.Array, y_BtE: jax.Array, targets_Bt: jax.Array, weights_Bt: jax.Array) -> DistilledSums:
         ours_BtU: Any = model.apply({"params": params}, x_BtD, method="logits")
         theirs_BtV: Any = other.apply({"params": teacher_params}, y_BtE, method="logits")
-        losses = cross_entropy(ours_BtU, targets_Bt), divergence(theirs_BtV, ours_BtU, temperature)
-        return jnp.sum(losses[0] * weights_Bt), jnp.sum(losses[1] * weights_Bt)
+        loss_Bt, log_z_Bt = cross_entropy_and_log_z(ours_BtU, targets_Bt)
+        kl = jnp.sum(divergence(theirs_BtV, ours_BtU, temperature) * weights_Bt)
+        squares = jnp.sum(jnp.square(log_z_Bt) * weights_Bt, axis=axis) if log_z else None
+        return DistilledSums(jnp.sum(loss_Bt * weights_Bt, axis=axis), kl, squares)
 
-    found: tuple[jax.Array, jax.Array] = in_chunks(
+    found: DistilledSums = in_chunks(
         of_chunk, chunks, x_BTD, jax.lax.stop_gradient(y_BTE), batch.targets_BT, batch.weights_BT
     )
     return found

@@ -115,6 +115,10 @@ class Trained:
 
         return jax.tree.map(one, self._entries, part, *others)
 
+    def only(self, tree: Any) -> Any:
+        """`part(tree)`, with 0 in place of the entries that do not train."""
+        return self.select(self.part(tree))
+
     def select_moments(self, state: Any, *other: Any) -> Any:
         """An optimizer's state, with the moments of entries that do not train from another one; without one: 0."""
         if self.what == "all":

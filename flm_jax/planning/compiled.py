@@ -81,7 +81,9 @@ def programs(recipe: Recipe, program: StageProgram) -> Iterator[tuple[str, Any]]
     where = NamedSharding(mesh, spec(("batch", "time")))
     shape = (stage.batch_size, recipe.data.context)
     ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=where) for dtype in (jnp.int32, jnp.float32))
-    batch = Batch(inputs_BT=ids, targets_BT=ids, weights_BT=weights, segments_BT=ids)
+    packing = recipe.data.packing
+    segments, positions = (None if packing == "joined" else ids), (ids if packing == "restarted" else None)
+    batch = Batch(ids, ids, weights, segments, positions_BT=positions)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         if stage.grows:

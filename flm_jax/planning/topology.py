@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from flm_jax.records.nearest import meant
+from flm_jax.tracking.machine import PEAK_FLOPS
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ _TPU = "Google Cloud's TPU documentation, page {}; clock derived: peak / (2 x 12
 CHIPS = {
     "v4": Chip(
         memory=32 * 2**30,
-        flops=275e12,
+        flops=PEAK_FLOPS["v4"],
         bandwidth=1.2e12,
         links=300e9,
         network=6.25e9,
@@ -78,7 +79,7 @@ CHIPS = {
     ),
     "v5e": Chip(
         memory=16 * 2**30,
-        flops=197e12,
+        flops=PEAK_FLOPS["v5e"],
         bandwidth=819e9,
         links=200e9,
         network=3.125e9,
@@ -91,7 +92,7 @@ CHIPS = {
     ),
     "v5p": Chip(
         memory=95 * 2**30,
-        flops=459e12,
+        flops=PEAK_FLOPS["v5p"],
         bandwidth=2765e9,
         links=600e9,
         network=6.25e9,
@@ -104,7 +105,7 @@ CHIPS = {
     ),
     "v6e": Chip(
         memory=32 * 2**30,
-        flops=918e12,
+        flops=PEAK_FLOPS["v6e"],
         bandwidth=1.64e12,
         links=400e9,
         network=12.5e9,
@@ -117,7 +118,7 @@ CHIPS = {
     ),
     "h100": Chip(
         memory=80e9,
-        flops=989e12,
+        flops=PEAK_FLOPS["h100"],
         bandwidth=3.35e12,
         links=450e9,
         network=50e9,
@@ -130,7 +131,7 @@ CHIPS = {
     ),
     "h200": Chip(
         memory=141e9,
-        flops=989e12,
+        flops=PEAK_FLOPS["h200"],
         bandwidth=4.8e12,
         links=450e9,
         network=50e9,

@@ -47,6 +47,8 @@ class Stage:
       teacher: a frozen model that this one learns from too; None: it learns from the text alone.
       source_weights: of the sources of a `Mixture` by name, from the stage's start to its end; a source that is not
         named is not read. None: the mixture's own weights.
+      z_loss: weight of the mean of (log Z)^2 in what is minimised, where Z is the sum of the exponentials of a token's
+        logits (PaLM, 2204.02311, section 5, has 1e-4); the loss that is reported stays without it. 0: none.
     """
 
     name: Name
@@ -59,6 +61,7 @@ class Stage:
     train: Annotated[str, one_of(TRAINED)] = "all"
     teacher: Teacher | None = None
     source_weights: Mapping[str, NonNegative] | None = None
+    z_loss: NonNegative = 0.0
 
 
 @dataclass(frozen=True)

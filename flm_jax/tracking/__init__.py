@@ -3,8 +3,10 @@
 from flm_jax.tracking.background import Background, tracked
 from flm_jax.tracking.forks import Change, ForkRecord, read_fork, recorded_forks, shown
 from flm_jax.tracking.log import MetricsLog, Session, devices, where_to_look
+from flm_jax.tracking.machine import memory, utilisation
 from flm_jax.tracking.reading import METRICS, read_log
 from flm_jax.tracking.services import Mlflow, Trackio, Wandb, check_installed
+from flm_jax.tracking.waits import Waits
 from flm_jax.tracking.writer import Measurement, StageCost, Totals
 
 __all__ = [
@@ -19,13 +21,16 @@ __all__ = [
     "StageCost",
     "Totals",
     "Trackio",
+    "Waits",
     "Wandb",
     "check_installed",
     "devices",
+    "memory",
     "read_fork",
     "read_log",
     "recorded_forks",
     "shown",
     "tracked",
+    "utilisation",
     "where_to_look",
 ]

@@ -1,123 +1,27 @@
-"""The jitted programs of one stage: initialisation, growth, and the train step."""
+"""The jitted programs of a stage, with the shapes and shardings of its state."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh
 
 from flm_jax import attention
 from flm_jax.compiler_options import for_step
-from flm_jax.distillation import distilled_sums
-from flm_jax.growth.grow import grow_opt_state, grow_params
-from flm_jax.growth.lineage import Lineage
 from flm_jax.growth.rescaling import paced, rescaled_optimizer, rescaling
-from flm_jax.loss import by_source, loss_sum, source_sums
 from flm_jax.model import Masks, Params, declared, init_params
 from flm_jax.optimizer import in_form, schedule
 from flm_jax.recipe import ResolvedStage
 from flm_jax.sharding import replicated
 from flm_jax.state import TrainState, abstract_state, shardings_of
-
-# The loss of a step and, with a teacher, the divergence `kl`; and the function of parameters and rows of a batch that
-# gives what is minimised, and these.
-Measured = tuple[jax.Array, dict[str, jax.Array]]
-Objective = Callable[[Params, Any], tuple[jax.Array, Measured]]
-
-
-class Metrics(struct.PyTreeNode):
-    """Measurements of one step, each () float32.
-
-    `mask` is the smallest value of any growth mask (1 without masks); `bad` is 1 if the step was skipped because its
-    loss, gradient or update was not finite. Of steps with a teacher, `kl` is the divergence from it, in nats per token,
-    and `kl_weight` its weight; `loss` is the cross-entropy in any case. Of steps on a mixture without a teacher,
-    `source_losses_S` is the loss on the rows of each source; NaN where the batch has none.
-    """
-
-    loss: jax.Array
-    grad_norm: jax.Array
-    update_norm: jax.Array
-    param_norm: jax.Array
-    learning_rate: jax.Array
-    mask: jax.Array
-    bad: jax.Array
-    kl: jax.Array | None = None
-    kl_weight: jax.Array | None = None
-    source_losses_S: jax.Array | None = None
-
-    def by_name(self, sources: Sequence[str] = ()) -> dict[str, float]:
-        """The measurements as numbers; the loss of each source that the batch had rows of is `name/loss`."""
-        found = {name: x for name, x in vars(jax.device_get(self)).items() if x is not None}
-        losses = found.pop("source_losses_S", np.full(len(sources), np.nan))
-        own = {f"{name}/loss": float(x) for name, x in zip(sources, losses, strict=True) if np.isfinite(x)}
-        return {**{name: float(x) for name, x in found.items()}, **own}
-
-
-@contextlib.contextmanager
-def quietly_donated() -> Iterator[None]:
-    """Silences the warning about donated buffers that no output can reuse; in a growth most cannot."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-        yield
-
-
-def make_grower(
-    lineage: Lineage,
-    mesh: Mesh,
-    donate: bool = False,
-    weights: bool = False,
-    optimizer: str = "adamw",
-    train: str = "all",
-) -> Any:
-    """The jitted function (state before the growth, key) -> state of the grown model at step 0.
-
-    Args:
-      lineage: of the grown model.
-      mesh: the mesh of both states.
-      donate: whether the given state is donated. Leaves that keep their shape and sharding then reuse their memory, for
-        example the embedding if only the depth grows. Other leaves cannot, and XLA warns (see `quietly_donated`).
-      weights: whether the state has no optimizer state.
-      optimizer: whose state the grown one is. If the growth takes over no moments, the given one may be another's.
-      train: what will train, which decides about moments (see `Stage.train`); the given state may have others.
-    """
-    target = abstract_state(lineage, mesh, weights, optimizer, train)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), target.opt_state)
-
-    def grow_opt(state: Any) -> Any:
-        if weights:
-            return ()
-        if lineage.last_growth.optimizer == "fresh":
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-        return grow_opt_state(lineage, state, like)
-
-    def grow_state(state: TrainState, key: jax.Array) -> TrainState:
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=grow_params(lineage, state.params, key),
-            opt_state=grow_opt(state.opt_state),
-        )
-
-    return jax.jit(grow_state, donate_argnums=(0,) if donate else (), out_shardings=shardings_of(target))
-
-
-def parameter_growers(lineage: Lineage, mesh: Mesh) -> Iterator[Any]:
-    """For each parameter, the jitted function (all parameters before the growth, key) -> this parameter, grown."""
-    for number, where in enumerate(jax.tree.leaves(shardings_of(abstract_state(lineage, mesh, weights=True).params))):
-
-        def one(params: Params, key: jax.Array, number: int = number) -> jax.Array:
-            grown: jax.Array = jax.tree.leaves(grow_params(lineage, params, key))[number]
-            return grown
-
-        yield jax.jit(one, out_shardings=where)
+from flm_jax.step.growers import make_grower
+from flm_jax.step.metrics import Metrics, lowest, part_norms
+from flm_jax.step.objective import Measured, accumulated, objective_of
 
 
 class StageProgram:
@@ -236,39 +140,6 @@ class StageProgram:
         except ValueError as error:
             raise ValueError(f"Stage {self.stage.name!r}: its teacher: {error}") from None
 
-    def _objective(
-        self, batch: Any, masks: Masks | None, teacher: Params | None, weight: jax.Array | None
-    ) -> tuple[Objective, Measured]:
-        """What a step minimises, for rows of the batch, and zeros like what it measures."""
-        cfg, total = self.stage.cfg, jnp.sum(batch.weights_BT)
-        zero = jnp.zeros((), jnp.promote_types(cfg.compute, jnp.float32))
-
-        def of_text(params: Params, rows: Any) -> tuple[jax.Array, Measured]:
-            tokens = (rows.inputs_BT, rows.targets_BT, rows.weights_BT, rows.segments_BT)
-            loss = loss_sum(cfg, params, *tokens, masks, self.chunks) / total
-            return loss, (loss, {})
-
-        resolved = self.stage.teacher
-        if teacher is None or weight is None or resolved is None:
-            if batch.sources is None:
-                return of_text, (zero, {})
-            weights_S = by_source(jnp.sum(batch.weights_BT, axis=1), batch.sources)
-
-            def of_mixture(params: Params, rows: Any) -> tuple[jax.Array, Measured]:
-                sums_S = source_sums(cfg, params, rows, masks, self.chunks)
-                loss = jnp.sum(sums_S) / total
-                return loss, (loss, {"source_losses_S": sums_S / weights_S})
-
-            return of_mixture, (zero, {"source_losses_S": jnp.zeros(weights_S.shape, zero.dtype)})
-        temperature = resolved.teacher.temperature
-
-        def of_both(params: Params, rows: Any) -> tuple[jax.Array, Measured]:
-            sums = distilled_sums(cfg, params, resolved.cfg, teacher, rows, masks, self.chunks, temperature)
-            loss, kl = sums[0] / total, sums[1] / total
-            return (1 - weight) * loss + weight * temperature**2 * kl, (loss, {"kl": kl})
-
-        return of_both, (zero, {"kl": zero})
-
     def step_function(self, masked: bool) -> Any:
         """The train step, not jitted: (state, batch, pace, teacher) -> (next state, metrics).
 
@@ -285,12 +156,12 @@ class StageProgram:
             masks = self.masks(state.step) if masked else None
             old = trained.part(state.params)
             weight = None if teacher is None or self.stage.teacher is None else self.stage.teacher.weight_at(state.step)
-            objective, zero = self._objective(batch, masks, teacher, weight)
+            objective, zero = objective_of(self.stage, self.chunks, batch, masks, teacher, weight)
 
             def of_moving(moving: Params, rows: Any) -> tuple[jax.Array, Measured]:
                 return objective(trained.whole(moving, state.params), rows)
 
-            (loss, taught), grads = _accumulated(of_moving, zero, old, batch, self.stage.accumulate)
+            (loss, taught), grads = accumulated(of_moving, zero, old, batch, self.stage.accumulate)
             grads = trained.select(grads)
             # No entry that stays may have an effect on those that train, through a moment either.
             updates, opt_state = self.tx.update(grads, trained.select_moments(state.opt_state), old)
@@ -312,8 +183,9 @@ class StageProgram:
                 update_norm=update_norm,
                 param_norm=optax.tree.norm(state.params),
                 learning_rate=rate,
-                mask=_lowest(masks),
+                mask=lowest(masks),
                 bad=1.0 - good,
+                parts=part_norms(trained, self.stage.growth is not None, grads, updates, state.params),
                 **taught,
                 kl_weight=weight,
             )
@@ -326,30 +198,3 @@ class StageProgram:
         out = (self.shardings, replicated(self.mesh))
         step = self.step_function(masked)
         return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=self.options)
-
-
-def _lowest(masks: Masks | None) -> jax.Array:
-    """The smallest value of any mask; 1 without masks."""
-    flags = [] if masks is None else [m for m in masks._replace(norm_width=None) if m is not None]
-    return jnp.min(jnp.concatenate([*flags, jnp.ones(1)]))
-
-
-def _accumulated(
-    objective: Objective, zero: Measured, params: Params, batch: Any, parts: int
-) -> tuple[Measured, Params]:
-    """What an objective measures on a batch, and its gradient, accumulated over `parts` parts of the batch."""
-
-    def derived(rows: Any) -> tuple[Measured, Params]:
-        (_, measured), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
-        return measured, grads
-
-    if parts == 1:
-        return derived(batch)
-    # Row i goes to part i mod parts, so that no row has to move to another device.
-    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
-
-    def add(carry: tuple[Measured, Params], rows: Any) -> tuple[tuple[Measured, Params], None]:
-        return jax.tree.map(jnp.add, carry, derived(rows)), None
-
-    found: tuple[Measured, Params] = jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), split)[0]
-    return found
