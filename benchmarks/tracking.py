@@ -19,7 +19,7 @@ from flm_jax.tracking.services import About, Service
 
 STEPS, REPEATS = 500, 5
 # As many numbers as a step of a run writes.
-VALUES = {f"value_{i}": 1.0 / (i + 1) for i in range(12)}
+VALUES = {f"value_{i}": 1.0 / (i + 1) for i in range(32)}
 
 
 class Nowhere:

@@ -1,0 +1,109 @@
+"""What the measurements of a step cost: processor time of train steps with and without them, in turns.
+
+  python benchmarks/metrics_cost.py
+
+Three programs take steps of one model on the same batch: one that returns nothing but the loss, so that the compiler
+drops every other measurement; the step as it is; and the step on a mixture of four sources. Processor time of all
+threads is compared, not time on the clock, so other programs on the machine disturb it little.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks.turns import Timings, turns
+from flm_jax.config import ModelConfig, small_1t, small_102b
+from flm_jax.data.batches import Batch, RowSources
+from flm_jax.growth import Growth
+from flm_jax.recipe import Recipe, ResolvedStage, Stage, resolve
+from flm_jax.sharding import make_mesh
+from flm_jax.step import StageProgram
+
+_ROUNDS = flags.DEFINE_integer("rounds", 21, "Rounds in which each program takes a step.", lower_bound=1)
+_SECONDS = flags.DEFINE_float("seconds", 240, "Seconds after which no further round of a shape begins.")
+_JSON = flags.DEFINE_string("json", None, "Write the seconds of every round to this file.")
+SOURCES = 4
+
+
+def demo() -> tuple[ResolvedStage, int]:
+    """The last stage of the demo, which also measures its new entries, and its context."""
+    stages = (Stage("before", small_102b(), 1, 16), Stage("last", small_1t(), 90, 16, growth=Growth("zero")))
+    return resolve(Recipe(stages))[1], 128
+
+
+def larger() -> tuple[ResolvedStage, int]:
+    """A model of 6.9 M parameters that has not grown, and its context."""
+    cfg = ModelConfig(256, 6, 4, 688, 4096, base_width=256, init_std_vector=0.02, compute_dtype="float32")
+    return resolve(Recipe((Stage("one", cfg, 90, 8),)))[0], 256
+
+
+def batch_of(stage: ResolvedStage, context: int) -> Batch:
+    """A batch of random tokens, of one corpus."""
+    shape = (stage.batch_size, context + 1)
+    tokens = np.random.default_rng(0).integers(0, stage.cfg.vocab, shape, dtype=np.int32)
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    return Batch(x, y, np.ones(x.shape, np.float32), np.zeros_like(x))
+
+
+def stepping(program: StageProgram, batch: Batch, measures: bool) -> Callable[[], float]:
+    """A function that takes one step and returns its processor time in seconds."""
+    step = program.step_function(masked=False)
+
+    def alone(state: Any, batch: Any) -> Any:
+        state, metrics = step(state, batch)
+        return state, metrics.loss
+
+    with jax.set_mesh(program.mesh):
+        state = program.initialiser()(jax.random.key(0))
+    given = jax.device_put(batch)
+    compiled = program.stepper(masked=False) if measures else jax.jit(alone, donate_argnums=0)
+
+    def once() -> float:
+        nonlocal state
+        begun = time.process_time()
+        with jax.set_mesh(program.mesh):
+            state, measured = compiled(state, given)
+        jax.block_until_ready((state, measured))
+        return time.process_time() - begun
+
+    return once
+
+
+def compared(stage: ResolvedStage, context: int) -> Timings:
+    """Processor time of the three programs of a stage."""
+    program, batch = StageProgram(stage, make_mesh(), 1), batch_of(stage, context)
+    rows = np.arange(stage.batch_size, dtype=np.int32) % SOURCES
+    mixed = batch._replace(sources=RowSources(rows, SOURCES))
+    calls = {
+        "loss alone": stepping(program, batch, measures=False),
+        "all": stepping(program, batch, measures=True),
+        "all, of a mixture": stepping(program, mixed, measures=True),
+    }
+    return turns(calls, _ROUNDS.value, warm_up=2, most_seconds=_SECONDS.value, rotating=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a row of a table per shape and program."""
+    del argv
+    found = {}
+    print("| step | measures | processor seconds | over loss alone |\n|---|---|---|---|")
+    for name, shape in (("the demo's last", demo), ("6.9 M, 8 x 256 tokens", larger)):
+        timings = compared(*shape())
+        found[name] = timings.record()
+        for call in timings.seconds:
+            seconds, ratio = timings.of(call).text(".3f"), timings.ratio(call, "loss alone").text(".4f")
+            print(f"| {name} | {call} | {seconds} | {ratio} |", flush=True)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    app.run(main)
