@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from flm_jax.distributed import is_primary
 from flm_jax.tracking import MetricsLog, Waits, memory, utilisation
-from flm_jax.tracking.waits import SHARE, Running
+from flm_jax.tracking.waits import SHARE
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Progress:
         """A context whose time the run spends on `what`, such as device, save or heldout."""
         return self._waits.on(what)
 
-    def reading(self, running: Running | None) -> contextlib.AbstractContextManager[None]:
+    def reading(self, running: Any) -> contextlib.AbstractContextManager[None]:
         """A context that reads the next batch; see `Waits.on_data`."""
         return self._waits.on_data(running)
 

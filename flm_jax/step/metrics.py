@@ -97,8 +97,10 @@ def part_norms(trained: Trained, grown: bool, grads: Any, updates: Any, params: 
         for squares, tree in zip(found, trees, strict=True):
             squares[NEW] = optax.tree.norm(new.only(tree), squared=True)
     nothing = jnp.full((), jnp.nan, jnp.float32)
-    rows = [jnp.stack([jnp.sqrt(s.get(name, nothing).astype(jnp.float32)) for name in names]) for s in found]
-    return PartNorms(*rows, names=tuple(names))
+    grad, update, param = (
+        jnp.stack([jnp.sqrt(squares.get(name, nothing).astype(jnp.float32)) for name in names]) for squares in found
+    )
+    return PartNorms(grad, update, param, tuple(names))
 
 
 def _squares(parts: Any, tree: Any) -> dict[str, jax.Array]:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any
 
 # A run is said to wait for its data from this share of its time on, over at least so many steps and seconds.
 SHARE, STEPS, SECONDS = 0.2, 20, 10.0
-
-
-class Running(Protocol):
-    """A result that devices may still be computing, such as a `jax.Array`."""
-
-    def is_ready(self) -> bool:
-        """Whether it is there."""
-        ...
 
 
 class _Span:
     """Seconds by name since a step."""
 
     def __init__(self, step: int, since: float) -> None:
-        self.step, self.since, self.spent = step, since, Counter[str]()
+        self.step, self.since = step, since
+        self.spent: dict[str, float] = {}
 
 
 class Waits:
@@ -48,11 +40,11 @@ class Waits:
         self._spent(what, begun)
 
     @contextlib.contextmanager
-    def on_data(self, running: Running | None) -> Iterator[None]:
+    def on_data(self, running: Any) -> Iterator[None]:
         """A context that reads the next batch; its time counts as waited for data if devices are idle at its end.
 
         Args:
-          running: a result of the step before; None: no step runs.
+          running: an array that the step before computes, as `jax.Array`; None: no step runs.
         """
         begun = self._clock()
         yield
@@ -63,7 +55,7 @@ class Waits:
     def _spent(self, what: str, begun: float) -> None:
         seconds = self._clock() - begun
         for span in (self._entry, self._window):
-            span.spent[what] += seconds
+            span.spent[what] = span.spent.get(what, 0.0) + seconds
 
     def per_step(self, step: int) -> dict[str, float]:
         """Seconds per step since the last call, `seconds/step` in all and `seconds/NAME` of each; {} without a step."""
@@ -81,4 +73,4 @@ class Waits:
         if step - span.step < STEPS or now - span.since < SECONDS:
             return None
         self._window = _Span(step, now)
-        return span.spent["data"] / (now - span.since)
+        return span.spent.get("data", 0.0) / (now - span.since)
