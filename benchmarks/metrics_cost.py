@@ -2,9 +2,10 @@
 
   python benchmarks/metrics_cost.py
 
-Three programs take steps of one model on the same batch: one that returns nothing but the loss, so that the compiler
-drops every other measurement; the step as it is; and the step on a mixture of four sources. Processor time of all
-threads is compared, not time on the clock, so other programs on the machine disturb it little.
+Programs take steps of one model on the same batch: one that returns nothing but the loss, so that the compiler drops
+every other measurement; the step as it is, also on a mixture of four sources; and, of a model that has grown, a step that
+is logged, which measures the new entries too. Processor time of all threads is compared, not time on the clock, so other
+programs on the machine disturb it little.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def stepping(program: StageProgram, batch: Batch, measures: bool) -> Callable[[]
 
 
 def compared(stage: ResolvedStage, context: int) -> Timings:
-    """Processor time of the three programs of a stage."""
-    program, batch = StageProgram(stage, make_mesh(), 1), batch_of(stage, context)
+    """Processor time of the programs of a stage."""
+    program, logged = (StageProgram(stage, make_mesh(), 1, log_every=every) for every in (10**6, 1))
+    batch = batch_of(stage, context)
     rows = np.arange(stage.batch_size, dtype=np.int32) % SOURCES
     mixed = batch._replace(sources=RowSources(rows, SOURCES))
     calls = {
@@ -87,6 +89,8 @@ def compared(stage: ResolvedStage, context: int) -> Timings:
         "all": stepping(program, batch, measures=True),
         "all, of a mixture": stepping(program, mixed, measures=True),
     }
+    if stage.growth is not None:
+        calls["all, a logged step"] = stepping(logged, batch, measures=True)
     return turns(calls, _ROUNDS.value, warm_up=2, most_seconds=_SECONDS.value, rotating=True)
 
 

@@ -69,7 +69,8 @@ def beginning(recipe: Recipe, index: int) -> dict[str, Any]:
 
 def stage_program(recipe: Recipe, run: Run, stage: ResolvedStage) -> StageProgram:
     """The programs of a stage, on its mesh."""
-    return StageProgram(stage, make_mesh(run.mesh_of(stage.stage)), recipe.loss_chunks, run.compiler_options)
+    mesh = make_mesh(run.mesh_of(stage.stage))
+    return StageProgram(stage, mesh, recipe.loss_chunks, run.compiler_options, run.log_every)
 
 
 class StageRun:

@@ -17,14 +17,15 @@ from flm_jax.optimizer import is_masked
 
 # The name of the entries that the last growth added, whatever part of the model they belong to.
 NEW = "new"
+ABSENT = -1.0
 
 
 class PartNorms(struct.PyTreeNode):
     """Norms of the gradient, the update and the parameters of each part of the model, (P,) float32 each.
 
     A part is named by the signatures of its parameters (`Signature.part`). The squares of the norms add up to that of
-    the whole, except for `new`: the entries that the growth of this stage added, in all parts. Parameters of which
-    nothing trains have only a norm of the parameters; the others are NaN where a part has no other.
+    the whole, except for `new`: the entries that the growth of this stage added, in all parts. What is not measured is
+    -1, such as the gradient of a part of which nothing trains.
     """
 
     grad: jax.Array
@@ -39,7 +40,7 @@ class PartNorms(struct.PyTreeNode):
             f"{kind}/{name}": float(x)
             for kind, norms in kinds.items()
             for name, x in zip(self.names, np.asarray(norms), strict=True)
-            if kind == "param_norm" or not np.isnan(x)
+            if not x < 0
         }
 
 
@@ -75,43 +76,46 @@ class Metrics(struct.PyTreeNode):
         return {**{name: float(x) for name, x in found.items()}, **parts.by_name(), **own}
 
 
-def part_norms(trained: Trained, grown: bool, grads: Any, updates: Any, params: Any) -> PartNorms:
+def part_norms(trained: Trained, logged: jax.Array | None, grads: Any, updates: Any, params: Any) -> PartNorms:
     """The norms by part of the model.
 
     The sums of squares of whole arrays are those that the global norms are made of: the compiler computes them once.
 
     Args:
       trained: what of the model trains.
-      grown: whether to measure the entries that the last growth added, too.
+      logged: () bool, whether to measure the entries that the last growth added, too: their gradient and their values,
+        in a pass of its own over both. None: there is no such pass in the program.
       grads: tree of gradients; parameters of which nothing trains are left out, as in the next.
       updates: tree of updates.
       params: tree of all parameters.
     """
     parts = jax.tree.map(lambda sig: sig.part, declared(trained.lineage.cfg)[1])
     names = list(dict.fromkeys(jax.tree.leaves(parts)))
-    trees = [grads, updates, params]
-    found = [_squares(parts, tree) for tree in trees]
-    if grown:
+    rows = [_norms(parts, names, tree) for tree in (grads, updates, params)]
+    if logged is not None:
         new = Trained(trained.lineage, "new")
+        # Not the updates: for these, the program would have to keep an array of each parameter's size.
+        found = jax.lax.cond(
+            logged,
+            lambda: tuple(jnp.float32(optax.tree.norm(new.only(tree))) for tree in (grads, params)),
+            lambda: (jnp.float32(ABSENT), jnp.float32(ABSENT)),
+        )
         names.append(NEW)
-        for squares, tree in zip(found, trees, strict=True):
-            squares[NEW] = optax.tree.norm(new.only(tree), squared=True)
-    nothing = jnp.full((), jnp.nan, jnp.float32)
-    grad, update, param = (
-        jnp.stack([jnp.sqrt(squares.get(name, nothing).astype(jnp.float32)) for name in names]) for squares in found
-    )
+        of_new = found[0], jnp.float32(ABSENT), found[1]
+        rows = [jnp.append(row, own) for row, own in zip(rows, of_new, strict=True)]
+    grad, update, param = rows
     return PartNorms(grad, update, param, tuple(names))
 
 
-def _squares(parts: Any, tree: Any) -> dict[str, jax.Array]:
-    """The sum of the squares of each part of a model; a tree like the parameters may leave some out."""
-    found: dict[str, jax.Array] = {}
+def _norms(parts: Any, names: Sequence[str], tree: Any) -> jax.Array:
+    """The norm of each part of a model, (P,) float32; a tree like the parameters may leave some out."""
+    squares: dict[str, jax.Array] = {}
     leaves = jax.tree.leaves(tree, is_leaf=is_masked)
     for part, leaf in zip(jax.tree.leaves(parts), leaves, strict=True):
         if not is_masked(leaf):
             square = optax.tree.norm(leaf, squared=True)
-            found[part] = found[part] + square if part in found else square
-    return found
+            squares[part] = squares[part] + square if part in squares else square
+    return jnp.stack([jnp.sqrt(jnp.float32(squares[n])) if n in squares else jnp.float32(ABSENT) for n in names])
 
 
 def lowest(masks: Masks | None) -> jax.Array:

@@ -32,11 +32,18 @@ class StageProgram:
       mesh: the mesh that it runs on.
       trained: what of the model trains.
       abstract_state: shapes and shardings of its `TrainState`.
+      log_every: steps between those that measure what a step measures at a cost.
     """
 
     def __init__(
-        self, stage: ResolvedStage, mesh: Mesh, chunks: int, compiler_options: Mapping[str, str] | None = None
+        self,
+        stage: ResolvedStage,
+        mesh: Mesh,
+        chunks: int,
+        compiler_options: Mapping[str, str] | None = None,
+        log_every: int = 1,
     ) -> None:
+        self.log_every = log_every
         self.stage, self.mesh, self.chunks = stage, mesh, chunks
         self.options = for_step(mesh, stage.cfg, compiler_options)
         self.trained = stage.trained
@@ -127,6 +134,12 @@ class StageProgram:
         since, count = state.step + (self.stage.since_growth or 0), optax.tree_utils.tree_get(state.opt_state, "count")
         return paced(self.stage.optimizer, self.stage.lineage, updates, since, count)
 
+    def _logged(self, step: jax.Array) -> jax.Array | None:
+        """Whether the step after `step` steps is logged, () bool; None: no growth adds entries to measure."""
+        if self.stage.growth is None:
+            return None
+        return ((step + 1) % self.log_every == 0) | (step + 1 == self.stage.steps)
+
     def abstract_teacher(self) -> Params | None:
         """Shapes, dtypes and shardings of the weights of the stage's teacher, or None.
 
@@ -185,7 +198,7 @@ class StageProgram:
                 learning_rate=rate,
                 mask=lowest(masks),
                 bad=1.0 - good,
-                parts=part_norms(trained, self.stage.growth is not None, grads, updates, state.params),
+                parts=part_norms(trained, self._logged(state.step), grads, updates, state.params),
                 **taught,
                 kl_weight=weight,
             )
