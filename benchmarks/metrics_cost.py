@@ -3,9 +3,10 @@
   python benchmarks/metrics_cost.py
 
 Programs take steps of one model on the same batch: one that returns nothing but the loss, so that the compiler drops
-every other measurement; the step as it is, also on a mixture of four sources; and, of a model that has grown, a step that
-is logged, which measures the new entries too. Processor time of all threads is compared, not time on the clock, so other
-programs on the machine disturb it little.
+every other measurement; the step as it is, also on a mixture of four sources; and, of a model that has grown, a step
+that is logged, which measures the new entries too. Processor time of all threads is compared, not time on the clock, so
+other programs on the machine disturb it little. Beside it stands what the compiler counts of the bytes that the program
+reads and writes (of a scan over layers once).
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def batch_of(stage: ResolvedStage, context: int) -> Batch:
     return Batch(x, y, np.ones(x.shape, np.float32), np.zeros_like(x))
 
 
-def stepping(program: StageProgram, batch: Batch, measures: bool) -> Callable[[], float]:
-    """A function that takes one step and returns its processor time in seconds."""
+def stepping(program: StageProgram, batch: Batch, measures: bool) -> tuple[Callable[[], float], float]:
+    """A function that takes one step and returns its processor time in seconds, and the counted bytes of a step."""
     step = program.step_function(masked=False)
 
     def alone(state: Any, batch: Any) -> Any:
@@ -63,9 +64,9 @@ def stepping(program: StageProgram, batch: Batch, measures: bool) -> Callable[[]
         return state, metrics.loss
 
     with jax.set_mesh(program.mesh):
-        state = program.initialiser()(jax.random.key(0))
-    given = jax.device_put(batch)
-    compiled = program.stepper(masked=False) if measures else jax.jit(alone, donate_argnums=0)
+        state, given = program.initialiser()(jax.random.key(0)), jax.device_put(batch)
+        jitted = program.stepper(masked=False) if measures else jax.jit(alone, donate_argnums=0)
+        compiled = jitted.lower(state, given).compile()
 
     def once() -> float:
         nonlocal state
@@ -75,11 +76,11 @@ def stepping(program: StageProgram, batch: Batch, measures: bool) -> Callable[[]
         jax.block_until_ready((state, measured))
         return time.process_time() - begun
 
-    return once
+    return once, compiled.cost_analysis()["bytes accessed"]
 
 
-def compared(stage: ResolvedStage, context: int) -> Timings:
-    """Processor time of the programs of a stage."""
+def compared(stage: ResolvedStage, context: int) -> tuple[Timings, dict[str, float]]:
+    """Processor time and counted bytes of the programs of a stage."""
     program, logged = (StageProgram(stage, make_mesh(), 1, log_every=every) for every in (10**6, 1))
     batch = batch_of(stage, context)
     rows = np.arange(stage.batch_size, dtype=np.int32) % SOURCES
@@ -91,20 +92,21 @@ def compared(stage: ResolvedStage, context: int) -> Timings:
     }
     if stage.growth is not None:
         calls["all, a logged step"] = stepping(logged, batch, measures=True)
-    return turns(calls, _ROUNDS.value, warm_up=2, most_seconds=_SECONDS.value, rotating=True)
+    steps, counted = ({name: found[i] for name, found in calls.items()} for i in (0, 1))
+    return turns(steps, _ROUNDS.value, warm_up=1, most_seconds=_SECONDS.value, rotating=True), counted
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints a row of a table per shape and program."""
     del argv
     found = {}
-    print("| step | measures | processor seconds | over loss alone |\n|---|---|---|---|")
+    print("| step | measures | processor seconds | over loss alone | MB, counted |\n|---|---|---|---|---|")
     for name, shape in (("the demo's last", demo), ("6.9 M, 8 x 256 tokens", larger)):
-        timings = compared(*shape())
-        found[name] = timings.record()
+        timings, counted = compared(*shape())
+        found[name] = {"seconds": timings.record(), "bytes": counted}
         for call in timings.seconds:
             seconds, ratio = timings.of(call).text(".3f"), timings.ratio(call, "loss alone").text(".4f")
-            print(f"| {name} | {call} | {seconds} | {ratio} |", flush=True)
+            print(f"| {name} | {call} | {seconds} | {ratio} | {counted[call] / 1e6:.1f} |", flush=True)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(found, indent=1))
 

@@ -141,6 +141,10 @@ def test_event_files_are_read_by_tensorboard(reference):
     names = {
         "loss",
         "grad_norm",
+        "grad_norm/new",
+        "update_norm/attention",
+        "seconds/step",
+        "memory/process",
         "update_norm",
         "param_norm",
         "learning_rate",
