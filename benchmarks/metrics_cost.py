@@ -76,7 +76,8 @@ def stepping(program: StageProgram, batch: Batch, measures: bool) -> tuple[Calla
         jax.block_until_ready((state, measured))
         return time.process_time() - begun
 
-    return once, compiled.cost_analysis()["bytes accessed"]
+    counted: Any = compiled.cost_analysis()
+    return once, counted["bytes accessed"]
 
 
 def compared(stage: ResolvedStage, context: int) -> tuple[Timings, dict[str, float]]:
@@ -92,7 +93,7 @@ def compared(stage: ResolvedStage, context: int) -> tuple[Timings, dict[str, flo
     }
     if stage.growth is not None:
         calls["all, a logged step"] = stepping(logged, batch, measures=True)
-    steps, counted = ({name: found[i] for name, found in calls.items()} for i in (0, 1))
+    steps, counted = {name: step for name, (step, _) in calls.items()}, {name: n for name, (_, n) in calls.items()}
     return turns(steps, _ROUNDS.value, warm_up=1, most_seconds=_SECONDS.value, rotating=True), counted
 
 
