@@ -45,6 +45,7 @@ from flm_jax.checkpoint import (
 from flm_jax.checkpoint.directory import locked
 from flm_jax.checkpoint.find import STAGES
 from flm_jax.checkpoint_growth.record import GrowthRecord
+from flm_jax.data.known import forget
 from flm_jax.data.source import Data, open_data, verified_behind
 from flm_jax.files import sha256_json
 from flm_jax.generation import Sampling
@@ -115,6 +116,8 @@ def train(
                 # Held while data is prepared, or two runs could both find the work directory new.
                 stack.enter_context(locked(workdir))
                 check_identity(workdir, RECIPE, as_dict(recipe), "another recipe")
+        if run.verify_data and distributed.is_primary():
+            forget(recipe.data.cache_dir)
         data = open_data(recipe.data)
         check_vocabulary(stages, data.vocabulary.size)
         if source is not None and (other := source.other_vocabulary(data.vocabulary)):

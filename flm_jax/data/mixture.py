@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from flm_jax.data.corpora import Corpus, SeqioTask, TextCorpus
@@ -128,9 +128,14 @@ class Mixture:
         corpus: TextCorpus = found  # type: ignore[assignment]  # every other corpus has documents
         return corpus.documents(split)
 
-    def digest(self) -> str:
-        """The sha256 over the names and digests of the sources, without their weights."""
-        return sha256_json(["Mixture", {source.name: source.corpus.digest() for source in self.sources}])
+    def digest(self, of: Callable[[Corpus], str] | None = None) -> str:
+        """The sha256 over the names and digests of the sources, without their weights.
+
+        Args:
+          of: gives the digest of a source's corpus; None: the corpus itself does.
+        """
+        of = of or (lambda corpus: corpus.digest())
+        return sha256_json(["Mixture", {source.name: of(source.corpus) for source in self.sources}])
 
     def describe(self) -> dict[str, Any]:
         """The kind and fields of the mixture, with the description of each corpus."""

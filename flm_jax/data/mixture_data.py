@@ -8,6 +8,7 @@ from typing import Any
 
 from flm_jax.data.batches import Batch, StageNeed
 from flm_jax.data.config import DataConfig
+from flm_jax.data.known import digest_of
 from flm_jax.data.mixture import STREAMED, Mixture
 from flm_jax.data.mixture_batches import MixtureBatches, Part, heldout_rows
 from flm_jax.data.prepare import prepare
@@ -142,7 +143,8 @@ def open_mixture(config: DataConfig, mixture: Mixture, progress: bool) -> Mixtur
     for source, store, weight in zip(mixture.sources, stores, weights, strict=True):
         windows = store.num_windows("train", config.context)
         parts.append(Part(source.name, store, weight, limit_of(source, windows)))
-    data = MixtureData(parts, config.context, config.seed, {**mixture.describe(), "digest": mixture.digest()})
+    description = {**mixture.describe(), "digest": digest_of(mixture, config.cache_dir)}
+    data = MixtureData(parts, config.context, config.seed, description)
     if trained and progress:
         said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in data.sources.items())
         print0(f"A vocabulary of {data.vocabulary.size} ids was trained. Bytes per token of held-out text: {said}.")

@@ -19,6 +19,7 @@ import numpy as np
 
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, Jsonl, RowCorpus, SeqioTask, TokenCorpus, TokenisedCorpus
+from flm_jax.data.known import digest_of
 from flm_jax.data.reading import MissingExtraError, load_tensorflow
 from flm_jax.data.store import TokenStore
 from flm_jax.data.store_record import FORMAT, PREPARE_AGAIN, STORE_FILE, WEIGHTED
@@ -89,7 +90,7 @@ def prepare(
     if isinstance(corpus, TokenCorpus):
         vocabulary = build_vocabulary(vocabulary_config, corpus, cache_dir)
         return _prepare_tokens(corpus, vocabulary, cache_dir, context, progress, max_shard_tokens)
-    digest = corpus.digest()  # reads all texts of some corpora
+    digest = digest_of(corpus, cache_dir)
     path = _store_path(corpus, digest, vocabulary_config, cache_dir)
     if (store := _existing(path, digest)) is not None:
         return store

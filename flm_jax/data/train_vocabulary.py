@@ -13,6 +13,7 @@ from flm_jax.checkpoint.find import step_directory
 from flm_jax.checkpoint.manifest import CheckpointError, read_blobs, read_manifest, read_meta
 from flm_jax.data import hub
 from flm_jax.data.corpora import Corpus, Jsonl, SeqioTask, StandardLibrary, TextCorpus, TextFolder, Tfds
+from flm_jax.data.known import digest_of
 from flm_jax.data.mixture import Mixture
 from flm_jax.data.sentencepiece_training import SentencePiece, draw, train
 from flm_jax.data.special import CHAT_TEMPLATE, CONFIGS
@@ -192,7 +193,7 @@ def identity(config: VocabularyConfig) -> list[Any]:
 
 def model_file(config: SentencePiece, corpus: Corpus, cache_dir: str | Path) -> Path:
     """The file in which the vocabulary that is trained on a corpus is kept; its name changes with what decides it."""
-    decides = [FORMAT, corpus.digest(), list(config.decides.values())]
+    decides = [FORMAT, digest_of(corpus, cache_dir), list(config.decides.values())]
     if isinstance(corpus, Mixture):
         decides.append(config.shares(corpus))
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]

@@ -120,7 +120,8 @@ class Run:
       sample_tokens: length of that sample.
       tracker: a service that measurements are also sent to; None: they are only in files of the work directory.
       verify_data: MB per second that a thread of each process reads to verify the whole token store while the run
-        trains; 0: a block is verified when it is first read, and no other.
+        trains; 0: a block is verified when it is first read, and no other. Unless it is 0, the start also reads texts
+        that have not changed.
       gradient_alarm: when the gradient's norm is told to be too large; None: never.
       watchdog: when a process says that something takes too long, and may end; None: never.
     """
