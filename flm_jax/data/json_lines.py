@@ -148,6 +148,12 @@ class _Zstd(io.RawIOBase):
         return count
 
 
+def too_long(where: str) -> LineError:
+    """The error of a line that has more than LINE_BYTES."""
+    advice = "each line should hold one JSON object; a larger document belongs into a text file of its own"
+    return LineError(where, "a line too long", f"over {LINE_BYTES:,} bytes; {advice}")
+
+
 class Line(NamedTuple):
     """A line of a file.
 
@@ -175,7 +181,7 @@ def file_lines(file: Path) -> Iterator[Line]:
             while line := stream.readline(LINE_BYTES + 1):
                 number += 1
                 if len(line) > LINE_BYTES:
-                    raise LineError(f"{file}:{number}", "a line too long", f"over {LINE_BYTES} bytes")
+                    raise too_long(f"{file}:{number}")
                 if line.strip():
                     yield Line(number, offset, line)
                 offset += len(line)

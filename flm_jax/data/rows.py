@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_jax.data.folders import find_files
-from flm_jax.data.json_lines import ENDINGS, file_lines, is_text
+from flm_jax.data.json_lines import ENDINGS, LINE_BYTES, file_lines, is_text, too_long
 from flm_jax.data.text import Percent, border_within, check_split, describe_fields, hash_range, name_hash
 from flm_jax.records import meant, recorded
 from flm_jax.records.foreign_json import parse_json
@@ -99,6 +99,8 @@ class Jsonl(RowCorpus):
         Raises:
           ValueError: the line is not JSON or not an object, has no such field, or the field is not text.
         """
+        if len(line) > LINE_BYTES:
+            raise too_long(where)
         if not line.strip():
             return ""
         # Only one field is used, and NaN in another one does no harm; Python writes it.
@@ -133,4 +135,5 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((line.number, line.content) for line in file_lines(path))
         return
     with path.open("rb") as file:
-        yield from enumerate(file, 1)
+        # A longer line is not read to its end: `parse` refuses it.
+        yield from enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1)

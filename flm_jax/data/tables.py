@@ -58,17 +58,41 @@ class Parquet(RowCorpus):
         except ImportError as error:
             raise _missing(path, "pyarrow", error) from error
         try:
-            with pq.ParquetFile(path) as file:
+            # Pages without a checksum, as most writers make them, cannot be verified.
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 column = _column(file.schema_arrow, self.field, path)
                 if not (pa.types.is_string(column) or pa.types.is_large_string(column)):
                     raise ValueError(f"{path}: the column {self.field!r} is {column}, and should be text")
+                before = 0
                 for batch in file.iter_batches(ROWS, columns=[self.field]):
                     values = batch.column(0)
                     for inner in self.field.split(".")[1:] if self.field not in batch.schema.names else ():
                         values = values.field(inner)
-                    yield from (value or "" for value in values.to_pylist())
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+                    yield from _decoded(values, path, before)
+                    before += len(values)
+        # Of a damaged page that has a checksum, Arrow raises OSError without a number.
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"{path} cannot be read as Parquet, it is damaged or cut short: {error}") from error
+
+
+def _decoded(values: Any, path: Path, before: int) -> Iterator[str]:
+    """Yields the texts of an array, '' where there is none; `before` are the rows of the file before it.
+
+    Raises:
+      ValueError: one is not UTF-8; the message names its row.
+    """
+    try:
+        yield from (value or "" for value in values.to_pylist())
+    except UnicodeDecodeError:
+        for row, value in enumerate(values, before + 1):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                where = f"{path}, row {row}, is not UTF-8 text ({error.reason} at byte {error.start})"
+                raise ValueError(where) from None
+        raise
 
 
 def _column(schema: Any, field: str, path: Path) -> Any:
@@ -160,10 +184,11 @@ def _records(path: Path) -> Iterator[bytes]:
                 for first in range(0, reader.num_records(), ROWS):
                     yield from reader.read(range(first, min(first + ROWS, reader.num_records())))
         except (ValueError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{path} cannot be read as ArrayRecord: {error}") from error
+            said = str(error) or "no record is found at its end"
+            raise ValueError(f"{path} cannot be read as ArrayRecord, it is damaged or cut short: {said}") from error
         return
     tf, _ = load_tensorflow()
     try:
         yield from tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
     except tf.errors.OpError as error:
-        raise ValueError(f"{path} cannot be read as TFRecord: {error.message}") from error
+        raise ValueError(f"{path} cannot be read as TFRecord, it is damaged or cut short: {error.message}") from error
