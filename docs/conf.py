@@ -46,6 +46,7 @@ NAVIGATION = {
         "docs/fork.md",
         "docs/guards.md",
         "docs/checkpoints.md",
+        "docs/faults.md",
         "docs/launch.md",
         "docs/pods.md",
         "docs/gpu.md",
