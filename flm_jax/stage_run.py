@@ -48,7 +48,7 @@ from flm_jax.sharding import make_mesh, own_rows, put_batch
 from flm_jax.source_checkpoint import POSITION, CheckpointMeta, SourceCheckpoint, signature_texts
 from flm_jax.state import TrainState, shardings_of
 from flm_jax.step import Metrics, StageProgram, quietly_donated
-from flm_jax.tracking import MetricsLog, Session, Totals
+from flm_jax.tracking import MetricsLog, Session, Totals, growth_values, heldout_values, unwritten
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +144,7 @@ class StageRun:
         self.store.wait()
         self.metrics.open(0)
         if "verification" in provenance:
-            found = provenance["verification"]
-            sizes = {name: provenance[name] for name in ("params_before", "params_after")}
-            losses = {f"loss_{when}": loss for when, loss in found["eval_loss"].items()}
-            self.metrics.write("growth", 0, {**sizes, **losses, "max_rel_logit_diff": found["logits"]["max_rel"]})
+            self.metrics.write("growth", 0, growth_values(provenance))
         self._written(0, measured)
         return state
 
@@ -228,7 +225,10 @@ class StageRun:
         if stage.train != "all":
             sizes = (costs.count(size) for size in (stage.trained.count, costs.param_count(stage.cfg)))
             distributed.print0("Stage {!r} trains what is new: {} of {} parameters.".format(stage.name, *sizes))
-        self.metrics.open(step)
+        if self.metrics.open(step):
+            for kind, values in unwritten(self.workdir, stage.name, step, self.history):
+                self.metrics.write(kind, step, values)
+            self._plot()
         with contextlib.closing(self.metrics), Progress(self.metrics, stage.name, stage.steps, step) as show:
             while True:
                 found = self._steps(state, interrupts, show)
@@ -350,9 +350,10 @@ class StageRun:
 
     def _written(self, step: int, measured: Mapping[str, Any]) -> None:
         """Writes a held-out measurement, and the plot of all so far."""
-        names = ("loss", "bits_per_byte")
-        of_sources = {f"{s}/{n}": own[n] for s, own in measured.get("sources", {}).items() for n in names}
-        self.metrics.write("heldout", step, {**{name: measured[name] for name in names}, **of_sources})
+        self.metrics.write("heldout", step, heldout_values(measured))
+        self._plot()
+
+    def _plot(self) -> None:
         if distributed.is_primary():
             shown = self.stages, self.history, self.recipe.data.context
             report.plot(report.curves(*shown), self.workdir / "loss.png", report.forked_at(*shown))

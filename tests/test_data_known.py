@@ -1,5 +1,6 @@
 """Digests of corpora that are remembered: what is read again, and what is not."""
 
+import dataclasses
 import json
 import os
 import time
@@ -7,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from flm_jax import train as training
 from flm_jax.data import known
 from flm_jax.data.corpora import Jsonl, Parquet, TextFolder
 from flm_jax.data.known import Known, digest_of, forget
 from flm_jax.data.mixture import Mixture, Source
+from tests.runs import RUN
 
 
 class Counted(list):
-    """The paths that were opened to be read whole."""
+    """The names of files that were opened."""
 
 
 @pytest.fixture
@@ -128,6 +131,19 @@ def test_a_damaged_record_is_read_over_and_a_cache_that_cannot_be_written_is_no_
         assert Known(corpus, cache).digest is None, place
     assert digest_of(corpus, cache) == digest and file.read_bytes() == whole
     assert digest_of(corpus, "/proc/cache") == digest
+
+
+def test_a_run_that_verifies_its_data_forgets(recipe, tmp_path, monkeypatch):
+    def opened(config):
+        raise SystemExit(str(folder.exists()))
+
+    folder = Path(recipe.data.cache_dir) / known.FOLDER
+    monkeypatch.setattr(training, "open_data", opened)
+    for verify_data, kept in ((0, "True"), (1, "False")):
+        folder.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(SystemExit, match=kept):
+            training.train(recipe, dataclasses.replace(RUN, verify_data=verify_data), tmp_path / "run")
+    assert not folder.exists()
 
 
 def test_mixtures_and_other_kinds(tmp_path, read, later):

@@ -225,6 +225,34 @@ def test_stopped_everywhere_and_resumed_equals_never_stopped(reference, recipe, 
     assert found == whole
 
 
+def test_lines_of_the_log_that_a_kill_prevented_are_written_when_the_run_goes_on(
+    reference, recipe, tmp_path, monkeypatch
+):
+    """A growth is saved before its lines are written, a step before the line of its save: they are taken away here."""
+    log = tmp_path / "run" / "metrics.jsonl"
+
+    def go_on(checks):
+        monkeypatch.setattr(training, "Interrupts", lambda: StopAfter(checks))
+        assert training.train(recipe, RUN, tmp_path / "run") is None
+        return [
+            line for line in measurements(tmp_path / "run") if line["stage"] == "second" and line["kind"] != "start"
+        ]
+
+    def cut(kinds):
+        lines = log.read_text().splitlines(keepends=True)
+        assert [json.loads(line)["kind"] for line in lines[-len(kinds) :]] == kinds
+        log.write_text("".join(lines[: -len(kinds)]))
+
+    go_on(8)  # at the start of the second stage
+    cut(["growth", "heldout"])
+    go_on(2)
+    cut(["save"])
+    found = go_on(1)
+    whole = [line for line in measurements(reference[0]) if line["stage"] == "second" and line["stage_step"] <= 2]
+    assert [line for line in found if line["stage_step"] <= 2] == whole
+    assert [line["kind"] for line in whole] == ["growth", "heldout", "train", "train", "save"]
+
+
 def test_a_damaged_last_checkpoint_is_refused_and_the_one_before_leads_to_the_same_end(
     reference, recipe, tmp_path, monkeypatch, caplog
 ):

@@ -1,5 +1,6 @@
 """The measurements of a run: in files of the work directory, always, and at a tracking service, if one is named."""
 
+from flm_jax.tracking.again import growth_values, heldout_values, unwritten
 from flm_jax.tracking.background import Background, tracked
 from flm_jax.tracking.forks import Change, ForkRecord, read_fork, recorded_forks, shown
 from flm_jax.tracking.log import MetricsLog, Session, devices, where_to_look
@@ -25,12 +26,15 @@ __all__ = [
     "Wandb",
     "check_installed",
     "devices",
+    "growth_values",
+    "heldout_values",
     "memory",
     "read_fork",
     "read_log",
     "recorded_forks",
     "shown",
     "tracked",
+    "unwritten",
     "utilisation",
     "where_to_look",
 ]

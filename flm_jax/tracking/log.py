@@ -90,16 +90,21 @@ class MetricsLog:
         """Totals after `step` steps of the stage."""
         return self._before.plus(step, self.cost)
 
-    def open(self, start: int) -> None:
-        """Opens the files at a step of the stage, unless they are open; what was measured after it comes again."""
+    def open(self, start: int) -> bool:
+        """Opens the files at a step of the stage, unless they are open; what was measured after it comes again.
+
+        Returns:
+          Whether it has opened them.
+        """
         if self._opened or not is_primary():
-            return
+            return False
         self._opened = True
         total = self._before.steps + start
         for path, opened in ((self._lines, JsonLines), (self._events, Events)):
             self._try(path, functools.partial(self._begin, path, opened, total))
         if (begun := self._session.start()) is not None:
             self.write("start", start, begun)
+        return True
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes what was measured at a step of the stage; what comes before `open` is written nowhere."""
