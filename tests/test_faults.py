@@ -36,8 +36,8 @@ MINUTES = float(os.environ.get("FAULTS_MINUTES") or 0)
 
 
 def say(text: str) -> None:
-    """Prints a line although pytest captures output."""
-    os.write(2, f"\nFAULTS_SEED={SEED}: {text}".encode())
+    """Prints a line; `make test-faults` runs pytest such that it is seen at once."""
+    print(f"FAULTS_SEED={SEED}: {text}", flush=True)
 
 
 @pytest.fixture(scope="module")
