@@ -165,12 +165,18 @@ def long_run(folder: Path) -> tuple[list[str], int]:
     return [*program, *(f"--gin_bindings={binding}" for binding in bindings)], sum(steps)
 
 
+def finish(command: list[str]) -> None:
+    """Runs a command that must succeed."""
+    done = subprocess.run(command, cwd=ROOT, env=as_user_compiling_fast(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(not MINUTES, reason="FAULTS_MINUTES is not set")
 def test_a_long_run_on_a_mixture_killed_five_times_has_the_same_log(tmp_path):
     rng, work, env = random.Random(SEED), tmp_path / "work", as_user_compiling_fast()
     command, steps = long_run(tmp_path)
     began = time.monotonic()
-    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+    finish(command)
     say(f"{steps} steps on three sources took {time.monotonic() - began:.0f} s")
     expected = outcome(work)
     work.rename(tmp_path / "whole")
@@ -181,7 +187,7 @@ def test_a_long_run_on_a_mixture_killed_five_times_has_the_same_log(tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"it ended before step {step}"
         say(f"killed after step {step}")
-    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+    finish(command)
     found = outcome(work)
     assert {line["kind"] for line in found["log"]} >= {"train", "heldout", "growth", "save"}
     assert sum("sources" in str(record) for record in found["report"]["evals"]) > 5
