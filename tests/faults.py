@@ -156,7 +156,7 @@ def phase_of(group: str) -> str | None:
 
 
 def points(writes: list[Write], rng: random.Random) -> list[Point]:
-    """A random point in each phase of a run, in the order of the run; half of them a while after their write.
+    """A random point in each phase of a run, in the order of the run: a random write, or a random time.
 
     Args:
       writes: those of the whole run.
@@ -167,11 +167,14 @@ def points(writes: list[Write], rng: random.Random) -> list[Point]:
     for phase in PHASES:
         of_phase = [group for group in groups if phase_of(group) == phase]
         group = rng.choice([g for g in of_phase if g != groups[-1]])  # after the last one there may be no time
-        places = [at for at, write in enumerate(writes[:-1]) if write.group == group]
-        number = rng.randrange(len(places))
-        at = places[number]
-        delay = rng.choice((0.0, rng.uniform(0, min(writes[at + 1].time - writes[at].time, 1))))
-        chosen.append(Point(phase, group, number + 1, delay))
+        times = [write.time for write in writes if write.group == group]
+        number, delay = rng.randint(1, len(times)), 0.0
+        if rng.random() < 0.5:  # most of the time passes between the last write of a group and the next group
+            following = groups[groups.index(group) + 1]
+            at = rng.uniform(times[0], next(write.time for write in writes if write.group == following))
+            number = sum(time <= at for time in times)
+            delay = at - times[number - 1]
+        chosen.append(Point(phase, group, number, delay))
     return sorted(chosen, key=lambda point: groups.index(point.group))
 
 
