@@ -82,6 +82,10 @@ def test_batches_that_are_left_out_leave_the_data_where_reading_them_does(recipe
     mixed = open_data(recipe.data, progress=False).train()
     counts = np.bincount(mixed.next(BATCH).sources.numbers_B, minlength=3).tolist()
     assert batch_record(mixed, 0, BATCH)["sources"] == dict(zip(("prose", "code", "numbers"), counts, strict=True))
+    joined = open_data(dataclasses.replace(recipe.data, packing="joined"), progress=False).train()
+    joined.next(BATCH)
+    assert joined.position == BATCH
+    assert batch_record(joined, 0, BATCH) == batch_record(mixed, 0, BATCH)
 
 
 def test_a_run_rewinds_before_a_spike_leaves_its_batch_out_and_learns_on(unbroken):

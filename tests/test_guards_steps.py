@@ -39,6 +39,9 @@ class Batches:
         self.position += batch_size
         self.read.append(len(rows))
 
+    def rows_by_source(self, first, count):
+        return {}
+
 
 class Mixed(MixtureBatches):
     """A mixture of which every fourth window is of the second source; without stores."""

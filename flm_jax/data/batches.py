@@ -69,13 +69,16 @@ class StageNeed(NamedTuple):
 
 
 class TokenBatches(Protocol):
-    """The interface between data and training: an endless stream of batches that can save its position.
+    """The interface between data and training: an endless stream of batches that can save its position."""
 
-    Attributes:
-      position: windows that have been read, in all processes together.
-    """
+    @property
+    def position(self) -> int:
+        """Windows that have been read, in all processes together."""
+        ...
 
-    position: int
+    def rows_by_source(self, first: int, count: int) -> dict[str, int]:
+        """Of a mixture, how many of `count` windows from position `first` on are of each source, if any; else {}."""
+        ...
 
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
         """The next global batch of `batch_size` windows, or only the given `rows` of it."""
@@ -224,6 +227,11 @@ class StoreBatches:
         batch = read_batch(self._store, self._split, indices, self._context)
         self.position += batch_size
         return batch
+
+    def rows_by_source(self, first: int, count: int) -> dict[str, int]:
+        """See TokenBatches; none."""
+        del first, count
+        return {}
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -74,7 +74,7 @@ class MixtureBatches:
         return batch
 
     def rows_by_source(self, first: int, count: int) -> dict[str, int]:
-        """How many of `count` windows from position `first` on are of each source, for those that have any."""
+        """See TokenBatches."""
         numbers = np.bincount(self.order.span(first, count)[0], minlength=len(self._parts))
         return {part.name: int(n) for part, n in zip(self._parts, numbers, strict=True) if n}
 

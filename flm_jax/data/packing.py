@@ -29,6 +29,15 @@ class PackedBatches:
         """Wraps a stream; see `DataConfig` for `packing`."""
         self._batches, self._packing = batches, packing
 
+    @property
+    def position(self) -> int:
+        """See TokenBatches."""
+        return self._batches.position
+
+    def rows_by_source(self, first: int, count: int) -> dict[str, int]:
+        """See TokenBatches."""
+        return self._batches.rows_by_source(first, count)
+
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
         """See TokenBatches."""
         return laid_out(self._batches.next(batch_size, rows), self._packing)

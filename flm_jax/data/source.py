@@ -234,9 +234,9 @@ class PackedData:
         """See Data."""
         return PackedBatches(self._data.train(weights), self._packing)
 
-    def supply(self, stages: Sequence[StageNeed]) -> list[str]:
+    def supply(self, stages: Sequence[StageNeed], begun: bytes | None = None) -> list[str]:
         """See Data."""
-        return self._data.supply(stages)
+        return self._data.supply(stages, begun)
 
     def heldout(self, batch_size: int, windows: int) -> Iterator[Batch]:
         """See Data."""

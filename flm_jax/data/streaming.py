@@ -112,6 +112,11 @@ class SeqioBatches:
         rest = _pack(self._rest.astype("<i4").tobytes())
         return pack_state(self._identity, position=self.position, rest=rest, seen=self._seen, iterator=files)
 
+    def rows_by_source(self, first: int, count: int) -> dict[str, int]:
+        """See TokenBatches; none."""
+        del first, count
+        return {}
+
     def mark(self) -> str:
         """The position, and a crc32 of all tokens so far: the position alone does not determine what tf.data yields."""
         return f"{self.position}:{self._seen:08x}"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from flm_jax.data.batches import TokenBatches
-from flm_jax.data.mixture_batches import MixtureBatches
 from flm_jax.distributed import is_primary
 from flm_jax.guards.config import GradientAlarm, SpikeGuard
 from flm_jax.guards.spikes import Spike, SpikeDetector, Window
@@ -33,8 +32,8 @@ class SpikeError(RuntimeError):
 def batch_record(batches: TokenBatches, first: int, count: int) -> dict[str, Any]:
     """Which windows of the run, first and last, a batch or several held; of a mixture also how many of each source."""
     found: dict[str, Any] = {"windows": [first, first + count - 1]}
-    if isinstance(batches, MixtureBatches):
-        found["sources"] = batches.rows_by_source(first, count)
+    if sources := batches.rows_by_source(first, count):
+        found["sources"] = sources
     return found
 
 
