@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import disk  # noqa: E402
 from benchmarks.select_page import page  # noqa: E402
-from flm_jax.selection import near, shingles  # noqa: E402
+from flm_jax.duplicates import near, shingles  # noqa: E402
 
 _COUNT = flags.DEFINE_integer("count", 2_000_000, "Conversations in the pool.", lower_bound=1000)
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Processes that read.", lower_bound=1)
@@ -131,7 +131,7 @@ def conversations(count: int, truth: dict[str, list[Any]]) -> Iterator[bytes]:
 
 
 def flat(turns: list[tuple[str, str]]) -> str:
-    """The normalised text of a conversation, as `shingles.normalised` makes it."""
+    """The normalised text of a conversation, as `compared_text` makes it."""
     return " ".join("\n".join(text for pair in turns for text in pair).casefold().split())
 
 

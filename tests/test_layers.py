@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "flm_jax"
 # Names on one line do not import each other. Packages count as one; inside them, imports only must not form a cycle.
 ORDER = """
-files counter_rng
+files counter_rng duplicates
 distributed
 records
 tracking

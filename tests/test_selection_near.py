@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from flm_jax.chat.conversation import Conversation, Message
-from flm_jax.selection import near, shingles
+from flm_jax.duplicates import near, shingles
+from flm_jax.selection.work import compared_text
 
 TOKEN = re.compile(r"[\u4e00-\u9fff\u3041-\u30ff]|[^\W\u4e00-\u9fff\u3041-\u30ff]+|[^\w\s]|_")
 TEXTS = [
@@ -56,10 +57,8 @@ def test_shingles_are_five_tokens_and_do_not_cross_texts():
 def test_case_width_spaces_and_system_turns_make_no_difference():
     one = conversation("What  is \uff21?", "a\nletter", system="Be brief.")
     other = conversation("what is A?", "A letter")
-    assert shingles.normalised(one) == shingles.normalised(other)
-    assert shingles.text_hash(shingles.normalised(other)) != shingles.text_hash(
-        shingles.normalised(conversation("a?", "A"))
-    )
+    assert compared_text(one) == compared_text(other)
+    assert shingles.text_hash(compared_text(other)) != shingles.text_hash(compared_text(conversation("a?", "A")))
 
 
 def changed(words, count, rng):

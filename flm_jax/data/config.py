@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated
 
 from flm_jax.data.corpora import Corpus, StandardLibrary
+from flm_jax.data.dedup import Dedup
 from flm_jax.data.mixture import Mixture
 from flm_jax.data.train_vocabulary import CACHE, SentencePiece, VocabularyConfig
 from flm_jax.records import recorded
@@ -32,6 +33,8 @@ class DataConfig:
         another thing: a growth from disk to disk.)
       seed: of the order.
       cache_dir: where stores and vocabularies are kept.
+      dedup: which documents are left out because they repeat an earlier one of the same corpus; None: none. Each source
+        of a mixture is a corpus of its own. A vocabulary is trained on all documents.
     """
 
     corpus: Corpus = dataclasses.field(default_factory=StandardLibrary)
@@ -42,6 +45,14 @@ class DataConfig:
     seed: Seed = 0
     # Not "identity": the same data in another folder is the same recipe.
     cache_dir: str = dataclasses.field(default=CACHE, metadata={"identity": False})
+    dedup: Dedup | None = None
+
+    def __post_init__(self) -> None:
+        if self.dedup is not None and self.streamed:
+            raise ValueError(
+                "DataConfig.dedup leaves documents out while a token store is prepared: set DataConfig.streamed = "
+                "False, or leave DataConfig.dedup out."
+            )
 
     @property
     def tokenised_by(self) -> VocabularyConfig:

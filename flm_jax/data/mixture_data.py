@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flm_jax.data.batches import Batch, StageNeed
@@ -125,11 +126,13 @@ def open_mixture(config: DataConfig, mixture: Mixture, progress: bool) -> Mixtur
     """
     if config.streamed:
         raise ValueError(STREAMED)
-    vocabulary, trained = _vocabulary(config, mixture)
+    trained = _file_of_training(config, mixture)
+    trained_now = trained is not None and not trained.is_file()
+    vocabulary = mixture_vocabulary(config, mixture)
     stores = []
     for source in mixture.sources:
         try:
-            store = prepare(source.corpus, vocabulary, config.cache_dir, progress, config.context)
+            store = prepare(source.corpus, vocabulary, config.cache_dir, progress, config.context, dedup=config.dedup)
             for split in store.splits:
                 store.num_windows(split, config.context)
         except FileNotFoundError as error:
@@ -145,22 +148,26 @@ def open_mixture(config: DataConfig, mixture: Mixture, progress: bool) -> Mixtur
         parts.append(Part(source.name, store, weight, limit_of(source, windows)))
     description = {**mixture.describe(), "digest": digest_of(mixture, config.cache_dir)}
     data = MixtureData(parts, config.context, config.seed, description)
-    if trained and progress:
+    if trained_now and progress:
         said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in data.sources.items())
         print0(f"A vocabulary of {data.vocabulary.size} ids was trained. Bytes per token of held-out text: {said}.")
     return data
 
 
-def _vocabulary(config: DataConfig, mixture: Mixture) -> tuple[VocabularyConfig, bool]:
-    """The vocabulary of every source, and whether it was trained now: once, on a sample of all of them."""
-    named = config.tokenised_by
-    if not isinstance(named, SentencePiece):
-        return named, False
-    file = model_file(named, mixture, config.cache_dir)
-    trained = not file.is_file()
-    build_vocabulary(named, mixture, config.cache_dir)
+def mixture_vocabulary(config: DataConfig, mixture: Mixture) -> VocabularyConfig:
+    """The vocabulary of every source: one that is trained is trained once, on a sample of all of them."""
+    file = _file_of_training(config, mixture)
+    if file is None:
+        return config.tokenised_by
+    build_vocabulary(config.tokenised_by, mixture, config.cache_dir)
     # By its content it gives stores their names: other mixtures with this vocabulary share them.
-    return Pretrained(str(file)), trained
+    return Pretrained(str(file))
+
+
+def _file_of_training(config: DataConfig, mixture: Mixture) -> Path | None:
+    """Where the vocabulary that is trained on a mixture is kept; None: it is not trained."""
+    named = config.tokenised_by
+    return model_file(named, mixture, config.cache_dir) if isinstance(named, SentencePiece) else None
 
 
 def _check_vocabularies(names: Sequence[str], stores: Sequence[TokenStore]) -> None:

@@ -6,9 +6,10 @@ import abc
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flm_jax.data.folders import find_files
 from flm_jax.data.json_lines import ENDINGS, LINE_BYTES, file_lines, is_text, too_long
@@ -17,6 +18,20 @@ from flm_jax.records import meant, recorded
 from flm_jax.records.foreign_json import parse_json
 
 COMPRESSED = (".gz", ".zst")
+
+
+class Span(NamedTuple):
+    """Whole lines of a file that follow one another.
+
+    Attributes:
+      start: bytes before them.
+      end: bytes before what follows them.
+      number: of the first line, from 1.
+    """
+
+    start: int
+    end: int
+    number: int
 
 
 class RowCorpus(abc.ABC):
@@ -34,8 +49,25 @@ class RowCorpus(abc.ABC):
         """
 
     @abc.abstractmethod
+    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str]]:
+        """Yields number and text of each document of a file, in order, empty ones too.
+
+        Args:
+          path: one of `files`.
+          span: one of `spans`; None: all of the file.
+        """
+
+    def spans(self, path: Path, most_bytes: int) -> list[Span] | None:
+        """A file in spans of about so many bytes, which can be read apart; None: it is read as a whole."""
+        del path, most_bytes
+        return None
+
     def lines(self) -> Iterator[tuple[str, str]]:
         """Yields each non-empty document with its name, file:number, in a fixed order."""
+        for name, path in self.files():
+            for number, text in self.texts(path):
+                if text:
+                    yield f"{name}:{number}", text
 
     def border(self) -> int:
         """The held-out border of this corpus.
@@ -58,10 +90,18 @@ class RowCorpus(abc.ABC):
 
     def digest(self) -> str:
         """The sha256 over kind, held-out share, names and texts."""
-        whole = hashlib.sha256(f"{type(self).__name__} {self.heldout_percent!r}".encode())
+        whole = hashlib.sha256(self.digest_head())
         for name, text in self.lines():
-            whole.update(json.dumps([name, text]).encode())
+            whole.update(self.digest_entry(name, text))
         return whole.hexdigest()
+
+    def digest_head(self) -> bytes:
+        """What the digest covers before any document."""
+        return f"{type(self).__name__} {self.heldout_percent!r}".encode()
+
+    def digest_entry(self, name: str, text: str) -> bytes:
+        """What the digest covers of a document."""
+        return json.dumps([name, text]).encode()
 
     def describe(self) -> dict[str, Any]:
         """The kind and fields of the corpus."""
@@ -122,18 +162,44 @@ class Jsonl(RowCorpus):
             record = record[name]
         return record
 
-    def lines(self) -> Iterator[tuple[str, str]]:
+    def spans(self, path: Path, most_bytes: int) -> list[Span] | None:
+        """See RowCorpus; compressed files are read as a whole."""
+        return None if path.suffix in COMPRESSED else _line_spans(path, most_bytes)
+
+    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str]]:
         """See RowCorpus."""
-        for name, path in self.files():
-            for number, line in _numbered(path):
-                if text := self.parse(line, f"{path}:{number}"):
-                    yield f"{name}:{number}", text
+        for number, line in _numbered(path, span):
+            yield number, self.parse(line, f"{path}:{number}")
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+def _numbered(path: Path, span: Span | None) -> Iterator[tuple[int, bytes]]:
     if path.suffix in COMPRESSED:
         yield from ((line.number, line.content) for line in file_lines(path))
         return
     with path.open("rb") as file:
+        start, left, number = (0, math.inf, 1) if span is None else (span.start, span.end - span.start, span.number)
+        file.seek(start)
         # A longer line is not read to its end: `parse` refuses it.
-        yield from enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1)
+        while left > 0 and (line := file.readline(LINE_BYTES + 1)):
+            yield number, line
+            left, number = left - len(line), number + 1
+
+
+def _line_spans(path: Path, most_bytes: int) -> list[Span]:
+    """A plain file in spans that end with the first line end at or behind `most_bytes` bytes; none if it is empty."""
+    spans, start, number, lines, at = [], 0, 1, 1, 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            counted = 0  # bytes of the piece whose line ends are in `lines`
+            while (wanted := max(start + most_bytes - 1 - at, counted)) < len(piece):
+                cut = piece.find(b"\n", wanted) + 1
+                if not cut:
+                    break
+                lines += piece.count(b"\n", counted, cut)
+                spans.append(Span(start, at + cut, number))
+                start, number, counted = at + cut, lines, cut
+            lines += piece.count(b"\n", counted)
+            at += len(piece)
+    if start < at:
+        spans.append(Span(start, at, number))
+    return spans

@@ -288,7 +288,7 @@ def _open(config: DataConfig, progress: bool) -> Data:
             )
         vocabulary = build_vocabulary(config.tokenised_by, config.corpus, config.cache_dir)
         return StreamData(config.corpus, vocabulary, config.context, config.seed)
-    store = prepare(config.corpus, config.tokenised_by, config.cache_dir, progress, config.context)
+    store = prepare(config.corpus, config.tokenised_by, config.cache_dir, progress, config.context, dedup=config.dedup)
     return StoreData(store, config.context, config.seed)
 
 

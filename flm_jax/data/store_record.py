@@ -48,6 +48,11 @@ class StoreFile(NamedTuple):
     what: str
 
 
+def store_dtype(vocabulary_size: int) -> np.dtype:
+    """The dtype of the tokens of a vocabulary of so many ids."""
+    return np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
+
+
 def weights_file(shard: str) -> str:
     """The name of the file with the weights of a shard's tokens."""
     return f"{Path(shard).stem}.weights"

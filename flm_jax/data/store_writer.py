@@ -21,14 +21,35 @@ import numpy as np
 
 from flm_jax.data.corpora import SPLITS
 from flm_jax.data.store import TokenStore
-from flm_jax.data.store_record import FORMAT, STORE_FILE, VOCABULARY_FILE, WEIGHTED, files_of, render, weights_file
+from flm_jax.data.store_record import (
+    FORMAT,
+    STORE_FILE,
+    VOCABULARY_FILE,
+    WEIGHTED,
+    files_of,
+    render,
+    store_dtype,
+    weights_file,
+)
 from flm_jax.data.store_sums import Summing, write_sums
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.data.vocabulary_files import spec_bytes
 from flm_jax.files import draft_of, naming, sha256_json, sync_write
 from flm_jax.records import counted
 
+# Tokens that are copied at a time where many documents come together.
+_SLICE = 1 << 20
 _log = logging.getLogger(__name__)
+
+
+def check_ids(tokens: np.ndarray, vocabulary_size: int, what: str) -> None:
+    """Refuses tokens that are not ids of a vocabulary; `what` names them.
+
+    Raises:
+      ValueError: one is negative, or too large.
+    """
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocabulary_size):
+        raise ValueError(f"{what} has ids from {tokens.min()} to {tokens.max()}; the vocabulary has {vocabulary_size}")
 
 
 def _locked(folder: Path) -> int | None:
@@ -94,14 +115,23 @@ class _Split:
         self.offsets.append(self.offsets[-1] + len(tokens))
         self.text_bytes += text_bytes
         self.weighted_tokens += int(weights.sum())
+        self._write(tokens, weights)
+
+    def extend(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+        self.offsets.frombytes((self.offsets[-1] + np.cumsum(lengths, dtype=np.uint64)).tobytes())
+        self.text_bytes += text_bytes
+        self._write(tokens, tokens[:0])
+
+    def _write(self, tokens: np.ndarray, weights: np.ndarray) -> None:
         while len(tokens):
             if not self._files:
                 shard = self.folder / f"{self.name}-{len(self.shards):05d}.bin"
                 self._files, self._tokens = {"sha256": _File(shard)}, 0
                 if self.weighted:
                     self._files["weights_sha256"] = _File(shard.with_name(weights_file(shard.name)))
-            now, tokens = np.split(tokens, [self.limit - self._tokens])
-            of_now, weights = np.split(weights, [self.limit - self._tokens])
+            room = min(self.limit - self._tokens, _SLICE)
+            now, tokens = tokens[:room], tokens[room:]
+            of_now, weights = weights[:room], weights[room:]
             content = {"sha256": now.astype(self.dtype), "weights_sha256": of_now.astype(np.uint8)}
             for name, file in self._files.items():
                 file.write(content[name].tobytes())
@@ -165,7 +195,7 @@ class StoreWriter:
             raise ValueError(f"max_shard_tokens is {max_shard_tokens}: a shard holds at least 1 token")
         self.path, self._weighted = Path(path).expanduser(), weighted
         self._vocabulary, self._corpus_digest, self._description = vocabulary, corpus_digest, description
-        self._dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
+        self._dtype = store_dtype(vocabulary.size)
         _remove_left(self.path)
         self._draft = draft_of(self.path)
         self._draft.mkdir(parents=True)
@@ -188,12 +218,8 @@ class StoreWriter:
         if split not in self._splits:
             raise ValueError(f"there is no split {split!r}: a store has {' and '.join(self._splits)}")
         tokens = np.asarray(tokens)
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self._vocabulary.size):
-            number = len(self._splits[split].offsets) - 1
-            raise ValueError(
-                f"document {number} of {split!r} has ids from {tokens.min()} to "
-                f"{tokens.max()}; the vocabulary has {self._vocabulary.size}"
-            )
+        number = len(self._splits[split].offsets) - 1
+        check_ids(tokens, self._vocabulary.size, f"document {number} of {split!r}")
         if not self._weighted and (not tokens.size or tokens[-1] != self._vocabulary.eos_id):
             tokens = np.append(tokens, self._vocabulary.eos_id)
         if weights is None:
@@ -205,6 +231,31 @@ class StoreWriter:
                 f"a document of {split!r} must have a weight of 0 or 1 for each of its {counted(len(tokens), 'token')}"
             )
         self._splits[split].append(tokens, text_bytes, weights)
+
+    def extend(self, split: str, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+        """Adds documents to a store without weights; it holds the same as if each had been added by `append`.
+
+        Args:
+          split: 'train' or 'heldout'.
+          tokens: ids of one document after the other, each with its end; integers (n,), perhaps a map of a file.
+          lengths: tokens of each document, (documents,).
+          text_bytes: length of their texts together in UTF-8.
+
+        Raises:
+          ValueError: an id outside the vocabulary, a document without its end, lengths that are not those of the
+            tokens, or a store with weights.
+        """
+        if self._weighted:
+            raise ValueError(f"documents of {split!r} come without weights, and the store was begun with weights")
+        first, ends = len(self._splits[split].offsets) - 1, np.cumsum(lengths, dtype=np.int64)
+        if int(ends[-1] if len(ends) else 0) != len(tokens) or (np.asarray(lengths) < 1).any():
+            raise ValueError(f"the lengths of documents of {split!r} are not those of {counted(len(tokens), 'token')}")
+        what = f"one of the documents {first} to {first + len(ends) - 1} of {split!r}"
+        for start in range(0, len(tokens), _SLICE):
+            check_ids(tokens[start : start + _SLICE], self._vocabulary.size, what)
+        if (tokens[ends - 1] != self._vocabulary.eos_id).any():
+            raise ValueError(f"{what} does not end with the id {self._vocabulary.eos_id}")
+        self._splits[split].extend(tokens, lengths, text_bytes)
 
     def close(self) -> TokenStore:
         """Moves the store to its place and opens it; if another process was first, opens the store of that process.

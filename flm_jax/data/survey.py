@@ -155,7 +155,7 @@ def _survey(config: DataConfig) -> Survey:
     if size > READ_BYTES:
         next(iter(corpus.lines() if isinstance(corpus, RowCorpus) else corpus.contents()), None)  # type: ignore[attr-defined]
         return Survey(name, vocabulary, ids, None, files, {}, f"reading {size / 1e9:.1f} GB takes longer")
-    path = store_path(corpus, config.tokenised_by, config.cache_dir)
+    path = store_path(corpus, config.tokenised_by, config.cache_dir, config.dedup)
     if not config.streamed and (path / STORE_FILE).is_file():
         store = TokenStore.open(path, verify=False)  # a survey writes nothing
         return Survey(name, vocabulary, store.vocabulary.size, path, files, store.describe()["splits"])
@@ -168,6 +168,8 @@ def _survey(config: DataConfig) -> Survey:
             raise ValueError(f"the corpus has no document in its split {split!r}: {corpus.describe()}")
         splits[split] = {"documents": len(lengths), "text_bytes": sum(lengths)}
     notes = tuple(corpus.notes()) if isinstance(corpus, FileCorpus) else ()
+    if config.dedup is not None:
+        notes += ("Documents that repeat earlier ones are counted here, and left out when the store is prepared.",)
     return Survey(name, vocabulary, ids, None, files, splits, notes=notes)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flm_jax.data.folders import endings_of, find_files
 from flm_jax.data.reading import MissingExtraError, load_tensorflow
-from flm_jax.data.rows import RowCorpus
+from flm_jax.data.rows import RowCorpus, Span
 from flm_jax.data.text import Percent
 from flm_jax.records import meant, meant_beside, recorded
 
@@ -40,16 +40,14 @@ class Parquet(RowCorpus):
         """See RowCorpus."""
         return find_files(self.path, (".parquet",))
 
-    def lines(self) -> Iterator[tuple[str, str]]:
+    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str]]:
         """See RowCorpus.
 
         Raises:
-          ValueError: a file is no Parquet, has no such column, or the column is not text.
+          ValueError: the file is no Parquet, has no such column, or the column is not text.
         """
-        for name, path in self.files():
-            for number, text in enumerate(self._texts(path), 1):
-                if text:
-                    yield f"{name}:{number}", text
+        del span  # a file is read as a whole
+        yield from enumerate(self._texts(path), 1)
 
     def _texts(self, path: Path) -> Iterator[str]:
         try:
@@ -140,16 +138,15 @@ class Records(RowCorpus):
             )
         return [(p.relative_to(root).as_posix(), p) for p in found]
 
-    def lines(self) -> Iterator[tuple[str, str]]:
+    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str]]:
         """See RowCorpus.
 
         Raises:
-          ValueError: a file is damaged, a record is no Example or has no such feature, or the feature is not text.
+          ValueError: the file is damaged, a record is no Example or has no such feature, or the feature is not text.
         """
-        for name, path in self.files():
-            for number, record in enumerate(_records(path), 1):
-                if text := self._text(record, f"{path}, record {number}"):
-                    yield f"{name}:{number}", text
+        del span  # a file is read as a whole
+        for number, record in enumerate(_records(path), 1):
+            yield number, self._text(record, f"{path}, record {number}")
 
     def _text(self, record: bytes, where: str) -> str:
         content = record

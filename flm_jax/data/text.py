@@ -110,6 +110,14 @@ class FileCorpus(abc.ABC):
     def contents(self) -> Iterator[tuple[str, Path, bytes]]:
         """Yields (name, path, UTF-8 bytes) of each document, sorted by name; empty files are left out."""
 
+    def listed(self) -> list[tuple[str, Path]] | None:
+        """(name, path) of each file that may be a document, sorted by name; None: only `contents` tells documents."""
+        return None
+
+    def content(self, path: Path) -> bytes:
+        """The UTF-8 bytes of one of the files that `listed` names; b'' where it is left out."""
+        raise NotImplementedError(f"{type(self).__name__} lists files, and does not say how one is read")
+
     def notes(self) -> list[str]:
         """Sentences about what a reader may not expect: files that are left out, a document that is cut into parts."""
         return []
@@ -150,10 +158,18 @@ class FileCorpus(abc.ABC):
 
     def digest(self) -> str:
         """The sha256 over kind, held-out share, names and contents; the location of the folder does not count."""
-        whole = hashlib.sha256(f"{type(self).__name__} {self.heldout_percent!r}".encode())
+        whole = hashlib.sha256(self.digest_head())
         for name, _, text in self.contents():
-            whole.update(json.dumps([name, len(text)]).encode() + hashlib.sha256(text).digest())
+            whole.update(self.digest_entry(name, text))
         return whole.hexdigest()
+
+    def digest_head(self) -> bytes:
+        """What the digest covers before any document."""
+        return f"{type(self).__name__} {self.heldout_percent!r}".encode()
+
+    def digest_entry(self, name: str, text: bytes) -> bytes:
+        """What the digest covers of a document."""
+        return json.dumps([name, len(text)]).encode() + hashlib.sha256(text).digest()
 
     def describe(self) -> dict[str, Any]:
         """The kind and fields of the corpus."""
@@ -170,29 +186,45 @@ class StandardLibrary(FileCorpus):
 
     heldout_percent: Percent = 5.0
 
-    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
-        """Yields every readable, non-empty *.py file outside site-packages."""
+    def listed(self) -> list[tuple[str, Path]]:
+        """Every *.py file outside site-packages."""
         root = Path(sysconfig.get_path("stdlib"))
         apart = {"site-packages", "dist-packages", "__pycache__"}
-        yield from _readable(
-            root, (path for path in root.rglob("*.py") if not apart & set(path.relative_to(root).parts))
-        )
+        return _by_name(root, (path for path in root.rglob("*.py") if not apart & set(path.relative_to(root).parts)))
+
+    def content(self, path: Path) -> bytes:
+        """See FileCorpus; b'' for a file that is not readable or not UTF-8."""
+        return _readable(path)
+
+    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
+        """Yields every readable, non-empty *.py file outside site-packages."""
+        yield from _filled(self.listed())
 
     def describe(self) -> dict[str, Any]:
         """The kind and fields of the corpus, and the interpreter's version."""
         return {**describe_fields(self), "python": sys.version.split()[0]}
 
 
-def _readable(root: Path, paths: Iterable[Path]) -> Iterator[tuple[str, Path, bytes]]:
-    """Yields the name below `root`, the path and the content of each file that is UTF-8 and not empty, by name."""
-    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
-        try:
-            text = path.read_bytes()
-            text.decode("utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text:
-            yield path.relative_to(root).as_posix(), path, text
+def _by_name(root: Path, paths: Iterable[Path]) -> list[tuple[str, Path]]:
+    """(name below `root`, path) of some files, sorted by name."""
+    return sorted((path.relative_to(root).as_posix(), path) for path in paths)
+
+
+def _readable(path: Path) -> bytes:
+    """The content of a file; b'' if it cannot be read or is not UTF-8."""
+    try:
+        text = path.read_bytes()
+        text.decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return b""
+    return text
+
+
+def _filled(listed: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Path, bytes]]:
+    """Yields name, path and content of each listed file that is UTF-8 and not empty."""
+    for name, path in listed:
+        if text := _readable(path):
+            yield name, path, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,11 +238,11 @@ class SitePackages(FileCorpus):
     pattern: str = "**/*.txt"
     heldout_percent: Percent = 5.0
 
-    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
-        """Yields every readable, non-empty file.
+    def listed(self) -> list[tuple[str, Path]]:
+        """Every file that matches.
 
         Raises:
-          FileNotFoundError: none matches.
+          FileNotFoundError: none does.
         """
         root = Path(sysconfig.get_path("purelib"))
         paths = [path for path in root.glob(self.pattern) if path.is_file()]
@@ -219,7 +251,19 @@ class SitePackages(FileCorpus):
                 f"SitePackages: no file in {root} matches the pattern {self.pattern!r}; install what holds such files, "
                 "or leave the source out"
             )
-        yield from _readable(root, paths)
+        return _by_name(root, paths)
+
+    def content(self, path: Path) -> bytes:
+        """See FileCorpus; b'' for a file that is not readable or not UTF-8."""
+        return _readable(path)
+
+    def contents(self) -> Iterator[tuple[str, Path, bytes]]:
+        """Yields every readable, non-empty file.
+
+        Raises:
+          FileNotFoundError: as `listed`.
+        """
+        yield from _filled(self.listed())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +304,25 @@ class TextFolder(FileCorpus):
             raise FileNotFoundError(f"TextFolder: no file in {root} matches the pattern {self.pattern!r}{others}")
         return paths
 
+    def listed(self) -> list[tuple[str, Path]] | None:
+        """See FileCorpus; None where a single file is cut into parts.
+
+        Raises:
+          FileNotFoundError: as `paths`.
+        """
+        root, paths = Path(self.path).expanduser(), self.paths()
+        if len([path for path in paths if path.stat().st_size]) == 1:
+            return None
+        return [(path.relative_to(root).as_posix(), path) for path in paths]
+
+    def content(self, path: Path) -> bytes:
+        """See FileCorpus; b'' for an empty file.
+
+        Raises:
+          ValueError: it is not UTF-8.
+        """
+        return read_utf8(path)
+
     def notes(self) -> list[str]:
         """How many files match, which do not, and whether a single document is cut."""
         root, paths = Path(self.path).expanduser(), self.paths()
@@ -299,16 +362,15 @@ class TextFolder(FileCorpus):
           FileNotFoundError: as `paths`.
           ValueError: a file is not UTF-8.
         """
-        root = Path(self.path).expanduser()
-        paths = self.paths()
-        if len(filled := [path for path in paths if path.stat().st_size]) == 1:
-            (path,) = filled
+        listed = self.listed()
+        if listed is None:
+            (path,) = (path for path in self.paths() if path.stat().st_size)
             for number, part in enumerate(cut(read_utf8(path))):
                 yield f"{path.name}[{number}]", path, part
             return
-        for path in paths:
+        for name, path in listed:
             if text := read_utf8(path):
-                yield path.relative_to(root).as_posix(), path, text
+                yield name, path, text
 
 
 def read_utf8(path: Path) -> bytes:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flm_jax.distributed import is_primary
 from flm_jax.files import atomic_write, write_json
 from flm_jax.records.foreign_json import read_json
 from flm_jax.records.json import compared, completed
@@ -65,9 +64,16 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
         raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")
 
 
+def _is_primary() -> bool:
+    # Imported here: processes that only read text need not load JAX.
+    from flm_jax.distributed import is_primary
+
+    return is_primary()
+
+
 def write_identity(workdir: Path, file: str, mine: Any) -> None:
     """Records `mine` atomically, in process 0, once `check_identity` has passed."""
-    if not is_primary():
+    if not _is_primary():
         return
     write_json(workdir / file, mine)
 
@@ -77,7 +83,7 @@ def write_record(workdir: Path, file: str, text: str) -> None:
 
     Only process 0 writes it.
     """
-    if not is_primary():
+    if not _is_primary():
         return
     path, number = workdir / file, 1
     while path.exists() and path.read_text() != text:

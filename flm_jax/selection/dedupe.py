@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from flm_jax.data.json_lines import Skipped
+from flm_jax.duplicates import near
 from flm_jax.progress import count_bar, phases
 from flm_jax.records import counted
-from flm_jax.selection import near
 from flm_jax.selection.config import Duplicates
 from flm_jax.selection.pool import PLACE, PoolFile, batches
 from flm_jax.selection.processes import Processes

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from flm_jax.chat.conversation import Conversation
-from flm_jax.selection import shingles
+from flm_jax.duplicates import shingles
 from flm_jax.selection.base import Base
 from flm_jax.selection.config import Diversity
 from flm_jax.selection.judge import Left
 from flm_jax.selection.pool import Reader
 from flm_jax.selection.steps import Step
+from flm_jax.selection.work import compared_text
 
 
 class Features:
@@ -95,4 +96,4 @@ def kind_of(config: Diversity, base: bool) -> str:
 
 def hashed(conversations: Sequence[Conversation], width: int) -> np.ndarray:
     """float32 (n, width): counts of words and pairs of words without system turns."""
-    return shingles.word_counts(shingles.tokens([shingles.normalised(c) for c in conversations]), width)
+    return shingles.word_counts(shingles.tokens([compared_text(c) for c in conversations]), width)

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flm_jax.chat.conversation import Conversation, parse_line
+from flm_jax.chat.conversation import SYSTEM, Conversation, parse_line
 from flm_jax.data.json_lines import LineError
-from flm_jax.selection import near, scores, shingles
+from flm_jax.duplicates import near, shingles
+from flm_jax.selection import scores
 from flm_jax.selection.config import TextRules
 from flm_jax.selection.domains import domain_of
 from flm_jax.selection.pool import Batch
@@ -33,6 +34,11 @@ class Hashed(NamedTuple):
     short: np.ndarray
 
 
+def compared_text(conversation: Conversation) -> str:
+    """The normalised text of a conversation, without system turns: many pools put one of a few before each of them."""
+    return shingles.normalised("\n".join(m.content for m in conversation.messages if m.role != SYSTEM))
+
+
 def hash_batch(batch: Batch, near_too: bool = True) -> Hashed:
     """The hashes of a batch.
 
@@ -44,7 +50,7 @@ def hash_batch(batch: Batch, near_too: bool = True) -> Hashed:
     faults, texts = [], []
     for number, line in enumerate(batch.lines):
         try:
-            texts.append(shingles.normalised(parse_line(line, batch.where(number))))
+            texts.append(compared_text(parse_line(line, batch.where(number))))
             good[number] = True
         except LineError as error:
             faults.append(error)

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flm_jax.chat.conversation import SYSTEM, Conversation
-
 SHINGLE = 5
 # Characters of a text that are looked at: its beginning tells long texts apart, and memory stays bounded.
 LONGEST = 100_000
@@ -38,12 +36,8 @@ class Tokens(NamedTuple):
     starts: np.ndarray
 
 
-def normalised(conversation: Conversation) -> str:
-    """The text of a conversation in which case, width and spaces make no difference, without system turns.
-
-    System turns are left out because many pools put one of a few before every conversation.
-    """
-    text = "\n".join(m.content for m in conversation.messages if m.role != SYSTEM)
+def normalised(text: str) -> str:
+    """A text in which case, width and spaces make no difference."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())

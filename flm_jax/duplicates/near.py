@@ -1,4 +1,4 @@
-"""Exact and near duplicates: MinHash signatures, their bands, and which conversation of each group stays.
+"""Exact and near duplicates: MinHash signatures, their bands, and which text of each group stays.
 
 A signature (Broder 1997) has one number for each of 128 permutations: the least of the permuted hashes of the shingles.
 Two texts agree in one with the probability of their Jaccard similarity: the share of common shingles. The numbers of a
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from flm_jax.selection.shingles import Tokens, mixed
+from flm_jax.duplicates.shingles import Tokens, mixed
 
 PERMUTATIONS, BANDS = 128, 16
 ROWS = PERMUTATIONS // BANDS
@@ -86,8 +86,8 @@ def near_pairs(
     """Yields pairs (n, 2) of near duplicates, the earlier one first, band by band.
 
     Args:
-      left: numbers of the conversations to look at, ascending.
-      bands: the hashes of a band, for all conversations.
+      left: numbers of the texts to look at, ascending.
+      bands: the hashes of a band, for all texts.
       compare: whether each pair of two lists of numbers is a near duplicate.
     """
     for band in range(BANDS):
@@ -109,14 +109,14 @@ def near_pairs(
 
 
 def drop(pairs: np.ndarray, count: int) -> np.ndarray:
-    """int64 (count,): for each conversation the one that stays in its place, itself where it stays.
+    """int64 (count,): for each text the one that stays in its place, itself where it stays.
 
-    A conversation falls out if it is a near duplicate of an earlier one that stays, so that no chain of small changes
-    leads to a conversation that is unlike the one that stays.
+    A text falls out if it is a near duplicate of an earlier one that stays, so that no chain of small changes leads to
+    a text that is unlike the one that stays.
 
     Args:
       pairs: of near duplicates, (n, 2), in any order, some perhaps more than once.
-      count: number of conversations.
+      count: number of texts.
     """
     stays = np.arange(count)
     pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
@@ -131,7 +131,7 @@ def comparison(read: Callable[[], np.ndarray], threshold: float) -> Callable[[np
     """A function that says which pairs of numbers are near duplicates, for `near_pairs`.
 
     Args:
-      read: opens the short signatures of all conversations; a map of a file, opened for each piece of the work, so that
+      read: opens the short signatures of all texts; a map of a file, opened for each piece of the work, so that
         the pages that were read do not add up.
       threshold: the least similarity.
     """
