@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo bench savings savings-full study-sft notebooks check test test-search test-slow test-notebooks test-faults test-smollm2 test-tpu docs reference lint format clean
+.PHONY: demo bench savings savings-full study-sft notebooks check test test-search test-slow test-notebooks test-faults test-smollm2 test-beam test-tpu docs reference lint format clean
 
 # pyproject.toml declares ranges, requirements.txt the versions that are tested.
 .venv/installed: requirements.txt pyproject.toml
@@ -30,6 +30,16 @@ savings: .venv/installed
 savings-full: .venv/installed
 	$(BIN)/python experiments/savings.py --gin_file=gin_configs/savings/t0.gin --workdir=runs/savings --parallel=2 \
 		--results=docs/results/savings/t0 --write=docs/results/savings_t0.md --command='make savings-full'
+
+# Apache Beam, in an environment of its own: its ranges of protobuf and pyarrow exclude the versions of requirements.txt.
+.venv/beam/installed: .venv/installed
+	$(BIN)/python -m venv .venv/beam
+	.venv/beam/bin/python -m pip install --quiet --disable-pip-version-check apache-beam==2.77.0 --editable '.[beam]' pytest hypothesis zstandard
+	touch $@
+
+# Preparing text as a pipeline of Beam's DirectRunner.
+test-beam: .venv/beam/installed
+	.venv/beam/bin/python -m pytest -p no:xdist tests/test_data_beam.py
 
 # Another JAX trainer, in an environment of its own.
 .venv/tunix/installed: .venv/installed

@@ -9,12 +9,14 @@ from typing import NamedTuple
 from flm_jax.cli import configure
 from flm_jax.cli.configure import configured, parse
 from flm_jax.cli.errors import started
-from flm_jax.cli.prepare_data import LOCAL
 from flm_jax.cli.runs import check_json_file
 from flm_jax.data.beam import Beam, load_beam
 from flm_jax.data.preparation import prepare_data, report, sentence
 from flm_jax.data.workers import Runner, Workers
 from flm_jax.files import write_json
+
+
+LOCAL = "local"
 
 
 class How(NamedTuple):

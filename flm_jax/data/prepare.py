@@ -114,6 +114,8 @@ def prepare(
       MissingExtraError: the corpus needs what is not installed.
     """
     found = prepare_by(None, corpus, vocabulary_config, cache_dir, progress, context, max_shard_tokens, dedup)
+    if found.made and progress:
+        _say(found)
     return found.store
 
 
@@ -141,17 +143,17 @@ def prepare_by(
     if isinstance(corpus, TokenCorpus):
         vocabulary = build_vocabulary(vocabulary_config, corpus, cache_dir)
         store, made = _prepare_tokens(corpus, vocabulary, cache_dir, context, progress, max_shard_tokens)
-        return _prepared(store, made, began, progress)
+        return Prepared(store, made, time.monotonic() - began)
     if not isinstance(corpus, FileCorpus | RowCorpus):
         store, made = _prepare_seqio(corpus, vocabulary_config, cache_dir, progress, max_shard_tokens)
-        return _prepared(store, made, began, progress)
+        return Prepared(store, made, time.monotonic() - began)
     known = Known(corpus, cache_dir)
     if known.digest is not None:
         digest = _identified(known.digest, dedup)
         path = _store_path(corpus, digest, vocabulary_config, cache_dir)
         if path.exists() and (existing := _existing(path, digest)) is not None:
             shutil.rmtree(parts_folder(path), ignore_errors=True)
-            return _prepared(existing, False, began, progress)
+            return Prepared(existing, False, time.monotonic() - began)
     bar = functools.partial(_bar, progress, runner is not None)
     if dedup is not None and runner is None:
         runner = Workers(1)  # hashes are kept on disk
@@ -160,7 +162,7 @@ def prepare_by(
     path = _store_path(corpus, digest, vocabulary_config, cache_dir)
     if (existing := _existing(path, digest)) is not None:
         shutil.rmtree(parts_folder(path), ignore_errors=True)
-        return _prepared(existing, False, began, progress)
+        return Prepared(existing, False, time.monotonic() - began)
     if progress:
         for note in corpus.notes() if isinstance(corpus, FileCorpus) else ():
             print0(note)
@@ -172,17 +174,11 @@ def prepare_by(
             for block in tokens.blocks:
                 writer.extend(*block)
             store = writer.close()
-    return _prepared(store, True, began, progress)
+    return Prepared(store, True, time.monotonic() - began)
 
 
 def _is_tokens(corpus: Corpus) -> bool:
     return isinstance(corpus, TokenCorpus)
-
-
-def _prepared(store: TokenStore, made: bool, began: float, progress: bool) -> Prepared:
-    if made and progress:
-        _say(store, began)
-    return Prepared(store, made, time.monotonic() - began)
 
 
 def _bar(progress: bool, always: bool, total: int, what: str) -> Any:
@@ -269,7 +265,8 @@ def _existing(path: Path, corpus: str, vocabulary: str | None = None) -> TokenSt
     return None
 
 
-def _say(store: TokenStore, began: float) -> None:
+def _say(found: Prepared) -> None:
+    store = found.store
     counts = store.describe()["splits"]
     parts = [
         f"{split}: {counted(n['documents'], 'document')}, {counted(n['text_bytes'], 'byte')}, "
@@ -277,4 +274,4 @@ def _say(store: TokenStore, began: float) -> None:
         + (f", {n['weighted_tokens']:,} of them trained on" if store.weighted else "")
         for split, n in counts.items()
     ]
-    print0(f"Prepared the text in {time.monotonic() - began:.1f} s. {'; '.join(parts)}. Kept in {store.path}.")
+    print0(f"Prepared the text in {found.seconds:.1f} s. {'; '.join(parts)}. Kept in {store.path}.")

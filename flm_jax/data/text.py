@@ -130,10 +130,21 @@ class FileCorpus(abc.ABC):
         """
         check_split(split)
         names = [name for name, _, _ in self.contents()]
-        if not names:
-            raise ValueError(f"{self} holds no document: every file it names is empty or unreadable")
-        border = heldout_border(names, self.heldout_percent)
+        border = self._border(names)
         return {name for name in names if (name_hash(name) < border) == (split == "heldout")}
+
+    def _border(self, names: Iterable[str]) -> int:
+        if (hashes := hash_range(names)) is None:
+            raise ValueError(f"{self} holds no document: every file it names is empty or unreadable")
+        return border_within(hashes, self.heldout_percent)
+
+    def border(self) -> int:
+        """The border below which the hash of a name puts a document into the held-out split.
+
+        Raises:
+          ValueError: there is no document.
+        """
+        return self._border(name for name, _, _ in self.contents())
 
     def files(self, split: str) -> list[Path]:
         """The files of one split, sorted by name of their documents.
