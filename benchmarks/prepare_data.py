@@ -4,9 +4,9 @@
 
 The text is a part of the standard library as JSON lines. Each row of the table is one vocabulary; all columns are
 measured in turns, several times, and the median stands there. "Tokenizer" encodes texts that are in memory; "parts" is
-what a process does with its parts, tokenizer included, and "share" its speed over the tokenizer's; "look" reads the text
-for its digest, and "hash" also hashes it for near duplicates; "write" puts the parts together, in one process. Processor time says what a core is worth, also where
-other programs run beside it.
+what a process does with its parts, tokenizer included, and "share" its speed over the tokenizer's; "look" reads the
+text for its digest; "hash" hashes it for near duplicates; "write" puts the parts together, in one process. Processor
+time says what a core is worth, also where other programs run beside it.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ NAVIGATION = {
     "Begin": ["docs/tutorial.md", "docs/guide.md", "docs/words.md", "docs/demo.md"],
     "How to": [
         "docs/own_data.md",
+        "docs/prepare.md",
         "docs/token_store.md",
         "docs/mixtures.md",
         "docs/tokenizers.md",

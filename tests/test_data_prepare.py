@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.data.workers import Workers
 from flm_jax.duplicates import near
 from flm_jax.records import recorded
+from tests.environment import as_user
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = 700  # bytes of a part
@@ -228,7 +230,10 @@ def test_hashes_do_not_depend_on_how_documents_are_put_together(corpora, monkeyp
 @dataclasses.dataclass(frozen=True)
 @recorded
 class Deadly(FileCorpus):
-    """A folder of texts, of which one kills the process that reads it, `times` times; each time leaves a file."""
+    """A folder of texts, of which one kills the process that reads it, `times` times, once the corpus is armed.
+
+    Each time leaves a file. The process that armed it lives.
+    """
 
     path: str
     times: int = 0
@@ -241,7 +246,8 @@ class Deadly(FileCorpus):
         return ((name, path, path.read_bytes()) for name, path in self.listed())
 
     def content(self, path):
-        if path.name == "030.txt" and (Path(self.path) / "armed").exists():
+        armed = Path(self.path) / "armed"
+        if path.name == "030.txt" and armed.exists() and armed.read_text() != str(os.getpid()):
             deaths = len(list(Path(self.path).glob("death*")))
             if deaths < self.times:
                 (Path(self.path) / f"death{deaths}").touch()
@@ -257,11 +263,15 @@ def deadly(tmp_path, times):
     return Deadly(str(root), times)
 
 
+def arm(corpus):
+    (Path(corpus.path) / "armed").write_text(str(os.getpid()))
+
+
 @pytest.mark.integration
 def test_what_a_killed_process_did_not_finish_is_done_again(tmp_path, caplog):
     corpus = deadly(tmp_path, 1)
     expected = prepare(corpus, Bytes(), tmp_path / "here", progress=False)
-    (Path(corpus.path) / "armed").touch()
+    arm(corpus)
     with Workers(2, SMALL) as runner:
         found = prepare_by(runner, corpus, Bytes(), tmp_path / "there", progress=False)
     assert (Path(corpus.path) / "death0").exists() and "is done again" in caplog.text
@@ -416,6 +426,66 @@ def test_what_cannot_be_without_duplicates_is_refused(tmp_path):
 def test_processes_that_work_on_parts_do_not_load_jax():
     code = "import sys, flm_jax.data.part_work; sys.exit(bool({'jax', 'tensorflow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+SLOW = """
+import dataclasses, time
+from flm_jax.cli.configure import register
+from flm_jax.data.rows import Jsonl
+from flm_jax.records import recorded
+
+
+@dataclasses.dataclass(frozen=True)
+@recorded
+class SlowLines(Jsonl):
+    def texts(self, path, span=None):
+        for found in super().texts(path, span):
+            time.sleep(0.002)
+            yield found
+
+
+register()
+"""
+RECIPE = """
+import slow_lines
+include 'gin_configs/recipes/minimal.gin'
+DataConfig.corpus = @SlowLines()
+SlowLines.path = 'lines.jsonl'
+DataConfig.vocabulary = @Bytes()
+DataConfig.cache_dir = 'cache'
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_command_that_was_ended_goes_on_and_training_finds_its_store(tmp_path, number, monkeypatch):
+    write_lines(tmp_path / "lines.jsonl", TEXTS * 5)
+    (tmp_path / "slow_lines.py").write_text(SLOW)
+    (tmp_path / "my.gin").write_text(RECIPE)
+    command = [sys.executable, str(ROOT / "experiments/prepare_data.py"), "--gin_file=my.gin"]
+    command += ["--workers=2", "--part_bytes=3000", "--json=found.json"]
+    env = {**as_user(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    begun = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("cache/.*.parts/tokens-*")) and time.monotonic() < end:
+        assert begun.poll() is None, begun.stderr.read()
+        time.sleep(0.01)
+    begun.send_signal(number)
+    said = begun.communicate()[1]
+    assert begun.returncode == (130 if number == signal.SIGINT else -number)
+    if number == signal.SIGINT:
+        assert said.endswith("Interrupted.\n") and "Traceback" not in said
+    assert not list(tmp_path.glob("cache/slowlines-*"))
+    kept = {path: path.stat().st_ino for path in tmp_path.glob("cache/.*.parts/tokens-*/record.json")}
+    assert kept and len(kept) < len(divide(Jsonl(str(tmp_path / "lines.jsonl")), 3000))
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "found.json").read_text())["sources"]
+    monkeypatch.chdir(tmp_path)
+    fast = dataclasses.make_dataclass("SlowLines", [], bases=(Jsonl,), frozen=True)
+    expected = prepare(fast("lines.jsonl"), Bytes(), tmp_path / "here", progress=False)
+    assert Path(found["store"]).name == expected.path.name and sums(Path(found["store"])) == sums(expected.path)
+    assert done.stdout.startswith(f"{found['documents']} documents. train: ") and found["documents"] == 300
 
 
 def test_results_come_in_order_and_a_few_at_a_time():

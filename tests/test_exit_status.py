@@ -58,6 +58,10 @@ def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, mon
         ("verify", ["--store=x", "--gin_bindings=a.b = 1"], "--store stands alone, or with --json"),
         ("savings", ["--gin_file=x", "--workdir=y", "--steps=tune,plan"], "--steps names 'plan'; the steps are tune,"),
         ("savings", ["--gin_file=x"], "give a --workdir"),
+        ("prepare_data", [], "give a recipe with --gin_file"),
+        ("prepare_data", ["--gin_file=x", "--runner=SprakRunner"], "did you mean 'SparkRunner'?"),
+        ("prepare_data", ["--gin_file=x", "--beam_option=a=b"], "--beam_option is for a runner of Beam"),
+        ("prepare_data", ["--gin_file=x", "--runner=SparkRunner", "--beam_option=--a=b"], "write key=value, without"),
         ("compare", [], "give the work directories of the runs to compare"),
         (
             "checkpoint",

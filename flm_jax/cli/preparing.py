@@ -15,7 +15,6 @@ from flm_jax.data.preparation import prepare_data, report, sentence
 from flm_jax.data.workers import Runner, Workers
 from flm_jax.files import write_json
 
-
 LOCAL = "local"
 
 

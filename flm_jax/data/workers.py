@@ -88,14 +88,15 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end(wait=error is None)
+        self._end(at_once=error is not None)
 
-    def _end(self, wait: bool) -> None:
+    def _end(self, at_once: bool) -> None:
         if self._executor is not None:
-            if not wait:  # what they are doing is not needed, and may take long
+            if at_once:  # what they are doing is not needed, and may take long
                 for process in list((self._executor._processes or {}).values()):
                     process.terminate()
-            self._executor.shutdown(wait=wait, cancel_futures=True)
+            # Waiting also releases semaphores, of which Python would tell when an interrupted program ends.
+            self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
     def run(self, function: Callable[[Part], int], parts: Sequence[Part], done: Callable[[int], Any]) -> None:
@@ -158,7 +159,7 @@ class Workers:
             return failed
 
     def _again(self, error: BrokenProcessPool) -> None:
-        self._end(wait=True)
+        self._end(at_once=False)
         self._deaths += 1
         if self._deaths == _DEATHS:
             raise OSError(
