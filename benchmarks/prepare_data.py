@@ -11,6 +11,7 @@ time says what a core is worth, also where other programs run beside it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import statistics
@@ -24,7 +25,7 @@ from absl import app, flags
 from flm_jax.data.corpora import Jsonl, StandardLibrary
 from flm_jax.data.part_files import PartFolder, PartResult, result_name
 from flm_jax.data.part_work import TOKENS, Job, blocks, hash_part, tokenise_part
-from flm_jax.data.parts import divide, look
+from flm_jax.data.parts import Part, divide, look
 from flm_jax.data.store_record import VOCABULARY_FILE
 from flm_jax.data.store_writer import StoreWriter
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
@@ -36,11 +37,17 @@ _TURNS = flags.DEFINE_integer("turns", 5, "How often each is measured.", lower_b
 PART_BYTES = 1 << 20
 
 
-def seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """Processor time of a call, of this process."""
     begun = time.process_time()
     run()
     return time.process_time() - begun
+
+
+def each(function: Callable[[Part], object], parts: Sequence[Part]) -> None:
+    """Calls a function for each part."""
+    for part in parts:
+        function(part)
 
 
 def row(corpus: Jsonl, vocabulary: Vocabulary, folder: Path) -> dict[str, float]:
@@ -62,11 +69,11 @@ def row(corpus: Jsonl, vocabulary: Vocabulary, folder: Path) -> dict[str, float]
                             writer.extend(*block)
                     writer.close()
 
-            measured: dict[str, Callable[[], None]] = {
-                "tokenizer": lambda: [vocabulary.encode(text) for text in texts] and None,
-                "parts": lambda job=job: [tokenise_part(job, part) for part in parts] and None,
-                "look": lambda: [look(corpus, part) for part in parts] and None,
-                "hash": lambda job=job: [hash_part(job, part) for part in parts] and None,
+            measured: dict[str, Callable[[], object]] = {
+                "tokenizer": lambda: [vocabulary.encode(text) for text in texts],
+                "parts": functools.partial(each, functools.partial(tokenise_part, job), parts),
+                "look": functools.partial(each, functools.partial(look, corpus), parts),
+                "hash": functools.partial(each, functools.partial(hash_part, job), parts),
                 "write": write,
             }
             for name, run in measured.items():

@@ -23,7 +23,9 @@ def define() -> None:
     """Defines the flags."""
     define_gin("DataConfig.dedup = @Dedup()")
     define_json()
-    flags.DEFINE_enum("runner", LOCAL, RUNNERS, "What does the work: processes of this machine, or a runner of Beam.")
+    flags.DEFINE_string(
+        "runner", LOCAL, f"What does the work: processes of this machine (local), or Beam: {', '.join(RUNNERS[1:])}."
+    )
     flags.DEFINE_integer(
         "workers",
         0,
@@ -42,6 +44,10 @@ def run(values: Any) -> None:
     """Prepares the data that the flags describe."""
     if not values.gin_file and not values.gin_bindings:
         refuse("give a recipe with --gin_file")
+    if values.runner not in RUNNERS:
+        from flm_jax.records import meant
+
+        refuse(f"--runner={values.runner}: it is one of {', '.join(RUNNERS)}{meant(values.runner, RUNNERS)}")
     if values.beam_option and values.runner == LOCAL:
         refuse("--beam_option is for a runner of Beam; give --runner too")
     if wrong := [option for option in values.beam_option if option.startswith("-") or not option.split("=")[0]]:

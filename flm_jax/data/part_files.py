@@ -129,7 +129,7 @@ class PartResult:
     def _advice(self) -> str:
         return f"delete {self._folder}, and the same command does this part again"
 
-    def array(self, name: str, dtype: np.dtype | type) -> np.ndarray:
+    def array(self, name: str, dtype: np.dtype | type | str) -> np.ndarray:
         """The content of a file, as a map of it; empty if the part has none. It is compared with its checksum first.
 
         Raises:

@@ -148,7 +148,8 @@ def tokens_of(
         atomic_write(folder.path / VOCABULARY_FILE, spec_bytes(vocabulary))
         near_too = dedup is not None and dedup.near is not None
         job = Job(texts.corpus, str(folder.path.absolute()), texts.border, dedup is not None, near_too)
-        description, stay = {}, list(texts.documents)
+        description: dict[str, Any] = {}
+        stay = list(texts.documents)
         if dedup is not None:
             _work(runner, functools.partial(hash_part, job), HASHES, folder.path, texts.parts, bar)
             description, stay = _decided(folder.path, texts, dedup)
