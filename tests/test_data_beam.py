@@ -18,7 +18,7 @@ from flm_jax.data.prepare import prepare, prepare_by
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.workers import Workers
-from tests.test_data_prepare import PLANTED, SMALL, TEXTS, arm, deadly, sums, write_lines
+from tests.preparing import PLANTED, SMALL, TEXTS, arm, deadly, sums, write_lines
 
 pytestmark = pytest.mark.integration
 DEDUP = Dedup(near=0.8)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gzip
-import hashlib
 import json
 import os
 import signal
@@ -27,31 +26,14 @@ from flm_jax.data.preparation import prepare_data, report, sentence
 from flm_jax.data.prepare import prepare, prepare_by
 from flm_jax.data.source import open_data
 from flm_jax.data.store_writer import StoreWriter
-from flm_jax.data.text import FileCorpus, Percent
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.data.workers import Workers
 from flm_jax.duplicates import near
-from flm_jax.records import recorded
 from tests.environment import as_user
+from tests.preparing import PLANTED, SMALL, TEXTS, arm, deadly, sums, write_lines
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = 700  # bytes of a part
-WORDS = np.random.default_rng(0).integers(0, 10_000, (60, 40))
-TEXTS = [f"document {i}\r\n é\u2028 " + " ".join(map(str, words)) for i, words in enumerate(WORDS)]
-# Equal to an earlier text; nearly equal to one; equal to the near one; unlike all.
-PLANTED = [TEXTS[3], TEXTS[7] + " and three words more", TEXTS[7] + " and three words more", "short", TEXTS[3].upper()]
-
-
-def sums(folder):
-    """The sha256 of each file of a store."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
-def write_lines(path, texts, opened=open):
-    with opened(path, "wt", encoding="utf-8") as file:
-        for number, text in enumerate(texts):
-            file.write(json.dumps({"text": text}, ensure_ascii=number % 2 == 0) + "\n" * (1 + number % 3))
 
 
 @pytest.fixture(scope="module")
@@ -225,46 +207,6 @@ def test_hashes_do_not_depend_on_how_documents_are_put_together(corpora, monkeyp
     assert np.array_equal(one[0].texts, np.concatenate([found.texts for found in many]))
     assert np.array_equal(one[0].bands, np.concatenate([found.bands for found in many], axis=1))
     assert np.array_equal(one[0].short, np.concatenate([found.short for found in many]))
-
-
-@dataclasses.dataclass(frozen=True)
-@recorded
-class Deadly(FileCorpus):
-    """A folder of texts, of which one kills the process that reads it, `times` times, once the corpus is armed.
-
-    Each time leaves a file. The process that armed it lives.
-    """
-
-    path: str
-    times: int = 0
-    heldout_percent: Percent = 20.0
-
-    def listed(self):
-        return [(path.name, path) for path in sorted(Path(self.path).glob("*.txt"))]
-
-    def contents(self):
-        return ((name, path, path.read_bytes()) for name, path in self.listed())
-
-    def content(self, path):
-        armed = Path(self.path) / "armed"
-        if path.name == "030.txt" and armed.exists() and armed.read_text() != str(os.getpid()):
-            deaths = len(list(Path(self.path).glob("death*")))
-            if deaths < self.times:
-                (Path(self.path) / f"death{deaths}").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return path.read_bytes()
-
-
-def deadly(tmp_path, times):
-    root = tmp_path / "deadly"
-    root.mkdir()
-    for number, text in enumerate(TEXTS):
-        (root / f"{number:03}.txt").write_bytes(text.encode())
-    return Deadly(str(root), times)
-
-
-def arm(corpus):
-    (Path(corpus.path) / "armed").write_text(str(os.getpid()))
 
 
 @pytest.mark.integration
