@@ -189,6 +189,12 @@ def test_planted_duplicates_fall_out_and_nothing_else(corpora, tmp_path, kind, d
     assert sorted(found) == sorted(left)
 
 
+def test_the_first_of_equal_documents_stays():
+    texts = np.array([5, 3, 5, 9, 3, 5], np.uint64)
+    kinds = decide(Dedup(), texts, lambda _: pytest.fail("bands"), lambda: pytest.fail("signatures"))
+    assert kinds.tolist() == [STAYS, STAYS, EXACT, STAYS, EXACT, EXACT]
+
+
 def test_a_chain_of_small_changes_does_not_drop_what_is_unlike_the_one_that_stays():
     signature = np.tile(np.arange(near.PERMUTATIONS, dtype=np.uint32), (3, 1))
     signature[1, :16] += 1000  # the second is like both its neighbours, which are not like each other
