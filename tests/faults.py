@@ -20,6 +20,7 @@ from flm_jax.data.known import FOLDER
 from flm_jax.sharding import make_mesh
 from flm_jax.source_checkpoint import POSITION, read_source
 from tests.environment import as_user_compiling_fast
+from tests.runs import measurements
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, RAMP = {"0_a": 6, "1_b": 10, "2_c": 4}, 6
@@ -197,13 +198,6 @@ def state_sha256(step: Path) -> str:
     return whole.hexdigest()
 
 
-def measurements(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what the clock says, and without the starts of the program."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("time", "_second", "_seconds")
-    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in lines if line["kind"] != "start"]
-
-
 def outcome(workdir: Path) -> dict:
     """What a run leaves: the sha256 of its steps' states, the record of the last, its report and its log."""
     steps = sorted(
@@ -211,7 +205,7 @@ def outcome(workdir: Path) -> dict:
         key=lambda path: (path.parent.name, int(path.name)),
     )
     return {
-        "log": measurements(workdir),
+        "log": [line for line in measurements(workdir) if line["kind"] != "start"],
         "states": {f"{step.parent.name}/{step.name}": state_sha256(step) for step in steps},
         "meta": json.loads((steps[-1] / "meta.json").read_text()),
         "report": json.loads((workdir / "report.json").read_text()),

@@ -15,6 +15,7 @@ from flm_jax import stage_run
 from flm_jax import train as training
 from flm_jax.state import TrainState
 from flm_jax.step import Metrics, StageProgram
+from flm_jax.step.metrics import PartNorms
 
 FOUND = {
     "holds": True,
@@ -41,6 +42,8 @@ def stepper(program: StageProgram, masked: bool) -> Any:
             new = jax.device_put(jax.tree.map(moved, here), program.shardings)
         one = np.float32(1)
         values = {"grad_norm": one, "update_norm": one, "param_norm": one, "mask": one, "bad": np.float32(0)}
+        none = np.zeros(0, np.float32)
+        values["parts"] = PartNorms(none, none, none, ())
         return new, Metrics(loss=np.float32(1 + seen), learning_rate=np.float32(rate), **values)
 
     return step

@@ -1,5 +1,7 @@
 """Recipes of whole runs on a corpus of eight documents, and a stop at a chosen step."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from flm_jax.data.config import DataConfig
@@ -58,3 +60,13 @@ def grown_once(data: DataConfig, teacher: Teacher | None = None, growth: Growth 
     )
     given = dict(model=LARGE, optimizer=FAST, growth=growth or Growth("zero"), teacher=teacher)
     return recipe_of(data, first, Stage(**{**dict(name="second", steps=6, batch_size=8), **given, **fields}))
+
+
+# Of the measurements of a step, what depends on the machine and its load.
+OF_THE_MACHINE = ("time", "seconds/", "memory/", "tokens_per_second", "flops_per_second", "utilisation")
+
+
+def measurements(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without times and memory."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(OF_THE_MACHINE)} for line in lines]

@@ -15,9 +15,8 @@ from flm_jax.guards import SpikeGuard
 from flm_jax.guards.steps import batch_record
 from flm_jax.recipe import Recipe, Run, Stage
 from flm_jax.sharding import MeshConfig
-from flm_jax.tracking import read_log
 from tests.mixtures import write
-from tests.runs import FAST, recipe_of
+from tests.runs import FAST, measurements, recipe_of
 from tests.small import shape
 
 pytestmark = pytest.mark.integration
@@ -66,8 +65,7 @@ def digest(workdir) -> str:
 
 def lines(workdir) -> list[dict]:
     """The log, without times, and without what differs between starts and ways to run."""
-    found = [line for line in read_log(workdir / "metrics.jsonl") if line["kind"] not in ("start", "save")]
-    return [{k: v for k, v in line.items() if k != "time" and not k.endswith("_second")} for line in found]
+    return [line for line in measurements(workdir) if line["kind"] not in ("start", "save")]
 
 
 def test_batches_that_are_left_out_leave_the_data_where_reading_them_does(recipe):

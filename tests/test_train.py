@@ -28,7 +28,7 @@ from flm_jax.sharding import MeshConfig, make_mesh
 from flm_jax.source_checkpoint import read_source
 from flm_jax.step import StageProgram
 from tests import small
-from tests.runs import RAMP, RUN, StopAfter, recipe_of
+from tests.runs import RAMP, RUN, StopAfter, measurements, recipe_of
 from tests.small import shape, write_corpus
 
 pytestmark = pytest.mark.integration
@@ -164,13 +164,6 @@ def test_event_files_are_read_by_tensorboard(reference):
     assert events.Scalars("growth/loss_before")[0].value == pytest.approx(growth["eval_loss_before"])
 
 
-def measurements(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without times and memory."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    left_out = ("time", "seconds/", "memory/", "tokens_per_second", "flops_per_second")
-    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
-
-
 def test_every_measurement_is_a_line_of_metrics_jsonl(reference):
     workdir, report, _ = reference
     lines = measurements(workdir)
@@ -272,7 +265,7 @@ def test_a_damaged_last_checkpoint_is_refused_and_the_one_before_leads_to_the_sa
 
 def test_a_growth_that_breaks_its_promise_stops_the_run(reference, recipe, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
-    from flm_jax import step as steps
+    from flm_jax.step import growers as steps
 
     honest = steps.grow_params
 
