@@ -44,7 +44,9 @@ def stepper(program: StageProgram, masked: bool) -> Any:
         values = {"grad_norm": one, "update_norm": one, "param_norm": one, "mask": one, "bad": np.float32(0)}
         none = np.zeros(0, np.float32)
         values["parts"] = PartNorms(none, none, none, ())
-        return new, Metrics(loss=np.float32(1 + seen), learning_rate=np.float32(rate), **values)
+        found = Metrics(loss=np.float32(1 + seen), learning_rate=np.float32(rate), **values)
+        with jax.transfer_guard("allow"):
+            return new, jax.device_put(found)
 
     return step
 
