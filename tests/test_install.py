@@ -51,7 +51,7 @@ def imports(*folders: str):
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (("flm_jax", "experiments"), ("data", "datasets", "eval", "select", "wandb", "mlflow", "trackio")),
+        (("flm_jax", "experiments"), ("beam", "data", "datasets", "eval", "select", "wandb", "mlflow", "trackio")),
         (("tests", "benchmarks", "dev"), ("dev",)),
     ],
 )

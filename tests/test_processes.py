@@ -114,7 +114,8 @@ def test_each_process_reads_its_own_rows_and_the_first_writes_all_else(two, fold
     assert first["result"]["read"] == second["result"]["read"] == [4]
 
     def own(path: str) -> bool:
-        return "/arrays" in path
+        # A cache that is not shared remembers the digests of texts for itself.
+        return "/arrays" in path or "/cache.1/digests" in path
 
     assert any("/.recipe.json." in path and path.endswith(".tmp") for path in first["written"])
     assert [path for path in second["written"] if not own(path)] == []

@@ -14,7 +14,7 @@ from typing import Any
 
 from flm_jax.data import hub
 from flm_jax.data.reading import MissingExtraError
-from flm_jax.data.rows import RowCorpus
+from flm_jax.data.rows import RowCorpus, Span
 from flm_jax.data.text import Percent
 from flm_jax.files import read_bounded
 from flm_jax.records import meant, meant_beside, recorded
@@ -61,14 +61,25 @@ class HubDataset(RowCorpus):
         folder, _ = self._saved()
         return [(path.name, path) for path in sorted(folder.glob("*.arrow"))]
 
+    def listed(self) -> None:
+        """See RowCorpus; the library reads its files."""
+        return
+
     def lines(self) -> Iterator[tuple[str, str]]:
-        """See RowCorpus; the rows in the order of the data set.
+        """See RowCorpus; rows are named by the split."""
+        for number, text in self.texts(Path(self.path)):
+            if text:
+                yield f"{self.split}:{number}", text
+
+    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str]]:
+        """See RowCorpus; the rows in the order of the data set, whatever the path.
 
         Raises:
           ValueError: the library cannot read it, there is no such split or column, or the column is not text.
           MissingExtraError: the library is not installed.
           HubError: there is no such repository, or it cannot be asked for.
         """
+        del path, span
         opened, number = self._opened(), 0
         column, *inside = [self.field] if self.field in opened.column_names else self.field.split(".")
         if column not in opened.column_names:
@@ -78,8 +89,7 @@ class HubDataset(RowCorpus):
         while (batch := self._next(rows)) is not None:
             for value in batch[column]:
                 number += 1
-                if text := self._text(value, inside, f"{self.path}, row {number} of {self.split!r}"):
-                    yield f"{self.split}:{number}", text
+                yield number, self._text(value, inside, f"{self.path}, row {number} of {self.split!r}")
 
     def _next(self, rows: Iterator[dict[str, list[Any]]]) -> dict[str, list[Any]] | None:
         try:

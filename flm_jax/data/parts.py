@@ -57,7 +57,7 @@ def divide(corpus: TextFiles, most_bytes: int | None = PART_BYTES) -> list[Part]
     """The parts of a corpus, in order.
 
     Files are put together up to `most_bytes`; a larger one is divided if it is plain JSON lines. A corpus that lists no
-    files, such as a single text that is cut, is one part.
+    files, such as a single text that is cut or a repository, is one part.
 
     Args:
       corpus: any corpus of files.
@@ -66,7 +66,7 @@ def divide(corpus: TextFiles, most_bytes: int | None = PART_BYTES) -> list[Part]
     Raises:
       FileNotFoundError: there is no file.
     """
-    listed = corpus.files() if isinstance(corpus, RowCorpus) else corpus.listed()
+    listed = corpus.listed()
     if listed is None or most_bytes is None:
         whole = () if listed is None else tuple(Piece(name, str(path), None) for name, path in listed)
         return [Part(0, whole, sum(path.stat().st_size for _, path in listed or ()))]
@@ -102,6 +102,8 @@ def documents(corpus: TextFiles, part: Part) -> Iterator[tuple[str, str]]:
       ValueError, OSError: as the corpus raises them, where a file cannot be read.
     """
     if isinstance(corpus, RowCorpus):
+        if not part.pieces:
+            yield from corpus.lines()
         for piece in part.pieces:
             for number, text in corpus.texts(Path(piece.path), piece.span):
                 if text:

@@ -57,6 +57,10 @@ class RowCorpus(abc.ABC):
           span: one of `spans`; None: all of the file.
         """
 
+    def listed(self) -> list[tuple[str, Path]] | None:
+        """As `files`; None: it is not read file by file, but by `lines`."""
+        return self.files()
+
     def spans(self, path: Path, most_bytes: int) -> list[Span] | None:
         """A file in spans of about so many bytes, which can be read apart; None: it is read as a whole."""
         del path, most_bytes

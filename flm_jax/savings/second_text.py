@@ -19,6 +19,7 @@ from flm_jax.data.source import open_data
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.loss import make_heldout_loss
 from flm_jax.model import Params
+from flm_jax.records import counted
 from flm_jax.savings import results as kept
 from flm_jax.savings.results import Arm, Result
 from flm_jax.savings.snapshots import Snapshots
@@ -40,7 +41,8 @@ def windows(corpus: SecondText, vocabulary: Vocabulary, context: int, count: int
     total = (len(tokens) - 1) // context
     if total < 1:
         raise ValueError(
-            f"Study.second_text: its held-out documents have {len(tokens)} tokens, fewer than a window of {context}."
+            f"Study.second_text: its held-out documents have {counted(len(tokens), 'token')}, fewer than a window of "
+            f"{context}."
         )
     wanted = min(count, total)
     starts = np.arange(wanted) * total // wanted * context
