@@ -29,6 +29,11 @@ class NoBatches:
 
     position = 0
 
+    def rows_by_source(self, first: int, count: int) -> dict[str, int]:
+        """See TokenBatches."""
+        del first, count
+        return {}
+
     def next(self, batch_size: int, rows: np.ndarray | None = None) -> Batch:
         """See TokenBatches."""
         raise NotImplementedError
