@@ -26,7 +26,7 @@ from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, Task, perform, tasks_of, train_all
 from flm_jax.savings.replicas import Snapshot, recipe_record, train_stage
 from flm_jax.savings.run import run_steps
-from flm_jax.savings.second_text import measure, on_second_text, windows
+from flm_jax.savings.second_text import _Loss, measure, on_second_text, windows
 from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.study import STEPS, Study, missing
 from flm_jax.savings.summary import summarise
@@ -184,6 +184,8 @@ def test_a_second_text_that_has_changed_is_measured_again(study, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr("flm_jax.savings.second_text._Loss.__call__", None)  # not called any more
         assert measure(study, once, tmp_path / "results", how.snapshots) == once
+    joined = dataclasses.replace(study.target, data=dataclasses.replace(study.target.data, packing="joined"))
+    assert _Loss(dataclasses.replace(study, target=joined), study.second_text).batches[0].segments_BT is None
     for path in (tmp_path / "texts").iterdir():
         path.write_text(path.read_text().upper())
     assert on_second_text(study, once) == {}

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax.files import sha256_json
 from flm_jax.savings.fit import Point
 from flm_jax.savings.results import Result
 from flm_jax.savings.study import baselines
-from flm_jax.savings.summary import Summary
+from flm_jax.savings.summary import GrownRow, Summary
 
 # The most curves that are told apart by colour.
 CURVES = 6
@@ -80,7 +81,11 @@ def curves(summary: Summary) -> bytes | None:
         return None
     figure, plot = _figure()
     _curve(plot, full, full.name, "k")
-    for number, row in enumerate(rows[:CURVES]):
+    # Plans of several tables may be one recipe; the one with the most seeds is first, or one of equals.
+    shown: dict[str, GrownRow] = {}
+    for row in sorted(rows, key=lambda row: -len(row.result.runs)):
+        shown.setdefault(sha256_json(row.result.recipe), row)
+    for number, row in enumerate([row for row in rows if row in shown.values()][:CURVES]):
         _curve(plot, row.result, row.name, f"C{number}")
     losses = [e["loss"] for e in full.runs[0]["evals"] if math.isfinite(e["loss"])]
     plot.set_ylim(min(losses) - 0.1, min(losses) + 1.2)

@@ -15,6 +15,7 @@ import numpy as np
 
 from flm_jax.config import ModelConfig
 from flm_jax.data.batches import Batch, in_batches
+from flm_jax.data.packing import laid_out
 from flm_jax.data.source import open_data
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.loss import make_heldout_loss
@@ -90,7 +91,8 @@ class _Loss:
     def batches(self) -> list[Batch]:
         target, vocabulary = self.target, open_data(self.target.data).vocabulary
         found = windows(self.corpus, vocabulary, target.data.context, target.eval_windows)
-        return list(in_batches(found, target.batch_size, vocabulary.eos_id))
+        batches = in_batches(found, target.batch_size, vocabulary.eos_id)
+        return [laid_out(batch, target.data.packing) for batch in batches]
 
     def __call__(self, cfg: ModelConfig, params: Params) -> float:
         if cfg not in self.of_shape:
