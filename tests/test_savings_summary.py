@@ -13,6 +13,7 @@ from flm_jax.data.corpora import TextFolder
 from flm_jax.distillation import Teacher
 from flm_jax.growth import Growth
 from flm_jax.records import as_dict
+from flm_jax.savings.catch_up import catch_ups
 from flm_jax.savings.page import page, write_page
 from flm_jax.savings.results import Result
 from flm_jax.savings.second_text import on_second_text
@@ -146,6 +147,26 @@ def test_a_second_text_chooses_nothing(found, tmp_path):
     assert re.search(r"\| when-1layer-0.5-stack \| 13\.\d+ ± 0\.0000 \|", text)
 
 
+def test_gaps_to_the_scratch_run_are_of_the_same_tokens_and_seed(found, summary):
+    gaps = {one.name: one for one in catch_ups(summary)}
+    assert gaps.keys() == SAVED.keys()
+    one, grown = gaps["when-1layer-0.5-stack"], found["when-1layer-0.5-stack"]
+    scratch = found[next(name for name in found if name.startswith("scratch-target-adamw-linear-0.008-20"))]
+    assert one.start == param_count(shape(layers=1, embed=64, mlp=172))
+    assert one.tokens[0] == 0
+    ends = [run["evals"][-1]["loss"] for run in (*grown.runs, *scratch.runs)]
+    assert len(ends) == 6
+    assert one.gaps[-1] == pytest.approx((sum(ends[:3]) - sum(ends[3:])) / 3)
+    first = [run["evals"][1]["loss"] for run in grown.runs]
+    base = [run["evals"][0]["loss"] for run in scratch.runs]  # half of its tokens, where the growth is
+    assert one.gaps[0] == pytest.approx((sum(first) - sum(base)) / 3)
+    assert one.at(one.tokens[-1] / 2) == pytest.approx((one.gaps[0] + one.gaps[-1]) / 2)
+    assert one.at(2 * one.tokens[-1]) is None
+    plans = {"other-twice": dataclasses.replace(study().plans["other-twice"], rate=0.5)}
+    other = dataclasses.replace(study(), plans=plans)
+    assert [one.name for one in catch_ups(dataclasses.replace(summary, study=other))] == list(SAVED)[:2]
+
+
 def test_a_plan_that_has_changed_is_run_again(found):
     changed = study()
     plans = {"other-twice": dataclasses.replace(changed.plans["other-twice"], rate=0.5)}
@@ -174,7 +195,7 @@ def test_the_page_shows_every_arm_and_the_plots_are_drawn(summary, tmp_path):
     assert "| other-twice | no |" in text
     assert text.count("0.008 (best)") == 4
     assert "### other" in text
-    for name in ("rates", "scratch", "savings", "curves"):
+    for name in ("rates", "scratch", "savings", "curves", "catch_up"):
         assert f"page_{name}.png" in text
         assert (tmp_path / f"page_{name}.png").stat().st_size > 10_000
     alone = "\n".join(page(dataclasses.replace(summary, noise=0.0), "the command", {}))

@@ -10,9 +10,13 @@ from flm_jax import costs
 from flm_jax.files import atomic_write
 from flm_jax.records import counted
 from flm_jax.savings import picture
+from flm_jax.savings.catch_up import catch_ups
 from flm_jax.savings.fit import Point, Ratio
 from flm_jax.savings.study import baselines, unmeasured
 from flm_jax.savings.summary import GrownRow, Summary, spread
+
+# Tokens per parameter of the target after a growth, at which its gap to the scratch run is shown.
+SINCE_GROWTH = (0, 0.5, 1, 2, 4, 6)
 
 
 def write_page(summary: Summary, path: Path, command: str, second: Summary | None = None) -> None:
@@ -29,6 +33,7 @@ def write_page(summary: Summary, path: Path, command: str, second: Summary | Non
         "scratch": picture.scratch(summary),
         "savings": picture.savings(summary),
         "curves": picture.curves(summary),
+        "catch_up": picture.catch_up(summary),
     }
     for name, plot in plots.items():
         if plot is not None:
@@ -66,6 +71,7 @@ def page(summary: Summary, command: str, plots: dict[str, str], second: Summary 
     yield from _scratch(summary, plots)
     yield from _frontier(summary)
     yield from _plans(summary, plots)
+    yield from _catch_up(summary, plots)
     if second is not None and second.rows:
         yield from _second(second)
 
@@ -223,6 +229,33 @@ def _plans(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
         yield ""
         yield from _table(head, [_cells(row, several, summary.noise) for row in members])
     yield from _plot(plots, "curves", "held-out loss during training")
+
+
+def _catch_up(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
+    """How long growths stay above the scratch run with the same tokens."""
+    found, per = catch_ups(summary), summary.study.target.params
+    if not found:
+        return
+    yield "## After the growth"
+    yield ""
+    yield (
+        "The loss of a grown run minus that of the full scratch run of the target at the same tokens, with the same "
+        "learning rate there, in nats per token; by tokens per parameter of the target since the last growth, on "
+        "straight lines between measurements. At the end both have decayed. '-': after the end."
+    )
+    yield ""
+    yield from _plot(plots, "catch_up", "gap to the scratch run against tokens since the growth")
+    yield from _table(
+        ["plan", *(f"{tokens:g}" for tokens in SINCE_GROWTH), "at the end"],
+        [
+            [one.name, *(_signed(one.at(tokens * per)) for tokens in SINCE_GROWTH), _signed(one.gaps[-1])]
+            for one in found
+        ],
+    )
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
 
 
 def _cells(row: GrownRow, several: bool, noise: float) -> list[str]:

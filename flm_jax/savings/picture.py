@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flm_jax.files import sha256_json
+from flm_jax.savings.catch_up import CatchUp, catch_ups
 from flm_jax.savings.fit import Point
 from flm_jax.savings.results import Result
 from flm_jax.savings.study import baselines
@@ -90,6 +91,26 @@ def curves(summary: Summary) -> bytes | None:
     losses = [e["loss"] for e in full.runs[0]["evals"] if math.isfinite(e["loss"])]
     plot.set_ylim(min(losses) - 0.1, min(losses) + 1.2)
     return _losses(summary, figure, plot, "the growths with the greatest gain, and a full run from scratch", log=False)
+
+
+def catch_up(summary: Summary) -> bytes | None:
+    """The gap to the scratch run since the growth: for each size of the first model, the growth that ends lowest."""
+    found: dict[int, CatchUp] = {}
+    for one in sorted(catch_ups(summary), key=lambda one: one.gaps[-1]):
+        found.setdefault(one.start, one)
+    if not found:
+        return None
+    figure, plot = _figure()
+    for number, start in enumerate(sorted(found)):
+        one = found[start]
+        plot.plot(one.tokens, one.gaps, "o-", color=f"C{number}", markersize=3, linewidth=1, label=one.name)
+    plot.axhline(0.0, color="k", linewidth=1)
+    last = max(one.gaps[-1] for one in found.values())
+    plot.set_ylim(min(-0.05, *(min(one.gaps) for one in found.values())), max(0.1, 4 * last))
+    plot.set_xlabel("tokens since the last growth")
+    plot.set_ylabel("loss minus that of the scratch run, nats per token")
+    plot.set_title(f"{summary.study.target.name}: gap to a scratch run with the same tokens")
+    return _png(figure, plot)
 
 
 def _full_run(summary: Summary) -> Result | None:
