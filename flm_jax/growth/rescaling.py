@@ -7,7 +7,7 @@ moments that need no change.
 
 Muon sees the same, and orthogonalises matrices in which every entry is copied. The copies must not change the singular
 values, so entries are first multiplied by the roots of their shares, and divided by them afterwards
-(`optimizer.scale_by_muon`).
+(`optimizer.directions.scale_by_muon`).
 """
 
 from __future__ import annotations
