@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flm_jax.data import hub
+from flm_jax.data.json_lines import RowError
+from flm_jax.data.left_out import LeftOut, kept
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.data.rows import RowCorpus, Span
 from flm_jax.data.text import Percent
@@ -65,14 +67,14 @@ class HubDataset(RowCorpus):
         """See RowCorpus; the library reads its files."""
         return
 
-    def lines(self) -> Iterator[tuple[str, str]]:
+    def lines(self, left_out: LeftOut | None = None) -> Iterator[tuple[str, str]]:
         """See RowCorpus; rows are named by the split."""
-        for number, text in self.texts(Path(self.path)):
-            if text:
-                yield f"{self.split}:{number}", text
+        left_out = self.left_out() if left_out is None else left_out
+        for number, text in kept(self.texts(Path(self.path)), left_out):
+            yield f"{self.split}:{number}", text
 
-    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str]]:
-        """See RowCorpus; the rows in the order of the data set, whatever the path.
+    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str | RowError]]:
+        """See RowCorpus; the rows in the order of the data set, whatever the path. All have the column's type.
 
         Raises:
           ValueError: the library cannot read it, there is no such split or column, or the column is not text.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,10 +19,27 @@ from flm_jax.records.foreign_json import JsonError, parse_json
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # The largest line that is read; a conversation of a million words has 8 MB.
 LINE_BYTES = 32 << 20
+# How much of the rest of a longer line is read at a time.
+_PASSED_OVER = 1 << 20
 _log = logging.getLogger(__name__)
 
 
-class LineError(ValueError):
+class RowError(ValueError):
+    """A row of a corpus cannot be used; the message names file and row.
+
+    Attributes:
+      reason: the kind of fault, in a few words; faults are counted by it.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it can pass between processes
+        return type(self), (str(self), self.reason)
+
+
+class LineError(RowError):
     """A line cannot be used; the message names file and line.
 
     Attributes:
@@ -31,19 +49,21 @@ class LineError(ValueError):
     """
 
     def __init__(self, where: str, reason: str, detail: str = "") -> None:
-        super().__init__(f"{where}: {reason}{f': {detail}' if detail else ''}")
-        self.where, self.reason, self.detail = where, reason, detail
+        super().__init__(f"{where}: {reason}{f': {detail}' if detail else ''}", reason)
+        self.where, self.detail = where, detail
 
-    def __reduce__(self) -> tuple[Any, ...]:  # so that it can pass between processes
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.where, self.reason, self.detail)
 
 
 class TooManyError(LineError):
-    """More lines are faulty than are allowed; the message holds the last fault."""
+    """More lines are faulty than are allowed; the message holds the last fault, or the first ones."""
 
     def __init__(self, message: str, reason: str) -> None:
-        ValueError.__init__(self, message)
-        self.reason = reason
+        RowError.__init__(self, message, reason)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowError.__reduce__(self)
 
 
 class Skipped:
@@ -168,6 +188,51 @@ class Line(NamedTuple):
     content: bytes
 
 
+def numbered(
+    stream: BinaryIO, file: Path, number: int = 1, most: float = math.inf
+) -> Iterator[tuple[int, int, bytes | LineError]]:
+    """Yields the number of each line, the bytes before it, and its content; blank lines too.
+
+    In the place of a line that is longer than LINE_BYTES stands its error. The rest of it is passed over, a little at a
+    time, and only when the next line is asked for.
+
+    Args:
+      stream: open, before its first line.
+      file: its name, for errors.
+      number: of the first line.
+      most: how many bytes are read, which end with a line.
+    """
+    offset = 0
+    while offset < most and (line := stream.readline(LINE_BYTES + 1)):
+        whole = len(line) <= LINE_BYTES
+        yield number, offset, line if whole else too_long(f"{file}:{number}")
+        offset += len(line)
+        while not whole and not line.endswith(b"\n") and (line := stream.readline(_PASSED_OVER)):
+            offset += len(line)
+        number += 1
+
+
+def file_rows(file: Path) -> Iterator[Line | LineError]:
+    """Yields the lines of a file that are not blank; for a line that is longer than LINE_BYTES, its error.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      LineError: a compressed file is damaged or cut short.
+    """
+    number = 0
+    try:
+        with open_lines(file) as stream:
+            for number, offset, line in numbered(stream, file):
+                if isinstance(line, LineError):
+                    yield line
+                elif line.strip():
+                    yield Line(number, offset, line)
+    except (EOFError, OSError, _zstd_error()) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a missing permission
+            raise
+        raise LineError(f"{file}:{number + 1}", "the file is damaged or cut short", str(error)) from error
+
+
 def file_lines(file: Path) -> Iterator[Line]:
     """Yields the lines of a file that are not blank.
 
@@ -175,20 +240,10 @@ def file_lines(file: Path) -> Iterator[Line]:
       FileNotFoundError: there is no such file.
       LineError: a compressed file is damaged or cut short, or a line is longer than LINE_BYTES.
     """
-    number = offset = 0
-    try:
-        with open_lines(file) as stream:
-            while line := stream.readline(LINE_BYTES + 1):
-                number += 1
-                if len(line) > LINE_BYTES:
-                    raise too_long(f"{file}:{number}")
-                if line.strip():
-                    yield Line(number, offset, line)
-                offset += len(line)
-    except (EOFError, OSError, _zstd_error()) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a missing permission
-            raise
-        raise LineError(f"{file}:{number + 1}", "the file is damaged or cut short", str(error)) from error
+    for row in file_rows(file):
+        if isinstance(row, LineError):
+            raise row
+        yield row
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flm_jax.data.corpora import Corpus, Jsonl, Parquet, Records, TextFolder, describe_fields
+from flm_jax.data.corpora import Corpus, Jsonl, Parquet, Records, TextFolder
 from flm_jax.data.mixture import Mixture
 from flm_jax.files import atomic_write, sha256_json
 from flm_jax.records.foreign_json import field, parse_json
@@ -88,7 +88,7 @@ class Known:
             # ctime also changes where a program gives a file its old mtime back, as rsync and cp -p do.
             states.append([str(path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
             changed = max(changed, found.st_mtime, found.st_ctime)
-        return sha256_json([FORMAT, describe_fields(self._corpus), states]), changed
+        return sha256_json([FORMAT, self._corpus.describe(), states]), changed
 
 
 def _sealed(content: dict[str, str]) -> bytes:

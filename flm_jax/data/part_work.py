@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from flm_jax.data.left_out import LEFT_OUT
 from flm_jax.data.part_files import DROPPED, STARTS, PartResult, is_done, result, result_name
-from flm_jax.data.parts import Block, Part, TextFiles, hashed, tokenised
+from flm_jax.data.parts import Block, Part, TextFiles, hashed, left_out_of, tokenised
 from flm_jax.data.store_record import VOCABULARY_FILE, store_dtype
 from flm_jax.data.text import SPLITS
 from flm_jax.data.vocabulary import Vocabulary
@@ -86,13 +87,13 @@ def tokenise_part(job: Job, part: Part) -> int:
     dropped = dropped_of(folder, part) if job.deduplicated else None
     with result(folder, result_name(TOKENS, part.number)) as writer:
         sizes = dict.fromkeys(SPLITS, 0)
-        documents = 0
-        for block in tokenised(job.corpus, part, job.border, vocabulary, dropped):
+        documents, left_out = 0, left_out_of(job.corpus)
+        for block in tokenised(job.corpus, part, job.border, vocabulary, dropped, left_out):
             writer.add(f"{block.split}.tokens", block.tokens.astype(store_dtype(vocabulary.size)))
             writer.add(f"{block.split}.lengths", block.lengths.astype("<u8"))
             sizes[block.split] += block.text_bytes
             documents += len(block.lengths)
-        writer.facts |= {"text_bytes": sizes, "documents": documents}
+        writer.facts |= {"text_bytes": sizes, "documents": documents, LEFT_OUT: left_out.record()}
     return part.size
 
 

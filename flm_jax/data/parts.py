@@ -6,13 +6,16 @@ corpus in order.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flm_jax.data.json_lines import TooManyError
+from flm_jax.data.left_out import LeftOut, kept
 from flm_jax.data.rows import RowCorpus, Span
 from flm_jax.data.text import FileCorpus, name_hash
 from flm_jax.data.vocabulary import Vocabulary
@@ -95,19 +98,30 @@ def divide(corpus: TextFiles, most_bytes: int | None = PART_BYTES) -> list[Part]
     return parts
 
 
-def documents(corpus: TextFiles, part: Part) -> Iterator[tuple[str, str]]:
+def left_out_of(corpus: TextFiles) -> LeftOut:
+    """Counts what is left out of a corpus or a part of it; in a corpus of a document per file no row is faulty."""
+    return corpus.left_out() if isinstance(corpus, RowCorpus) else LeftOut(0)
+
+
+def documents(corpus: TextFiles, part: Part, left_out: LeftOut | None = None) -> Iterator[tuple[str, str]]:
     """Yields name and text of each document of a part that is not empty, in order.
 
+    Args:
+      corpus: what the part is of.
+      part: one of `divide`.
+      left_out: counts the faulty rows; None: they are counted, and nothing is told of them.
+
     Raises:
+      TooManyError: the part has more faulty rows than are allowed.
       ValueError, OSError: as the corpus raises them, where a file cannot be read.
     """
     if isinstance(corpus, RowCorpus):
+        left_out = left_out_of(corpus) if left_out is None else left_out
         if not part.pieces:
-            yield from corpus.lines()
+            yield from corpus.lines(left_out)
         for piece in part.pieces:
-            for number, text in corpus.texts(Path(piece.path), piece.span):
-                if text:
-                    yield f"{piece.name}:{number}", text
+            for number, text in kept(corpus.texts(Path(piece.path), piece.span), left_out):
+                yield f"{piece.name}:{number}", text
     elif part.pieces:
         for piece in part.pieces:
             if content := corpus.content(Path(piece.path)):
@@ -141,9 +155,9 @@ class Look(NamedTuple):
     entry: bytes
 
 
-def looks(corpus: TextFiles, part: Part) -> Iterator[Look]:
-    """Yields a `Look` at each document of a part."""
-    for name, text in documents(corpus, part):
+def looks(corpus: TextFiles, part: Part, left_out: LeftOut | None = None) -> Iterator[Look]:
+    """Yields a `Look` at each document of a part; see `documents`."""
+    for name, text in documents(corpus, part, left_out):
         if isinstance(corpus, RowCorpus):
             yield Look(name_hash(name), corpus.digest_entry(name, text))
         else:
@@ -157,18 +171,28 @@ class Looked(NamedTuple):
       documents: their number.
       hashes: the lowest and the highest hash of a name; None: there is no document.
       entries: what the corpus's digest covers of them.
+      left_out: the `LeftOut.record` of its faulty rows.
     """
 
     documents: int
     hashes: tuple[int, int] | None
     entries: bytes
+    left_out: dict[str, Any]
 
 
 def look(corpus: TextFiles, part: Part) -> Looked:
-    """Looks at a part; the result is as large as its text, so a part of any size is looked at by `looks`."""
-    found = list(looks(corpus, part))
+    """Looks at a part; the result is as large as its text, so a part of any size is looked at by `looks`.
+
+    Where the part alone has too many faulty rows, it is not read to its end. To refuse it is left to the process that
+    adds up all parts, in whose message the first faulty rows of the corpus stand.
+    """
+    found, left_out = [], left_out_of(corpus)
+    with contextlib.suppress(TooManyError):
+        for one in looks(corpus, part, left_out):
+            found.append(one)
     hashes = [one.hashed for one in found]
-    return Looked(len(found), (min(hashes), max(hashes)) if hashes else None, b"".join(one.entry for one in found))
+    entries = b"".join(one.entry for one in found)
+    return Looked(len(found), (min(hashes), max(hashes)) if hashes else None, entries, left_out.record())
 
 
 class Block(NamedTuple):
@@ -188,7 +212,12 @@ class Block(NamedTuple):
 
 
 def tokenised(
-    corpus: TextFiles, part: Part, border: int, vocabulary: Vocabulary, dropped: np.ndarray | None = None
+    corpus: TextFiles,
+    part: Part,
+    border: int,
+    vocabulary: Vocabulary,
+    dropped: np.ndarray | None = None,
+    left_out: LeftOut | None = None,
 ) -> Iterator[Block]:
     """Yields the documents of a part as tokens, those of each split in order.
 
@@ -198,13 +227,14 @@ def tokenised(
       border: the corpus's held-out border.
       vocabulary: what to tokenise with.
       dropped: for each document of the part whether it is left out; None: none is.
+      left_out: see `documents`.
 
     Raises:
       ValueError: the part has more or fewer documents than `dropped` has entries, as if a file had changed.
     """
     keep = itertools.repeat(False) if dropped is None else iter(dropped.tolist())
     read = 0
-    for batch in _batches(documents(corpus, part)):
+    for batch in _batches(documents(corpus, part, left_out)):
         read += len(batch)
         splits: dict[str, list[list[int]]] = {}
         sizes: dict[str, int] = {}

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from flm_jax.data.config import DataConfig
+from flm_jax.data.left_out import LEFT_OUT, LeftOut
+from flm_jax.data.left_out import sentence as in_words
 from flm_jax.data.mixture import STREAMED
 from flm_jax.data.mixture_data import mixture_vocabulary
 from flm_jax.data.prepare import Prepared, prepare_by
@@ -68,6 +70,7 @@ def report(name: str, found: Prepared) -> dict[str, Any]:
         "documents": dedup.get("documents", kept),
         "dropped_exact": dedup.get("dropped_exact", 0),
         "dropped_near": dedup.get("dropped_near", 0),
+        LEFT_OUT: about["corpus"].get(LEFT_OUT, LeftOut(0).record()),
         "splits": about["splits"],
     }
 
@@ -88,5 +91,7 @@ def sentence(record: dict[str, Any]) -> str:
         f"{counted(n['tokens'], 'token')}"
         for split, n in splits.items()
     )
+    faulty = in_words(record[LEFT_OUT])
+    faulty = f" {faulty[0].upper()}{faulty[1:]}." if faulty else ""
     how = f"prepared in {record['seconds']:.1f} s" if record["made"] else "was there"
-    return f"{names}{counted(record['documents'], 'document')}{out}. {kept}. {record['store']}: {how}."
+    return f"{names}{counted(record['documents'], 'document')}{out}.{faulty} {kept}. {record['store']}: {how}."

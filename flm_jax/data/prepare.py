@@ -19,6 +19,7 @@ from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, RowCorpus, SeqioTask, TokenCorpus, TokenisedCorpus
 from flm_jax.data.dedup import Dedup
 from flm_jax.data.known import Known, digest_of
+from flm_jax.data.left_out import sentence
 from flm_jax.data.prepare_text import open_texts, parts_folder, tokens_of
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.store import TokenStore
@@ -163,6 +164,8 @@ def prepare_by(
     if (existing := _existing(path, digest)) is not None:
         shutil.rmtree(parts_folder(path), ignore_errors=True)
         return Prepared(existing, False, time.monotonic() - began)
+    if said := sentence(texts.left_out.record()):
+        _log.warning("%s: %s.", corpus.path if isinstance(corpus, RowCorpus) else path, said)
     if progress:
         for note in corpus.notes() if isinstance(corpus, FileCorpus) else ():
             print0(note)
@@ -173,7 +176,7 @@ def prepare_by(
         with StoreWriter(path, vocabulary, digest, about, max_shard_tokens) as writer:
             for block in tokens.blocks:
                 writer.extend(*block)
-            store = writer.close()
+            store = writer.close(tokens.left_out.description())
     return Prepared(store, True, time.monotonic() - began)
 
 

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from flm_jax.data.dedup import EXACT, NEAR, Dedup, decide
+from flm_jax.data.left_out import LEFT_OUT, LeftOut
 from flm_jax.data.part_files import DROPPED, STARTS, PartFolder, PartResult, is_done, result_name
 from flm_jax.data.part_work import BANDS, HASHES, TOKENS, Job, blocks, hash_part, tokenise_part
-from flm_jax.data.parts import Block, Part, TextFiles, changed, divide, look, looks, tokenised
+from flm_jax.data.parts import Block, Part, TextFiles, changed, divide, left_out_of, look, looks, tokenised
 from flm_jax.data.rows import RowCorpus
 from flm_jax.data.store_record import VOCABULARY_FILE
 from flm_jax.data.text import FileCorpus, border_within
@@ -44,6 +45,7 @@ class Texts:
       corpus: what it is.
       parts: all of it, in order.
       digest: of the corpus.
+      left_out: its faulty rows, as far as reading it for the digest has told of them.
       hashes: the lowest and the highest hash of a name; None: it was not asked for.
       documents: of each part; empty: they were not counted.
     """
@@ -51,6 +53,7 @@ class Texts:
     corpus: TextFiles
     parts: list[Part]
     digest: str
+    left_out: LeftOut
     hashes: tuple[int, int] | None = None
     documents: tuple[int, ...] = ()
 
@@ -73,13 +76,16 @@ def open_texts(corpus: TextFiles, runner: Runner | None, bar: Bar) -> Texts:
       bar: makes a progress bar, of a number of bytes and a label.
 
     Raises:
+      TooManyError: more rows are faulty than are allowed; the message does not depend on the runner.
       ValueError, OSError: as the corpus raises them, where a file cannot be read.
     """
+    left_out = left_out_of(corpus)
     if runner is None:
-        return Texts(corpus, divide(corpus, None), corpus.digest())
+        rows = isinstance(corpus, RowCorpus) and type(corpus).digest is RowCorpus.digest
+        return Texts(corpus, divide(corpus, None), corpus.digest(left_out) if rows else corpus.digest(), left_out)
     parts = divide(corpus, runner.part_bytes)
     if type(corpus).digest not in (FileCorpus.digest, RowCorpus.digest):
-        return Texts(corpus, parts, corpus.digest())
+        return Texts(corpus, parts, corpus.digest(), left_out)
     whole, counts, seen = hashlib.sha256(corpus.digest_head()), [], []
     small = [part for part in parts if not _is_large(part, runner)]
     with bar(sum(part.size for part in parts), "reading") as shown:
@@ -87,19 +93,20 @@ def open_texts(corpus: TextFiles, runner: Runner | None, bar: Bar) -> Texts:
         for part in parts:
             if _is_large(part, runner):
                 count, low, high = 0, 2**64, -1
-                for one in looks(corpus, part):
+                for one in looks(corpus, part, left_out):
                     whole.update(one.entry)
                     count, low, high = count + 1, min(low, one.hashed), max(high, one.hashed)
                 hashes = (low, high) if count else None
             else:
                 _, found = next(results)
+                left_out.add_all(found.left_out)
                 whole.update(found.entries)
                 count, hashes = found.documents, found.hashes
             counts.append(count)
             seen += [] if hashes is None else [hashes]
             shown.update(part.size)
     span = (min(low for low, _ in seen), max(high for _, high in seen)) if seen else None
-    return Texts(corpus, parts, whole.hexdigest(), span, tuple(counts))
+    return Texts(corpus, parts, whole.hexdigest(), left_out, span, tuple(counts))
 
 
 def _is_large(part: Part, runner: Runner) -> bool:
@@ -113,10 +120,12 @@ class Tokens:
     Attributes:
       blocks: all documents that stay, those of each split in order.
       description: what was dropped, JSON-able; empty where nothing is.
+      left_out: the faulty rows of the parts whose blocks were read; after the last block, of all.
     """
 
     blocks: Iterator[Block]
     description: dict[str, Any]
+    left_out: LeftOut
 
 
 @contextlib.contextmanager
@@ -136,10 +145,11 @@ def tokens_of(
     Raises:
       ValueError: another process prepares the same text; or a file cannot be read or has changed.
     """
+    left_out = left_out_of(texts.corpus)
     if runner is None:
         assert dedup is None
         with bar(sum(part.size for part in texts.parts), "tokenising") as shown:
-            yield Tokens(_here(texts, vocabulary, shown), {})
+            yield Tokens(_here(texts, vocabulary, left_out, shown), {}, left_out)
         return
     plan = sha256_json([[part.size, [[piece.name, piece.span] for piece in part.pieces]] for part in texts.parts])
     about = {"parts": plan, "digest": texts.digest, "border": texts.border, "vocabulary": vocabulary.digest}
@@ -154,7 +164,8 @@ def tokens_of(
             _work(runner, functools.partial(hash_part, job), HASHES, folder.path, texts.parts, bar)
             description, stay = _decided(folder.path, texts, dedup)
         _work(runner, functools.partial(tokenise_part, job), TOKENS, folder.path, texts.parts, bar)
-        yield Tokens(_written(folder.path, texts.parts, stay, vocabulary.size, bar), description)
+        blocks_of_all = _written(folder.path, texts.parts, stay, vocabulary.size, left_out, bar)
+        yield Tokens(blocks_of_all, description, left_out)
         folder.remove()
 
 
@@ -163,9 +174,9 @@ def parts_folder(store: Path) -> Path:
     return store.with_name(f".{store.name}.parts")
 
 
-def _here(texts: Texts, vocabulary: Vocabulary, shown: Any) -> Iterator[Block]:
+def _here(texts: Texts, vocabulary: Vocabulary, left_out: LeftOut, shown: Any) -> Iterator[Block]:
     for part in texts.parts:
-        for block in tokenised(texts.corpus, part, texts.border, vocabulary):
+        for block in tokenised(texts.corpus, part, texts.border, vocabulary, None, left_out):
             yield block
             shown.update(block.text_bytes)
 
@@ -231,7 +242,9 @@ def _result(folder: Path, kind: str, part: Part) -> PartResult:
     return PartResult(folder / result_name(kind, part.number))
 
 
-def _written(folder: Path, parts: Sequence[Part], stay: Sequence[int], size: int, bar: Bar) -> Iterator[Block]:
+def _written(
+    folder: Path, parts: Sequence[Part], stay: Sequence[int], size: int, left_out: LeftOut, bar: Bar
+) -> Iterator[Block]:
     """The tokens of all parts, as they lie in a folder.
 
     Args:
@@ -239,6 +252,7 @@ def _written(folder: Path, parts: Sequence[Part], stay: Sequence[int], size: int
       parts: all of them.
       stay: how many documents each has; empty: that is not known.
       size: of the vocabulary.
+      left_out: counts their faulty rows.
       bar: makes a progress bar.
     """
     with bar(sum(part.size for part in parts), "writing the store") as shown:
@@ -246,5 +260,7 @@ def _written(folder: Path, parts: Sequence[Part], stay: Sequence[int], size: int
             found = _result(folder, TOKENS, part)
             if stay and found.facts["documents"] != stay[part.number]:
                 raise ValueError(changed(part, found.facts["documents"], stay[part.number]))
+            if LEFT_OUT in found.facts:  # an earlier version allowed none
+                left_out.add_all(found.facts[LEFT_OUT])
             yield from blocks(found, size)
             shown.update(part.size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import re
 import sys
@@ -16,8 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax.data.json_lines import RowError
+from flm_jax.data.left_out import sentence
 from flm_jax.data.rows import Jsonl
 from flm_jax.data.text import FileCorpus, name_hash
+
+_log = logging.getLogger(__name__)
 
 
 class MissingExtraError(ImportError):
@@ -113,7 +118,10 @@ def read_files(corpus: FileCorpus, split: str, shuffle_files: bool, seed: int | 
 def read_lines(corpus: Jsonl, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
     """The seqio dataset function of JSON lines, with examples {'targets': text}."""
     tf, _ = load_tensorflow()
-    border = corpus.border()
+    left_out = corpus.left_out()
+    border = corpus.border(left_out)
+    if split == "train" and (said := sentence(left_out.record())):
+        _log.warning("%s: %s.", corpus.path, said)
     files = corpus.files()
     dataset = tf.data.Dataset.from_tensor_slices(
         tuple(tf.constant([os.fsencode(pair[i]) for pair in files], tf.string) for i in (0, 1))
@@ -122,7 +130,12 @@ def read_lines(corpus: Jsonl, split: str, shuffle_files: bool, seed: int | None 
         dataset = dataset.shuffle(len(files), seed=seed)
 
     def parse(name: bytes, path: bytes, number: int, line: bytes) -> tuple[bool, np.ndarray]:
-        text = corpus.parse(line, f"{os.fsdecode(path)}:{number + 1}")
+        try:
+            text = corpus.parse(line, f"{os.fsdecode(path)}:{number + 1}")
+        except RowError:
+            if not corpus.most_faulty:
+                raise
+            text = ""  # `border` has found that so many may be left out
         heldout = name_hash(f"{os.fsdecode(name)}:{number + 1}") < border
         encoded = np.array(text.encode(), object)  # NumPy's own bytes type would drop final NULs
         return bool(text) and heldout == (split == "heldout"), encoded

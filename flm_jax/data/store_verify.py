@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from flm_jax.data.left_out import LEFT_OUT, sentence
 from flm_jax.data.store_files import CheckedFile
 from flm_jax.data.store_record import StoreFile, files_of, read_record, size_fault, vocabulary_of
 from flm_jax.data.store_sums import BLOCK_BYTES, BlockSums, Summing, blocks_of, damage, read_sums, write_sums
 from flm_jax.records import counted
+from flm_jax.records.foreign_json import JsonError, check
 from flm_jax.records.verification import Verification
 
 _log = logging.getLogger(__name__)
@@ -35,16 +37,19 @@ class StoreReport(Verification):
       files: how many files were read and compared.
       bytes: their size.
       problems: a sentence per missing file, wrong size or damaged place.
+      left_out: what was left out of the corpus because it was faulty, in words; empty: nothing.
     """
 
     directory: str
     files: int
     bytes: int
     problems: tuple[str, ...]
+    left_out: str = ""
 
     def whole(self) -> str:
         """See Verification."""
-        return f"{counted(self.files, 'file')} and {counted(self.bytes, 'byte')} are as they were written"
+        said = f"{counted(self.files, 'file')} and {counted(self.bytes, 'byte')} are as they were written"
+        return said + (f". Of its text, {self.left_out}" if self.left_out else "")
 
 
 def verify_store(path: str | Path, progress: bool = True) -> StoreReport:
@@ -76,7 +81,15 @@ def verify_store(path: str | Path, progress: bool = True) -> StoreReport:
     with _bar(whole, progress) as bar:
         for file in whole:
             problems += _compare(path, file, sums if file in files else None, bar)[0]
-    return StoreReport(str(path), len(whole), sum(file.size for file in whole), tuple(problems))
+    size = sum(file.size for file in whole)
+    return StoreReport(str(path), len(whole), size, tuple(problems), _left_out(record["description"]))
+
+
+def _left_out(description: dict[str, Any]) -> str:
+    try:
+        return sentence(check(description[LEFT_OUT], dict, LEFT_OUT)) if LEFT_OUT in description else ""
+    except JsonError:  # descriptions are for people: what stands in them is no reason to distrust the store
+        return ""
 
 
 def verify_once(folder: Path, seal: str, files: Sequence[StoreFile]) -> BlockSums | None:

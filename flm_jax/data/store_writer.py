@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -257,8 +258,11 @@ class StoreWriter:
             raise ValueError(f"{what} does not end with the id {self._vocabulary.eos_id}")
         self._splits[split].extend(tokens, lengths, text_bytes)
 
-    def close(self) -> TokenStore:
+    def close(self, found: Mapping[str, Any] | None = None) -> TokenStore:
         """Moves the store to its place and opens it; if another process was first, opens the store of that process.
+
+        Args:
+          found: what the description gains that was found while documents were added.
 
         Raises:
           ValueError: one of the splits has no document.
@@ -281,7 +285,7 @@ class StoreWriter:
             },
             "vocabulary_file": [len(spec), hashlib.sha256(spec).hexdigest()],
             "corpus": self._corpus_digest,
-            "description": self._description,
+            "description": {**self._description, **(found or {})},
             "splits": splits,
         }
         record["seal"] = sha256_json(record)

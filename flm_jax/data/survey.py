@@ -8,7 +8,9 @@ from pathlib import Path
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, HubDataset, RowCorpus, SeqioTask, TextFolder, TokenCorpus
 from flm_jax.data.hub import dataset_commit
+from flm_jax.data.left_out import sentence
 from flm_jax.data.mixture import STREAMED, Mixture, Source
+from flm_jax.data.parts import left_out_of
 from flm_jax.data.prepare import store_path, token_store_path
 from flm_jax.data.store import TokenStore
 from flm_jax.data.store_record import STORE_FILE
@@ -163,11 +165,14 @@ def _survey(config: DataConfig) -> Survey:
         return Survey(name, vocabulary, ids, None, files, {}, "only preparing it tells")
     splits = {}
     for split in SPLITS:
-        lengths = [len(text.encode()) for text in corpus.documents(split)]
+        left_out = left_out_of(corpus)
+        found = corpus.documents(split, left_out) if isinstance(corpus, RowCorpus) else corpus.documents(split)
+        lengths = [len(text.encode()) for text in found]
         if not lengths:
             raise ValueError(f"the corpus has no document in its split {split!r}: {corpus.describe()}")
         splits[split] = {"documents": len(lengths), "text_bytes": sum(lengths)}
     notes = tuple(corpus.notes()) if isinstance(corpus, FileCorpus) else ()
+    notes += (f"{said}.",) if (said := sentence(left_out.record())) else ()
     if config.dedup is not None:
         notes += ("Documents that repeat earlier ones are counted here, and left out when the store is prepared.",)
     return Survey(name, vocabulary, ids, None, files, splits, notes=notes)

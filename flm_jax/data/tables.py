@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from flm_jax.data.folders import endings_of, find_files
+from flm_jax.data.json_lines import RowError
 from flm_jax.data.reading import MissingExtraError, load_tensorflow
 from flm_jax.data.rows import RowCorpus, Span
 from flm_jax.data.text import Percent
 from flm_jax.records import meant, meant_beside, recorded
+from flm_jax.records.fields import Count
 
 # How many rows of a Parquet file are in memory at a time.
 ROWS = 1024
@@ -29,18 +31,25 @@ def _missing(path: Path, package: str, error: ImportError) -> MissingExtraError:
 class Parquet(RowCorpus):
     """Parquet: each row of a file, or of every *.parquet in a folder, has a document in its column `field`.
 
-    A column inside another one is named by its path, such as 'page.text'.
+    A column inside another one is named by its path, such as 'page.text'. A row without a value holds no document.
+
+    Attributes:
+      path: a file, or a folder of such files.
+      field: the column.
+      heldout_percent: share of the documents that is held out.
+      most_faulty: how many rows may be left out because they are not UTF-8; more are an error.
     """
 
     path: str = dataclasses.field(metadata={"identity": False})
     field: str = "text"
     heldout_percent: Percent = 5.0
+    most_faulty: Count = dataclasses.field(default=0, metadata={"identity": False})  # as in Jsonl
 
     def files(self) -> list[tuple[str, Path]]:
         """See RowCorpus."""
         return find_files(self.path, (".parquet",))
 
-    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str]]:
+    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str | RowError]]:
         """See RowCorpus.
 
         Raises:
@@ -49,7 +58,7 @@ class Parquet(RowCorpus):
         del span  # a file is read as a whole
         yield from enumerate(self._texts(path), 1)
 
-    def _texts(self, path: Path) -> Iterator[str]:
+    def _texts(self, path: Path) -> Iterator[str | RowError]:
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -75,22 +84,28 @@ class Parquet(RowCorpus):
             raise ValueError(f"{path} cannot be read as Parquet, it is damaged or cut short: {error}") from error
 
 
-def _decoded(values: Any, path: Path, before: int) -> Iterator[str]:
-    """Yields the texts of an array, '' where there is none; `before` are the rows of the file before it.
+def _decoded(values: Any, path: Path, before: int) -> Iterator[str | RowError]:
+    """Yields the texts of an array, '' where there is none, an error where one is not UTF-8.
 
-    Raises:
-      ValueError: one is not UTF-8; the message names its row.
+    Args:
+      values: the array.
+      path: the file's, for errors.
+      before: how many rows of the file are before it.
     """
     try:
         yield from (value or "" for value in values.to_pylist())
     except UnicodeDecodeError:
         for row, value in enumerate(values, before + 1):
+            found: str | RowError
             try:
-                value.as_py()
+                found = value.as_py() or ""
             except UnicodeDecodeError as error:
-                where = f"{path}, row {row}, is not UTF-8 text ({error.reason} at byte {error.start})"
-                raise ValueError(where) from None
-        raise
+                found = _not_utf8(f"{path}, row {row}", error)
+            yield found
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> RowError:
+    return RowError(f"{where}, is not UTF-8 text ({error.reason} at byte {error.start})", "not UTF-8")
 
 
 def _column(schema: Any, field: str, path: Path) -> Any:
@@ -116,11 +131,20 @@ class Records(RowCorpus):
     """TFRecord or ArrayRecord files: each record is a tf.train.Example with a document in its feature `field`.
 
     With `field` = '' a record is the text itself, in UTF-8. Names contain .tfrecord or .array_record, as those of TFDS.
+
+    Attributes:
+      path: a file, or a folder of such files.
+      field: the feature.
+      heldout_percent: share of the documents that is held out.
+      most_faulty: how many records may be left out because they are no Example with one text in this feature, or not
+        UTF-8; more are an error.
     """
 
     path: str = dataclasses.field(metadata={"identity": False})
     field: str = "text"
     heldout_percent: Percent = 5.0
+    most_faulty: Count = dataclasses.field(default=0, metadata={"identity": False})  # as in Jsonl
+    unit = "record"
 
     def files(self) -> list[tuple[str, Path]]:
         """See RowCorpus."""
@@ -138,15 +162,20 @@ class Records(RowCorpus):
             )
         return [(p.relative_to(root).as_posix(), p) for p in found]
 
-    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str]]:
+    def texts(self, path: Path, span: Span | None = None) -> Iterator[tuple[int, str | RowError]]:
         """See RowCorpus.
 
         Raises:
-          ValueError: the file is damaged, a record is no Example or has no such feature, or the feature is not text.
+          ValueError: the file is damaged.
         """
         del span  # a file is read as a whole
         for number, record in enumerate(_records(path), 1):
-            yield number, self._text(record, f"{path}, record {number}")
+            found: str | RowError
+            try:
+                found = self._text(record, f"{path}, record {number}")
+            except RowError as error:
+                found = error
+            yield number, found
 
     def _text(self, record: bytes, where: str) -> str:
         content = record
@@ -155,18 +184,20 @@ class Records(RowCorpus):
             try:
                 features = tf.train.Example.FromString(record).features.feature
             except Exception as error:  # protobuf's own, of a module that differs between versions
-                raise ValueError(f"{where}, is no tf.train.Example: {error}") from error
+                raise RowError(f"{where}, is no tf.train.Example: {error}", "no Example") from error
             if self.field not in features:
                 near = meant(self.field, features)
-                raise ValueError(f"{where}, has no feature {self.field!r}: found {', '.join(sorted(features))}{near}")
+                found = ", ".join(sorted(features))
+                raise RowError(f"{where}, has no feature {self.field!r}: found {found}{near}", "no such feature")
             values = features[self.field].bytes_list.value
             if len(values) != 1:
-                raise ValueError(f"{where}: the feature {self.field!r} has {len(values)} texts, and should have one")
+                said = f"{where}: the feature {self.field!r} has {len(values)} texts, and should have one"
+                raise RowError(said, "no text")
             content = values[0]
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}, is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            raise _not_utf8(where, error) from None
 
 
 def _records(path: Path) -> Iterator[bytes]:

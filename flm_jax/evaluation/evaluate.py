@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flm_jax.data.folders import endings_of
+from flm_jax.data.left_out import LeftOut
 from flm_jax.data.rows import Jsonl
 from flm_jax.data.text import TextFolder, read_utf8
 from flm_jax.distributed import is_primary
@@ -129,7 +130,7 @@ def read_texts(path: str | Path) -> Iterator[str]:
             ) from None
         return (read_utf8(path).decode() for path in paths)  # whole: nothing is held out
     if root.suffix == ".jsonl":
-        return (text for _, text in Jsonl(str(root)).lines())
+        return (text for _, text in Jsonl(str(root)).lines(LeftOut(0, unit="line")))
     if not root.is_file():
         raise FileNotFoundError(f"there is no text file or folder {root}{meant_beside(root)}")
     return iter([read_utf8(root).decode()])
