@@ -3,6 +3,7 @@
 `make test-beam` runs this where Beam is installed, in an environment of its own; elsewhere it is skipped.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from flm_jax.data.prepare import prepare, prepare_by
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.data.workers import Workers
-from tests.preparing import PLANTED, SMALL, TEXTS, arm, deadly, sums, write_lines
+from tests.preparing import PLANTED, SMALL, TEXTS, arm, deadly, sums, write_faulty, write_lines
 
 pytestmark = pytest.mark.integration
 DEDUP = Dedup(near=0.8)
@@ -44,6 +45,17 @@ def test_a_pipeline_writes_the_same_bytes(corpus, tmp_path, workers, dedup):
     found = prepare_by(runner, corpus, Bytes(), tmp_path / "there", progress=False, dedup=dedup)
     assert found.made and sums(found.store.path) == sums(expected.path)
     assert [path.name for path in (tmp_path / "there").iterdir()] == [expected.path.name]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_pipeline_leaves_out_and_refuses_the_same_lines(tmp_path, workers):
+    runner = by_beam(workers)
+    corpus = Jsonl(str(tmp_path / "faulty"), heldout_percent=20, most_faulty=write_faulty(tmp_path / "faulty"))
+    expected = prepare(corpus, Bytes(), tmp_path / "here", progress=False)
+    found = prepare_by(runner, corpus, Bytes(), tmp_path / "there", progress=False)
+    assert sums(found.store.path) == sums(expected.path) and expected.describe()["corpus"]["left_out"]["count"] == 14
+    with pytest.raises(ValueError, match="more faulty lines than the 1 that Jsonl.most_faulty allows"):
+        prepare_by(runner, dataclasses.replace(corpus, most_faulty=1), Bytes(), tmp_path / "there", progress=False)
 
 
 def test_what_a_killed_worker_did_not_finish_is_done_again(tmp_path, caplog):

@@ -297,9 +297,18 @@ def test_records_of_examples(tmp_path):
     assert [text for _, text in Records(str(tmp_path), "body").lines()] == [f"text {i}" for i in range(4)]
     with pytest.raises(ValueError, match="record 1, has no feature 'text': found body"):
         list(Records(str(tmp_path)).lines())
+    twice = tf.train.Example.FromString(examples[3])
+    twice.features.feature["body"].bytes_list.value.append(b"another")
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for example in (examples[0], b"no example", twice.SerializeToString(), examples[2]):
+            writer.write(example)
+    corpus = Records(str(tmp_path), "body", most_faulty=2)
+    left_out = corpus.left_out()
+    assert [text for _, text in corpus.lines(left_out)] == ["text 0", "text 2"]
+    assert left_out.reasons == {"no Example": 1, "no text": 1} and "record 2, is no tf.train" in left_out.first[0]
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="cannot be read as TFRecord"):
-        list(Records(str(tmp_path), "body").lines())
+        list(corpus.lines())
 
 
 @pytest.mark.parametrize("streamed", [False, True])

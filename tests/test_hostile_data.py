@@ -1,5 +1,6 @@
 """Text and results where names, lines and places are not as expected."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from flm_jax.data.reading import read_files, read_lines
 from flm_jax.data.rows import Jsonl
 from flm_jax.data.text import SPLITS, TextFolder
 from flm_jax.data.train_vocabulary import Bytes, SentencePiece, build_vocabulary
+from tests.preparing import write_faulty
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +45,19 @@ def test_names_of_files_need_not_be_utf8(tmp_path, kind):
     found = {split: [x["targets"].decode() for x in read(corpus, split, False).as_numpy_iterator()] for split in SPLITS}
     assert found == {split: list(corpus.documents(split)) for split in SPLITS}
     assert sorted(text for texts in found.values() for text in texts) == [f"document {n}" for n in range(4)]
+
+
+@pytest.mark.integration
+def test_faulty_lines_are_left_out_of_a_stream_too(tmp_path, caplog):
+    allowed = write_faulty(tmp_path / "faulty")
+    (tmp_path / "faulty" / "b.jsonl.gz").unlink()  # compressed lines are not streamed
+    corpus = Jsonl(str(tmp_path / "faulty"), heldout_percent=20, most_faulty=allowed)
+    for split in SPLITS:
+        found = [example["targets"].decode() for example in read_lines(corpus, split, False).as_numpy_iterator()]
+        assert found == list(corpus.documents(split)) and found
+    assert caplog.text.count("12 faulty lines left out") == 1
+    with pytest.raises(ValueError, match="more faulty lines than the 3 that Jsonl.most_faulty allows"):
+        read_lines(dataclasses.replace(corpus, most_faulty=3), "train", False)
 
 
 def test_names_that_are_not_utf8_are_printed(capsys):

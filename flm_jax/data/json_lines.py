@@ -6,6 +6,7 @@ import gzip
 import io
 import logging
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -227,7 +228,7 @@ def file_rows(file: Path) -> Iterator[Line | LineError]:
                     yield line
                 elif line.strip():
                     yield Line(number, offset, line)
-    except (EOFError, OSError, _zstd_error()) as error:
+    except (EOFError, OSError, zlib.error, _zstd_error()) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a missing permission
             raise
         raise LineError(f"{file}:{number + 1}", "the file is damaged or cut short", str(error)) from error
