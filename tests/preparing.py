@@ -107,15 +107,15 @@ FAULTY = {
 def write_faulty(folder):
     """Texts in three files of lines, one of them compressed, with faulty lines among them; how many there are of these.
 
-    The last line of the last file is cut short.
+    Most of them follow one another, behind one in an earlier part. The last line of the last file is cut short.
     """
     good = [json.dumps({"text": text}).encode() for text in TEXTS]
     *bad, cut = FAULTY
     folder.mkdir()
-    (folder / "a.jsonl").write_bytes(b"\n\n".join([*good[:3], *bad, *good[3:30]]) + b"\n")
+    (folder / "a.jsonl").write_bytes(b"\n\n".join([bad[0], *good[:5], *bad, *good[5:30]]) + b"\n")
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join([bad[0], *good[30:40], bad[5]])))
     (folder / "c.jsonl").write_bytes(b"\r\n".join([*good[40:50], bad[6], *good[50:], cut]))
-    return len(bad) + 4
+    return len(bad) + 5
 
 
 def write_corpora(root):

@@ -53,7 +53,7 @@ def test_a_pipeline_leaves_out_and_refuses_the_same_lines(tmp_path, workers):
     corpus = Jsonl(str(tmp_path / "faulty"), heldout_percent=20, most_faulty=write_faulty(tmp_path / "faulty"))
     expected = prepare(corpus, Bytes(), tmp_path / "here", progress=False)
     found = prepare_by(runner, corpus, Bytes(), tmp_path / "there", progress=False)
-    assert sums(found.store.path) == sums(expected.path) and expected.describe()["corpus"]["left_out"]["count"] == 14
+    assert sums(found.store.path) == sums(expected.path) and expected.describe()["corpus"]["left_out"]["count"] == 15
     with pytest.raises(ValueError, match="more faulty lines than the 1 that Jsonl.most_faulty allows"):
         prepare_by(runner, dataclasses.replace(corpus, most_faulty=1), Bytes(), tmp_path / "there", progress=False)
 

@@ -102,7 +102,7 @@ def test_too_many_faulty_lines_are_refused_alike_by_any_number_of_processes(corp
     corpus = dataclasses.replace(corpora["faulty"], most_faulty=most - 1 if limit is None else limit)
     said = set()
     for runner in (None, Workers(1, SMALL), Workers(1), *pools):
-        with pytest.raises(ValueError, match=r"faulty/a\.jsonl:7 is not JSON") as error:
+        with pytest.raises(ValueError, match=r"faulty/a\.jsonl:1 is not JSON") as error:
             prepare_by(runner, corpus, Bytes(), tmp_path, progress=False)
         said.add(str(error.value))
     assert len(said) == 1 and not list(tmp_path.glob("jsonl-*"))
