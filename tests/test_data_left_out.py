@@ -203,7 +203,8 @@ def test_a_source_of_a_mixture_has_its_own_limit(corpus, tmp_path):
     whole = Jsonl(str(tmp_path / "a.jsonl"), heldout_percent=40)
     config = DataConfig(Mixture((Source("whole", whole, 1.0), Source("web", corpus, 1.0))), Bytes(), context=8)
     config = dataclasses.replace(config, cache_dir=str(tmp_path / "cache"))
-    open_data(config, progress=False)
+    sources = open_data(config, progress=False).describe()["sources"]
+    assert sources["web"][LEFT_OUT]["count"] == 15 and LEFT_OUT not in sources["whole"]
     few = dataclasses.replace(corpus, most_faulty=1)
     with pytest.raises(
         ValueError, match="^Source 'web': there are more faulty lines than the 1 that Jsonl.most_faulty"

@@ -10,6 +10,7 @@ from typing import Any
 from flm_jax.data.batches import Batch, StageNeed
 from flm_jax.data.config import DataConfig
 from flm_jax.data.known import digest_of
+from flm_jax.data.left_out import LEFT_OUT
 from flm_jax.data.mixture import STREAMED, Mixture
 from flm_jax.data.mixture_batches import MixtureBatches, Part, heldout_rows
 from flm_jax.data.prepare import prepare
@@ -85,6 +86,7 @@ class MixtureData:
                 for name in splits[split]:
                     splits[split][name] += counts[name]
             own = {name: about[name] for name in ("digest", "splits")}
+            own |= {LEFT_OUT: about["corpus"][LEFT_OUT]} if LEFT_OUT in about["corpus"] else {}
             place = str(part.store.path.absolute())
             if (template := about["corpus"].get("template")) is not None and template not in templates:
                 templates.append(template)
