@@ -203,10 +203,16 @@ def test_a_broken_line_counts_once_and_up_to_a_limit(tmp_path, caplog):
         LineError, match=r"p\.jsonl:21: a broken line.*; none may be left out by Conversations.most_faulty"
     ):
         prepare(Conversations(str(path)), Bytes(), tmp_path / "cache", progress=False, context=CONTEXT)
-    found = Conversations(str(path), most_faulty=2).tokenised(VOCABULARY, CONTEXT)
+    corpus = Conversations(str(path), most_faulty=2)
+    found = corpus.tokenised(VOCABULARY, CONTEXT)
     assert len(list(found.documents())) == 20
     assert sum(found.skipped.counts.values()) == 2
     assert [message.split("p.jsonl:")[1][:2] for message in caplog.messages] == ["21", "22"], "each is said once"
+    stored = prepare(corpus, Bytes(), tmp_path / "cache", progress=False, context=CONTEXT).describe()["corpus"]
+    assert stored["left_out"] == found.left_out() and found.left_out()["reasons"] == {
+        "a broken line": 1,
+        "no answer": 1,
+    }
 
 
 def test_one_conversation_cannot_be_trained_on_and_held_out(tmp_path):

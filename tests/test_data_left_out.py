@@ -149,9 +149,7 @@ def test_what_was_left_out_is_logged_reported_and_kept_with_the_store(corpus, tm
     expected = counted_in(corpus)[1].record()
     number = expected["count"]
     said = sentence(expected)
-    assert said.startswith(
-        f"{number} faulty lines left out: a broken line (8), no such field (4), no text (3); the first: "
-    )
+    assert said.startswith(f"{number} lines left out: a broken line (8), no such field (4), no text (3); the first: ")
     assert said.count("a.jsonl:") == 3
     assert f"{said}." in survey(config).notes
     for _ in range(2):  # made, and found
@@ -225,7 +223,7 @@ def test_rows_of_parquet_that_are_not_utf8_are_left_out_and_those_without_a_valu
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     found, left_out = counted_in(Parquet(str(tmp_path), most_faulty=2))
     assert found == [("a.parquet:1", "a"), ("a.parquet:4", "b")] and left_out.reasons == {"not UTF-8": 2}
-    assert "a.parquet, row 2, is not UTF-8" in left_out.first[0] and "2 faulty rows" in sentence(left_out.record())
+    assert "a.parquet, row 2, is not UTF-8" in left_out.first[0] and "2 rows left out" in sentence(left_out.record())
     with pytest.raises(TooManyError, match=r"row 2, .*; no row may be left out: Parquet.most_faulty allows some"):
         list(Parquet(str(tmp_path)).lines())
 

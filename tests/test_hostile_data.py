@@ -55,7 +55,7 @@ def test_faulty_lines_are_left_out_of_a_stream_too(tmp_path, caplog):
     for split in SPLITS:
         found = [example["targets"].decode() for example in read_lines(corpus, split, False).as_numpy_iterator()]
         assert found == list(corpus.documents(split)) and found
-    assert caplog.text.count("13 faulty lines left out") == 1
+    assert caplog.text.count("13 lines left out") == 1
     with pytest.raises(ValueError, match="more faulty lines than the 3 that Jsonl.most_faulty allows"):
         read_lines(dataclasses.replace(corpus, most_faulty=3), "train", False)
 

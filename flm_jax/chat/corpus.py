@@ -23,6 +23,7 @@ from flm_jax.chat.packing import Packer
 from flm_jax.chat.template import ANSWERS, ChatEncoder, find_template, passed_over
 from flm_jax.data.corpora import Document
 from flm_jax.data.json_lines import Skipped, files
+from flm_jax.data.left_out import record_of
 from flm_jax.data.text import SPLITS, Percent, border_within, check_split, describe_fields, hash_range, name_hash
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.files import sha256_file
@@ -156,6 +157,10 @@ class TokenisedConversations:
         for split, packer in packers.items():
             for packed in packer.close():
                 yield split, packed
+
+    def left_out(self) -> dict[str, Any]:
+        """The record of the lines that were left out: their number, reasons, and the first of each kind."""
+        return record_of(self.skipped)
 
     def notes(self) -> list[str]:
         """What was left out, how many conversations were cut, and whether the vocabulary's own template is not used."""

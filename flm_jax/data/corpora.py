@@ -107,6 +107,10 @@ class TokenisedCorpus(Protocol):
         """Split and tokens of each document, those of a split in a fixed order; together they fill whole windows."""
         ...
 
+    def left_out(self) -> dict[str, Any]:
+        """After reading: what was left out, as `left_out.LeftOut.record`."""
+        ...
+
     def notes(self) -> list[str]:
         """After reading: sentences about what was left out."""
         ...

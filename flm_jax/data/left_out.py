@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from flm_jax.data.json_lines import RowError, TooManyError, in_words
+from flm_jax.data.json_lines import RowError, Skipped, TooManyError, in_words
 from flm_jax.records import counted
 from flm_jax.records.foreign_json import check, field
 
@@ -78,16 +78,23 @@ class LeftOut:
 
     def record(self) -> dict[str, Any]:
         """The counts and the first messages, JSON-able."""
-        return {
-            "count": self.count,
-            "unit": self._unit,
-            "reasons": dict(sorted(self.reasons.items())),
-            "first": self.first,
-        }
+        return _record(self._unit, self.reasons, self.first)
 
-    def description(self) -> dict[str, Any]:
-        """What the description of a store gains: the record; nothing where nothing is left out."""
-        return {LEFT_OUT: self.record()} if self.count else {}
+
+def record_of(skipped: Skipped) -> dict[str, Any]:
+    """The record, as `LeftOut.record`, of what was left out of conversations; it names the first line of each kind."""
+    first = [_short(messages[0]) for messages in skipped.examples.values()]
+    return _record("line", skipped.counts, first[:_NAMED])
+
+
+def _record(unit: str, reasons: Mapping[str, int], first: list[str]) -> dict[str, Any]:
+    ordered = dict(sorted(reasons.items()))
+    return {"count": sum(ordered.values()), "unit": unit, "reasons": ordered, "first": first}
+
+
+def description(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the description of a store gains by a record; nothing where nothing is left out."""
+    return {LEFT_OUT: record} if record["count"] else {}
 
 
 def kept(rows: Iterable[tuple[int, str | RowError]], left_out: LeftOut) -> Iterator[tuple[int, str]]:
@@ -117,7 +124,7 @@ def sentence(record: Mapping[str, Any], named: int = _SAID) -> str:
     if not reasons:
         return ""
     ordered = sorted(reasons.items(), key=lambda entry: (-entry[1], entry[0]))
-    said = f"{counted(sum(reasons.values()), f'faulty {unit}')} left out: {in_words(ordered)}"
+    said = f"{counted(sum(reasons.values()), unit)} left out: {in_words(ordered)}"
     return said + (f"; the first: {'; '.join(first[:named])}" if first[:named] else "")
 
 

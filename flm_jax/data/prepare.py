@@ -19,7 +19,7 @@ from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import SPLITS, Corpus, FileCorpus, RowCorpus, SeqioTask, TokenCorpus, TokenisedCorpus
 from flm_jax.data.dedup import Dedup
 from flm_jax.data.known import Known, digest_of
-from flm_jax.data.left_out import sentence
+from flm_jax.data.left_out import description, sentence
 from flm_jax.data.prepare_text import open_texts, parts_folder, tokens_of
 from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.store import TokenStore
@@ -176,7 +176,7 @@ def prepare_by(
         with StoreWriter(path, vocabulary, digest, about, max_shard_tokens) as writer:
             for block in tokens.blocks:
                 writer.extend(*block)
-            store = writer.close(tokens.left_out.description())
+            store = writer.close(description(tokens.left_out.record()))
     return Prepared(store, True, time.monotonic() - began)
 
 
@@ -236,7 +236,7 @@ def _prepare_tokens(
             for split, document in found.documents():
                 writer.append(split, document.tokens, document.text_bytes, document.weights)
                 bar.update()
-        store = writer.close()
+        store = writer.close(description(found.left_out()))
     if progress:
         for note in found.notes():
             print0(note)
