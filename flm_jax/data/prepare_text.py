@@ -81,8 +81,9 @@ def open_texts(corpus: TextFiles, runner: Runner | None, bar: Bar) -> Texts:
     """
     left_out = left_out_of(corpus)
     if runner is None:
-        rows = isinstance(corpus, RowCorpus) and type(corpus).digest is RowCorpus.digest
-        return Texts(corpus, divide(corpus, None), corpus.digest(left_out) if rows else corpus.digest(), left_out)
+        if isinstance(corpus, RowCorpus) and type(corpus).digest is RowCorpus.digest:
+            return Texts(corpus, divide(corpus, None), corpus.digest(left_out), left_out)
+        return Texts(corpus, divide(corpus, None), corpus.digest(), left_out)
     parts = divide(corpus, runner.part_bytes)
     if type(corpus).digest not in (FileCorpus.digest, RowCorpus.digest):
         return Texts(corpus, parts, corpus.digest(), left_out)
