@@ -49,7 +49,7 @@ def test_a_faulty_line_is_left_out_and_named_and_those_beside_it_keep_their_numb
         found, left_out = counted_in(corpus)
         assert found == [(f"a.jsonl{ending}:1", "a"), (f"a.jsonl{ending}:4", "b")][: 1 + bool(end)]
         assert left_out.reasons == {FAULTY[line]: 1} and f"a.jsonl{ending}:3" in left_out.first[0]
-        with pytest.raises(TooManyError, match=r":3\b.*; no line may be left out: Jsonl.most_faulty allows some"):
+        with pytest.raises(TooManyError, match=r":3\b.*; Jsonl.most_faulty = N leaves out up to N such lines"):
             list(dataclasses.replace(corpus, most_faulty=0).lines())
 
 
@@ -224,7 +224,7 @@ def test_rows_of_parquet_that_are_not_utf8_are_left_out_and_those_without_a_valu
     found, left_out = counted_in(Parquet(str(tmp_path), most_faulty=2))
     assert found == [("a.parquet:1", "a"), ("a.parquet:4", "b")] and left_out.reasons == {"not UTF-8": 2}
     assert "a.parquet, row 2, is not UTF-8" in left_out.first[0] and "2 rows left out" in sentence(left_out.record())
-    with pytest.raises(TooManyError, match=r"row 2, .*; no row may be left out: Parquet.most_faulty allows some"):
+    with pytest.raises(TooManyError, match=r"row 2, .*; Parquet.most_faulty = N leaves out up to N such rows"):
         list(Parquet(str(tmp_path)).lines())
 
 
@@ -236,7 +236,7 @@ def test_records_that_are_not_utf8_are_left_out(tmp_path):
     writer.close()
     found, left_out = counted_in(Records(str(tmp_path), "", most_faulty=1))
     assert [text for _, text in found] == ["a", "b"] and left_out.reasons == {"not UTF-8": 1}
-    with pytest.raises(TooManyError, match=r"record 2, .*; no record may be left out: Records.most_faulty allows some"):
+    with pytest.raises(TooManyError, match=r"record 2, .*; Records.most_faulty = N leaves out up to N such records"):
         list(Records(str(tmp_path), "").lines())
 
 

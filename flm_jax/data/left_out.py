@@ -69,7 +69,7 @@ class LeftOut:
         if self.count <= self.limit:
             return
         if not self.limit:
-            more = f"; no {self._unit} may be left out: {self._binding} allows some" if self._binding else ""
+            more = f"; {self._binding} = N leaves out up to N such {self._unit}s" if self._binding else ""
             raise TooManyError(f"{self.first[0]}{more}", next(iter(reasons)))
         # How many more there are depends on how much was read at once; the first ones do not.
         named = "; ".join(self.first[: min(_SAID, self.limit + 1)])
