@@ -2,7 +2,8 @@
 
 Its folder, $FAKE_GCLOUD, holds: `calls.jsonl`; `state.json`, the queued resource; `faults.json`, what goes wrong, each
 once, at the first call that contains its `match`; `hosts/`, the home directory of every host; `bin/`, what hosts find
-on their PATH; `reachable.json`, how many hosts answer; `queue.json`, the states of a request that is made.
+on their PATH; `reachable.json`, how many hosts answer; `queue.json`, the states of a request that is made, each a name
+or an object; `nodes.json`, the state of slices by number, if it is not READY; `no_key`, as if the ssh agent were empty.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from pathlib import Path
 ROOT = Path(os.environ.get("FAKE_GCLOUD", "."))
 # The states that it goes through, one per `describe`.
 QUEUE = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+NO_KEY = 'SSH Key is not present in the SSH agent. Please run "ssh-add ~/.ssh/google_compute_engine" to add it.'
 
 
 def load(name, default):
@@ -63,26 +65,51 @@ def take_away():
 def create(words, name):
     if load("state.json", None):
         fail(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: {name} already exists")
+    shutil.rmtree(ROOT / "hosts", ignore_errors=True)
     for node in range(int(flag(words, "node-count", "1"))):
         for worker in range(int(os.environ.get("FAKE_WORKERS", "2"))):
             (ROOT / f"hosts/host-{node}-{worker}").mkdir(parents=True)
+    (ROOT / "nodes.json").unlink(missing_ok=True)
     store("state.json", {"queue": load("queue.json", QUEUE)})
 
 
+def named(state):
+    return state if isinstance(state, str) else state["state"]
+
+
+def node_state(number):
+    return load("nodes.json", {}).get(str(number), "READY")
+
+
 def describe_node(name):
-    """Prints the endpoints of one slice, a host each."""
-    number = name.rpartition("-")[2]
-    hosts = list((ROOT / "hosts").glob(f"host-{number if number.isdigit() else 0}-*"))
-    if not hosts:
+    """Prints the state of one slice, and its endpoints, a host each."""
+    number = name.rpartition("-")[2] if name.rpartition("-")[2].isdigit() else 0
+    hosts = list((ROOT / "hosts").glob(f"host-{number}-*"))
+    if not hosts or node_state(number) == "MISSING":
         fail(f"ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: {name} was not found")
-    print(json.dumps({"networkEndpoints": [{"ipAddress": host.name} for host in hosts]}))
+    ends = [{"ipAddress": host.name} for host in hosts]
+    print(json.dumps({"state": node_state(number), "health": "HEALTHY", "networkEndpoints": ends}))
+
+
+def connected(words, state):
+    """The hosts that a command reaches; like gcloud, it leaves out slices that it cannot reach, with a warning."""
+    chosen = []
+    for home in homes(words):
+        at = node_state(home.name.split("-")[1])
+        if (ROOT / "no_key").exists():
+            print(f"googlecloudsdk.x.exceptions.SSHKeyNotInAgent: {NO_KEY}", file=sys.stderr)
+        elif named(state["queue"][0]) != "ACTIVE" or at in ("PREEMPTED", "TERMINATED", "MISSING"):
+            print(f'googlecloudsdk.x.Unusable: This TPU has terminal state "{at}"', file=sys.stderr)
+        else:
+            chosen.append(home)
+    if len(chosen) < len(homes(words)):
+        print("WARNING: Could not prepare all nodes, attempting to ssh into the rest.", file=sys.stderr)
+    return chosen
 
 
 def ssh(words, state):
-    if state["queue"][0] != "ACTIVE":
-        fail(f"ERROR: the queued resource is {state['queue'][0]}, which cannot be connected to")
     worst = 0
-    for home in homes(words)[: load("reachable.json", None)]:
+    for home in connected(words, state)[: load("reachable.json", None)]:
         path = f"{ROOT / 'bin'}:{os.environ['PATH']}"
         env = {"HOME": str(home), "PATH": path, "FAKE_HOSTNAME": home.name}
         done = subprocess.run(["bash", "-c", flag(words, "command")], env=env, cwd=home)
@@ -121,10 +148,11 @@ def main():
     elif state is None:
         fail(f"ERROR: (gcloud.compute.tpus.queued-resources.{verb}) NOT_FOUND: {name} was not found")
     elif verb == "describe":
-        print(state["queue"][0])
+        now = state["queue"][0]
+        print(json.dumps({"state": {"state": now} if isinstance(now, str) else now}))
         store("state.json", {"queue": state["queue"][1:] or state["queue"]})
     elif verb == "scp":
-        for home in homes(words):
+        for home in connected(words, state):
             shutil.copy(words[4], home)
     elif verb == "ssh":
         status = ssh(words, state)

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from flm_jax.launching import description, gcloud, release
+from flm_jax.launching import description, gcloud, messages, release
 from flm_jax.launching.description import Launch, Nfs, machine_of
 
 
@@ -75,7 +75,7 @@ def test_metadata_that_is_given_is_joined_with_that_of_the_file_system():
     ],
 )
 def test_only_gcloud_and_ssh_say_that_an_error_may_pass(errors, transient):
-    assert gcloud.is_transient(errors) is transient
+    assert messages.is_transient(errors) is transient
 
 
 def test_launches_that_run_something_else_have_another_digest():

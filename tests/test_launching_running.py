@@ -5,8 +5,9 @@ import time
 
 import pytest
 
+from flm_jax.launching.described import node_of, request_of
 from flm_jax.launching.description import machine_of
-from flm_jax.launching.gcloud import GcloudError, hosts_in
+from flm_jax.launching.messages import GcloudError
 from flm_jax.launching.running import run_to_end
 from flm_jax.launching.tpu import GaveUpError
 from flm_jax.launching.verdict import Verdict
@@ -174,7 +175,13 @@ def test_what_cannot_be_counted_is_checked_by_the_topology(world):
     world.faults({"match": "tpu-vm", "kind": "fail", "said": "ERROR: (gcloud) PERMISSION_DENIED: no"})
     assert run_to_end(world.tpu()) == 0
     assert "PERMISSION_DENIED: no That all hosts answer is checked by the number" in " ".join(world.said)
-    assert [hosts_in(text) for text in ("", "null", "{}", '{"networkEndpoints": [{}, {}]}')] == [0, 0, 0, 2]
+    two = '{"networkEndpoints": [{}, {}]'
+    texts = ("", "null", "{}", two + "}", two + ', "networkConfigs": [{}, {}]}')
+    assert [node_of("a", text).hosts for text in texts] == [0, 0, 0, 2, 1]
+    assert [request_of(text).state for text in ("", "[]", '{"state": {"state": "ACTIVE"}}')] == [
+        *["UNKNOWN"] * 2,
+        "ACTIVE",
+    ]
 
 
 def test_a_deletion_that_is_refused_is_told(world):

@@ -10,8 +10,8 @@ import pytest
 
 from flm_jax.launching import gcloud
 from flm_jax.launching.description import machine_of
-from flm_jax.launching.gcloud import GcloudError
 from flm_jax.launching.host import Report, reports
+from flm_jax.launching.messages import GcloudError
 from flm_jax.launching.running import run_to_end
 from flm_jax.launching.tpu import GaveUpError
 from flm_jax.launching.verdict import Verdict, judge

@@ -6,10 +6,12 @@ import threading
 import pytest
 
 from flm_jax.cli import launch_tpu
+from flm_jax.launching.described import Request
 from flm_jax.launching.description import machine_of
-from flm_jax.launching.gcloud import GcloudError
+from flm_jax.launching.ending import settle
 from flm_jax.launching.host import Report
-from flm_jax.launching.running import Keeper, run_to_end, settle
+from flm_jax.launching.messages import GcloudError
+from flm_jax.launching.running import Keeper, run_to_end
 from flm_jax.launching.tpu import Tpu
 from flm_jax.launching.verdict import Verdict
 from tests import fake_gcloud
@@ -75,7 +77,7 @@ def test_a_machine_is_deleted_at_the_end_or_said_to_cost_when_run_fails(world, d
 
 
 def test_a_machine_whose_hosts_run_is_not_deleted_after_an_error(world, monkeypatch):
-    monkeypatch.setattr(Tpu, "state", lambda self: "ACTIVE")
+    monkeypatch.setattr(Tpu, "request", lambda self: Request("ACTIVE"))
     monkeypatch.setattr(Tpu, "reports", lambda self: [Report("a", "running", 1, None, False, "0")])
     settle(world.tpu(), True)
     assert "may still be there, and costs (its hosts are running)" in world.said[-1]

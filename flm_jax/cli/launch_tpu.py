@@ -218,6 +218,7 @@ def _act(launch: Launch, values: Any) -> None:
         (show_plan if shown else check_recipe)(launch, values)
     if action == "create":
         machine.create()
+        print("It costs from when it is there, whether anything runs on it or not: `run` starts the recipe there.")
     elif action == "run":
         _run(machine, values.delete_at_end)
     elif action == "status":
@@ -232,20 +233,18 @@ def _act(launch: Launch, values: Any) -> None:
 
 
 def _run(machine: Any, delete_at_end: bool) -> None:
-    from flm_jax.launching.gcloud import GcloudError
-    from flm_jax.launching.running import run_to_end, settle
-    from flm_jax.launching.tpu import GaveUpError
+    from flm_jax.launching.ending import settle
+    from flm_jax.launching.running import run_to_end
 
     try:
         status = run_to_end(machine)
-    except KeyboardInterrupt:
-        print("The hosts go on without this program; the same command watches them again.", flush=True)
-        raise
-    except (GcloudError, GaveUpError):
+    except (ValueError, OSError):
         settle(machine, delete_at_end)
         raise
-    if delete_at_end and status != STOPPED:
-        machine.delete()
+    if status == STOPPED:
+        settle(machine, False, kept="what was stopped goes on there")
+    elif not settle(machine, delete_at_end, ended=True):
+        sys.exit(status or 1)
     if status:
         sys.exit(status)
 

@@ -9,9 +9,7 @@ https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -19,45 +17,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flm_jax.launching import host
+from flm_jax.launching import host, messages
 from flm_jax.launching.description import Launch
+from flm_jax.launching.messages import GcloudError
 
 _TPUS = ("gcloud", "compute", "tpus")
 _GROUP = (*_TPUS, "queued-resources")
-# What passes, in messages of gcloud or ssh themselves; what a program on a host prints, such as pip, says nothing.
-_TRANSIENT = re.compile(
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL\b|\b(429|500|502|503|504)\b|rate limit|[Cc]onnection (reset|refused|"
-    r"closed|timed out)|[Tt]imed? ?out|temporar|Could not (SSH|resolve)|Remote end closed|"
-    r"exit(ed)? with return code \[?255"
-)
-_OF_GCLOUD = re.compile(
-    r"^(ERROR: (\(gcloud|gcloud crashed).*(\n(?!ERROR).*)*|ssh: .*|.*return code \[?255.*)", re.MULTILINE
-)
-_MISSING = re.compile(r"NOT_FOUND|was not found|\b404\b")
-_EXISTS = re.compile(r"ALREADY_EXISTS|already exists|\b409\b")
 # Seconds. A deletion takes minutes, and so does an installation on a fresh host.
 QUICK, LONG, LONGEST = 120.0, 600.0, 2400.0
-
-
-class GcloudError(ValueError):
-    """A command of gcloud failed.
-
-    Attributes:
-      transient: whether it may succeed later.
-      missing: whether what it names does not exist.
-      exists: whether what it makes exists already.
-      output: what it had printed to stdout.
-    """
-
-    def __init__(self, said: str, transient: bool = False, output: str = "") -> None:
-        super().__init__(said)
-        self.missing, self.exists = bool(_MISSING.search(said)), bool(_EXISTS.search(said))
-        self.transient, self.output = transient, output
-
-
-def is_transient(errors: str) -> bool:
-    """Whether gcloud or ssh name, in what a failed command printed to stderr, a reason that may pass."""
-    return any(_TRANSIENT.search(message[0]) for message in _OF_GCLOUD.finditer(errors))
 
 
 def _where(launch: Launch) -> list[str]:
@@ -88,24 +55,21 @@ def create(launch: Launch) -> list[str]:
 
 
 def describe(launch: Launch) -> list[str]:
-    """The command that prints the state of the queued resource."""
-    return [*_GROUP, "describe", launch.name, *_where(launch), "--format=value(state.state)"]
+    """The command that prints the state of the queued resource, as JSON."""
+    return [*_GROUP, "describe", launch.name, *_where(launch), "--format=json(state)"]
 
 
-def describe_nodes(launch: Launch) -> list[list[str]]:
-    """The commands that print the hosts of each slice, as JSON; none where the number of slices is not known."""
+def node_names(launch: Launch) -> list[str]:
+    """The names of the slices; none where the number of slices is not known."""
     if launch.machine is None:
         return []
-    names = [launch.name] if launch.slices == 1 else [f"{launch.name}-{number}" for number in range(launch.slices)]
-    return [[*_TPUS, "tpu-vm", "describe", name, *_where(launch), "--format=json(networkEndpoints)"] for name in names]
+    return [launch.name] if launch.slices == 1 else [f"{launch.name}-{number}" for number in range(launch.slices)]
 
 
-def hosts_in(described: str) -> int:
-    """The number of hosts of a slice, from what a command of `describe_nodes` printed; 0 if it does not say."""
-    try:
-        return len(json.loads(described)["networkEndpoints"])
-    except (ValueError, TypeError, KeyError):
-        return 0
+def describe_node(launch: Launch, name: str) -> list[str]:
+    """The command that prints state and hosts of a slice, as JSON."""
+    shown = "--format=json(state,health,networkEndpoints,networkConfigs)"
+    return [*_TPUS, "tpu-vm", "describe", name, *_where(launch), shown]
 
 
 def delete(launch: Launch) -> list[str]:
@@ -139,7 +103,7 @@ def smooth_commands(
       worker: the host in the slice.
       log: how many lines of it, and follow, if it is followed.
     """
-    there = [describe(launch), *describe_nodes(launch)]
+    there = [describe(launch), *(describe_node(launch, name) for name in node_names(launch))]
     ask = ssh(launch, "status")
     if action == "create":
         return [create(launch)]
@@ -172,7 +136,11 @@ class Gcloud:
     patience: float = 1.0
 
     def call(self, words: list[str], limit: float = QUICK, attempts: int | None = None) -> str:
-        """What a command prints.
+        """What a command prints; arguments and errors as those of `both`."""
+        return self.both(words, limit, attempts)[0]
+
+    def both(self, words: list[str], limit: float = QUICK, attempts: int | None = None) -> tuple[str, str]:
+        """What a command prints to stdout and to stderr.
 
         Args:
           words: the command.
@@ -220,7 +188,7 @@ class Gcloud:
         self.say(f"{error} Trying again ({attempt} of {attempts - 1}).")
         time.sleep(self.pause * 2 ** (attempt - 1))
 
-    def _once(self, words: list[str], limit: float) -> str:
+    def _once(self, words: list[str], limit: float) -> tuple[str, str]:
         with _started(words, subprocess.PIPE) as process:
             try:
                 output, errors = process.communicate(timeout=limit)
@@ -231,11 +199,11 @@ class Gcloud:
                 _end(process)
                 raise
         if process.returncode:
-            said = " ".join(_telling(errors).split()) or f"exit status {process.returncode}"
+            said = " ".join(messages.telling(errors).split()) or f"exit status {process.returncode}"
             # 255 is the status of ssh itself, where the connection failed.
-            transient = process.returncode == 255 or is_transient(errors)
+            transient = process.returncode == 255 or messages.is_transient(errors)
             raise GcloudError(f"{_short(words)}: {said}", transient, output)
-        return output
+        return output, errors
 
     def follow(self, words: list[str]) -> int:
         """The exit status of a command that prints by itself until it ends."""
@@ -268,10 +236,3 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _short(words: list[str]) -> str:
     return "gcloud " + shlex.join([word for word in words[1:6] if not word.startswith("--")])
-
-
-def _telling(errors: str) -> str:
-    """The lines of gcloud's messages that say what is wrong."""
-    lines = [line for line in errors.splitlines() if line.strip()]
-    from_here = next((n for n, line in enumerate(lines) if "ERROR" in line or line.startswith("error:")), None)
-    return "\n".join(lines[-3:] if from_here is None else lines[from_here:][:6])[:1000]

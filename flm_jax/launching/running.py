@@ -9,11 +9,18 @@ import contextlib
 import time
 
 from flm_jax.launching import gcloud
-from flm_jax.launching.gcloud import LONG, GcloudError
+from flm_jax.launching.described import GONE, Request
+from flm_jax.launching.gcloud import LONG
 from flm_jax.launching.host import Report
+from flm_jax.launching.messages import GcloudError, RequestFailedError, may_pass
 from flm_jax.launching.tpu import Tpu, script_file
 from flm_jax.launching.verdict import STOPPED, Verdict, judge, states
 from flm_jax.records.wording import counted
+
+_LOOKS_AT_LOST = 2  # in a row, at which a slice is lost though its request is active, before all is made again
+# After some failures in a row `run` waits longer, up to so many times as long, so that it outlives an outage of hours
+# of the network here, while the hosts go on.
+_SOON, _LONGEST_WAIT = 3, 30
 
 
 def run_to_end(machine: Tpu) -> int:
@@ -28,28 +35,12 @@ def run_to_end(machine: Tpu) -> int:
       GaveUpError: hosts are lost or out of reach too often in a row.
       ValueError: the hosts run something else.
     """
-    return Keeper(machine).to_end()
-
-
-def settle(machine: Tpu, delete: bool) -> None:
-    """Deletes the machine after `run` raised an error, if no host runs anything; or says that it still costs.
-
-    Args:
-      machine: of the launch.
-      delete: whether to delete it at all.
-    """
-    name = machine.launch.name
+    keeper = Keeper(machine)
     try:
-        state = machine.state()
-        if state is None:
-            return
-        if delete and not (state == "ACTIVE" and any(report.state == "running" for report in machine.reports())):
-            machine.delete()
-            return
-        why = "its hosts are running" if delete else "without --delete_at_end it is kept"
-    except GcloudError as error:
-        why = str(error)
-    machine.cloud.say(f"The machine of {name} may still be there, and costs ({why}): see `delete`.")
+        return keeper.to_end()
+    except KeyboardInterrupt:
+        machine.cloud.say(keeper.left())
+        raise
 
 
 class Keeper:
@@ -68,6 +59,11 @@ class Keeper:
         self.seen = False  # a machine, or a request for one
         self.deleting = False  # it is this `run` that deletes it, to make another
         self.counted = False  # its hosts
+        self.asked = False  # for a machine, by this `run`
+        self.queued = False  # the present request was made here, and has not failed yet
+        self.watched = False  # a machine was there since this `run` began
+        self.started = False  # the training program, here, or it was seen to run
+        self.lost = 0  # looks in a row at which a slice was lost
 
     def to_end(self) -> int:
         """As `run_to_end`."""
@@ -88,7 +84,26 @@ class Keeper:
                 self._failed(str(error))
                 self.say(str(error))
                 self.looks = 0
-            time.sleep(self.watch.poll)
+                self._look_for_lost_slices()
+                time.sleep(self.watch.poll * min(2 ** max(self.failures - _SOON, 0), _LONGEST_WAIT))
+            else:
+                time.sleep(self.watch.poll)
+
+    def left(self) -> str:
+        """What goes on, and costs, when this program ends here."""
+        if self.started:
+            return "The hosts go on without this program; the same command watches them again."
+        if self.counted:
+            return (
+                f"The machine of {self.name} is there, and costs, though nothing runs on it yet: the same command goes "
+                "on, `delete` deletes it."
+            )
+        if self.seen or self.asked:
+            return (
+                f"The request for {self.name} stays, and a machine costs from when it is there, although nothing runs "
+                "on it: the same command goes on, `stop` withdraws the request."
+            )
+        return f"Interrupted before anything was done for {self.name}."
 
     def _look(self) -> int | None:
         """Does what the reports of all hosts call for; returns the exit status, if it is the end."""
@@ -116,7 +131,7 @@ class Keeper:
         return None
 
     def _watch(self, found: list[Report]) -> None:
-        self.heeds = True
+        self.heeds = self.started = True
         self.looks += 1
         if self.looks == 1:
             attempt = max(report.attempt for report in found)
@@ -138,10 +153,24 @@ class Keeper:
 
     def is_final(self, error: GcloudError) -> bool:
         """Whether an error will not pass, and is not one of a machine that is being taken away."""
+        if isinstance(error, RequestFailedError) or error.transient:
+            return not error.transient
         try:
-            return not error.transient and self.machine.state() in (None, "ACTIVE")
+            state = self.machine.state()
+            # A slice may be lost before the request says so.
+            return state is None or (state == "ACTIVE" and all(node.ready for node in self.machine.nodes()))
         except GcloudError as another:
             return not another.transient
+
+    def _look_for_lost_slices(self) -> None:
+        """Counts looks at which a slice cannot come back, though the request says that all are there."""
+        lost: list[str] = []
+        with contextlib.suppress(GcloudError):
+            if self.machine.state() == "ACTIVE":
+                lost = [str(node) for node in self.machine.nodes() if node.lost]
+        self.lost = self.lost + 1 if lost else 0
+        if lost:
+            self.say(f"{'; '.join(lost)}.")
 
     def _start(self, found: list[Report], verdict: Verdict) -> bool:
         """Installs and starts; returns False, and starts nothing, if a stop was asked of this `run`."""
@@ -154,6 +183,7 @@ class Keeper:
             self.forgotten = self.heeds = True
         if any(report.asked for report in self.machine.reports("install")):
             return False
+        self.started = True
         started = self.machine.reports("start", max(report.attempt for report in found) + 1)
         return any(report.state == "running" for report in started) or not any(report.asked for report in started)
 
@@ -164,17 +194,23 @@ class Keeper:
           Whether there is one. If somebody has deleted it, or the request for it, none is made in its place.
         """
         said, missed = None, False
-        while (state := self._state()) != "ACTIVE":
-            if state is None and self.seen and not self.deleting:
+        while (request := self._request()) is None or request.state != "ACTIVE" or self.lost >= _LOOKS_AT_LOST:
+            state = None if request is None else request.state
+            if request is None and self.seen and not self.deleting:
                 if missed:  # twice, because what was just made may not be shown at once
                     return False
                 missed = True
-            elif state is None:
+            elif request is None:
                 self._create()
-            elif state in ("SUSPENDED", "FAILED"):
-                if state == "FAILED" and said is not None:
-                    raise GcloudError(f"The request for {self.name} failed; `gcloud ... describe` says why.")
-                self.say(f"The machine is gone ({state}): deleting what is left, and queueing it again.")
+            elif request.by_user and self.watched and state == "SUSPENDED":
+                self.say(f"{self.name}: a user, and not Google Cloud, has suspended the machine.")
+                return False
+            elif request.state in (*GONE, "ACTIVE"):
+                if state == "FAILED" and (said is not None or self.queued):
+                    self.queued = False
+                    raise self._refusal(request)
+                gone = "a slice is lost" if state == "ACTIVE" else state
+                self.say(f"The machine is gone ({gone}): deleting what is left, and queueing it again.")
                 if not self._delete():
                     return False
                 self._create()
@@ -183,21 +219,29 @@ class Keeper:
             missed = missed and state is None
             said = state
             time.sleep(self.watch.poll)
+        self.watched = True
         if not self.counted:
             self.machine.count_hosts()
             self.counted = True
         return True
 
-    def _state(self) -> str | None:
-        state = self.machine.state()
+    def _refusal(self, request: Request) -> RequestFailedError:
+        """The error of a request that failed while it was waited for."""
+        why = request.why or "`gcloud compute tpus queued-resources describe` may say why"
+        return RequestFailedError(f"The request for {self.name} failed: {why}", may_pass(request.code, request.why))
+
+    def _request(self) -> Request | None:
+        request = self.machine.request()
         if self.heeds is None:  # on a machine that was not there yet nobody can have asked for a stop before
-            self.heeds = state != "ACTIVE"
-        self.seen = self.seen or state is not None
-        return state
+            self.heeds = request is None or request.state != "ACTIVE"
+        self.seen = self.seen or request is not None
+        return request
 
     def _create(self) -> None:
+        self.asked = True  # a command that fails, or is interrupted, may have arrived
         self.machine.create()
-        self.seen, self.deleting, self.counted = True, False, False
+        self.seen, self.queued = True, True
+        self.deleting, self.counted, self.lost = False, False, 0
 
     def _delete(self) -> bool:
         """Deletes what is left of a machine; returns False if somebody else has done so, who wants no other."""

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flm_jax.files import atomic_write
-from flm_jax.launching import gcloud, host
+from flm_jax.launching import gcloud, host, messages
+from flm_jax.launching.described import Node, Request, node_of, request_of
 from flm_jax.launching.description import Launch
-from flm_jax.launching.gcloud import LONG, LONGEST, Gcloud, GcloudError
+from flm_jax.launching.gcloud import LONG, LONGEST, Gcloud
 from flm_jax.launching.host import Report
+from flm_jax.launching.messages import GcloudError
 from flm_jax.launching.verdict import Verdict, judge
 from flm_jax.records.wording import counted
 
@@ -67,14 +69,35 @@ class Tpu:
     watch: Watch = Watch()
     _fewest: int = field(default=0, init=False)  # hosts that must answer, as Google Cloud counts them; 0: not asked yet
 
-    def state(self) -> str | None:
-        """The state of the queued resource; None: there is none."""
+    def request(self) -> Request | None:
+        """The queued resource; None: there is none."""
         try:
-            return self.cloud.call(gcloud.describe(self.launch)).strip() or "UNKNOWN"
+            return request_of(self.cloud.call(gcloud.describe(self.launch)))
         except GcloudError as error:
             if error.missing:
                 return None
             raise
+
+    def state(self) -> str | None:
+        """The state of the queued resource; None: there is none."""
+        request = self.request()
+        return None if request is None else request.state
+
+    def nodes(self) -> list[Node]:
+        """All slices, also those that are missing; none where their number is not known.
+
+        Raises:
+          GcloudError: gcloud failed.
+        """
+        found = []
+        for name in gcloud.node_names(self.launch):
+            try:
+                found.append(node_of(name, self.cloud.call(gcloud.describe_node(self.launch, name))))
+            except GcloudError as error:
+                if not error.missing:
+                    raise
+                found.append(Node(name, "MISSING"))
+        return found
 
     def create(self) -> None:
         """Queues the machine; the request waits until there is one.
@@ -102,22 +125,25 @@ class Tpu:
     def count_hosts(self) -> None:
         """Asks Google Cloud how many hosts there are, all of which must answer from then on.
 
-        Says in a sentence if the topology has another number. If it cannot be asked, the topology's holds.
+        Says in a sentence if the topology has another number, or a slice cannot be used. If it cannot be asked, the
+        topology's number holds.
         """
         launch = self.launch
         if launch.machine is None:
             return
         try:
-            found = [gcloud.hosts_in(self.cloud.call(words)) for words in gcloud.describe_nodes(launch)]
+            nodes = self.nodes()
         except GcloudError as error:
             self.cloud.say(f"{error} That all hosts answer is checked by the number that the topology has.")
             return
-        if not all(found):
+        if unusable := [str(node) for node in nodes if not node.ready]:
+            self.cloud.say(f"Not all of {launch.name} can be used: {'; '.join(unusable)}.")
+        if not all(node.hosts for node in nodes):
             self.cloud.say(
                 "Google Cloud does not say how many hosts there are: the number that the topology has holds."
             )
             return
-        counted_there = sum(found)
+        counted_there = sum(node.hosts for node in nodes)
         self._fewest = max(counted_there, launch.fewest_hosts)
         if not launch.fewest_hosts <= counted_there <= launch.machine.hosts:
             self.cloud.say(
@@ -132,30 +158,46 @@ class Tpu:
         Raises:
           GcloudError: a command failed on a host, or hosts did not answer.
         """
-        limit = LONGEST if words == ("install",) else LONG
-        output = self.cloud.call(gcloud.ssh(self.launch, *(words or ("status",))), limit, attempts=2)
-        found = host.reports(output)
-        # gcloud leaves out slices that it cannot reach, with a warning, and exits with 0.
-        fewest = self._fewest or self.launch.fewest_hosts
-        if len(found) < fewest:
-            raise GcloudError(f"{len(found)} of {fewest} hosts of {self.launch.name} answered.", transient=True)
+        found, errors = self._answers(*(words or ("status",)))
+        self._check_all(found, errors)
         return found
 
+    def _answers(self, *words: object) -> tuple[list[Report], str]:
+        """The reports of the hosts that answer, and what gcloud printed to stderr."""
+        limit = LONGEST if words == ("install",) else LONG
+        output, errors = self.cloud.both(gcloud.ssh(self.launch, *words), limit, attempts=2)
+        return host.reports(output), errors
+
+    def _check_all(self, found: list[Report], errors: str) -> None:
+        # gcloud leaves out slices that it cannot reach, and all hosts if the ssh agent lacks the key, and exits with 0.
+        fewest = self._fewest or self.launch.fewest_hosts
+        if len(found) < fewest:
+            why = f": {said}" if (said := messages.warnings(errors)) else "."
+            raise GcloudError(
+                f"{len(found)} of {counted(fewest, 'host')} of {self.launch.name} answered{why}",
+                transient=not messages.lacks_key(errors),
+            )
+
     def status(self) -> Verdict | None:
-        """Prints the state of the machine and of every host; what that amounts to, if there is a machine."""
-        state = self.state()
-        if state is None:
+        """Prints the state of the machine and of every host; what that amounts to, if there is a machine.
+
+        Raises:
+          GcloudError: gcloud failed, or hosts did not answer; what the others report is printed before.
+        """
+        request = self.request()
+        if request is None:
             self.cloud.say(f"There is no queued resource {self.launch.name} in {self.launch.zone}.")
             return None
-        self.cloud.say(f"{self.launch.name}: {state}")
-        if state != "ACTIVE":
+        self.cloud.say(f"{self.launch.name}: {request.state}{f': {request.why}' if request.why else ''}")
+        if request.state != "ACTIVE":
             return None
         self.count_hosts()
-        found = self.reports()
+        found, errors = self._answers("status")
         for report in found:
             ended = f" with exit status {report.status}" if report.status is not None else ""
             asked = ", asked to stop" if report.asked else ""
             self.cloud.say(f"  {report.host}: {report.state}{ended}, attempt {report.attempt}{asked}")
+        self._check_all(found, errors)
         return self._judged(found)
 
     def _judged(self, found: list[Report]) -> Verdict:
