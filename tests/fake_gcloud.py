@@ -132,6 +132,9 @@ def main():
         if fault["kind"] == "preempt":
             take_away()
             store("state.json", {"queue": ["SUSPENDING", "SUSPENDED"]})
+        elif fault["kind"] == "lose":  # a slice, though the request is active
+            store("nodes.json", {"0": "PREEMPTED"})
+            fail(fault["said"])
         elif fault["kind"] == "slow":
             time.sleep(fault["seconds"])
         elif fault["kind"] == "after":  # it is done, and the answer is lost

@@ -46,6 +46,17 @@ class World:
     def faults(self, *faults):
         fake_gcloud.store("faults.json", faults)
 
+    def there(self, launch=None):
+        """Makes the machine, as if an earlier `run` or `create` had done so."""
+        self.tpu(launch).create()
+        fake_gcloud.store("state.json", {"queue": ["ACTIVE"]})
+        (self.cloud / "calls.jsonl").unlink()
+
+    def counts(self, *verbs):
+        """How often each was asked."""
+        found = self.verbs()
+        return [found.count(verb) for verb in verbs]
+
     def calls(self):
         """The commands that were given, the paths of copied files cut to their names."""
         path = self.cloud / "calls.jsonl"

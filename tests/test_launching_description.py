@@ -71,11 +71,22 @@ def test_metadata_that_is_given_is_joined_with_that_of_the_file_system():
         ("ERROR: (gcloud.x.ssh) [/usr/bin/ssh] exited with return code [255].", True),
         ("WARNING: a temporary version of pip\nERROR: No matching distribution for flm_jax==500", False),
         ("ERROR: (gcloud.x.ssh) status 1\nERROR: Failed building wheel: INTERNAL", False),
+        ("ERROR: (gcloud.x.create) HttpError 429: Maximum number of CreateNode requests per minute", True),
+        ("ERROR: (gcloud.x.create) HttpError 429: Quota limit 'TPUsPerProject' has been exceeded. Limit: 0", False),
+        ("ERROR: (gcloud.x.create) RESOURCE_EXHAUSTED: Quota 'TPUsPerProject' exhausted. Limit 500 in region r", False),
+        ("ERROR: (gcloud.x.describe) PERMISSION_DENIED: for 'queuedResources/run-503'", False),
         ("error: host: cannot write to /shared: Connection timed out", False),
     ],
 )
 def test_only_gcloud_and_ssh_say_that_an_error_may_pass(errors, transient):
     assert messages.is_transient(errors) is transient
+
+
+def test_numbers_in_names_are_no_statuses():
+    denied = messages.GcloudError("gcloud describe: ERROR: (gcloud.x) PERMISSION_DENIED: queuedResources/run-404-409")
+    assert not denied.missing and not denied.exists
+    assert messages.GcloudError("ERROR: (gcloud.x) HTTPError 404: no").missing
+    assert messages.GcloudError("ERROR: (gcloud.x) ResponseError: code=409, message=no").exists
 
 
 def test_launches_that_run_something_else_have_another_digest():
@@ -124,6 +135,11 @@ NFS = Nfs("10.0.0.2", "/vol1", "/shared")
         (lambda: release.requirement("flm_jax>=1", ()), "is not pinned"),
         (lambda: release.requirement("git+https://h/o/flm_jax@main", ()), "main may be a branch"),
         (lambda: release.requirement("dist/flm.whl", ()), "is not pinned"),
+        (
+            lambda: release.requirement("git+https://me:pw@h/o/f@v1.0", ()),
+            r"^--release=git\+https://\.\.\. names a user",
+        ),
+        (lambda: release.requirement("git+ssh://git:pw@h/o/f@v1.0", ()), r"^--release=git\+ssh://\.\.\. names a user"),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_would(call, message):
@@ -138,6 +154,7 @@ def test_what_works_is_taken():
     assert description.nfs_of("10.0.0.2:/vol1=/shared") == NFS and description.nfs_of(None) is None
     assert release.requirement("flm_jax==0.1.0", ("tpu", "data")) == "flm_jax[tpu,data]==0.1.0"
     assert release.requirement("git+https://h/o/f@v0.1.0", ()) == "flm_jax @ git+https://h/o/f@v0.1.0"
+    assert release.requirement("git+ssh://git@h/o/f@v0.1.0", ()) == "flm_jax @ git+ssh://git@h/o/f@v0.1.0"
     commit = "git+https://h/o/f@" + "0a" * 20
     assert release.requirement(commit, ("tpu",)) == f"flm_jax[tpu] @ {commit}"
     assert release.requirement("/shared/f.whl", ("tpu",)) == "flm_jax[tpu] @ file:///shared/f.whl"

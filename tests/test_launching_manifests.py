@@ -109,6 +109,8 @@ def test_a_jobset_has_a_job_per_slice_and_a_pod_per_host():
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["volumeMounts"][0]["mountPath"] == "/shared"
+    # The definition of JobSet wants a name, although its server would add one.
+    assert all(rule["name"] for rule in found["spec"]["failurePolicy"]["rules"])
     assert pod["volumes"][0]["nfs"] == {"server": "10.0.0.2", "path": "/vol1"}
 
 
@@ -136,6 +138,11 @@ def test_a_task_for_skypilot_goes_on_after_75():
         ("jobset", launch("h100-8"), "is for TPUs"),
         ("host", launch("h100-8"), "is for TPUs"),
         ("jobset", launch("v5p-8", nfs=None), "needs --nfs"),
+        (
+            "jobset",
+            launch("v5e-256", 2, name="a" * 47),
+            "give at most 46 letters, because pods are named a+-slice-1-63",
+        ),
         ("skypilot", launch("v5e-16", 2), "SkyPilot starts one TPU slice, not 2"),
     ],
 )
@@ -238,6 +245,37 @@ def test_a_work_directory_that_cannot_be_written_to_is_told(machine):
     done = machine(f"bash {script} install")
     assert done.returncode == 1 and f"cannot write to {machine.workdir}" in done.stderr
     assert machine(f"bash {script} dance").returncode == 2
+
+
+@pytest.mark.integration
+def test_an_installation_that_fails_ends_what_another_launch_had_installed(machine):
+    """Otherwise the first launch, started again, would take the environment that was deleted for its own."""
+    first, second = (
+        launch("v4-8", workdir=str(machine.workdir), nfs=None, release=f"flm_jax=={version}") for version in "12"
+    )
+    script = machine.bin.parent / host.script_name(first)
+
+    def install(described):
+        script.write_text(host.script(described))
+        return machine(f"bash {script} install")
+
+    assert install(first).returncode == 0
+    program = machine.bin.parents[1] / "home/flm_launch/tele-flm/venv/bin/flm-train"
+    train = machine.bin / "train"
+    train.rename(machine.bin / "away")  # so pip fails
+    assert install(second).returncode != 0 and not program.exists()
+    (machine.bin / "away").rename(train)
+    assert install(first).returncode == 0 and program.exists()
+    assert script.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_gin_file_cannot_leave_its_place_in_a_script(machine):
+    text = "a = 1\nEND_OF_GIN_FILE\ntouch left\nEND_OF_GIN_FILE_\n\x0cb = '$HOME'\u2028\n"
+    described = launch("v4-8", files=(("my.gin", text),))
+    shell = host._gin_files_function(described)
+    done = machine(f"{shell}\ngin_files")
+    assert done.returncode == 0 and not list(machine.bin.parents[1].glob("**/left"))
+    assert (machine.bin.parents[1] / "gin/my.gin").read_text() == text
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from flm_jax.cli.flags import STOPPED, begun, define_assumptions, define_gin, la
 if TYPE_CHECKING:
     from flm_jax.launching.description import Launch
 
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")  # in names of variables
 MAKES = ("create", "run")  # actions that may create a machine
 ACTIONS = (*MAKES, "status", "logs", "stop", "delete", "write")
 
@@ -198,7 +200,9 @@ def _act(launch: Launch, values: Any) -> None:
         from flm_jax.files import atomic_write
 
         atomic_write(Path(values.output), text)
-        print(f"Written to {values.output}.")
+        secrets = [name for name in (one.partition("=")[0] for one in launch.env) if _SECRET.search(name)]
+        told = f" It holds {' and '.join(secrets)} as it is: share it with nobody." if secrets else ""
+        print(f"Written to {values.output}.{told}")
         return
     if values.dry_run:
         if action in MAKES:

@@ -15,6 +15,7 @@ from flm_jax.launching.description import Launch
 
 MARK = "flm_launch:"
 NOTHING = "-"  # the launch of a host on which nothing was installed
+_LAST_LINE = "exit"
 
 # What brings a release and the gin files onto a machine; manifests use it too.
 _INSTALL = r"""
@@ -47,6 +48,7 @@ install_here() {
   mkdir -p "$home"
   cd "$home"
   if [ "$(cat installed 2>/dev/null)" = "$digest" ]; then return; fi
+  rm -f installed  # what another launch has installed here ends now, also if this installation fails
   if [ "$(cat environment 2>/dev/null)" != "$release ${constraints[*]-}" ]; then
     local python
     python=$(python_of_host)
@@ -78,8 +80,16 @@ forget() {
 
 install() {
   mkdir -p "$home"
+  chmod 600 "$self"  # --env may hold keys
   exec 7>"$home/installing"
   flock 7
+  exec 8>"$home/starting"  # not in the middle of a start
+  flock 8
+  if running && [ "$(cat "$home/started")" != "$digest" ]; then  # it would lose its program and its recipe
+    echo "error: $(hostname): launch $(cat "$home/started") runs under this name; stop it, or take another --name" >&2
+    return 1
+  fi
+  exec 8>&-
   shared
   install_here
   if [ -e "$stop_mark" ]; then touch stop_asked; fi
@@ -178,6 +188,10 @@ kill_all() {  # The supervisor and everything that it started are one process gr
 }
 
 log() {  # LINES [follow]
+  if [ ! -e "$home/log" ]; then
+    echo "error: $(hostname): nothing was started yet, so there is no log" >&2
+    if [ $# -eq 1 ]; then return 1; fi
+  fi
   if [ $# -gt 1 ]; then
     exec tail -n "$1" -F "$home/log"
   fi
@@ -243,13 +257,18 @@ def command(launch: Launch, *words: object) -> str:
     """The shell command that calls the script on a host; a host that has none yet reports that it is new."""
     name = script_name(launch)
     call = shlex.join(["bash", name, *map(str, words)])
+    # A copy that was interrupted lacks the end, and counts as none.
+    there = f'[ "$(tail -n 1 {name} 2>/dev/null)" = {_LAST_LINE} ]'
+    if words[0] == "log":
+        none = 'echo "error: $(hostname): nothing was installed yet, so there is no log" >&2; exit 1'
+        return f"if {there}; then {call}; else {none}; fi"
     if words[0] not in ("status", "stop", "kill_all"):
         return call
     home = f"flm_launch/{launch.name}"
     mark = f"mkdir -p {home}; touch {home}/stop_asked; " if words[0] == "stop" else ""
     asked = f"$(test -e {home}/stop_asked && echo 1 || echo 0)"
     new = f'"{MARK} host=$(hostname) state=new attempt=0 status=- asked={asked} launch={NOTHING}"'
-    return f"if [ -e {name} ]; then {call}; else {mark}echo {new}; fi"
+    return f"if {there}; then {call}; else {mark}echo {new}; fi"
 
 
 def _array(name: str, words: tuple[str, ...]) -> str:
@@ -261,9 +280,11 @@ def _gin_files_function(launch: Launch) -> str:
     """A function of bash that writes the recipe's gin files into the folder ``gin``."""
     lines = ["gin_files() {"]
     for name, text in launch.files:
-        path = f"gin/{name}"
+        path, end = f"gin/{name}", "END_OF_GIN_FILE"
+        while end in text.splitlines():
+            end += "_"
         lines.append(f'  mkdir -p "$(dirname {shlex.quote(path)})"')
-        lines += [f"  cat >{shlex.quote(path)} <<'END_OF_GIN_FILE'", text.rstrip("\n"), "END_OF_GIN_FILE"]
+        lines += [f"  cat >{shlex.quote(path)} <<'{end}'", text.rstrip("\n"), end]
     return "\n".join([*lines, "  :", "}"])
 
 

@@ -1,9 +1,9 @@
 """A launch as a file for other launchers: a Slurm script, a JobSet for GKE, a task for SkyPilot.
 
-Sources: https://slurm.schedmd.com/sbatch.html; https://jobset.sigs.k8s.io and
-https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice; SkyPilot's pages
-https://docs.skypilot.co/en/latest/reference/yaml-spec.html and its page on TPUs (`setup` and `run` run on every host
-of a slice).
+Sources: https://slurm.schedmd.com/sbatch.html; https://jobset.sigs.k8s.io, the definition of JobSet v1alpha2 in its
+repository (August 2026) and https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice; SkyPilot's pages
+https://docs.skypilot.co/en/latest/reference/yaml-spec.html, its `sky/utils/schemas.py` and its page on TPUs (`setup`
+and `run` run on every host of a slice).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from flm_jax.planning.topology import Topology
 FORMATS = ("slurm", "jobset", "skypilot", "host")
 _GKE_NAMES = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
 _PORT = 8476
+_LONGEST_LABEL = 63  # of Kubernetes
 
 
 def manifest(launch: Launch, form: str, image: str = "python:3.12", hours: int = 24) -> str:
@@ -71,6 +72,8 @@ def slurm(launch: Launch, machine: Topology, hours: int = 24) -> str:
 # Five minutes before the end the tasks, not this script, are asked to save and stop.
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
+# Two jobs of this name at once would want the same work directory.
+#SBATCH --dependency=singleton
 #SBATCH --open-mode=append
 #SBATCH --output={launch.name}-%j.log
 set -euo pipefail
@@ -91,12 +94,22 @@ exit "$code"
 
 def _block(text: str, indent: int) -> str:
     """Text as the lines of a literal block of YAML, which begins with ``|``."""
-    return "\n".join(" " * indent + line if line else "" for line in text.rstrip("\n").splitlines())
+    return "\n".join(" " * indent + line if line else "" for line in text.rstrip("\n").split("\n"))
 
 
 def _for_kubernetes(shell: str) -> str:
     """Shell for a container's command, where Kubernetes replaces ``$(NAME)`` and ``$$`` unless they are escaped."""
     return re.sub(r"\$(?=[$(])", "$$", shell)
+
+
+def _check_pods(name: str, slices: int, per_slice: int) -> None:
+    """Refuses a name that makes the names of pods too long: JobSet adds numbers, and Kubernetes five letters."""
+    added = len(f"-slice-{slices - 1}-{per_slice - 1}-abcde")
+    if len(name) + added > _LONGEST_LABEL:
+        raise ValueError(
+            f"--name={name}: with --format=jobset give at most {_LONGEST_LABEL - added} letters, because pods are "
+            f"named {name}-slice-{slices - 1}-{per_slice - 1}-abcde, and Kubernetes takes {_LONGEST_LABEL}."
+        )
 
 
 def jobset(launch: Launch, machine: Topology, image: str = "python:3.12") -> str:
@@ -117,6 +130,7 @@ def jobset(launch: Launch, machine: Topology, image: str = "python:3.12") -> str
         ]
     )
     per_slice = machine.hosts // machine.slices
+    _check_pods(launch.name, machine.slices, per_slice)
     chips = min(machine.devices // machine.slices, machine.chip.per_host)
     spot = '\n                cloud.google.com/gke-spot: "true"' if launch.spot else ""
     return f"""# kubectl apply -f {launch.name}.yaml, with JobSet and a node pool of this topology per slice
@@ -131,7 +145,8 @@ spec:
     # A run that was stopped ends with {STOPPED}, and one that lost a host with 1: both go on from the last save.
     maxRestarts: 100
     rules:
-      - action: FailJobSet
+      - name: wrongFlags
+        action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice

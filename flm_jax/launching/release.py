@@ -26,6 +26,12 @@ def requirement(release: str, extras: tuple[str, ...]) -> str:
     wanted = f"flm_jax[{','.join(extras)}]" if extras else "flm_jax"
     if match := re.fullmatch(rf"flm[_-]jax==({_VERSION})", release):
         return f"{wanted}=={match[1]}"
+    if match := re.match(r"(git\+https://)[^/\s]*@|(git\+ssh://)[^/@:\s]*:[^/@\s]*@", release):
+        # Without the release itself: it would show the password.
+        raise ValueError(
+            f"--release={match[1] or match[2]}... names a user, and perhaps a password or token, which logs and pip on "
+            "every host would show: give an address without it, or a wheel on a file system that all hosts share."
+        )
     if match := re.fullmatch(r"(git\+(?:https|ssh|file)://\S+?)@([^@\s]+)", release):
         if not re.fullmatch(r"[0-9a-f]{40}|v?[0-9]+(\.[0-9]+)+\S*", match[2]):
             raise ValueError(

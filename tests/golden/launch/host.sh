@@ -66,6 +66,7 @@ install_here() {
   mkdir -p "$home"
   cd "$home"
   if [ "$(cat installed 2>/dev/null)" = "$digest" ]; then return; fi
+  rm -f installed  # what another launch has installed here ends now, also if this installation fails
   if [ "$(cat environment 2>/dev/null)" != "$release ${constraints[*]-}" ]; then
     local python
     python=$(python_of_host)
@@ -93,8 +94,16 @@ forget() {
 
 install() {
   mkdir -p "$home"
+  chmod 600 "$self"  # --env may hold keys
   exec 7>"$home/installing"
   flock 7
+  exec 8>"$home/starting"  # not in the middle of a start
+  flock 8
+  if running && [ "$(cat "$home/started")" != "$digest" ]; then  # it would lose its program and its recipe
+    echo "error: $(hostname): launch $(cat "$home/started") runs under this name; stop it, or take another --name" >&2
+    return 1
+  fi
+  exec 8>&-
   shared
   install_here
   if [ -e "$stop_mark" ]; then touch stop_asked; fi
@@ -193,6 +202,10 @@ kill_all() {  # The supervisor and everything that it started are one process gr
 }
 
 log() {  # LINES [follow]
+  if [ ! -e "$home/log" ]; then
+    echo "error: $(hostname): nothing was started yet, so there is no log" >&2
+    if [ $# -eq 1 ]; then return 1; fi
+  fi
   if [ $# -gt 1 ]; then
     exec tail -n "$1" -F "$home/log"
   fi
