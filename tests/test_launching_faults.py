@@ -134,6 +134,12 @@ def test_status_shows_the_hosts_that_answer_before_it_says_that_others_do_not(wo
     assert "  host-0-0: new, attempt 0" in world.said
 
 
+def test_a_log_that_is_not_there_yet_is_said(world):
+    world.there()
+    with pytest.raises(GcloudError, match="error: host-0-0: nothing was installed yet, so there is no log"):
+        world.tpu().logs("0", "0", 5, False)
+
+
 def test_what_is_left_at_the_end_is_said_or_deleted(world, monkeypatch):
     def ended(status, delete):
         monkeypatch.setattr(running, "run_to_end", lambda machine: status)

@@ -162,6 +162,7 @@ def machine(tmp_path):
     def run(text, **more):
         return subprocess.run(["bash", "-c", text], env=env | more, cwd=tmp_path, capture_output=True, text=True)
 
+    fake_hosts.write(bin_ / "sleep", f"#!/usr/bin/env bash\nexec {shutil.which('sleep')} 0.05\n")
     run.bin, run.workdir = bin_, tmp_path / "shared/run"
     return run
 
@@ -234,6 +235,43 @@ def test_the_hosts_script_mounts_the_file_system_once(machine):
     ]
     gin = machine.bin.parents[1] / "home/flm_launch/tele-flm/gin"
     assert {name: (gin / name).read_text() for name, _ in described.files} == dict(described.files)
+
+
+@pytest.mark.integration
+def test_a_package_is_installed_although_apt_is_locked_at_first(machine):
+    tools, mount = machine.bin, machine.workdir.parent
+    fake_hosts.write(tools / "mountpoint", "#!/usr/bin/env bash\nexit 1\n")
+    # The third call of apt-get installs.
+    fake_hosts.write(
+        tools / "sudo",
+        f"""#!/usr/bin/env bash
+echo "$*" >>"$HOME/sudo"
+case "$1" in apt-get) ;; *) exit ;; esac
+[ "$(grep -c apt-get "$HOME/sudo")" -gt 1 ] || exit 100
+[ "$3" != install ] || {{ cp "$0" {tools}/mount.nfs; }}
+""",
+    )
+    described = launch("v4-8", workdir=str(machine.workdir), nfs=Nfs("10.0.0.2", "/vol1", str(mount)))
+    script = tools.parent / host.script_name(described)
+    script.write_text(host.script(described))
+    done = machine(f"PATH={tools}:/usr/bin:/bin bash {script} install")
+    assert done.returncode == 0, done.stderr
+    asked = (tools.parents[1] / "home/sudo").read_text().splitlines()
+    assert asked[:3] == ["apt-get -q update", "apt-get -q update", "apt-get -q install -y nfs-common"]
+    assert asked[4].startswith("mount -t nfs")
+
+
+@pytest.mark.integration
+def test_an_installation_is_tried_twice(machine):
+    fake_hosts.write(
+        machine.bin / "python3.13",
+        fake_hosts.PYTHON.replace("    cp", '    [ "$(wc -l <"$HOME/pip")" -gt 1 ] || exit 1\n    cp'),
+    )
+    described = launch("v4-8", workdir=str(machine.workdir), nfs=None)
+    script = machine.bin.parent / host.script_name(described)
+    script.write_text(host.script(described))
+    assert machine(f"bash {script} install").returncode == 0
+    assert len((machine.bin.parents[1] / "home/pip").read_text().splitlines()) == 2
 
 
 @pytest.mark.integration

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 # Numbers count as statuses of HTTP only where they are called that: names and quotas have numbers too.
-_STATUS = r"(?:\b[Cc]ode[=: ]+|HTTP ?(?:[Ee]rror)? ?|[Ss]tatus[=: ]+)"
+_STATUS = r"(?:\b[Cc]ode[=: ]+|H(?:TTP|ttp) ?(?:[Ee]rror)? ?|[Ss]tatus[=: ]+)"
 # What passes, in messages of gcloud or ssh themselves; what a program on a host prints, such as pip, says nothing.
 _TRANSIENT = re.compile(
     rf"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL\b|{_STATUS}(429|500|502|503|504)\b|rate limit|per minute|"

@@ -39,7 +39,11 @@ END_OF_GIN_FILE
 
 shared() {  # Mounts the file system that all hosts share, and checks that the work directory can be written to.
   if [ -n "$nfs" ] && ! mountpoint -q "$mount"; then
-    command -v mount.nfs >/dev/null || { sudo apt-get -q update && sudo apt-get -q install -y nfs-common; } >&2
+    # Upgrades lock apt for some minutes on a machine that has just started.
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      if command -v mount.nfs >/dev/null; then break; fi
+      { sudo apt-get -q update && sudo apt-get -q install -y nfs-common; } >&2 || sleep 30
+    done
     sudo mkdir -p "$mount"
     sudo mount -t nfs -o rw,hard "$nfs" "$mount"
   fi
@@ -73,7 +77,9 @@ install_here() {
     rm -rf venv environment
     "$python" -m venv venv
     printf '%s\n' "${constraints[@]-}" >constraints.txt
-    venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$release"
+    local pip=(venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt)
+    # Again, because hundreds of hosts ask at once; what is wrong is wrong the second time too.
+    "${pip[@]}" "$release" || { sleep 20 && "${pip[@]}" "$release"; }
     echo "$release ${constraints[*]-}" >environment
   fi
   rm -rf gin
