@@ -114,6 +114,15 @@ def test_a_jobset_has_a_job_per_slice_and_a_pod_per_host():
     assert pod["volumes"][0]["nfs"] == {"server": "10.0.0.2", "path": "/vol1"}
 
 
+@pytest.mark.parametrize(
+    ("topology", "pods", "chips"), [("v6e-8", 1, 8), ("v5e-8", 2, 4), ("v6e-16", 4, 4), ("v5e-1", 1, 1)]
+)
+def test_pods_ask_for_all_chips_of_the_hosts_that_gke_has(topology, pods, chips):
+    spec = job(yaml.safe_load(manifests.manifest(launch(topology), "jobset")))
+    (container,) = spec["template"]["spec"]["containers"]
+    assert (spec["parallelism"], container["resources"]["limits"]["google.com/tpu"]) == (pods, chips)
+
+
 def test_kubernetes_changes_nothing_in_the_shell_of_a_jobset():
     described = launch("v5p-8", env=("A=$(POD)", "B=$$", "C=$$(POD)", "D=${POD}"))
     (container,) = job(yaml.safe_load(manifests.manifest(described, "jobset")))["template"]["spec"]["containers"]

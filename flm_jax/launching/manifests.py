@@ -19,6 +19,8 @@ from flm_jax.planning.topology import Topology
 
 FORMATS = ("slurm", "jobset", "skypilot", "host")
 _GKE_NAMES = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
+# The one slice of GKE that lies on a host of eight chips (ct6e-standard-8t); of v5e it has 2x4 on two hosts of four too.
+_ON_ONE_HOST = ("v6e", (2, 4))
 _PORT = 8476
 _LONGEST_LABEL = 63  # of Kubernetes
 
@@ -130,8 +132,10 @@ def jobset(launch: Launch, machine: Topology, image: str = "python:3.12") -> str
         ]
     )
     per_slice = machine.hosts // machine.slices
-    _check_pods(launch.name, machine.slices, per_slice)
     chips = min(machine.devices // machine.slices, machine.chip.per_host)
+    if (launch.kind, machine.bounds) == _ON_ONE_HOST:
+        per_slice, chips = 1, 8
+    _check_pods(launch.name, machine.slices, per_slice)
     spot = '\n                cloud.google.com/gke-spot: "true"' if launch.spot else ""
     return f"""# kubectl apply -f {launch.name}.yaml, with JobSet and a node pool of this topology per slice
 apiVersion: jobset.x-k8s.io/v1alpha2
