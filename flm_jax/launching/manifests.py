@@ -19,7 +19,7 @@ from flm_jax.planning.topology import Topology
 
 FORMATS = ("slurm", "jobset", "skypilot", "host")
 _GKE_NAMES = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
-# The one slice of GKE that lies on a host of eight chips (ct6e-standard-8t); of v5e it has 2x4 on two hosts of four too.
+# The one slice of GKE that lies on a host of eight chips, ct6e-standard-8t; that of v5e may lie on two hosts of four.
 _ON_ONE_HOST = ("v6e", (2, 4))
 _PORT = 8476
 _LONGEST_LABEL = 63  # of Kubernetes
