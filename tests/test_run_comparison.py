@@ -154,6 +154,9 @@ def test_what_is_no_run_is_refused_in_a_sentence(work, tmp_path):
         compare_runs([str(tmp_path)])
     with pytest.raises(ValueError, match="named twice; name each run once"):
         compare_runs([str(work / "grown"), str(work / "grown") + "/"])
+    (tmp_path / "link").symlink_to(work / "grown")
+    with pytest.raises(ValueError, match="link is named twice; name each run once"):
+        compare_runs([str(work / "grown"), str(tmp_path / "link")])
     write_run(tmp_path / "new", (Stage("large", LARGE, 5, 2),), [])
     with pytest.raises(ValueError, match="new holds no losses yet"):
         compare_runs([str(tmp_path / "new")])

@@ -133,6 +133,7 @@ def test_rungs_have_their_bindings_and_their_names():
         (lambda: Halving([{"Stage.steps": 5}, {"Stage.stops": 5}]), "the same names in every rung"),
         (lambda: Sweep(axes={RATE: 3}), "use a Range or a list"),
         (lambda: space.candidates(Sweep(axes={RATE: [1, 2]}, draws=3)), "no more than about 2 combinations"),
+        (lambda: space.candidates(Sweep(axes={RATE: [1, 2]}, draws=10**9)), "no more than about 2 combinations"),
         (
             lambda: space.candidates(Sweep(axes={RATE: [1e-3, 0.001]})),
             "one work directory, points/learning_rate=0.001: OptimizerConfig.learning_rate = 0.001, twice",

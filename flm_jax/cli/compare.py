@@ -31,6 +31,8 @@ def run(values: Any) -> None:
     """Compares the runs of some work directories."""
     if not values.run:
         refuse("give the work directories of the runs to compare")
+    if not all(values.run):
+        refuse("the path of a run is empty; give its work directory")
     os.environ["JAX_PLATFORMS"] = "cpu"  # It computes nothing, so it does not occupy a local accelerator.
     from flm_jax.cli import runs  # Imported here, so that --help is fast.
 

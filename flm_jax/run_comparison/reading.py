@@ -98,14 +98,17 @@ def read_run_curves(workdir: str | Path, name: str = "") -> RunCurves:
 
 def names_of(workdirs: Sequence[str]) -> list[str]:
     """What to call runs: by their directories, with as many of the folders above as it takes to tell them apart."""
+    places = [Path(workdir).expanduser().resolve() for workdir in workdirs]  # one may be named by a link, too
+    if twice := next((name for n, name in enumerate(workdirs) if places.index(places[n]) < n), None):
+        raise ValueError(f"{twice} is named twice; name each run once.")
     parts = [Path(workdir).expanduser().absolute().parts for workdir in workdirs]
     longest = max(map(len, parts))
+    names: list[str] = []
     for count in range(1, longest + 1):
         names = ["/".join(part[-count:]).replace("//", "/") for part in parts]
         if len(set(names)) == len(names):
-            return names
-    twice = next(workdir for place, workdir in enumerate(workdirs) if parts.index(parts[place]) < place)
-    raise ValueError(f"{twice} is named twice; name each run once.")
+            break
+    return names
 
 
 def _stages(

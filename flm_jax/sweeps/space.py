@@ -173,16 +173,17 @@ def _drawn(sweep: Sweep) -> list[dict[str, Any]]:
     """Different random combinations; the first of them do not depend on how many are drawn."""
     rng = random.Random(sweep.draw_seed)
     found: dict[str, dict[str, Any]] = {}
-    tries = 0
+    tries = 0  # since the last new one
     while len(found) < sweep.draws:
         tries += 1
-        if tries > 100 * sweep.draws + 1000:
+        if tries > 100 * len(found) + 1000:
             raise ValueError(
                 f"Sweep.draws={sweep.draws}, but Sweep.axes have no more than about "
                 f"{counted(len(found), 'combination')}: draw fewer, or set it to 0 for all of them."
             )
         drawn = {name: _draw(values, rng.random()) for name, values in sweep.axes.items()}
-        found.setdefault(repr(drawn), drawn)
+        if repr(drawn) not in found:
+            found[repr(drawn)], tries = drawn, 0
     return list(found.values())
 
 
