@@ -256,7 +256,7 @@ class ModelConfig:
         known = [field.name for field in dataclasses.fields(self)]
         if unknown := sorted(set(changes) - set(known)):
             near = meant(unknown[0], known) or "."
-            raise ValueError(f"A model has no {', '.join(unknown)}; its fields are {', '.join(known)}{near}")
+            raise ValueError(f"A model has no field {', '.join(unknown)}; its fields are {', '.join(known)}{near}")
         heads, group = changes.get("heads", self.heads), self.heads // self.k_heads
         follow = {"kv_heads": heads // group} if heads != self.heads and heads % group == 0 else {}
         return self.replace(**{**follow, **changes})

@@ -119,6 +119,8 @@ def train(
         if run.verify_data and distributed.is_primary():
             forget(recipe.data.cache_dir)
         data = open_data(recipe.data)
+        if forked is not None:  # before the model is told to be too small for another vocabulary
+            forked.check_vocabulary(data.vocabulary)
         check_vocabulary(stages, data.vocabulary.size)
         if source is not None and (other := source.other_vocabulary(data.vocabulary)):
             distributed.print0(other)

@@ -67,6 +67,15 @@ def test_what_is_no_complete_step_is_passed_over_and_named(run, caplog):
     assert f"{stage}/60 is damaged and passed over: {stage}/60/meta.json cannot be read" in caplog.text
 
 
+def test_a_step_that_is_not_there_is_answered_with_those_that_are(run, tmp_path, caplog):
+    with pytest.raises(NoCheckpointError, match=r"1_two/50 is no directory; .*1_two has the steps 40, 60\.$"):
+        step_directory(run / "checkpoints/1_two/50")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(NoCheckpointError, match=r"holds no checkpoint: .*; in it are the work directories .*/run\.$"):
+        step_directory(tmp_path)
+    assert caplog.text == ""
+
+
 def test_a_stage_without_a_complete_step_gives_way_to_the_one_before(run, capsys):
     for step in ("40", "60"):
         (run / "checkpoints/1_two" / step / "manifest.json").unlink()

@@ -241,7 +241,7 @@ def test_another_model_or_another_start_is_refused(trained, data, tmp_path):
     with pytest.raises(CheckpointError, match="goes on with a checkpoint of its own shape: nothing grew"):
         verify_checkpoints(trained, tmp_path / "run/checkpoints/0_on/0")
     elsewhere = dataclasses.replace(mine, start=str(trained / "checkpoints/0_first/0"))
-    with pytest.raises(ValueError, match="was begun with other data or another start: start"):
+    with pytest.raises(ValueError, match="was begun with other data or another start: the digest of the start"):
         training.train(elsewhere, RUN, tmp_path / "run")
 
 

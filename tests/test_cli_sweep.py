@@ -159,7 +159,7 @@ def test_a_point_begun_with_another_recipe_is_refused(gin_file, tmp_path, capsys
     write_identity(directory, RECIPE, as_dict(configure.configured(configure.train)[0]))
     assert status(gin_file, [RATES], tmp_path / "sweep") == 1
     error = capsys.readouterr().err
-    assert "was begun with another recipe: stages.0.batch_size: 16 there, 8 here." in error
+    assert "was begun with another recipe: stages.a.batch_size: 16 there, 8 here." in error
     assert "Give the sweep a new --workdir, or remove that point" in error
 
 

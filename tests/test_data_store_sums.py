@@ -156,6 +156,9 @@ def test_verify_py_names_every_place(stores, tmp_path, capsys):
     with pytest.raises(SystemExit):
         runs.run_verify_store(str(tmp_path / "absent"), None)
     assert capsys.readouterr().err.startswith(f"error: there is no token store at {tmp_path}/absent")
+    with pytest.raises(SystemExit):
+        runs.run_verify_store(str(tmp_path), None)
+    assert capsys.readouterr().err.endswith(f"in it are {tmp_path}/copy\n")
 
 
 def as_of_an_earlier_version(store, path):

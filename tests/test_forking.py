@@ -303,12 +303,15 @@ def test_a_stage_that_is_over_and_another_start_are_refused(old, recipe, tmp_pat
         planned(made, at(old, 2))
 
 
-def test_another_vocabulary_is_refused(old, recipe):
-    fork = planned(staged(recipe, steps=8), at(old, 2))
+def test_another_vocabulary_is_refused_and_nobody_is_told_to_enlarge_the_model_for_it(
+    old, recipe, tmp_path, monkeypatch
+):
+    other = types.SimpleNamespace(vocabulary=types.SimpleNamespace(digest="0" * 64, size=1 << 20))
+    monkeypatch.setattr(training, "open_data", lambda config: other)
     with pytest.raises(
         ValueError, match=r"the vocabulary has the digest \w{12} there and 0{12} here.*Pretrained.path ="
     ):
-        fork.record(types.SimpleNamespace(vocabulary=types.SimpleNamespace(digest="0" * 64)), {}, 8)
+        training.train(staged(recipe, steps=8), HOW, tmp_path / "new", fork=at(old, 2))
 
 
 def test_a_run_that_trains_meanwhile_is_read_up_to_its_last_whole_checkpoint(old, recipe, tmp_path):

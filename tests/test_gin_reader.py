@@ -78,6 +78,11 @@ def configured(file, *bindings):
         ("Stge.steps = 3", "there is no configurable Stge; did you mean 'Stage'?"),
         ("Recipe = 3", "Recipe = ... sets nothing; write Recipe.parameter = value."),
         ("learningrate = 3", "Nothing uses these gin bindings: learningrate; .* did you mean 'learning_rate'?"),
+        (
+            "SpikeGuard.sigmas = 5",
+            "SpikeGuard.sigmas: there is no SpikeGuard here. Bind Recipe.spike_guard = @SpikeGuard() too.",
+        ),
+        ("Watchdog.end = True", "Bind train.run = @Run() and Run.watchdog = @Watchdog() too."),
         ("Growth.methods = {'embed'}", "write entries in braces as 'name': value."),
         ("include 'nowhere.gin'", "There is no gin file 'nowhere.gin' in the current directory nor in"),
         ("import nowhere_at_all", "No module named 'nowhere_at_all'"),
@@ -147,3 +152,11 @@ def test_an_included_file_lies_beside_the_one_that_includes_it(tiny, tmp_path, m
     tiny.write_text(f"include {str(tmp_path / 'more' / 'long.gin')!r}\n")
     with pytest.raises(ValueError, match="which includes it"):
         configured(tiny)
+
+
+def test_a_scoped_binding_whose_object_is_not_there_is_told_how_to_make_it_in_that_scope(tiny):
+    tiny.write_text(TINY.replace("[@Stage()]", "[@a/Stage()]"))
+    with pytest.raises(ValueError, match=r"Bind a/Stage\.optimizer = @OptimizerConfig\(\) too\."):
+        configured(tiny, "a/OptimizerConfig.learning_rate = 0.1")
+    gin.clear_config()
+    configured(tiny, "a/OptimizerConfig.learning_rate = 0.1", "a/Stage.optimizer = @OptimizerConfig()")

@@ -139,7 +139,7 @@ def test_a_spike_comes_before_the_limit_of_the_loss_and_too_many_stop_the_run():
     with pytest.raises(NonFiniteError, match="the loss is 50 nats per token, more than 3 times"):
         guards(history).look(11, 88, values(50.0))
     history["rewinds"] = [{"stage": "another"}, {"stage": "a"}]
-    with pytest.raises(SpikeError, match="The stage has been rewound 1 times, and SpikeGuard.most_rewinds = 1"):
+    with pytest.raises(SpikeError, match="The stage has been rewound 1 time, and SpikeGuard.most_rewinds = 1"):
         guards(history, spikes=guard, step=10, memory=steps.memory()).look(11, 88, values(50.0))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from flm_jax.growth import Growth
 from flm_jax.recipe import Recipe, Stage
-from flm_jax.records import RECIPE, as_dict, check_identity, write_identity
+from flm_jax.records import DATA, RECIPE, as_dict, check_identity, write_identity
 from tests import small
 
 BEGUN = Recipe(stages=(Stage("a", small.config(), 20, 4), Stage("b", small.config(mlp=60), 20, 4, growth=Growth())))
@@ -38,10 +38,10 @@ def test_what_changes_no_number_may_change(workdir, recipe):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (with_stage(steps=30), "stages.0.steps: 20 there, 30 here"),
+        (with_stage(steps=30), "stages.a.steps: 20 there, 30 here"),
         (with_stage(name="c"), "stages.0.name: 'a' there, 'c' here"),
-        (with_stage(model=small.config(attention="auto")), "stages.0.model.attention: 'plain' there, 'auto' here"),
-        (with_stage(growth=Growth()), "stages.0.growth: None there, a Growth here"),
+        (with_stage(model=small.config(attention="auto")), "stages.a.model.attention: 'plain' there, 'auto' here"),
+        (with_stage(growth=Growth()), "stages.a.growth: None there, a Growth here"),
         (dataclasses.replace(BEGUN, eval_windows=3), "eval_windows: 256 there, 3 here"),
         (dataclasses.replace(BEGUN, stages=BEGUN.stages[:1]), "stages: 2 of them there, 1 of them here"),
     ],
@@ -53,3 +53,13 @@ def test_what_does_is_named_with_the_way_on(workdir, recipe, message):
     assert f"a new --workdir; to go on there from the newest checkpoint here, add --fork={workdir}," in str(
         refused.value
     )
+
+
+def test_other_data_is_told_by_what_its_digests_are_of(workdir):
+    write_identity(workdir, DATA, {"digest": "1" * 64, "context": 8, "start": None})
+    with pytest.raises(ValueError) as refused:
+        check_identity(workdir, DATA, {"digest": "2" * 64, "context": 16, "start": "3" * 64}, "other data")
+    assert (
+        "context: 8 there, 16 here; the digest of the text: 111111111111 there, 222222222222 here; "
+        "the digest of the start: None there, 333333333333 here."
+    ) in str(refused.value)

@@ -32,7 +32,7 @@ def step_directory(path: str | Path) -> Path:
     """
     path = Path(path).expanduser().absolute()
     if not path.is_dir():
-        near = "" if path.exists() else meant_beside(path)
+        near = "" if path.exists() else _steps_beside(path) or meant_beside(path)
         raise NoCheckpointError(
             f"{path} is no directory; give a step, a stage's directory or a work directory{near or '.'}"
         )
@@ -41,6 +41,12 @@ def step_directory(path: str | Path) -> Path:
         return path
     if (path / "arrays").is_dir():
         raise DamagedError(f"{path} looks like a step, but its {MANIFEST} is missing.")
+    inside = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    names = [path.parent.name, *(entry.name for entry in inside)]
+    if STAGES not in names and not any(name[0].isdigit() for name in names[1:]):
+        # Neither a work directory nor a stage: what lies in it is not passed over aloud, but searched for runs.
+        runs = [str(entry) for entry in inside if (entry / STAGES).is_dir()]
+        raise _no_checkpoint(path, f"; in it are the work directories {', '.join(runs[:3])}." if runs else ".")
     damaged: list[Path] = []
     for folder in reversed(_stages(path) if (path / STAGES).is_dir() else [path]):
         good, bad = Steps(folder).scan()
@@ -50,10 +56,22 @@ def step_directory(path: str | Path) -> Path:
     if damaged:
         found = [structure_faults(step)[0] for step in damaged[:3]] + ["..."] * (len(damaged) > 3)
         raise DamagedError(f"{path}: no step is complete: {'; '.join(found)}.")
-    raise NoCheckpointError(
+    raise _no_checkpoint(path, ".")
+
+
+def _no_checkpoint(path: Path, end: str) -> NoCheckpointError:
+    return NoCheckpointError(
         f"{path} holds no checkpoint: give a step, such as .../{STAGES}/0_first/800, a stage's directory, or a work "
-        "directory."
+        f"directory{end}"
     )
+
+
+def _steps_beside(path: Path) -> str:
+    """The end of a sentence about a step that is not there: the complete ones of its stage; empty if it is no step."""
+    if not (path.name.isdecimal() and path.parent.parent.name == STAGES and path.parent.is_dir()):
+        return ""
+    steps = Steps(path.parent).scan()[0]
+    return f"; {path.parent} has the step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}." if steps else ""
 
 
 def every_stage(workdir: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from flm_jax.growth import Growth
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run
 from flm_jax.records import FieldError, meant
-from flm_jax.records.fields import NonNegative, Seed, Size, fitted, hints, says
+from flm_jax.records.fields import NonNegative, Seed, Size, class_names, fitted, hints, says
 from flm_jax.savings.study import Study
 from flm_jax.selection.config import Selection
 from flm_jax.sharding import MeshConfig
@@ -94,20 +94,51 @@ def check_used() -> None:
     ]
     by_hand = [_shown(key) for key in unused if gin_reader.is_by_hand(key)]
     if by_hand:
-        names = [f"{cls.__name__}.{name}" for cls in records.classes() for name in hints(cls)]
-        scope, _, name = by_hand[0].rpartition("/")
-        near = meant(scope, {where for where, _ in used if where}) if scope else ""
-        near = near or ("" if name in names else meant(name, [name.split(".")[1] for name in names]))
-        raise ValueError(
-            f"Nothing uses these gin bindings: {', '.join(by_hand)}; check their names and scopes, and that the "
-            f"object they belong to is bound (as in Run.mesh = @MeshConfig()){near or '.'}"
-        )
+        raise ValueError(f"Nothing uses these gin bindings: {', '.join(by_hand)}{_what_is_wrong(by_hand[0], used)}")
     # Of functions that are not called at all a file may well bind parameters: those of every model of a series.
     called = {selector for _, selector in used}
     groups = collections.Counter(_shown(key).rpartition(".")[0] or _shown(key) for key in unused if key[1] in called)
     if groups:
         counted = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups.items())
         logging.warning("Bindings in gin files that nothing uses, by what they belong to: %s.", counted)
+
+
+def _what_is_wrong(binding: str, used: Collection[tuple[str, str]]) -> str:
+    """The end of the sentence about a binding that nothing uses, given the scope and the selector of what is used."""
+    names = [f"{cls.__name__}.{name}" for cls in records.classes() for name in hints(cls)]
+    scope, _, name = binding.rpartition("/")
+    owner, scopes = name.split(".")[0], {where for where, _ in used}
+    near = meant(scope, scopes - {""}) if scope not in scopes else ""
+    near = near or ("" if name in names else meant(name, [name.split(".")[1] for name in names]))
+    makers = [] if near or name not in names else _makers(owner, {selector.split(".")[-1] for _, selector in used})
+    if makers:
+        holder = makers[-1].split(".")[0]
+        if any(where == scope and selector.split(".")[-1] == holder for where, selector in used):
+            makers[-1] = f"{scope}/{makers[-1]}".lstrip("/")
+        return f": there is no {owner} here. Bind {' and '.join(makers)} too."
+    return (
+        "; check their names and scopes, and that the object they belong to is bound (as in Run.mesh = @MeshConfig())"
+        f"{near or '.'}"
+    )
+
+
+def _makers(name: str, made: Set[str], tried: Set[str] = frozenset()) -> list[str]:
+    """The bindings that make an object of a configuration class, given the names of what is made; empty: it is made."""
+    if name in made:
+        return []
+    holders = [
+        (holder.__name__, field)
+        for holder in configurables()
+        for field, kind in hints(holder).items()
+        if holder.__name__ not in tried and name in class_names(kind)
+    ]
+    for holder, field in holders:
+        if holder in made:
+            return [f"{holder}.{field} = @{name}()"]
+    for holder, field in holders:
+        if above := _makers(holder, made, tried | {name}):
+            return [*above, f"{holder}.{field} = @{name}()"]
+    return []
 
 
 def _shown(key: gin_reader.Key) -> str:

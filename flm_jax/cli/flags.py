@@ -20,8 +20,8 @@ FLAGS = flags.FLAGS
 # sysexits.h for a run that saved its state and goes on when it is started again, and a shell's for SIGINT; for SIGTERM
 # it is 143.
 STOPPED, INTERRUPTED = 75, 130
-# Flags that name what is written. An empty path would be the current directory.
-WRITTEN = ("workdir", "output", "json", "plot", "to_hf")
+# Flags that name what is written, or what a run begins with. An empty path would be the current directory, or no fork.
+NAMED = ("workdir", "output", "json", "plot", "to_hf", "results", "write", "fork")
 _starting = True
 _interrupted: int | None = None  # the number of the signal
 _stderr = 2  # as it was when the program started: it is held back while TensorFlow is imported
@@ -131,7 +131,7 @@ def parse(argv: list[str]) -> list[str]:
         refuse(said)
     except SystemExit:  # --help has printed its text
         sys.exit(0)
-    for name in WRITTEN:
+    for name in NAMED:
         if name in FLAGS and FLAGS[name].value is not None and not str(FLAGS[name].value).strip():
             refuse(f"--{name} is empty: give a path, or leave the flag out")
     return rest

@@ -66,7 +66,7 @@ def run_train(
         if dry_run:
             for section in text.dry_run(recipe, run):
                 distributed.print0(section)
-            for line in forking.preview(recipe, fork) if fork else ():
+            for line in forking.preview(recipe, fork) if fork is not None else ():
                 distributed.print0(line)
             return
         assert workdir is not None

@@ -15,9 +15,9 @@ import numpy as np
 
 from flm_jax.data.left_out import LEFT_OUT, sentence
 from flm_jax.data.store_files import CheckedFile
-from flm_jax.data.store_record import StoreFile, files_of, read_record, size_fault, vocabulary_of
+from flm_jax.data.store_record import STORE_FILE, StoreFile, files_of, read_record, size_fault, vocabulary_of
 from flm_jax.data.store_sums import BLOCK_BYTES, BlockSums, Summing, blocks_of, damage, read_sums, write_sums
-from flm_jax.records import counted
+from flm_jax.records import counted, meant_beside
 from flm_jax.records.foreign_json import JsonError, check
 from flm_jax.records.verification import Verification
 
@@ -67,6 +67,13 @@ def verify_store(path: str | Path, progress: bool = True) -> StoreReport:
     path = Path(path).expanduser()
     try:
         record, seal = read_record(path)
+    except FileNotFoundError as error:
+        inside = sorted(str(entry.parent) for entry in path.glob(f"*/{STORE_FILE}"))
+        found = f"; in it are {', '.join(inside[:3])}{', ...' * (len(inside) > 3)}" if inside else ""
+        near = "" if path.exists() else meant_beside(path)
+        raise FileNotFoundError(
+            f"{error}; a store is one of the folders in DataConfig.cache_dir, such as textfolder-5f1c{found}{near}"
+        ) from None
     except ValueError as error:
         return StoreReport(str(path), 0, 0, (str(error),))
     files, problems, sums = files_of(record), [], None

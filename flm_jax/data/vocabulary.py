@@ -170,8 +170,11 @@ class SentencePieceVocabulary:
             if not model:  # the library would load an empty file and fail at its first use
                 raise RuntimeError("it is empty")
             self._processor  # noqa: B018 - loads, and so checks
-        except RuntimeError as error:
-            raise ValueError(f"{where} is not a SentencePiece model: {error}") from None
+        except RuntimeError:
+            why = "it is empty" if not model else "the library sentencepiece cannot read it"
+            raise ValueError(
+                f"{where} is not a SentencePiece model ({why}); of Hugging Face, give tokenizer.json or its directory"
+            ) from None
         self.size = int(self._processor.get_piece_size())
         self.eos_id = int(self._processor.eos_id())
         if self.eos_id < 0:

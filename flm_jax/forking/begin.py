@@ -19,6 +19,7 @@ from flm_jax.checkpoint_care import copy_checkpoint
 from flm_jax.data.batches import StageNeed
 from flm_jax.data.carrying import carried, small_position
 from flm_jax.data.source import Data
+from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.distributed import is_primary
 from flm_jax.files import write_json
 from flm_jax.forking.changes import (
@@ -59,24 +60,29 @@ class Fork:
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
 
-    def record(self, data: Data, identity: Mapping[str, Any], eval_windows: int) -> tuple[ForkRecord, bytes | None]:
-        """What is recorded of the fork, and where the data goes on; None: at its start.
-
-        Args:
-          data: the new run's.
-          identity: what identifies it, as data.json records it.
-          eval_windows: the new recipe's.
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Checks that ids mean the same text as in the old run.
 
         Raises:
           ValueError: the vocabulary is another one.
         """
-        old = self.old
-        if (theirs := old.data.get("vocabulary")) != data.vocabulary.digest:
+        where = self.old.source.directory
+        if (theirs := self.old.data.get("vocabulary")) != vocabulary.digest:
             raise ValueError(
-                f"This recipe cannot go on from {old.source.directory}: the vocabulary has the digest "
-                f"{str(theirs)[:12]} there and {data.vocabulary.digest[:12]} here, so ids would mean other text. Set "
-                f"DataConfig.vocabulary = @Pretrained() and Pretrained.path = {str(old.source.directory)!r}."
+                f"This recipe cannot go on from {where}: the vocabulary has the digest {str(theirs)[:12]} there and "
+                f"{vocabulary.digest[:12]} here, so ids would mean other text. Set DataConfig.vocabulary = "
+                f"@Pretrained() and Pretrained.path = {str(where)!r}."
             )
+
+    def record(self, data: Data, identity: Mapping[str, Any], eval_windows: int) -> tuple[ForkRecord, bytes | None]:
+        """What is recorded of the fork, and where the data goes on; None: at its start.
+
+        Args:
+          data: the new run's, with the vocabulary of the old one (`check_vocabulary`).
+          identity: what identifies it, as data.json records it.
+          eval_windows: the new recipe's.
+        """
+        old = self.old
         found = carried(old.position, data.train(self.stage.source_weights))
         notes = [*self.notes, found.note]
         if not self._same_heldout(identity, eval_windows):

@@ -13,6 +13,7 @@ from flm_jax.data.batches import TokenBatches
 from flm_jax.distributed import is_primary
 from flm_jax.guards.config import GradientAlarm, SpikeGuard
 from flm_jax.guards.spikes import Spike, SpikeDetector, Window
+from flm_jax.records import counted
 from flm_jax.records.foreign_json import check, field, parse_json
 
 log = logging.getLogger(__name__)
@@ -200,8 +201,9 @@ class StepGuards:
         if done >= most:
             raise SpikeError(
                 f"Stage {name!r}, step {spike.step}: {spike_text(spike)}; {self._named(first)}. The stage has been "
-                f"rewound {done} times, and SpikeGuard.most_rewinds = {most}. Look at the data, or start a new work "
-                "directory from an earlier checkpoint with a lower learning rate."
+                f"rewound {counted(done, 'time')}, and SpikeGuard.most_rewinds = {most}. Look at the data, raise "
+                "most_rewinds, or begin a new work directory with an earlier checkpoint of this one (--fork) and a "
+                "lower learning rate."
             )
 
     def _alarm(self, step: int, first: int, norm: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,31 @@ RECIPE, DATA = "recipe.json", "data.json"
 FORK = "fork.json"
 # What the process that writes to a directory holds.
 LOCK = ".lock"
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
-    """Yields where two such structures differ: ``stages.0.steps: 100 there, 200 here``."""
+    """Yields where two such structures differ: ``stages.small.steps: 100 there, 200 here``; or by place, if unnamed."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
             yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from differences(x, y, f"{path}.{i}")
+            yield from differences(x, y, f"{path}.{_place(i, x, y)}")
     elif a != b:
         yield f"{path}: {_short(a)} there, {_short(b)} here"
 
 
+def _place(index: int, a: Any, b: Any) -> Any:
+    """What two entries of a list are called: by their name, as in stages.small, if they have the same."""
+    named = isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name")
+    return a.get("name") or index if named else index
+
+
 def _short(value: Any) -> str:
-    """A value in a sentence: a configuration by its class, a list of configurations by its length."""
+    """A value in a sentence: a configuration by its class, a list of configurations by its length, a digest's start."""
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:12]
     if isinstance(value, dict) and "class" in value:
         return f"a {value['class']}"
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
@@ -48,6 +58,8 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
     if (workdir / file).exists():
         before, now = completed(read_json(workdir / file, finite=False)), json.loads(json.dumps(mine))
         found = list(differences(compared(before), compared(now)))
+        if file == DATA:
+            found = [_digest_of(one) for one in found]
         if found:
             more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
             raise ValueError(
@@ -62,6 +74,13 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
         and any(p.name not in (LOCK, FORK) for p in workdir.iterdir())
     ):
         raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")
+
+
+def _digest_of(difference: str) -> str:
+    """The same of data.json, whose digests have the names of what they are digests of."""
+    name, _, rest = difference.partition(": ")
+    whose = {"digest": "text", "vocabulary": "vocabulary", "start": "start"}.get(name)
+    return difference if whose is None else f"the digest of the {whose}: {rest}"
 
 
 def _is_primary() -> bool:
