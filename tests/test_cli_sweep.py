@@ -203,6 +203,14 @@ def test_bad_input_gets_one_sentence_before_anything_runs(gin_file, tmp_path, bi
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_does_not_write_into_the_work_directory_of_a_run(gin_file, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RECIPE).write_text("{}")
+    assert status(gin_file, [RATES], tmp_path / "run") == 1
+    assert "is the work directory of a run of train.py" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [RECIPE]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

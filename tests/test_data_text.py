@@ -71,6 +71,11 @@ def test_folder(folder, tmp_path):
     assert moved.digest() != digest
 
 
+def test_lines_of_json_that_are_read_as_text_are_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert any("a.jsonl is read as text" in note for note in TextFolder(str(tmp_path / "a.jsonl")).notes())
+
+
 def test_line_ends_are_kept(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
     (tmp_path / "b.txt").write_bytes(b"four")

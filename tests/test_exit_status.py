@@ -46,6 +46,7 @@ def test_a_run_that_a_signal_stopped_exits_with_75(result, status, tmp_path, mon
         ("evaluate", ["--prompts=x", "--output=x", "--answers=x", "--judge_options={"], "--judge_options is not JSON"),
         ("train", [], "give a recipe with --gin_file"),
         ("train", ["x"], "unexpected argument 'x'"),
+        ("train", ["--gin_file=x", "--dry_run", "--fork="], "--fork is empty: give a path, or leave the flag out"),
         ("sweep", ["--gin_file=x", "--workdir="], "--workdir is empty: give a path, or leave the flag out"),
         ("compare", ["x", "--output="], "--output is empty: give a path, or leave the flag out"),
         ("compare", ["x", "--json= "], "--json is empty: give a path, or leave the flag out"),

@@ -57,6 +57,7 @@ def _study(values: Any, steps: list[str]) -> None:
     """Runs steps of the study, and writes its page if that is asked for."""
     from flm_jax.cli import configure
     from flm_jax.files import check_writable
+    from flm_jax.records import check_no_run
     from flm_jax.savings.execute import How, keep_programs
     from flm_jax.savings.page import write_page
     from flm_jax.savings.run import run_steps
@@ -71,6 +72,7 @@ def _study(values: Any, steps: list[str]) -> None:
     workdir = Path(values.workdir).expanduser()
     results = Path(values.results).expanduser() if values.results else workdir / "results"
     page = Path(values.write).expanduser() if values.write else None
+    check_no_run(workdir, "the study")
     check_writable(workdir, f"--workdir={values.workdir}")  # before hours are spent
     check_writable(results, f"--results={results}")
     if page is not None:

@@ -20,7 +20,7 @@ from flm_jax.cli.flags import STOPPED
 from flm_jax.cli.runs import check_directory, check_json_file
 from flm_jax.files import atomic_write, write_json
 from flm_jax.recipe import Recipe, begin
-from flm_jax.records import RECIPE, as_dict, check_identity, counted
+from flm_jax.records import RECIPE, as_dict, check_identity, check_no_run, counted
 from flm_jax.records.kept import KeptLines
 from flm_jax.sweeps import picture, results, space
 from flm_jax.sweeps.config import Sweep
@@ -67,6 +67,7 @@ def run_sweep(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: st
             return
         assert workdir is not None and places is not None
         check_directory("workdir", workdir)
+        check_no_run(places.workdir, "the sweep")
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(places.workdir))
             record = stack.enter_context(KeptLines(places.workdir / "runs.jsonl", "point"))

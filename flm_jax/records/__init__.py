@@ -1,7 +1,17 @@
 """Configurations: the check of their fields, their records as JSON, and the identity of a work directory."""
 
 from flm_jax.records.fields import FieldError, classes, recorded
-from flm_jax.records.identity import DATA, FORK, LOCK, RECIPE, check_identity, differences, write_identity, write_record
+from flm_jax.records.identity import (
+    DATA,
+    FORK,
+    LOCK,
+    RECIPE,
+    check_identity,
+    check_no_run,
+    differences,
+    write_identity,
+    write_record,
+)
 from flm_jax.records.json import as_dict, completed, flattened, from_dict, reduced
 from flm_jax.records.nearest import meant, meant_beside
 from flm_jax.records.wording import counted
@@ -14,6 +24,7 @@ __all__ = [
     "FieldError",
     "as_dict",
     "check_identity",
+    "check_no_run",
     "classes",
     "completed",
     "counted",

@@ -76,6 +76,23 @@ def check_identity(workdir: Path, file: str, mine: Any, what: str) -> None:
         raise ValueError(f"{workdir} holds files but no {RECIPE}, so it is not a work directory; use another one.")
 
 
+def check_no_run(workdir: Path, program: str) -> None:
+    """Checks that a directory for something else than a run is not the work directory of one.
+
+    Args:
+      workdir: the directory, which need not exist.
+      program: what would write there, for the sentence.
+
+    Raises:
+      ValueError: it is.
+    """
+    if (workdir / RECIPE).exists():
+        raise ValueError(
+            f"--workdir={workdir} is the work directory of a run of train.py (it holds {RECIPE}): give {program} "
+            "one of its own."
+        )
+
+
 def _digest_of(difference: str) -> str:
     """The same of data.json, whose digests have the names of what they are digests of."""
     name, _, rest = difference.partition(": ")
