@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,10 @@ def test_the_python_of_the_docs_runs_and_is_exact(page, capsys, monkeypatch):
     for code in blocks(page):
         exec(compile(code, page.name, "exec"), {})
         assert float(capsys.readouterr().out) < 1e-5
+
+
+def test_every_program_and_extra_is_named_where_a_newcomer_looks():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    guide, readme = ((ROOT / page).read_text() for page in ("docs/guide.md", "README.md"))
+    assert not [name for name in project["scripts"] if f"`{name}`" not in guide]
+    assert not [name for name in project["optional-dependencies"] if f"'.[{name}]'" not in readme]
