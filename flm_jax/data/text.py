@@ -348,9 +348,7 @@ class TextFolder(FileCorpus):
             if links := [path for path in root.rglob("*") if path.is_symlink() and path.is_dir()]:
                 said.append(f"{root}: folders that are links are not entered: {', '.join(map(str, links[:3]))}.")
         if lines := [path for path in paths if path.suffix == ".jsonl"]:
-            said.append(
-                f"{lines[0]} is read as text, with braces and names of fields; @Jsonl() reads a field of each line."
-            )
+            said.append(f"{lines[0]} is read as text, braces and all; @Jsonl() reads a field of each line.")
         documents = list(self.contents())
         if len({path for _, path, _ in documents}) == 1:
             name, size = documents[0][1], sum(len(text) for _, _, text in documents)
