@@ -4,11 +4,13 @@
   python dev/notebooks.py NAME ...    # also runs these notebooks (`all`: every one) and stores their outputs
 
 A notebook is run as a reader with the light package would run it: in an empty folder, and what only an extra installs
-cannot be imported. Who moves the repository changes REPOSITORY and runs the first command.
+cannot be imported. Who moves the repository changes REPOSITORY and runs the first command. What decides how long a
+notebook takes is assigned in its cell with the id `sizes`; tests run it with smaller values (`with_sizes`).
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 import tempfile
@@ -27,6 +29,8 @@ REPOSITORY = "https://github.com/OWNER/flm_jax"
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+# The longest that one cell may take.
+CELL_SECONDS = 1800
 # What extras install. Notebooks must do without.
 EXTRAS = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "lm_eval", "torch", "transformers")
 
@@ -93,13 +97,41 @@ def common(notebook: Any, path: Path) -> bool:
     return bool(changed)
 
 
-def run(path: Path, environment: Mapping[str, str], timeout: int = 1800) -> Any:
+def sizes(notebook: Any) -> dict[str, ast.expr]:
+    """The names that a notebook's cell `sizes` assigns, with the expressions of their values."""
+    (source,) = (cell.source for cell in notebook.cells if cell.id == "sizes")
+    return {
+        target.id: line.value
+        for line in ast.parse(source).body
+        if isinstance(line, ast.Assign)
+        for target in line.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def with_sizes(notebook: Any, values: Mapping[str, object]) -> None:
+    """Gives names of a notebook's cell `sizes` other values; nothing else changes.
+
+    Raises:
+      ValueError: that cell assigns no such name.
+    """
+    assigned = sizes(notebook)
+    if unknown := sorted(set(values) - set(assigned)):
+        raise ValueError(f"The cell 'sizes' does not assign {', '.join(unknown)}; it assigns {', '.join(assigned)}.")
+    (cell,) = (cell for cell in notebook.cells if cell.id == "sizes")
+    for name, value in values.items():
+        old = ast.get_source_segment(cell.source, sizes(notebook)[name]) or ""
+        before, _, after = f"\n{cell.source}".partition(f"\n{name} = {old}")
+        cell.source = f"{before}\n{name} = {value!r}{after}".removeprefix("\n")
+
+
+def run(path: Path, environment: Mapping[str, str], values: Mapping[str, object] | None = None) -> Any:
     """A copy of a notebook, run by this interpreter in an empty folder, without the extras.
 
     Args:
       path: the notebook.
       environment: of the kernel; flm_jax is found besides.
-      timeout: seconds for each cell.
+      values: for names that its cell `sizes` assigns, in the place of those that it says.
 
     Returns:
       The notebook with its outputs, in which the folder's name is left out.
@@ -116,12 +148,14 @@ def run(path: Path, environment: Mapping[str, str], timeout: int = 1800) -> Any:
             text = f'raise ModuleNotFoundError("No module named {name!r}: notebooks do without", name="{name}")\n'
             (without / f"{name}.py").write_text(text)
         notebook = read(path)
+        if values:
+            with_sizes(notebook, values)
         client = NotebookClient(
             notebook,
             km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])),
             kernel_name="python3",
             resources={"metadata": {"path": str(work)}},
-            timeout=timeout,
+            timeout=CELL_SECONDS,
             coalesce_streams=True,  # and of what was written over a line, the last
         )
         before = os.environ.get("JUPYTER_RUNTIME_DIR")
