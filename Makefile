@@ -73,12 +73,12 @@ test-search: .venv/installed
 # What takes minutes per test: the published page of growth errors, the plan of the full-size recipe, an installation of
 # the base alone; and the model under the remat that JAX will turn on.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore=tests/test_smollm2.py --ignore=tests/test_notebooks.py --ignore=tests/test_faults.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore=tests/test_smollm2.py --ignore=tests/test_notebook.py --ignore=tests/test_notebooks.py --ignore=tests/test_faults.py
 	JAX_REMAT3=1 $(BIN)/python -m pytest tests/test_model.py tests/test_loss.py tests/test_generation_decode.py
 
-# Every notebook but growth_verification, which `make test` runs.
+# Every notebook in full; `make test` runs their short forms.
 test-notebooks: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m slow tests/test_notebooks.py
+	$(BIN)/python -m pytest -n 2 -m slow tests/test_notebook.py tests/test_notebooks.py
 
 # kill -9 in every phase of whole runs, and flipped bits in files of every kind; see docs/faults.md. FAULTS_SEED=1 chooses
 # the places of a seed; FAULTS_MINUTES=10 adds a run of about so many minutes on a mixture, killed five times.

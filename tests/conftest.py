@@ -35,6 +35,7 @@ LONGEST = (
     "test_docs_tutorial",
     "test_cli_train",
     "test_launching_tpu",
+    "test_notebooks",
     "test_notebook",
     "test_cli_sweep",
     "test_convert_exporting",

@@ -10,17 +10,27 @@ NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
 # What a good run may write to stderr: the last state of a progress bar; on a busy machine, that compiling is slow.
 HARMLESS = re.compile(r"^[\w ]+: +\d+%\|.*\|.*$|slow_operation_alarm|^\*+$|Very slow compile|^The operation took ")
 
+# What a notebook's cell `sizes` says in its short form, in which `make test` runs every cell.
+SHORT = {
+    "chat_and_tune": {"BASE_STEPS": 20, "TUNING_STEPS": 15},
+    "grow_your_own": {"THEIR_STEPS": 20, "OUR_STEPS": 12},
+    "growth_and_training": {"TRAIN_STEPS": 20, "STEPS": 10, "RAMP": 4, "EVAL_WINDOWS": 16},
+    "growth_verification": {"AXES": ("embed", "layers", "vocab"), "POINTS": 6, "TOGETHER": 2},
+    "plan_1t": {"LAYOUTS": [(32, 1, 32), (64, 4, 4)], "OTHER_MACHINES": ("h100-1024",)},
+}
+
 
 def stored(name):
     return notebooks.read(notebooks.FOLDER / f"{name}.ipynb")
 
 
-def executed(name, fast=False):
+def executed(name, short=False):
     """The notebook, run by this interpreter in an empty folder, as a reader with the light package would run it.
 
-    `fast`: its programs compile fast, as those of most tests.
+    `short`: with the values of `SHORT`, and its programs compile fast, as those of most tests.
     """
-    return notebooks.run(notebooks.FOLDER / f"{name}.ipynb", as_user_compiling_fast() if fast else as_user())
+    path = notebooks.FOLDER / f"{name}.ipynb"
+    return notebooks.run(path, as_user_compiling_fast(), SHORT[name]) if short else notebooks.run(path, as_user())
 
 
 def code(notebook):
