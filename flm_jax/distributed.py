@@ -25,10 +25,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
-# A dead process ends the others within the heartbeat's timeout (100 s); one that tokenises may take much longer.
+# The exit status of a process that ends because another one is gone; 79 is that of one whose watchdog ends it.
+LOST = 80
+# A dead process ends the others within the heartbeat's timeout; one that tokenises may take much longer.
 _WAIT_MS = 24 * 3600 * 1000
 _FAREWELL_MS = 10_000
 _POLL_S = 1.0
+# What JAX may add to `join`'s own time, after which it would end the process from C++, with no sentence.
+_JOIN_MARGIN_S = 60
 _FAILED = "flm_jax/failed"
 _LONGEST = 4_000  # characters of an error message that are sent to the other processes
 _over = threading.Event()  # The run is over, or this process is about to end.
@@ -44,7 +48,12 @@ class ProcessFlagsError(ValueError):
 
 
 def join(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None, distributed: bool = False
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    distributed: bool = False,
+    join_timeout: int = 300,
+    heartbeat_timeout: int = 100,
 ) -> None:
     """Joins the other processes; must come before any other call of JAX. Without arguments the run has one process.
 
@@ -54,6 +63,8 @@ def join(
       processes: the number of processes; default: JAX_NUM_PROCESSES.
       process: the number of this process, from 0; default: JAX_PROCESS_ID.
       distributed: JAX finds the other processes itself: on TPU pods, and under SLURM, Open MPI or Kubernetes.
+      join_timeout: seconds within which all processes must have joined; this one ends otherwise, with status 1.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as lost, and ends the others.
 
     Raises:
       ProcessFlagsError: the arguments do not fit together.
@@ -92,19 +103,29 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)
     if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX waits five minutes for them, and then ends the process from C++, where no message can be printed.
-    notice = threading.Timer(20.0, _print_waiting, ["the others" if distributed else coordinator])
-    notice.daemon = True
-    notice.start()
+    awaited = "the others" if distributed else coordinator
+    # Where they do not come, JAX ends the process from C++, where no sentence can be printed.
+    notices = [
+        threading.Timer(min(20.0, join_timeout / 2), _print_waiting, [awaited, join_timeout]),
+        threading.Timer(join_timeout, _end_alone, [awaited, process, processes, join_timeout]),
+    ]
+    for notice in notices:
+        notice.daemon = True
+        notice.start()
     try:
-        # Explicit arguments must not be mixed with what JAX detects in the environment.
-        method = None if distributed else "deactivate"
-        jax.distributed.initialize(coordinator, processes, process, cluster_detection_method=method)
+        jax.distributed.initialize(
+            *(coordinator, processes, process),
+            # Explicit arguments must not be mixed with what JAX detects in the environment.
+            cluster_detection_method=None if distributed else "deactivate",
+            initialization_timeout=join_timeout + _JOIN_MARGIN_S,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
     except (ValueError, RuntimeError) as error:
         how = "JAX did not find them by itself" if distributed else f"coordinator {coordinator}, process {process}"
         raise ValueError(f"The processes did not meet ({how}): {error}") from error
     finally:
-        notice.cancel()
+        for notice in notices:
+            notice.cancel()
     listener = threading.Thread(target=_listen, name="failures of others", daemon=True)
     listener.start()
 
@@ -122,8 +143,21 @@ def _number(variable: str) -> int | None:
     return None if text is None else int(text)
 
 
-def _print_waiting(awaited: str) -> None:
-    print(f"Waiting for {awaited}: every process must be started within five minutes.", file=sys.stderr, flush=True)
+def _print_waiting(awaited: str, seconds: int) -> None:
+    print(f"Waiting for {awaited}: every process must be started within {seconds} s.", file=sys.stderr, flush=True)
+
+
+def _end_alone(awaited: str, process: int | None, processes: int | None, seconds: int) -> None:
+    """Ends a process that has waited too long for the others to join."""
+    all_of_them = "all processes" if processes is None else f"all {processes} processes"
+    missing = "another one was not started, or ended at once" if process == 0 else f"{awaited} did not let it in"
+    print(
+        f"error: Within {seconds} s not {all_of_them} have joined the run: {missing}. See what each of them has "
+        "printed, and start all again; --join_timeout sets the seconds.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def check_joined() -> None:
@@ -309,18 +343,35 @@ def fail_together(sentence: str, status: int = 1) -> None:
     """
     if not joined():
         return
-    client = _client()
-    _over.set()  # This process ends by itself; its listener must not end it.
-    with contextlib.suppress(Exception):  # Another process failed first.
-        client.key_value_set(_FAILED, f"process {jax.process_index()} failed: {sentence[:_LONGEST]}")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    tell(f"process {jax.process_index()} failed: {sentence[:_LONGEST]}", 1)
     try:
-        client.wait_at_barrier("flm_jax/leaving", _FAREWELL_MS)
+        _client().wait_at_barrier("flm_jax/leaving", _FAREWELL_MS)
     except Exception:
         # The coordination service ends with process 0, and ends the others with a page of C++ output: process 0 waits.
         time.sleep(2.0 if is_primary() else 0.0)
         os._exit(status)
+
+
+def tell(sentence: str, status: int) -> tuple[int, str]:
+    """Tells the other processes with which status and sentence to end; returns what the first process has told them.
+
+    This process must end by itself after that.
+    """
+    client = _client()
+    _over.set()  # The listener must not end it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    found = status, sentence
+    with contextlib.suppress(Exception):  # Another process was first, or the coordination service is gone.
+        client.key_value_set(_FAILED, json.dumps(found))
+    with contextlib.suppress(Exception):
+        found = _told(client)
+    return found
+
+
+def _told(client: Any) -> tuple[int, str]:
+    status, sentence = json.loads(client.key_value_try_get(_FAILED))
+    return status, sentence
 
 
 def _listen() -> None:
@@ -329,10 +380,11 @@ def _listen() -> None:
     # It polls: a thread that waits in C++ while the interpreter ends would abort it.
     while not _over.wait(_POLL_S):
         try:
-            sentence = client.key_value_try_get(_FAILED)
+            status, sentence = _told(client)
         except Exception:  # No process has failed.
             continue
         # This process may be about to end by itself; and process 0, which runs the service, ends last.
-        if not _over.wait(_FAREWELL_MS / 1000 + (2.0 if is_primary() else 0.0)):
+        about_to = 0.0 if status == LOST else _FAREWELL_MS / 1000
+        if not _over.wait(about_to + (2.0 if is_primary() else 0.0)):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
-            os._exit(1)
+            os._exit(status)

@@ -50,7 +50,7 @@ from flm_jax.data.source import Data, open_data, verified_behind
 from flm_jax.files import sha256_json
 from flm_jax.generation import Sampling
 from flm_jax.generation.decode import continued
-from flm_jax.guards import MEMORY, watching
+from flm_jax.guards import MEMORY, ending_if_lost, watching
 from flm_jax.progress import Interrupts
 from flm_jax.recipe import Recipe, ResolvedStage, Run, begin, check_vocabulary, resolve
 from flm_jax.records import DATA, RECIPE, as_dict, check_identity, write_identity, write_record
@@ -181,6 +181,7 @@ def train(
         stack.enter_context(verified_behind(data, run.verify_data))
         watch = stack.enter_context(watching(run.watchdog, workdir))
         interrupts = stack.enter_context(Interrupts())
+        stack.enter_context(ending_if_lost())  # the innermost: closing checkpoints waits for all processes
         for index in range(first, len(stages)):
             # The lineage of this stage needs the layer placement that earlier growths by distance have measured.
             stages = forking.with_fork(_placed(recipe, source, stages, history), record)

@@ -143,6 +143,25 @@ def test_an_error_in_one_process_leaves_no_other_waiting(two, folder):
     assert two[1].endswith("exit status 1")
 
 
+def test_a_process_that_loses_another_one_says_so_and_ends_with_80(tmp_path):
+    printed = start(tmp_path, 2, 4, {"do": "killed", "name": "killed"})
+    assert printed[1].endswith("exit status -9") and printed[0].endswith(f"exit status {distributed.LOST}")
+    assert "error: process 0 has lost another process, which was killed, or whose host is gone (" in printed[0]
+    assert "Traceback" not in printed[0]
+
+
+@pytest.mark.parametrize(("process", "why"), [(0, "another one was not started, or ended"), (1, "did not let it in")])
+def test_a_process_that_waits_for_others_in_vain_says_so_and_ends(process, why):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    program = f"from flm_jax import distributed; distributed.join({address!r}, 2, {process}, join_timeout=2)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and "every process must be started within 2 s" in done.stderr
+    assert "error: Within 2 s not all 2 processes have joined the run: " in done.stderr and why in done.stderr
+    assert "Check failure stack trace" not in done.stderr
+
+
 def test_stopped_with_two_processes_and_gone_on_with_one(two, reference, folder):
     """Which does not add up by gloo, so in another order."""
     found(folder, "stopped", 2, two)

@@ -7,6 +7,7 @@ writes what it found to FOLDER/NAME.PROCESS.json.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -19,11 +20,12 @@ import jax
 from flm_jax import checkpoint, distributed, stage_run
 from flm_jax import train as training
 from flm_jax.checkpoint import directory
+from flm_jax.data.batches import StoreBatches
 from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.growth import Growth
-from flm_jax.guards import Watchdog, watching
+from flm_jax.guards import SpikeGuard, Watchdog, ending_if_lost, lost, watching
 from flm_jax.guards.watch import DATA, VOTE
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
@@ -33,6 +35,8 @@ from tests.small import shape
 # Four processes of two devices: each two of them hold the same rows.
 MESH = MeshConfig(fsdp=2, tensor=4)
 RUN = Run(mesh=MESH, checkpoint_every=3, log_every=1, sample_tokens=4)
+# A step whose batch holds, in the second half of its rows, targets that no text has.
+POISONED, UNUSED = 17, 261
 
 
 def recipe(folder: Path, cache: str = "cache", corpus: str = "corpus") -> Recipe:
@@ -51,7 +55,12 @@ def recipe(folder: Path, cache: str = "cache", corpus: str = "corpus") -> Recipe
 
 
 def train(
-    folder: Path, work: str, cache: str = "cache", corpus: str = "corpus", terminate: list[int] | None = None
+    folder: Path,
+    work: str,
+    cache: str = "cache",
+    corpus: str = "corpus",
+    terminate: list[int] | None = None,
+    fork: str | None = None,
 ) -> object:
     """Trains; `terminate` is [process, n]: that one sends itself SIGTERM as it places its n-th batch.
 
@@ -69,7 +78,8 @@ def train(
     stage_run.put_batch = put
     try:
         cache, corpus, work = (name.replace("#", str(me)) for name in (cache, corpus, work))
-        found = training.train(recipe(folder, cache, corpus), RUN, folder / work)
+        whence = None if fork is None else folder / fork
+        found = training.train(recipe(folder, cache, corpus), RUN, folder / work, fork=whence)
     finally:
         stage_run.put_batch = honest
     return {"report": found, "rows": own_rows(make_mesh(MESH), 8).tolist(), "read": sorted(set(read))}
@@ -90,6 +100,39 @@ def alone(folder: Path) -> object:
         distributed.fail_together("no more data")
     vote = distributed.Vote(make_mesh(MESH))
     return [vote(True), vote(True)]
+
+
+def spiked(folder: Path, work: str) -> object:
+    """Trains with a spike guard, on data of which one batch is poisoned, in the rows of process 1 alone."""
+    honest = StoreBatches.next
+    guard = SpikeGuard(sigmas=2.0, least=0.5, window=8, rewind_steps=3, save_every=4, skip_batches=1)
+
+    def poisoned(self, batch_size, rows=None):
+        first = self.position
+        batch = honest(self, batch_size, rows)
+        if first == (POISONED - 1) * batch_size and rows is not None and len(rows):
+            batch.targets_BT[rows >= batch_size // 2] = UNUSED
+        return batch
+
+    StoreBatches.next = poisoned
+    try:
+        made = recipe(folder)
+        stage = dataclasses.replace(made.stages[0], steps=24)
+        made = dataclasses.replace(made, stages=(stage,), eval_every=50, spike_guard=guard)
+        return training.train(made, RUN, folder / work)
+    finally:
+        StoreBatches.next = honest
+
+
+def killed(folder: Path) -> object:
+    """Process 1 is killed where the others wait for it in a collective."""
+    vote = distributed.Vote(make_mesh(MESH))
+    vote(False)
+    with ending_if_lost():
+        while True:
+            vote(False)
+            if not distributed.is_primary():
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def stalled(folder: Path) -> object:
@@ -118,7 +161,7 @@ def main() -> None:
     sys.addaudithook(watch)
     distributed.join(coordinator, int(processes), int(process))
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    checkpoint._SHOWN_WITHIN_S, distributed._FAREWELL_MS = 0.5, 2_000
+    checkpoint._SHOWN_WITHIN_S, distributed._FAREWELL_MS, lost._TELLING_S = 0.5, 2_000, 1.0
     given = json.loads(Path(plan).read_text())
     folder = Path(given["folder"])
     for act in given["acts"]:

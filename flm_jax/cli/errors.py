@@ -15,7 +15,7 @@ from flm_jax.checkpoint import CheckpointError, DamagedError
 from flm_jax.cli.flags import begun, exit_interrupted, refuse, was_interrupted
 from flm_jax.data.reading import MissingExtraError
 from flm_jax.growth import GrowthError
-from flm_jax.guards import NonFiniteError, SpikeError
+from flm_jax.guards import NonFiniteError, SpikeError, ending_if_lost
 
 # Errors that a user's input can cause; they are printed as one sentence. Others are bugs and keep their traceback.
 EXPECTED = (
@@ -58,7 +58,8 @@ def started() -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, and are printed
     begun()
     try:
-        yield
+        with ending_if_lost():
+            yield
     except EXPECTED as error:
         fail(error)
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ FLAGS = flags.FLAGS
 STOPPED, INTERRUPTED = 75, 130
 # Flags that name what is written, or what a run begins with. An empty path would be the current directory, or no fork.
 NAMED = ("workdir", "output", "json", "plot", "to_hf", "results", "write", "fork")
+_PROCESS_FLAGS = ("coordinator", "processes", "process", "distributed", "join_timeout", "heartbeat_timeout")
 _starting = True
 _interrupted: int | None = None  # the number of the signal
 _stderr = 2  # as it was when the program started: it is held back while TensorFlow is imported
@@ -202,8 +203,17 @@ def define_processes() -> None:
         False,
         "With several processes that JAX detects itself: on a TPU pod, or under SLURM, Open MPI, Kubernetes.",
     )
+    flags.DEFINE_integer(
+        "join_timeout", 300, "With several processes: seconds within which all must have joined.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        100,
+        "With several processes: seconds without a sign of life after which a process is lost, and the others end.",
+        lower_bound=5,
+    )
 
 
 def process_flags(values: Any) -> dict[str, Any]:
     """The values of the flags of `define_processes`, as arguments of `flm_jax.distributed.join`."""
-    return {name: values[name].value for name in ("coordinator", "processes", "process", "distributed")}
+    return {name: values[name].value for name in _PROCESS_FLAGS}

@@ -1,6 +1,7 @@
 """The guards of a long run: loss spikes, gradient norms, steps that are not finite, and what takes far too long."""
 
 from flm_jax.guards.config import GradientAlarm, SpikeGuard, Watchdog
+from flm_jax.guards.lost import ending_if_lost
 from flm_jax.guards.rewind import restore_before, skip_behind
 from flm_jax.guards.spikes import Spike, SpikeDetector
 from flm_jax.guards.steps import (
@@ -30,6 +31,7 @@ __all__ = [
     "Watch",
     "Watchdog",
     "batch_text",
+    "ending_if_lost",
     "restore_before",
     "skip_behind",
     "spike_text",

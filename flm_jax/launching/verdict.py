@@ -10,6 +10,7 @@ from flm_jax.records.wording import counted
 
 STOPPED = 75  # the exit status of a run that saved its state and goes on when it is started again
 STALLED = 79  # that of a process that hung, and that its watchdog ended
+LOST = 80  # that of a process that ends because another one is gone
 
 
 class Verdict(enum.Enum):
@@ -47,7 +48,7 @@ def judge(found: list[Report], digest: str) -> Verdict:
     # A host that was lost takes the others with it: they end with 1, and only the lost one tells why. Statuses from 128
     # on are those of signals.
     lost = any(report.state != "ended" for report in found)
-    if lost or any(report.status in (STOPPED, STALLED) or (report.status or 0) >= 128 for report in found):
+    if lost or any(report.status in (STOPPED, STALLED, LOST) or (report.status or 0) >= 128 for report in found):
         return Verdict.AGAIN
     return Verdict.FAILED
 
