@@ -134,14 +134,14 @@ class Together(Place):
                     ends.setdefault(number, time.monotonic())
             waited = time.monotonic() - min(ends.values(), default=time.monotonic())
             assert waited < 10 * PATIENCE, f"one process has ended, and the other one has not after {waited:.0f} s"
-        found = []
+        every = []
         for number, process in enumerate(processes):
             lines = (self.folder / f"writes.{number}.txt").read_text(errors="surrogateescape").splitlines()
             writes = [line.split("\t") for line in lines]
             said = (self.folder / f"said.{number}.txt").read_text()
             made = [Write(float(at), group, what) for at, group, what in writes]
-            found.append(Ended(process.returncode, ends[number], said, made))
-        return found
+            every.append(Ended(process.returncode, ends[number], said, made))
+        return every
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +151,9 @@ def whole(tmp_path_factory):
     place.prepare()
     ended = place.end()
     assert [one.status for one in ended] == [0, 0], ended
-    found = outcome(place.workdir)
+    left = outcome(place.workdir)
     shutil.rmtree(place.folder)
-    return place, found, [one.writes for one in ended]
+    return place, left, [one.writes for one in ended]
 
 
 def test_one_of_two_processes_killed_in_every_phase_and_all_run_again_equals_never_killed(whole):
@@ -180,9 +180,9 @@ def test_one_of_two_processes_killed_in_every_phase_and_all_run_again_equals_nev
             assert "This most likely indicates that another task died" in other.said
     ended = place.end()
     assert [one.status for one in ended] == [0, 0], ended
-    found = outcome(place.workdir)
+    left = outcome(place.workdir)
     for name in expected:  # one by one, or the report of a difference is thousands of lines long
-        assert found[name] == expected[name], name
+        assert left[name] == expected[name], name
 
 
 def test_a_process_that_is_killed_before_the_first_collective(tmp_path):

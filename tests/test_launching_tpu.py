@@ -241,6 +241,7 @@ HOSTS = "flm_launch: host={} state={} attempt={} status={} asked={} launch=d"
         ([("ended", 1, 0, 0)] * 2, Verdict.FINISHED),
         ([("ended", 1, 0, 0), ("running", 1, "-", 0)], Verdict.RUNNING),
         ([("ended", 1, 75, 0)] * 2, Verdict.AGAIN),
+        ([("ended", 1, 1, 0), ("ended", 1, 80, 0)], Verdict.AGAIN),
         ([("ended", 1, 75, 1)] * 2, Verdict.STOPPED),
         ([("ended", 1, 1, 0)] * 2, Verdict.FAILED),
         ([("ended", 1, 1, 0), ("lost", 1, "-", 0)], Verdict.AGAIN),

@@ -146,7 +146,7 @@ metadata:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
-    # A run that was stopped ends with {STOPPED}, and one that lost a host with 1: both go on from the last save.
+    # A run that was stopped ends with {STOPPED}, one that lost a host with 80 or 134: both go on from the last save.
     maxRestarts: 100
     rules:
       - name: wrongFlags
