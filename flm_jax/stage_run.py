@@ -316,7 +316,7 @@ class StageRun:
         stage, (spike, first), guard = self.stage, spiked, self.recipe.spike_guard
         assert guard is not None
         self.watch.at(REWIND, spike.step)
-        restored = restore_before(spike, guard, self.store, self.program.abstract_state)
+        restored = restore_before(spike, guard, self.store, self.program.abstract_state, stage.begins)
         step, rewinds = restored.step, self.history.get("rewinds", [])
         where = self.store.directory / str(step)
         before, position = report.read_run(restored.meta, restored.blobs, where)
@@ -344,7 +344,7 @@ class StageRun:
         stage, settings = self.stage, self.settings
         rewarm = 0 if stage.growth is None else stage.growth.rewarm_steps - (stage.since_growth or 0)
         quiet = max(stage.ramp_steps, stage.optimizer.warmup_steps, rewarm)
-        facts = StageFacts(stage.name, stage.batch_size, stage.cfg.vocab, quiet)
+        facts = StageFacts(stage.name, stage.batch_size, stage.cfg.vocab, quiet, stage.begins)
         limits = StepLimits(settings.max_bad_steps, settings.max_loss, self.recipe.spike_guard, settings.gradient_alarm)
         return StepGuards(facts, limits, self.history, self.batches, self.metrics.write, step, memory)
 

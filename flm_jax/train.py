@@ -174,7 +174,7 @@ def train(
             state, (history, position) = restored.state, report.read_run(restored.meta, restored.blobs, where)
             step, memory, forked = restored.step, restored.blobs.get(MEMORY), None
         elif forked is not None and record is not None:
-            history, step, memory = forked.history(record), forked.old.step, forked.memory
+            history, step, memory = forked.history(record), forked.old.step, forked.memory(identity)
         elif source is not None:
             state = source.restore(programs[0].mesh, stages[0].optimizer.name)
         del restored  # or it would keep the restored arrays in memory for the whole run

@@ -22,9 +22,11 @@ from flm_jax.data.mixture_batches import MixtureBatches
 from flm_jax.distillation import Teacher
 from flm_jax.forking.old import read_old
 from flm_jax.growth import Growth
+from flm_jax.guards import SpikeGuard
 from flm_jax.optimizer import OptimizerConfig, schedule
 from flm_jax.recipe import Run, Stage
-from flm_jax.records import FORK, RECIPE
+from flm_jax.records import DATA, FORK, RECIPE
+from flm_jax.records.foreign_json import read_json
 from flm_jax.report import _sources, forked_at
 from flm_jax.run_comparison import compare_runs, markdown, read_run_curves
 from flm_jax.sharding import MeshConfig
@@ -312,6 +314,29 @@ def test_another_vocabulary_is_refused_and_nobody_is_told_to_enlarge_the_model_f
         ValueError, match=r"the vocabulary has the digest \w{12} there and 0{12} here.*Pretrained.path ="
     ):
         training.train(staged(recipe, steps=8), HOW, tmp_path / "new", fork=at(old, 2))
+
+
+def test_guards_remember_losses_only_as_long_as_they_are_comparable(old, recipe):
+    """An earlier window of losses would make spikes of the first steps on other data."""
+    data = read_json(old / DATA)
+
+    def memory(made, identity=data):
+        return planned(made, at(old, 2)).memory(identity)
+
+    assert memory(staged(recipe, steps=8, optimizer=dataclasses.replace(DECAYS, learning_rate=1e-3))) is not None
+    assert memory(staged(recipe, recipe.stages[0], dataclasses.replace(recipe.stages[1], batch_size=16))) is not None
+    for fields in (dict(batch_size=16), dict(z_loss=1e-4), dict(source_weights={"prose": 1.0})):
+        assert memory(staged(recipe, **fields)) is None
+    assert memory(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, packing="joined"))) is None
+    assert memory(dataclasses.replace(recipe, spike_guard=SpikeGuard())) is None
+    assert memory(staged(recipe, steps=8), {**data, "digest": "of other texts"}) is None
+
+
+def test_a_loss_that_was_measured_with_another_packing_is_measured_again(old, recipe):
+    data = read_json(old / DATA)
+    assert planned(recipe, at(old, 0)).measured(data, recipe.eval_windows) is not None
+    joined = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, packing="joined"))
+    assert planned(joined, at(old, 0)).measured(data, recipe.eval_windows) is None
 
 
 def test_a_run_that_trains_meanwhile_is_read_up_to_its_last_whole_checkpoint(old, recipe, tmp_path):

@@ -40,6 +40,8 @@ from flm_jax.tracking import ForkRecord, read_fork
 
 # Of what identifies the data, that on which a held-out loss depends.
 _HELD_OUT = ("digest", "vocabulary", "context")
+# Of a stage, what moves its losses gradually, or not at all.
+_SLOW = ("steps", "optimizer", "accumulate")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Fork:
         found = carried(old.position, data.train(self.stage.source_weights))
         notes = [*self.notes, found.note]
         if not self._same_heldout(identity, eval_windows):
-            notes.append("The held-out loss is measured on other text from here on, or with other weights.")
+            notes.append(
+                "The held-out loss is measured on other text from here on, or with other weights or another packing."
+            )
         record = ForkRecord(
             checkpoint=str(old.source.directory),
             asked=self.asked,
@@ -124,11 +128,20 @@ class Fork:
         place = self.stage.name, self.old.step
         return next((e for e in reversed(self.old.history["evals"]) if (e["stage"], e["step"]) == place), None)
 
-    @property
-    def memory(self) -> bytes | None:
-        """What the old run's guards remember; None if the spikes that are looked for are others."""
-        changed = any(one.path[0] == "spike_guard" for one in self.differences)
-        return None if changed else self.old.memory
+    def memory(self, identity: Mapping[str, Any]) -> bytes | None:
+        """What the old run's guards remember; None if other spikes are looked for, or losses are not comparable.
+
+        Compared with those of other data or other batches, good steps would be spikes.
+        """
+        differ = any(self._moves_losses(one) for one in self.differences) or any(data_differences(self.old, identity))
+        return None if differ else self.old.memory
+
+    def _moves_losses(self, one: Difference) -> bool:
+        """Whether a difference moves or spreads losses and gradients at once, or changes what a spike is."""
+        if one.path[0] == "stages":
+            return one.path[1] == self.stage.name and one.path[2] not in _SLOW
+        # Another way to name the same vocabulary: another vocabulary is refused.
+        return one.path[0] in ("data", "spike_guard") and one.path[1:2] != ("vocabulary",)
 
     @property
     def provenance(self) -> dict[str, Any] | None:
@@ -158,7 +171,8 @@ class Fork:
 
     def _same_heldout(self, identity: Mapping[str, Any], eval_windows: int) -> bool:
         same = all(self.old.data.get(name) == identity.get(name) for name in _HELD_OUT)
-        return same and self.old.recipe.get("eval_windows") == eval_windows
+        packed = any(one.path[:2] == ("data", "packing") for one in self.differences)
+        return same and not packed and self.old.recipe.get("eval_windows") == eval_windows
 
 
 def located(workdir: Path, asked: str | Path | None) -> str | None:

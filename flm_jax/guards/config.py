@@ -47,13 +47,20 @@ class SpikeGuard:
     skip_batches: Count = 100
     most_rewinds: Count = field(default=10, metadata={"compared": False})
 
-    def rewind_to(self, since: int) -> int:
-        """The step that the run goes back to after a spike whose first step is `since`; 0 is the stage's start."""
-        return max(since - self.rewind_steps, 0) // self.save_every * self.save_every
+    def rewind_to(self, since: int, begins: int = 0) -> int:
+        """The step that the run goes back to after a spike whose first step is `since`.
 
-    def points(self, since: int, step: int) -> range:
+        Args:
+          since: counted from 1.
+          begins: the stage's first checkpoint in the work directory: later than 0 if the run has forked there.
+        """
+        return max(max(since - self.rewind_steps, 0) // self.save_every * self.save_every, begins)
+
+    def points(self, since: int, step: int, begins: int = 0) -> list[int]:
         """The steps up to `step` that a run may go back to after a spike whose first step is `since` or later."""
-        return range(self.rewind_to(since), step + 1, self.save_every)
+        first = self.rewind_to(since, begins)
+        later = range(first - first % self.save_every + self.save_every, step + 1, self.save_every)
+        return [first, *later] if first <= step else []
 
 
 @dataclass(frozen=True)

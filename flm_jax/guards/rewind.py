@@ -17,7 +17,7 @@ from flm_jax.guards.steps import SpikeError, batch_record, batch_text, spike_tex
 log = logging.getLogger(__name__)
 
 
-def restore_before(spike: Spike, guard: SpikeGuard, store: Checkpoints, abstract: Any) -> Restored:
+def restore_before(spike: Spike, guard: SpikeGuard, store: Checkpoints, abstract: Any, begins: int = 0) -> Restored:
     """The checkpoint of a stage that a run goes back to; an older one where it is damaged.
 
     Args:
@@ -25,12 +25,13 @@ def restore_before(spike: Spike, guard: SpikeGuard, store: Checkpoints, abstract
       guard: says how far before it.
       store: the checkpoints of the stage.
       abstract: shapes and shardings of the state.
+      begins: the first of them.
 
     Raises:
       SpikeError: there is none.
     """
     faults = []
-    for step in reversed(guard.points(1, guard.rewind_to(spike.since))):
+    for step in reversed(guard.points(1, guard.rewind_to(spike.since, begins), begins)):
         try:
             return store.restore(abstract, step)
         except (DamagedError, NoCheckpointError) as error:

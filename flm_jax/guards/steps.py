@@ -54,12 +54,14 @@ class StageFacts:
       batch_size: windows per step.
       vocab: tokens of the model's vocabulary.
       quiet_steps: steps at its start in which masks or rates rise.
+      begins: its first step in the work directory: later than 0 if the run has forked there.
     """
 
     name: str
     batch_size: int
     vocab: int
     quiet_steps: int
+    begins: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,11 @@ class StepGuards:
             found["spikes"] = self._detector.memory()
         return json.dumps(found).encode() if found else b""
 
-    def needed(self, step: int) -> range:
+    def needed(self, step: int) -> list[int]:
         """The steps up to `step` whose checkpoints a spike that is seen after it may need."""
         if self._limits.spikes is None or self._detector is None:
-            return range(0)
-        return self._limits.spikes.points(self._detector.begins(step), step)
+            return []
+        return self._limits.spikes.points(self._detector.begins(step), step, self._stage.begins)
 
     def look(self, step: int, first: int, values: Mapping[str, float]) -> Spike | None:
         """What the measurements of a step lead to: None, or a spike because of which the run is to be rewound.

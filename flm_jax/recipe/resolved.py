@@ -111,10 +111,14 @@ class ResolvedStage:
         return stage_directory(self.index, self.name)
 
     @property
+    def begins(self) -> int:
+        """Its first step in the work directory: 0, or that of the fork if the run has forked in this stage."""
+        return self.fork.step if self.fork is not None and self.fork.stage == self.name else 0
+
+    @property
     def kept_steps(self) -> tuple[int, ...]:
-        """Checkpoints that are kept: its first, which is that of a fork if there was one, and its last."""
-        forked = self.fork is not None and self.fork.stage == self.name
-        return (self.fork.step if self.fork is not None and forked else 0, self.steps)
+        """Checkpoints that are kept: its first and its last."""
+        return (self.begins, self.steps)
 
     @property
     def ramp_steps(self) -> int:
