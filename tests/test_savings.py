@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import types
 
 import jax
 import numpy as np
@@ -24,8 +25,9 @@ from flm_jax.savings import execute
 from flm_jax.savings import results as kept
 from flm_jax.savings.execute import How, Task, perform, tasks_of, train_all
 from flm_jax.savings.replicas import Snapshot, recipe_record, stages_record, train_stage
+from flm_jax.savings.results import Arm
 from flm_jax.savings.run import run_steps
-from flm_jax.savings.second_text import _Loss, measure, on_second_text, windows
+from flm_jax.savings.second_text import _Loss, _measured, measure, on_second_text, windows
 from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.study import STEPS, Study, missing
 from flm_jax.savings.summary import summarise
@@ -193,6 +195,19 @@ def test_a_second_text_that_has_changed_is_measured_again(study, tmp_path, monke
     assert again[arm.name].runs[0]["second"]["loss"] > once[arm.name].runs[0]["second"]["loss"]
     with pytest.raises(ValueError, match=r"Study.second_text: .* have \d+ tokens, fewer than a window of 10000000"):
         windows(study.second_text, open_data(study.target.data).vocabulary, 10**7, 1)
+
+
+def test_the_second_text_is_given_to_the_model_that_was_grown(study):
+    """A growth in width keeps the number that norms divide by, which the recipe's model does not have."""
+    plan = GrowthPoint(0.5, Growth("zero"))
+    recipe = run_recipe(study.target, study.target.shape(embed=16), Tuning(1e-2), 0.1, [plan])
+    kept_run = types.SimpleNamespace(state=types.SimpleNamespace(params=None))
+    snapshots = types.SimpleNamespace(has=lambda *of: True, read=lambda *of: kept_run)
+    given = []
+    run = {"seed": 0, "evals": [{"loss": 1.0}]}
+    _measured(run, Arm("wider", "plans", recipe, (0,)), "text", lambda cfg, _: given.append(cfg), snapshots)
+    (cfg,) = given
+    assert cfg == resolve(recipe)[-1].cfg and cfg.effective_norm_width == 16 < cfg.embed
 
 
 def test_stages_that_several_recipes_begin_with_are_one_task(study, tmp_path):

@@ -20,6 +20,7 @@ from flm_jax.data.source import open_data
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.loss import make_heldout_loss
 from flm_jax.model import Params
+from flm_jax.recipe import resolve
 from flm_jax.records import counted
 from flm_jax.savings import results as kept
 from flm_jax.savings.results import Arm, Result
@@ -107,7 +108,8 @@ def _measured(run: Mapping[str, Any], arm: Arm, text: str, loss_on: _Loss, snaps
     if done or not math.isfinite(run["evals"][-1]["loss"]) or not snapshots.has(recipe, last):
         return run
     params = snapshots.read(recipe, last).state.params
-    return {**run, "second": {"text": text, "loss": loss_on(recipe.stages[last].model, params)}}
+    cfg = resolve(recipe)[last].cfg  # a growth in width keeps what its norms divide by: more than the recipe says
+    return {**run, "second": {"text": text, "loss": loss_on(cfg, params)}}
 
 
 def _loss_of(run: Mapping[str, Any], text: str) -> str:
