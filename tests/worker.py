@@ -25,7 +25,7 @@ from flm_jax.data.config import DataConfig
 from flm_jax.data.corpora import TextFolder
 from flm_jax.data.train_vocabulary import Bytes
 from flm_jax.growth import Growth
-from flm_jax.guards import SpikeGuard, Watchdog, ending_if_lost, lost, watching
+from flm_jax.guards import SpikeGuard, Watchdog, lost, watching
 from flm_jax.guards.watch import DATA, VOTE
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage
@@ -122,17 +122,6 @@ def spiked(folder: Path, work: str) -> object:
         return training.train(made, RUN, folder / work)
     finally:
         StoreBatches.next = honest
-
-
-def killed(folder: Path) -> object:
-    """Process 1 is killed where the others wait for it in a collective."""
-    vote = distributed.Vote(make_mesh(MESH))
-    vote(False)
-    with ending_if_lost():
-        while True:
-            vote(False)
-            if not distributed.is_primary():
-                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def stalled(folder: Path) -> object:
