@@ -31,6 +31,8 @@ def least_sent(
     - keys and values: whole windows are gathered over `sequence` once, kept for the backward pass, and their gradients
       scattered; a kernel that passes them on in a ring, or sees a sliding window, could do with less.
 
+    Not counted: Muon's orthogonalisation, which gathers matrices, and a teacher's forward pass.
+
     Args:
       cfg: the model.
       rows: the batch, in windows; with `context` tokens each.
