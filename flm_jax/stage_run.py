@@ -39,7 +39,7 @@ from flm_jax.guards import (
     skip_behind,
     spike_text,
 )
-from flm_jax.guards.watch import DATA, EVAL, REWIND, SAVE, START, STEP, VOTE
+from flm_jax.guards.watch import DATA, EVAL, FIRST_STEP, REWIND, SAVE, START, STEP, VOTE
 from flm_jax.loss import bits_per_byte, make_heldout_sums
 from flm_jax.model import Params
 from flm_jax.progress import Interrupts, Progress
@@ -245,6 +245,7 @@ class StageRun:
         """The state at the end of the stage or where it was stopped, or a spike because of which the run is rewound."""
         stage, settings, watch = self.stage, self.settings, self.watch
         step = int(state.step)
+        compiled_after = step, stage.ramp_steps, stage.teacher_steps
         after_rewind = step + 1 if self._last_rewind() == step else None
         stop = distributed.any_process("stop", interrupts.requested is not None)
         vote = distributed.Vote(self.mesh)
@@ -268,7 +269,7 @@ class StageRun:
             first = self.batches.position
             with show.reading(None if pending is None else pending[2].loss):
                 batch = put_batch(self.batches.next(stage.batch_size, rows), self.mesh, stage.batch_size)
-            watch.at(STEP, step)
+            watch.at(FIRST_STEP if step - 1 in compiled_after else STEP, step)
             with jax.transfer_guard("disallow"), show.waiting("device"):
                 state, metrics = stepper(state, batch, teacher=teacher)
             spiked = None if pending is None else look(*pending)

@@ -18,6 +18,7 @@ from flm_jax.data.reading import load_tensorflow
 from flm_jax.data.source import open_data
 from flm_jax.growth import Growth, GrowthError
 from flm_jax.guards import NonFiniteError
+from flm_jax.guards.watch import FIRST_STEP, STEP, Watch
 from flm_jax.optimizer import OptimizerConfig
 from flm_jax.recipe import Recipe, Run, Stage, resolve
 from flm_jax.records import check_identity
@@ -52,11 +53,26 @@ def state_digest(state) -> str:
 
 
 @pytest.fixture(scope="session")
-def reference(recipe, tmp_path_factory):
+def watched():
+    """What the watchdog was told of in the run that is never stopped, and of which step."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def reference(recipe, watched, tmp_path_factory):
     """The run that is never stopped."""
     workdir = tmp_path_factory.mktemp("reference") / "run"
-    report = training.train(recipe, RUN, workdir, {"config.gin": "# as given"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "at", lambda watch, what, step: watched.append((what, step)))
+        report = training.train(recipe, RUN, workdir, {"config.gin": "# as given"})
     return workdir, report, digest(recipe, RUN, workdir)
+
+
+def test_a_step_that_compiles_is_told_apart_for_the_watchdog(reference, watched, recipe):
+    """It is one where a stage begins, and after the last step of a ramp."""
+    compiled, others = ([step for what, step in watched if what == kind] for kind in (FIRST_STEP, STEP))
+    assert compiled == [1, 1, RAMP + 1, 1]
+    assert sorted(compiled + others) == sorted(step for stage in recipe.stages for step in range(1, stage.steps + 1))
 
 
 def test_a_run_learns_grows_exactly_and_reports(reference, recipe):

@@ -30,6 +30,8 @@ _POLL_S, _WRITING_S = 5.0, 10.0
 
 # What a process may be doing.
 DATA, STEP, VOTE = "reading the batch", "computing the step", "the vote to stop"
+# The step of a program that was not used before: it is compiled.
+FIRST_STEP = "compiling and computing the step"
 EVAL, SAVE = "measuring the held-out loss", "saving"
 START, REWIND = "starting the stage", "going back"
 
