@@ -47,10 +47,13 @@ test-beam: .venv/beam/installed
 	.venv/tunix/bin/python -m pip install --quiet --disable-pip-version-check google-tunix==0.1.7
 	touch $@
 
-# Tunes the first model of the demo on parts of a pool of conversations, chosen in different ways; see docs/sft_study.md.
+# Tunes a model on parts of a pool of conversations, chosen in different ways; see docs/sft_study.md. The base is the first
+# stage of the demo at the rate that the demo had when the page was written.
 study-sft: .venv/installed
-	test -d $(WORKDIR)/checkpoints/0_52b_small || $(MAKE) demo
-	$(BIN)/python benchmarks/study_sft.py --base=$(WORKDIR)/checkpoints/0_52b_small --work=runs/study_sft --write=docs/sft_study.md \
+	test -d runs/study_base/checkpoints/0_52b_small/800 || $(BIN)/python experiments/train.py \
+		--gin_file=gin_configs/recipes/demo.gin --workdir=runs/study_base \
+		--gin_bindings='Recipe.stages = [@first/Stage()]' --gin_bindings='OptimizerConfig.learning_rate = 4e-3'
+	$(BIN)/python benchmarks/study_sft.py --base=runs/study_base/checkpoints/0_52b_small --work=runs/study_sft --write=docs/sft_study.md \
 		--command='make study-sft'
 
 # Runs every notebook and stores its outputs.
