@@ -59,7 +59,7 @@ def test_the_configuration_of_a_checkpoint_need_not_be_repeated(imported):
     cfg = model_of(str(base / "checkpoint"), {"embed": 60, "heads": 8})
     assert (cfg.embed, cfg.heads, cfg.k_heads, cfg.h_dim) == (60, 8, 4, 16)
     assert cfg.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 16)
-    with pytest.raises(ValueError, match="no width; its fields are embed, layers"):
+    with pytest.raises(ValueError, match="no field width; its fields are embed, layers"):
         model_of(str(base / "checkpoint"), {"width": 60})
 
 

@@ -33,7 +33,7 @@ def test_a_target_may_name_only_what_changes():
     assert tied.logits_mult == pytest.approx(old.logits_mult * 24 / 30, rel=1e-12)
     assert changed(old, dict(embed=30, output_mult=3.0), Growth("zero")).output_mult == 3.0
     assert grown_config(old, changed(old, dict(embed=30), Growth("mask")), Growth("mask")).norm_width is None
-    with pytest.raises(ValueError, match="no width; its fields are embed, layers"):
+    with pytest.raises(ValueError, match="no field width; its fields are embed, layers"):
         changed(old, dict(width=30), Growth())
     with pytest.raises(ValueError, match="no layer; its fields are .*; did you mean 'layers'"):
         changed(old, dict(layer=3), Growth())
