@@ -35,7 +35,7 @@ def test_a_target_may_name_only_what_changes():
     assert grown_config(old, changed(old, dict(embed=30), Growth("mask")), Growth("mask")).norm_width is None
     with pytest.raises(ValueError, match="no field width; its fields are embed, layers"):
         changed(old, dict(width=30), Growth())
-    with pytest.raises(ValueError, match="no layer; its fields are .*; did you mean 'layers'"):
+    with pytest.raises(ValueError, match="no field layer; its fields are .*; did you mean 'layers'"):
         changed(old, dict(layer=3), Growth())
 
 
