@@ -38,7 +38,6 @@ WORDS = {"cd", "cat", "cp", "echo", "export", "for", "mkdir", "sh", "wait", ".",
 # Blocks without a language that hold no commands, by page and beginning.
 OTHER = {
     "docs/chat.md": ["/help lists"],
-    "docs/demo.md": ["def 01"],
     "docs/distillation.md": ["second/Stage.teacher = @Teacher()", "(1 - w) * cross-entropy"],
     "docs/growth.md": ["plan = Growth", "plan = plan.settled"],
     "docs/growth_math.md": ["norm(x)_i = g_i", "g' = g", "c_i = sqrt", "norm(x)_i = m_i", "m' = a m"],
