@@ -130,10 +130,10 @@ def test_kubernetes_changes_nothing_in_the_shell_of_a_jobset():
     assert host.preamble(dataclasses.replace(described, nfs=None)).rstrip("\n") in read
 
 
-def test_a_task_for_skypilot_goes_on_after_75():
+def test_a_task_for_skypilot_goes_on_after_a_stop_a_hang_and_a_lost_process():
     tpu, gpu = (yaml.safe_load(TEXTS[f"skypilot_{kind}.yaml"]()) for kind in ("tpu", "gpu"))
     for found in (tpu, gpu):
-        assert found["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+        assert found["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 79, 80, 134]
     assert "num_nodes" not in tpu and gpu["num_nodes"] == 8
     assert tpu["resources"]["accelerators"] == "tpu-v5p-2048" and gpu["resources"]["accelerators"] == "H100:8"
     assert tpu["resources"]["infra"] == "gcp/us-east5/us-east5-a" and tpu["resources"]["use_spot"] is True

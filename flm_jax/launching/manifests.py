@@ -14,7 +14,7 @@ import re
 
 from flm_jax.launching import host
 from flm_jax.launching.description import Launch, is_tpu
-from flm_jax.launching.verdict import STOPPED
+from flm_jax.launching.verdict import ABORTED, LOST, STALLED, STOPPED
 from flm_jax.planning.topology import Topology
 
 FORMATS = ("slurm", "jobset", "skypilot", "host")
@@ -146,7 +146,7 @@ metadata:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
-    # A run that was stopped ends with {STOPPED}, one that lost a host with 80 or 134: both go on from the last save.
+    # A run that was stopped ends with {STOPPED}, one that lost a host with {LOST} or {ABORTED}: both go on from a save.
     maxRestarts: 100
     rules:
       - name: wrongFlags
@@ -204,7 +204,7 @@ spec:
 
 
 def skypilot(launch: Launch, machine: Topology) -> str:
-    """A task for `sky jobs launch`, which starts it again after a preemption, and after exit status 75."""
+    """A task for `sky jobs launch`, which starts it again after a preemption, a stop, a hang and a lost process."""
     if is_tpu(machine):
         if machine.slices > 1:
             raise ValueError(
@@ -230,7 +230,7 @@ name: {launch.name}
   job_recovery:
     strategy: FAILOVER
     max_restarts_on_errors: 3
-    recover_on_exit_codes: [{STOPPED}]
+    recover_on_exit_codes: [{STOPPED}, {STALLED}, {LOST}, {ABORTED}]
 setup: |
 {_block(setup, 2)}
 run: |

@@ -11,6 +11,7 @@ from flm_jax.records.wording import counted
 STOPPED = 75  # the exit status of a run that saved its state and goes on when it is started again
 STALLED = 79  # that of a process that hung, and that its watchdog ended
 LOST = 80  # that of a process that ends because another one is gone
+ABORTED = 134  # that of one that JAX has ended because another one is gone
 
 
 class Verdict(enum.Enum):

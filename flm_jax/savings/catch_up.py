@@ -20,7 +20,8 @@ from flm_jax.savings.summary import Summary
 class CatchUp:
     """The held-out loss of a grown run minus that of a scratch run of the target, at the same tokens.
 
-    Both runs have the same learning rate at the same tokens, so the gap is what the growth costs.
+    Both runs have the same learning rate at the same tokens, unless the growth re-warms it. So the gap is what it
+    costs to have been small, and to grow.
 
     Attributes:
       name: of the plan.

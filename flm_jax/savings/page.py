@@ -239,9 +239,10 @@ def _catch_up(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
     yield "## After the growth"
     yield ""
     yield (
-        "The loss of a grown run minus that of the full scratch run of the target at the same tokens, with the same "
-        "learning rate there, in nats per token; by tokens per parameter of the target since the last growth, on "
-        "straight lines between measurements. At the end both have decayed. '-': after the end."
+        "The loss of a grown run minus that of the full scratch run of the target at the same tokens, in nats per "
+        "token; both have the same learning rate there, unless the growth re-warms it. By tokens per parameter of the "
+        "target since the last growth, on straight lines between measurements. At the end both have decayed. '-': "
+        "after the end."
     )
     yield ""
     yield from _plot(plots, "catch_up", "gap to the scratch run against tokens since the growth")
