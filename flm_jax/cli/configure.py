@@ -76,7 +76,8 @@ def check_used() -> None:
     """Refuses bindings of the command line that had no effect, and names those of files in a warning.
 
     A file may bind more than is used, so that the command line or a second file can take one stage of it, or another
-    corpus. A binding on the command line must have an effect; one with a mistyped scope has none.
+    corpus: the scopes of the other stages, which the file's own list referred to, are then left out without a word. A
+    binding on the command line must have an effect; one with a mistyped scope has none.
 
     Raises:
       ValueError: a binding on the command line had no effect; the message names it.
@@ -97,7 +98,9 @@ def check_used() -> None:
         raise ValueError(f"Nothing uses these gin bindings: {', '.join(by_hand)}{_what_is_wrong(by_hand[0], used)}")
     # Of functions that are not called at all a file may well bind parameters: those of every model of a series.
     called = {selector for _, selector in used}
-    groups = collections.Counter(_shown(key).rpartition(".")[0] or _shown(key) for key in unused if key[1] in called)
+    left_out = gin_reader.replaced_scopes() - {part for where, _ in used for part in (where, *where.split("/"))}
+    silent = [key for key in unused if key[1] in called and key[0] not in left_out]
+    groups = collections.Counter(_shown(key).rpartition(".")[0] or _shown(key) for key in silent)
     if groups:
         counted = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups.items())
         logging.warning("Bindings in gin files that nothing uses, by what they belong to: %s.", counted)

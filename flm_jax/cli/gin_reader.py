@@ -27,6 +27,8 @@ IN_CALL = "\n  In call to configurable '"  # gin adds the calls that it was in t
 LIST = "`python experiments/bindings.py` lists all"
 # Where each binding that gin holds was written.
 _PLACES: dict[Key, str] = {}
+# What a value referred to that a later binding took the place of, as scope and full name.
+_REPLACED: set[tuple[str, str]] = set()
 
 
 class _Delegate(gin.config.ParserDelegate):
@@ -50,6 +52,7 @@ def read(files: Iterable[str], bindings: Iterable[str], shipped: Iterable[Path])
       ValueError: a file does not exist, a statement does not parse, or a name does not exist.
     """
     shipped = tuple(shipped)
+    _REPLACED.clear()
     for name in files:
         _read_file(name, (), shipped)
     for binding in bindings:
@@ -60,6 +63,17 @@ def read(files: Iterable[str], bindings: Iterable[str], shipped: Iterable[Path])
 def is_by_hand(key: Key) -> bool:
     """Whether a binding that gin holds was given on the command line."""
     return _PLACES.get(key) == COMMAND_LINE
+
+
+def replaced_scopes() -> set[str]:
+    """The scopes that bindings referred to until later ones took their places, and those that these refer to."""
+    found: set[tuple[str, str]] = set()
+    left = list(_REPLACED)
+    while left:
+        if (key := left.pop()) not in found:
+            found.add(key)
+            left.extend(_referred(list(gin.config._CONFIG.get(key, {}).values())))
+    return {scope for scope, _ in found} - {""}
 
 
 def places(owner: str, field: str, value: Any) -> list[str]:
@@ -258,16 +272,29 @@ def _bind(statement: Any, place: str) -> None:
         macro = f"{scope}/{selector}" if scope else selector
         if macro in configurable_names():
             raise ValueError(f"{macro} = ... sets nothing; write {macro}.parameter = value.")
-        gin.bind_parameter((macro, MACRO, "value"), value)
-        _PLACES[macro, MACRO, "value"] = place
+        _bind_parameter((macro, MACRO, "value"), value, place)
         return
     found = _configurable(selector)
     names = list(inspect.signature(found.wrapped).parameters)
     if parameter not in names:
         near = meant(parameter, names) or f"; it has {', '.join(names)}."
         raise ValueError(f"{selector} doesn't have a parameter named {parameter!r}{near}")
-    gin.bind_parameter((scope, selector, parameter), value)
-    _PLACES[scope, found.selector, parameter] = place
+    _bind_parameter((scope, found.selector, parameter), value, place)
+
+
+def _bind_parameter(key: Key, value: Any, place: str) -> None:
+    """Binds a parameter, and notes where, and what a value referred to that was bound to it before."""
+    scope, selector, name = key
+    if name in (before := gin.config._CONFIG.get((scope, selector), {})):
+        _REPLACED.update(_referred(before[name]))
+    gin.bind_parameter(key, value)
+    _PLACES[key] = place
+
+
+def _referred(value: Any) -> Iterator[tuple[str, str]]:
+    """Scopes and full names of the configurables that a value refers to."""
+    for reference in gin.config.iterate_references(value):
+        yield "/".join(reference.scopes), reference.configurable.selector
 
 
 def _check_macros() -> None:
