@@ -10,6 +10,7 @@ import pytest
 
 from flm_jax.checkpoint import read_manifest
 from flm_jax.data.source import open_data
+from tests.commands import parsed
 from tests.environment import as_user, as_user_compiling_fast
 
 pytestmark = pytest.mark.integration
@@ -196,3 +197,14 @@ def test_every_recipe_parses_and_lowers(file, tmp_path, capsys):
     assert out.count("lowered: ") >= 1
     assert "held out: " in out
     assert "train step" in out
+
+
+def test_the_program_passes_on_where_to_fork_from(monkeypatch):
+    from flm_jax.cli import runs, train
+
+    given = []
+    monkeypatch.setattr(runs, "join", lambda flags: None)
+    monkeypatch.setattr(runs, "run_train", lambda *values: given.append(values))
+    with parsed("train", ["--gin_file=a.gin", "--workdir=new", "--fork=old"]) as values:
+        train.run(values)
+    assert given == [(["a.gin"], [], "new", False, "old")]

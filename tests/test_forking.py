@@ -16,8 +16,6 @@ from flm_jax.checkpoint.directory import take_lock
 from flm_jax.checkpoint.manifest import read_blobs, read_meta
 from flm_jax.checkpoint_care import describe, list_checkpoints
 from flm_jax.checkpoint_care.text import description_text, listing_text
-from flm_jax.cli import runs
-from flm_jax.cli import train as cli_train
 from flm_jax.data.mixture_batches import MixtureBatches
 from flm_jax.distillation import Teacher
 from flm_jax.forking.old import read_old
@@ -32,7 +30,6 @@ from flm_jax.run_comparison import compare_runs, markdown, read_run_curves
 from flm_jax.sharding import MeshConfig
 from flm_jax.source_checkpoint import POSITION
 from flm_jax.tracking import read_fork, read_log
-from tests.commands import parsed
 from tests.golden_run import RUN as GOLDEN
 from tests.mixtures import CONTEXT, changed, write
 from tests.pretend import pretending
@@ -397,12 +394,3 @@ def test_the_model_that_a_stage_grew_from_comes_along_as_its_teacher(old, recipe
     assert digest(new, 4, "0_first") == digest(old, 4, "0_first")
     assert [line["step"] for line in lines(new, "train")] == [7, 8, 9, 10]
     assert digest(new) != digest(old)
-
-
-def test_the_program_passes_on_where_to_fork_from(monkeypatch):
-    given = []
-    monkeypatch.setattr(runs, "join", lambda flags: None)
-    monkeypatch.setattr(runs, "run_train", lambda *values: given.append(values))
-    with parsed("train", ["--gin_file=a.gin", "--workdir=new", "--fork=old"]) as values:
-        cli_train.run(values)
-    assert given == [(["a.gin"], [], "new", False, "old")]
