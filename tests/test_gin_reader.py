@@ -161,6 +161,17 @@ def test_a_shipped_file_is_read_from_any_directory_without_a_word(file, tmp_path
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("name", ["five", "short", "t1"])
+def test_a_study_that_changes_another_is_read_without_a_word(name, caplog):
+    gin.clear_config()
+    with caplog.at_level(logging.WARNING):
+        configure.parse(["gin_configs/savings/t0.gin", f"gin_configs/savings/{name}.gin"], [])
+        configure.configured(configure.savings)
+        configure.check_used()
+    gin.clear_config()
+    assert caplog.text == ""
+
+
 def test_an_included_file_lies_beside_the_one_that_includes_it(tiny, tmp_path, monkeypatch):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "long.gin").write_text("include 'tiny.gin'\nsteps = 80\n")
