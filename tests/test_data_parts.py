@@ -84,7 +84,7 @@ def always_killed(number):
 @pytest.mark.integration
 def test_a_process_that_is_killed_again_and_again_ends_the_work():
     with (
-        pytest.raises(OSError, match="were killed 3 times before one had finished a part: is there enough memory"),
+        pytest.raises(OSError, match="killed 3 times before one had finished a piece of its work: is there enough"),
         Workers(2) as runner,
     ):
         list(runner.map(always_killed, [1]))

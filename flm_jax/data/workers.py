@@ -1,4 +1,4 @@
-"""Processes of this machine that work on parts; what a killed one did not finish is done again."""
+"""Processes of this machine that share work, in order; what a killed one did not finish is done again."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ class Workers:
         self._deaths += 1
         if self._deaths == _DEATHS:
             raise OSError(
-                f"processes that prepare text were killed {_DEATHS} times before one had finished a part: is there "
-                f"enough memory for {counted(self.count, 'process', 'processes')}? Finished parts are kept; give fewer "
-                "--workers"
+                f"processes were killed {_DEATHS} times before one had finished a piece of its work: is there enough "
+                f"memory for {counted(self.count, 'process', 'processes')}? Give fewer (--workers of "
+                "prepare_data.py, which keeps finished parts; Selection.processes of select_sft.py)"
             ) from error
-        _log.warning("A process that prepares text was killed; what it had not finished is done again.")
+        _log.warning("A process was killed; what it had not finished is done again.")

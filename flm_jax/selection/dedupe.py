@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from flm_jax.data.json_lines import Skipped
+from flm_jax.data.workers import Workers
 from flm_jax.duplicates import near
 from flm_jax.progress import count_bar, phases
 from flm_jax.records import counted
 from flm_jax.selection.config import Duplicates
 from flm_jax.selection.pool import PLACE, PoolFile, batches
-from flm_jax.selection.processes import Processes
 from flm_jax.selection.steps import Step
 from flm_jax.selection.work import hash_batch
 
@@ -25,7 +25,7 @@ STAYS, EXACT, NEAR = range(3)
 _BANDS = tuple(f"band{number:02}" for number in range(near.BANDS))
 
 
-def index(base: Path, pool: Sequence[PoolFile], near_too: bool, faulty: int | None, processes: Processes) -> Step:
+def index(base: Path, pool: Sequence[PoolFile], near_too: bool, faulty: int | None, workers: Workers) -> Step:
     """The finished step with a place and hashes per conversation: about 300 bytes on disk, none in memory.
 
     Args:
@@ -33,7 +33,7 @@ def index(base: Path, pool: Sequence[PoolFile], near_too: bool, faulty: int | No
       pool: the files.
       near_too: whether near duplicates will be looked for.
       faulty: the most lines that may be faulty; None: any number.
-      processes: what to compute with.
+      workers: what to compute with.
 
     Raises:
       LineError: there are more faulty lines, or a file is damaged.
@@ -46,7 +46,7 @@ def index(base: Path, pool: Sequence[PoolFile], near_too: bool, faulty: int | No
     step.clear()
     skipped, count = Skipped(faulty, EXAMPLES, ADVICE), 0
     with step.columns("places", "texts", "short", *_BANDS) as files, count_bar("reading", " lines") as bar:
-        for batch, found in processes.map(functools.partial(hash_batch, near_too=near_too), batches(pool)):
+        for batch, found in workers.map(functools.partial(hash_batch, near_too=near_too), batches(pool)):
             for fault in found.faults:
                 skipped.add(fault)
             files["places"].write(batch.places[found.good].tobytes())

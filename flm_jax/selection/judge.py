@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flm_jax.data.workers import Workers
 from flm_jax.progress import count_bar
 from flm_jax.records import as_dict
 from flm_jax.selection import choose, dedupe, domains, rules, scores
 from flm_jax.selection.base import Base
 from flm_jax.selection.config import Selection
 from flm_jax.selection.pool import PLACE, Batch, PoolFile, Reader
-from flm_jax.selection.processes import Processes
 from flm_jax.selection.steps import Step
 from flm_jax.selection.work import judge_batch
 
@@ -27,7 +27,7 @@ SCORED, CUT, UNREADABLE, LOW, HIGH = range(5)
 
 
 def judge(
-    base: Path, pool: Sequence[PoolFile], indexed: Step, kinds: Step, selection: Selection, processes: Processes
+    base: Path, pool: Sequence[PoolFile], indexed: Step, kinds: Step, selection: Selection, workers: Workers
 ) -> Step:
     """The finished step of the rules.
 
@@ -41,7 +41,7 @@ def judge(
       indexed: the index.
       kinds: the duplicates.
       selection: the configuration.
-      processes: what to compute with.
+      workers: what to compute with.
 
     Raises:
       ValueError: there are too many domains, or a domain with a fraction does not exist.
@@ -51,7 +51,7 @@ def judge(
     step = Step(base, "rules", depends)
     if not step.finished:
         step.clear()
-        _judge(step, pool, dedupe.places(indexed), kinds.array("kinds"), selection, processes)
+        _judge(step, pool, dedupe.places(indexed), kinds.array("kinds"), selection, workers)
     domains.check_domains(selection.domains, step.facts()["domains"])
     return step
 
@@ -62,7 +62,7 @@ def _judge(
     places: np.ndarray,
     kinds: np.ndarray,
     selection: Selection,
-    processes: Processes,
+    workers: Workers,
 ) -> None:
     left = np.flatnonzero(kinds == dedupe.STAYS)
     names = list(rules.REGISTRY)
@@ -82,7 +82,7 @@ def _judge(
             for start in range(0, len(left), CHUNK):
                 yield from reader.batches(places[left[start : start + CHUNK]])
 
-        for batch, found in processes.map(function, lines()):
+        for batch, found in workers.map(function, lines()):
             broken = np.array([codes[name] for name in found.broken], np.uint8)
             kept, own = broken == 0, batch.places.copy()
             if pool[own["file"][0]].compressed:

@@ -12,6 +12,7 @@ import numpy as np
 
 from flm_jax.chat.template import passed_over
 from flm_jax.checkpoint.directory import locked
+from flm_jax.data.workers import Workers
 from flm_jax.files import draft_of, fsync, write_json
 from flm_jax.progress import count_bar
 from flm_jax.records import as_dict, completed, counted, differences
@@ -23,7 +24,6 @@ from flm_jax.selection.config import Selection
 from flm_jax.selection.features import Features, kind_of
 from flm_jax.selection.outcome import Outcome
 from flm_jax.selection.pool import PoolFile, find_files
-from flm_jax.selection.processes import Processes
 from flm_jax.selection.rules import check_rules
 from flm_jax.selection.steps import Step
 
@@ -120,15 +120,15 @@ def _select(
         say(f"{what} ({now - since:.1f} s)")
         since = now
 
-    with Processes(selection.processes) as processes:
-        indexed = dedupe.index(base, pool, selection.duplicates.near, selection.most_faulty, processes)
+    with Workers(selection.processes) as workers:
+        indexed = dedupe.index(base, pool, selection.duplicates.near, selection.most_faulty, workers)
         faulty = sum(fault["count"] for fault in indexed.facts()["faults"].values())
         read = counted(indexed.facts()["conversations"], "conversation")
         done(f"read {read}, {counted(faulty, 'faulty line')}")
         kinds = dedupe.duplicates(base, indexed, selection.duplicates)
         exact, near = kinds.facts()["exact"], kinds.facts()["near"]
         done(f"{counted(exact, 'exact duplicate')} and {counted(near, 'near duplicate')}")
-        judged = judge.judge(base, pool, indexed, kinds, selection, processes)
+        judged = judge.judge(base, pool, indexed, kinds, selection, workers)
     left = judge.left_by(judged)
     done(counted(len(left.numbers), "conversation keeps the rules", "conversations keep the rules"))
     scored = judge.score(base, pool, judged, selection, model)
