@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/demo
 
-.PHONY: demo bench savings savings-full study-sft notebooks check test test-search test-slow test-notebooks test-faults test-smollm2 test-beam test-tpu docs reference lint format clean
+.PHONY: demo bench savings savings-full savings-t1 savings-five study-sft notebooks check test test-search test-slow test-notebooks test-faults test-smollm2 test-beam test-tpu docs reference lint format clean
 
 # pyproject.toml declares ranges, requirements.txt the versions that are tested.
 .venv/installed: requirements.txt pyproject.toml
@@ -22,7 +22,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/bench.py --write=docs/results/bench.md
 
 # Whether growing pays, at 0.36 M parameters: a part of the study, half an hour on two idle cores by estimate, and all
-# of it, which takes hours. Both go on where they stopped; results that are there are not measured again.
+# of it, which takes hours; a target of 0.70 M, and the first one with 5 tokens per parameter, about an hour each. All go on
+# where they stopped; results that are there are not measured again.
 savings: .venv/installed
 	$(BIN)/python experiments/savings.py --gin_file=gin_configs/savings/t0.gin --gin_file=gin_configs/savings/short.gin \
 		--workdir=runs/savings_short --parallel=2 --write=runs/savings_short/page.md
@@ -30,6 +31,11 @@ savings: .venv/installed
 savings-full: .venv/installed
 	$(BIN)/python experiments/savings.py --gin_file=gin_configs/savings/t0.gin --workdir=runs/savings --parallel=2 \
 		--results=docs/results/savings/t0 --write=docs/results/savings_t0.md --command='make savings-full'
+
+savings-t1 savings-five: savings-%: .venv/installed
+	$(BIN)/python experiments/savings.py --gin_file=gin_configs/savings/t0.gin --gin_file=gin_configs/savings/$*.gin \
+		--workdir=runs/savings --parallel=2 --results=docs/results/savings/$* --write=docs/results/savings_$*.md \
+		--command='make savings-$*'
 
 # Apache Beam, in an environment of its own: its ranges of protobuf and pyarrow exclude the versions of requirements.txt.
 .venv/beam/installed: .venv/installed
