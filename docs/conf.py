@@ -60,6 +60,8 @@ NAVIGATION = {
         "docs/results/bench.md",
         "docs/results/gpu.md",
         "docs/results/savings_t0.md",
+        "docs/results/savings_t1.md",
+        "docs/results/savings_five.md",
         "docs/tpu.md",
         "docs/decode.md",
         "docs/convert_benchmark.md",

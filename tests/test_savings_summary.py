@@ -17,7 +17,7 @@ from flm_jax.savings.catch_up import catch_ups
 from flm_jax.savings.page import page, write_page
 from flm_jax.savings.results import Result
 from flm_jax.savings.second_text import on_second_text
-from flm_jax.savings.study import STEPS, Study, best, missing
+from flm_jax.savings.study import STEPS, Study, best, check, missing
 from flm_jax.savings.summary import spread, summarise
 from flm_jax.savings.target import GrowthPlan, GrowthPoint, PlanGrid, Target, run_flops
 from tests.small import shape
@@ -235,6 +235,20 @@ def test_a_study_that_cannot_be_is_refused():
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(given, **changes)
+
+
+def test_a_run_that_cannot_be_is_named_before_anything_is_trained():
+    given = study()
+    check(given)
+    ramp = GrowthPlan({"layers": 1}, (GrowthPoint(0.7, Growth("mask", ramp_steps=10**4)),))
+    cases = [
+        (dict(plans={"late": ramp}), r"Study.plans\['late'\]: Stage 'stage1': its masks ramp over 10,000 steps"),
+        (dict(sizes={"odd": {"kv_heads": 3}}), "A scratch run of 'odd' with 5 tokens per parameter: .*kv_heads=3"),
+        (dict(budgets=(0.01, 20.0)), "A scratch run of 'target' with .* tokens per parameter: .*Warm-up"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            check(dataclasses.replace(given, **changes))
 
 
 def test_losses_are_shown_with_their_spread():

@@ -16,7 +16,7 @@ from flm_jax.savings.execute import How, train_all
 from flm_jax.savings.results import Arm, Result
 from flm_jax.savings.second_text import measure
 from flm_jax.savings.snapshots import Snapshots
-from flm_jax.savings.study import STEPS, Study, missing
+from flm_jax.savings.study import STEPS, Study, check, missing
 
 
 def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> dict[str, Result]:
@@ -29,9 +29,10 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
       how: how to train.
 
     Raises:
-      ValueError: a step needs another one that has not come to its end, or a stage failed; or what is kept was trained
-        on other data.
+      ValueError: a run of the study is impossible, a step needs another one that has not come to its end, or a stage
+        failed; or what is kept was trained on other data.
     """
+    check(study)
     found, opened = kept.read(directory), False
     for step in steps:
         while True:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flm_jax.data.corpora import FileCorpus, RowCorpus
-from flm_jax.recipe import resolve
+from flm_jax.recipe import Recipe, resolve
 from flm_jax.records import recorded
 from flm_jax.records.fields import Positive, Size
 from flm_jax.savings.results import Arm, Result
@@ -208,8 +208,15 @@ def plans(study: Study, results: Results) -> Iterator[Arm]:
 def plan_arm(study: Study, results: Results, name: str, plan: GrowthPlan) -> Arm:
     """The arm of a plan, at the tuned rate of scratch runs."""
     family = best(study, results, plan.optimizer, plan.schedule)
-    rate = plan.rate * family.rate(results)
-    target, tuning = study.target, Tuning(rate, family.schedule, study.optimizers[family.optimizer])
+    return Arm(
+        name, "plans", _plan_recipe(family, family.rate(results), name, plan), tuple(range(plan.seeds or study.seeds))
+    )
+
+
+def _plan_recipe(family: Baseline, rate: float, name: str, plan: GrowthPlan) -> Recipe:
+    """The recipe of a plan with the optimizer and schedule of some scratch runs, given their rate."""
+    study, target = family.study, family.study.target
+    tuning = Tuning(plan.rate * rate, family.schedule, study.optimizers[family.optimizer])
     try:
         recipe = run_recipe(
             target,
@@ -223,7 +230,25 @@ def plan_arm(study: Study, results: Results, name: str, plan: GrowthPlan) -> Arm
         resolve(recipe)  # what is wrong with a later stage is said before the first is trained
     except ValueError as error:
         raise ValueError(f"Study.plans[{name!r}]: {error}") from error
-    return Arm(name, "plans", recipe, tuple(range(plan.seeds or study.seeds)))
+    return recipe
+
+
+def check(study: Study) -> None:
+    """Refuses a study some run of which is impossible, before anything is trained; rates are not known yet.
+
+    Raises:
+      ValueError: a size or a plan cannot be; the message names it.
+    """
+    for family in baselines(study):
+        for size, budget in itertools.product(("target", *study.sizes), study.budgets):
+            try:
+                resolve(dataclasses.replace(family, size=size).arm(study.rates[0], budget).recipe)
+            except ValueError as error:
+                raise ValueError(f"A scratch run of {size!r} with {budget:g} tokens per parameter: {error}") from error
+    for name, plan in study.all_plans.items():
+        optimizer = plan.optimizer or next(iter(study.optimizers))
+        family = Baseline(study, "target", optimizer, plan.schedule or study.schedules[0])
+        _plan_recipe(family, study.rates[0], name, plan)
 
 
 STEPS: Mapping[str, Callable[[Study, Results], Iterator[Arm]]] = {
