@@ -32,10 +32,15 @@ savings-full: .venv/installed
 	$(BIN)/python experiments/savings.py --gin_file=gin_configs/savings/t0.gin --workdir=runs/savings --parallel=2 \
 		--results=docs/results/savings/t0 --write=docs/results/savings_t0.md --command='make savings-full'
 
-savings-t1 savings-five: savings-%: .venv/installed
-	$(BIN)/python experiments/savings.py --gin_file=gin_configs/savings/t0.gin --gin_file=gin_configs/savings/$*.gin \
-		--workdir=runs/savings --parallel=2 --results=docs/results/savings/$* --write=docs/results/savings_$*.md \
-		--command='make savings-$*'
+savings-t1: .venv/installed
+	$(BIN)/python experiments/savings.py --gin_file=gin_configs/savings/t0.gin --gin_file=gin_configs/savings/t1.gin \
+		--workdir=runs/savings --parallel=2 --results=docs/results/savings/t1 --write=docs/results/savings_t1.md \
+		--command='make savings-t1'
+
+savings-five: .venv/installed
+	$(BIN)/python experiments/savings.py --gin_file=gin_configs/savings/t0.gin --gin_file=gin_configs/savings/five.gin \
+		--workdir=runs/savings --parallel=2 --results=docs/results/savings/five --write=docs/results/savings_five.md \
+		--command='make savings-five'
 
 # Apache Beam, in an environment of its own: its ranges of protobuf and pyarrow exclude the versions of requirements.txt.
 .venv/beam/installed: .venv/installed

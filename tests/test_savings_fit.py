@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -58,6 +59,22 @@ def test_a_planted_saving_is_found(saving):
     assert sure is not None
     assert sure.high - sure.low < 0.5 * (ratio.high - ratio.low)
     assert same_size_ratio(own, 1.0, flops, noise) is None
+
+
+def test_an_interval_has_no_end_where_the_data_has_none():
+    own, noise = of(4e5, runs()), 0.004
+    dear, cheap = own[-1], own[0]
+    above = same_size_ratio(own, dear.loss + 0.001, dear.flops / 1.5, noise)
+    assert above is not None
+    assert above.low < above.value == pytest.approx(1.5, rel=0.02)
+    assert math.isinf(above.high)
+    assert re.fullmatch(r"1\.4\d \(1\.\d\d or more\)", str(above))
+    below = same_size_ratio(own, cheap.loss - 0.001, cheap.flops / 1.5, noise)
+    assert below is not None
+    assert below.low == 0
+    assert re.fullmatch(r"1\.5\d \(1\.\d\d or less\)", str(below))
+    # With so much noise nothing is known.
+    assert same_size_ratio(own, (own[0].loss + own[1].loss) / 2, own[0].flops, 10.0) is None
 
 
 @pytest.mark.parametrize("saving", [1.0, 1.5])

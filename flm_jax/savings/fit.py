@@ -40,13 +40,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Ratio:
-    """FLOPs of the baseline divided by those of a run, at the run's loss, with an interval of 95 %."""
+    """FLOPs of the baseline divided by those of a run, at the run's loss, with an interval of 95 %.
+
+    Attributes:
+      value: the ratio.
+      low: the lower end of the interval; 0: below what the smallest run of the baseline shows.
+      high: the upper end; infinite: above what the largest one shows.
+    """
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"{self.value:.2f} ({self.low:.2f} or more)"
+        if not self.low:
+            return f"{self.value:.2f} ({self.high:.2f} or less)"
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
@@ -85,9 +95,8 @@ def same_size_ratio(points: Sequence[Point], loss: float, flops: float, noise: f
     rng = np.random.default_rng(0)
     drawn: list[float] = []
     for _ in range(DRAWS):
-        found = flops_at(_moved(points, noise, rng), loss + noise * rng.standard_normal() / math.sqrt(seeds))
-        # Outside the range of the data the ratio is beyond its ends, on the side where the loss is.
-        drawn.append(math.nan if found is None else found / flops)
+        moved, reached = _moved(points, noise, rng), loss + noise * rng.standard_normal() / math.sqrt(seeds)
+        drawn.append(_or_end(flops_at(moved, reached), reached < min(point.loss for point in moved)) / flops)
     return _ratio(value / flops, drawn)
 
 
@@ -196,8 +205,8 @@ def frontier_ratio(points: Sequence[Point], loss: float, flops: float, noise: fl
         return None
     drawn: list[float] = []
     for refit, error in _refits(tuple(points), max(noise, float(np.std(frontier.residuals)))):
-        found = refit.flops_at(loss + noise * error / math.sqrt(seeds))
-        drawn.append(math.nan if found is None else found / flops)
+        reached = loss + noise * error / math.sqrt(seeds)
+        drawn.append(_or_end(refit.flops_at(reached), reached < refit.best(refit.range[1])[0]) / flops)
     return _ratio(value / flops, drawn)
 
 
@@ -217,14 +226,16 @@ def _moved(points: Sequence[Point], spread: float, rng: np.random.Generator) -> 
     return [dataclasses.replace(p, loss=p.loss + error) for p, error in zip(points, errors, strict=True)]
 
 
+def _or_end(flops: float | None, is_low: bool) -> float:
+    """FLOPs; outside the range of the data, infinite for a loss below it and 0 for one above."""
+    return (math.inf if is_low else 0.0) if flops is None else flops
+
+
 def _ratio(value: float, drawn: Sequence[float]) -> Ratio | None:
-    """A ratio with its interval; None if a tenth of the draws lie outside the range of the data."""
-    inside = np.asarray([x for x in drawn if not math.isnan(x)])
-    if len(inside) < 0.9 * len(drawn):
-        return None
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(inside, [tail, 1 - tail])
-    return Ratio(value, float(low), float(high))
+    """A ratio with its interval; None if both of its ends lie outside the range of the data."""
+    ordered, tail = np.sort(drawn), (1 - LEVEL) / 2
+    low, high = ordered[math.floor(tail * (len(drawn) - 1))], ordered[math.ceil((1 - tail) * (len(drawn) - 1))]
+    return None if not low and math.isinf(high) else Ratio(value, float(low), float(high))
 
 
 def pooled_noise(groups: Sequence[Sequence[float]]) -> float | None:

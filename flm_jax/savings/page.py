@@ -211,9 +211,9 @@ def _plans(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
         "growth's loss, divided by its own FLOPs. If nothing were lost: what the same-size ratio would be at the loss "
         "of a scratch run with the same tokens; more only if a growth ends below that loss. Frontier: FLOPs of the "
         "best scratch run of any size at the growth's loss, divided by its own. "
-        f"{intervals}; '-': the loss lies outside the runs that were measured. Gain: the loss of a scratch run of the "
-        "target with the same FLOPs, minus the growth's own. Spike: the rise of the loss at the growth; recovered "
-        "after: the tokens until it is gone."
+        f"{intervals}; 'or more', 'or less': its other end lies outside the runs that were measured; '-': the loss "
+        "does. Gain: the loss of a scratch run of the target with the same FLOPs, minus the growth's own. Spike: the "
+        "rise of the loss at the growth; recovered after: the tokens until it is gone."
     )
     yield ""
     yield from _plot(plots, "savings", "loss against FLOPs: growths and scratch runs")
