@@ -13,10 +13,13 @@ from flm_jax.data.corpora import TextFolder
 from flm_jax.distillation import Teacher
 from flm_jax.growth import Growth
 from flm_jax.records import as_dict
+from flm_jax.savings import run
 from flm_jax.savings.catch_up import catch_ups
+from flm_jax.savings.execute import How
 from flm_jax.savings.page import page, write_page
 from flm_jax.savings.results import Result
 from flm_jax.savings.second_text import on_second_text
+from flm_jax.savings.snapshots import Snapshots
 from flm_jax.savings.study import STEPS, Study, best, check, missing
 from flm_jax.savings.summary import spread, summarise
 from flm_jax.savings.target import GrowthPlan, GrowthPoint, PlanGrid, Target, run_flops
@@ -237,7 +240,8 @@ def test_a_study_that_cannot_be_is_refused():
             dataclasses.replace(given, **changes)
 
 
-def test_a_run_that_cannot_be_is_named_before_anything_is_trained():
+def test_a_run_that_cannot_be_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "train_all", lambda *given: pytest.fail("it trains"))
     given = study()
     check(given)
     ramp = GrowthPlan({"layers": 1}, (GrowthPoint(0.7, Growth("mask", ramp_steps=10**4)),))
@@ -248,7 +252,8 @@ def test_a_run_that_cannot_be_is_named_before_anything_is_trained():
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
-            check(dataclasses.replace(given, **changes))
+            run.run_steps(dataclasses.replace(given, **changes), ["tune"], tmp_path, How(Snapshots(tmp_path)))
+    assert not any(tmp_path.iterdir())
 
 
 def test_losses_are_shown_with_their_spread():
