@@ -264,7 +264,7 @@ Where the rest goes: at 52B the compiler all-reduces the gradients of the MLP an
 where scattering them would do (127 GB, half of it needless), and the gradient of the values over `sequence` (34 GB,
 half of it needless); at 102B the latter (53 GB, half of it needless) and 48 GB of gradients likewise. At 1T the
 forward pass scatters the stream by permutes around the ring, both ways, while the product that it scatters is
-computed: 33 pieces of 21 MB per scatter where 15 are the least, 1.06 TB in all, which nothing waits for.
+computed: 33 pieces of 21 MB per scatter where 15 are the least, 1.06 TB more in all; nothing waits for them.
 
 ## Other layouts
 

@@ -73,7 +73,7 @@ def replaced_scopes() -> set[str]:
         if (key := left.pop()) not in found:
             found.add(key)
             left.extend(_referred(list(gin.config._CONFIG.get(key, {}).values())))
-    return {scope for scope, _ in found} - {""}
+    return {scope for scope, selector in found if selector != MACRO} - {""}
 
 
 def places(owner: str, field: str, value: Any) -> list[str]:

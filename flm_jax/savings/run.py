@@ -32,7 +32,8 @@ def run_steps(study: Study, steps: Sequence[str], directory: Path, how: How) -> 
       ValueError: a run of the study is impossible, a step needs another one that has not come to its end, or a stage
         failed; or what is kept was trained on other data.
     """
-    check(study)
+    if steps:
+        check(study)
     found, opened = kept.read(directory), False
     for step in steps:
         while True:
