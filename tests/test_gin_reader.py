@@ -161,6 +161,17 @@ def test_a_shipped_file_is_read_from_any_directory_without_a_word(file, tmp_path
     assert caplog.text == ""
 
 
+def test_what_a_later_file_binds_where_nothing_looks_is_named(tiny, tmp_path, caplog):
+    stages = TINY.replace("Stage.", "first/Stage.").replace("[@Stage()]", "[@first/Stage(), @second/Stage()]")
+    tiny.write_text(stages + "second/Stage.name = 'left out'\n")
+    (tmp_path / "cut.gin").write_text("Recipe.stages = [@first/Stage()]\nsecond/Stage.steps = 3\n")
+    with caplog.at_level(logging.WARNING):
+        configure.parse([str(tiny), str(tmp_path / "cut.gin")], [])
+        configure.configured(configure.train)
+        configure.check_used()
+    assert "nothing uses, by what they belong to: second/Stage.\n" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["five", "short", "t1"])
 def test_a_study_that_changes_another_is_read_without_a_word(name, caplog):
     gin.clear_config()

@@ -98,9 +98,10 @@ def check_used() -> None:
         raise ValueError(f"Nothing uses these gin bindings: {', '.join(by_hand)}{_what_is_wrong(by_hand[0], used)}")
     # Of functions that are not called at all a file may well bind parameters: those of every model of a series.
     called = {selector for _, selector in used}
-    left_out = gin_reader.replaced_scopes() - {part for where, _ in used for part in (where, *where.split("/"))}
-    silent = [key for key in unused if key[1] in called and key[0] not in left_out]
-    groups = collections.Counter(_shown(key).rpartition(".")[0] or _shown(key) for key in silent)
+    taken = tuple(f"{where}/" for where, _ in used)
+    left_out = {key for key in gin_reader.left_out() if not any(where.startswith(f"{key[0]}/") for where in taken)}
+    told = [key for key in unused if key[1] in called and key not in left_out]
+    groups = collections.Counter(_shown(key).rpartition(".")[0] or _shown(key) for key in told)
     if groups:
         counted = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups.items())
         logging.warning("Bindings in gin files that nothing uses, by what they belong to: %s.", counted)

@@ -27,8 +27,8 @@ IN_CALL = "\n  In call to configurable '"  # gin adds the calls that it was in t
 LIST = "`python experiments/bindings.py` lists all"
 # Where each binding that gin holds was written.
 _PLACES: dict[Key, str] = {}
-# What a value referred to that a later binding took the place of, as scope and full name.
-_REPLACED: set[tuple[str, str]] = set()
+# Bindings in scopes that a value referred to which a later binding took the place of.
+_LEFT_OUT: set[Key] = set()
 
 
 class _Delegate(gin.config.ParserDelegate):
@@ -52,7 +52,7 @@ def read(files: Iterable[str], bindings: Iterable[str], shipped: Iterable[Path])
       ValueError: a file does not exist, a statement does not parse, or a name does not exist.
     """
     shipped = tuple(shipped)
-    _REPLACED.clear()
+    _LEFT_OUT.clear()
     for name in files:
         _read_file(name, (), shipped)
     for binding in bindings:
@@ -65,15 +65,9 @@ def is_by_hand(key: Key) -> bool:
     return _PLACES.get(key) == COMMAND_LINE
 
 
-def replaced_scopes() -> set[str]:
-    """The scopes that bindings referred to until later ones took their places, and those that these refer to."""
-    found: set[tuple[str, str]] = set()
-    left = list(_REPLACED)
-    while left:
-        if (key := left.pop()) not in found:
-            found.add(key)
-            left.extend(_referred(list(gin.config._CONFIG.get(key, {}).values())))
-    return {scope for scope, selector in found if selector != MACRO} - {""}
+def left_out() -> set[Key]:
+    """The bindings in scopes that a value referred to, itself or through others, until a later one took its place."""
+    return set(_LEFT_OUT)
 
 
 def places(owner: str, field: str, value: Any) -> list[str]:
@@ -283,12 +277,27 @@ def _bind(statement: Any, place: str) -> None:
 
 
 def _bind_parameter(key: Key, value: Any, place: str) -> None:
-    """Binds a parameter, and notes where, and what a value referred to that was bound to it before."""
+    """Binds a parameter, and notes where, and what is left out if the value before it referred to scopes."""
     scope, selector, name = key
     if name in (before := gin.config._CONFIG.get((scope, selector), {})):
-        _REPLACED.update(_referred(before[name]))
+        scopes = _scopes_of(before[name])
+        # What is bound from here on is meant to be used.
+        held = gin.config._CONFIG.items()
+        _LEFT_OUT.update((s, kind, n) for (s, kind), given in held if s in scopes for n in given)
     gin.bind_parameter(key, value)
     _PLACES[key] = place
+    _LEFT_OUT.discard(key)
+
+
+def _scopes_of(value: Any) -> set[str]:
+    """The scopes that a value refers to, by itself or through what it refers to."""
+    found: set[tuple[str, str]] = set()
+    left = list(_referred(value))
+    while left:
+        if (key := left.pop()) not in found:
+            found.add(key)
+            left.extend(_referred(list(gin.config._CONFIG.get(key, {}).values())))
+    return {scope for scope, selector in found if selector != MACRO} - {""}
 
 
 def _referred(value: Any) -> Iterator[tuple[str, str]]:

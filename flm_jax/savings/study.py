@@ -154,19 +154,26 @@ def baselines(study: Study) -> list[Baseline]:
     return [Baseline(study, "target", optimizer, schedule) for optimizer, schedule in pairs]
 
 
+def _families(study: Study, optimizer: str, schedule: str) -> list[Baseline]:
+    """The families of scratch runs of the target, of one optimizer and schedule or (empty) of all."""
+    return [
+        family
+        for family in baselines(study)
+        if optimizer in ("", family.optimizer) and schedule in ("", family.schedule)
+    ]
+
+
 def best(study: Study, results: Results, optimizer: str = "", schedule: str = "") -> Baseline:
     """The family with the best tuned scratch run of the target, of one optimizer and schedule or (empty) of all.
 
     Raises:
       ValueError: the rate of one of them is not known yet.
     """
-    chosen = [
-        family
-        for family in baselines(study)
-        if optimizer in ("", family.optimizer) and schedule in ("", family.schedule)
-    ]
     budget = study.target.tokens_per_param
-    return min(chosen, key=lambda family: results[family.arm(family.rate(results), budget).name].losses[0])
+    return min(
+        _families(study, optimizer, schedule),
+        key=lambda family: results[family.arm(family.rate(results), budget).name].losses[0],
+    )
 
 
 def tune(study: Study, results: Results) -> Iterator[Arm]:
@@ -246,9 +253,15 @@ def check(study: Study) -> None:
             except ValueError as error:
                 raise ValueError(f"A scratch run of {size!r} with {budget:g} tokens per parameter: {error}") from error
     for name, plan in study.all_plans.items():
-        optimizer = plan.optimizer or next(iter(study.optimizers))
-        family = Baseline(study, "target", optimizer, plan.schedule or study.schedules[0])
-        _plan_recipe(family, study.rates[0], name, plan)
+        refused = []
+        for family in _families(study, plan.optimizer, plan.schedule):  # the best of them is not known yet
+            try:
+                _plan_recipe(family, study.rates[0], name, plan)
+                break
+            except ValueError as error:
+                refused.append(error)
+        else:
+            raise refused[0]
 
 
 STEPS: Mapping[str, Callable[[Study, Results], Iterator[Arm]]] = {
