@@ -288,7 +288,9 @@ class Transformer(nn.Module):
         """Declares the embedding, the stacked blocks, the final norm and the head."""
         cfg = self.cfg
         self.embedding_VD = parameter(self, cfg, "embedding", "vocab -> embed")
-        block = Block if cfg.remat == "none" else nn.remat(Block, policy=remat_policy(cfg.remat), prevent_cse=False)
+        # Without a loop, XLA would merge what is computed again with what was computed, and keep it.
+        unrolled, remat = cfg.scan_unroll >= cfg.layers, cfg.remat != "none"
+        block = nn.remat(Block, policy=remat_policy(cfg.remat), prevent_cse=unrolled) if remat else Block
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},

@@ -82,6 +82,18 @@ def test_remat_products_computes_no_product_with_a_weight_twice(changes):
     assert products("products") == products("none") == products("inner") - 1
 
 
+@pytest.mark.parametrize("layers, scan_unroll", [(2, 2), (1, 1)])
+def test_what_an_unrolled_scan_computes_again_is_not_merged_with_what_was_computed(layers, scan_unroll):
+    params, tokens = small.params(small.config(layers=layers)), small.tokens((2, 9))
+
+    def products(remat):
+        cfg = small.config(layers=layers, remat=remat, scan_unroll=scan_unroll)
+        gradient = jax.jit(jax.grad(lambda p: jnp.sum(small.apply(cfg, p, tokens)[0])))
+        return gradient.lower(params).compile().as_text().count("dot_general")
+
+    assert products("full") > products("none")
+
+
 def test_scan_equals_a_python_loop_over_blocks():
     cfg = small.config(layers=3)
     params, tokens = small.params(cfg), small.tokens((2, 10))
