@@ -74,7 +74,10 @@ def test_an_interval_has_no_end_where_the_data_has_none():
     assert below.low == 0
     assert re.fullmatch(r"1\.5\d \(1\.\d\d or less\)", str(below))
     # With so much noise nothing is known.
-    assert same_size_ratio(own, (own[0].loss + own[1].loss) / 2, own[0].flops, 10.0) is None
+    unknown = same_size_ratio(own, (own[0].loss + own[1].loss) / 2, own[0].flops, 10.0)
+    assert unknown is not None
+    assert (unknown.low, unknown.high) == (0, math.inf)
+    assert re.fullmatch(r"1\.\d\d \(no interval\)", str(unknown))
 
 
 @pytest.mark.parametrize("saving", [1.0, 1.5])

@@ -54,7 +54,7 @@ class Ratio:
 
     def __str__(self) -> str:
         if math.isinf(self.high):
-            return f"{self.value:.2f} ({self.low:.2f} or more)"
+            return f"{self.value:.2f} ({self.low:.2f} or more)" if self.low else f"{self.value:.2f} (no interval)"
         if not self.low:
             return f"{self.value:.2f} ({self.high:.2f} or less)"
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
@@ -231,11 +231,11 @@ def _or_end(flops: float | None, is_low: bool) -> float:
     return (math.inf if is_low else 0.0) if flops is None else flops
 
 
-def _ratio(value: float, drawn: Sequence[float]) -> Ratio | None:
-    """A ratio with its interval; None if both of its ends lie outside the range of the data."""
+def _ratio(value: float, drawn: Sequence[float]) -> Ratio:
+    """A ratio with its interval; an end outside the range of the data is 0 or infinite."""
     ordered, tail = np.sort(drawn), (1 - LEVEL) / 2
     low, high = ordered[math.floor(tail * (len(drawn) - 1))], ordered[math.ceil((1 - tail) * (len(drawn) - 1))]
-    return None if not low and math.isinf(high) else Ratio(value, float(low), float(high))
+    return Ratio(value, float(low), float(high))
 
 
 def pooled_noise(groups: Sequence[Sequence[float]]) -> float | None:

@@ -142,7 +142,8 @@ def _scratch(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
     yield "## From scratch"
     yield ""
     yield from _table(("optimizer", "schedule", "tokens per parameter", "FLOPs", "loss", "seeds"), rows)
-    yield from _plot(plots, "scratch", "loss of scratch runs against FLOPs, with the fitted frontier")
+    fitted = ", with the fitted frontier" if summary.frontier else ""
+    yield from _plot(plots, "scratch", f"loss of scratch runs against FLOPs{fitted}")
 
 
 def _frontier(summary: Summary) -> Iterator[str]:
@@ -203,18 +204,7 @@ def _plans(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
         return
     yield "## Growths"
     yield ""
-    intervals = "Both have an interval of 95 % from the noise over seeds and the residuals of the fit"
-    if not summary.noise:
-        intervals = "No arm ran with several seeds, so the noise is not known and neither has an interval"
-    yield (
-        "Same-size: FLOPs of scratch runs of the target, with the same optimizer and the best of its schedules, at the "
-        "growth's loss, divided by its own FLOPs. If nothing were lost: what the same-size ratio would be at the loss "
-        "of a scratch run with the same tokens; more only if a growth ends below that loss. Frontier: FLOPs of the "
-        "best scratch run of any size at the growth's loss, divided by its own. "
-        f"{intervals}; 'or more', 'or less': its other end lies outside the runs that were measured; '-': the loss "
-        "does. Gain: the loss of a scratch run of the target with the same FLOPs, minus the growth's own. Spike: the "
-        "rise of the loss at the growth; recovered after: the tokens until it is gone."
-    )
+    yield " ".join(_columns(summary))
     yield ""
     yield from _plot(plots, "savings", "loss against FLOPs: growths and scratch runs")
     groups: dict[str, list[GrownRow]] = {}
@@ -223,12 +213,35 @@ def _plans(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
     several = len(summary.study.optimizers) > 1
     head = ["plan", "preserves the function", "loss", "FLOPs", "gain", "same-size", "if nothing were lost"]
     head += ["against the best optimizer"] if several else []
-    head += ["frontier", "spike", "recovered after"]
+    head += (["frontier"] if summary.frontier else []) + ["spike", "recovered after"]
     for group, members in groups.items():
         yield f"### {group}"
         yield ""
-        yield from _table(head, [_cells(row, several, summary.noise) for row in members])
+        yield from _table(head, [_cells(row, summary) for row in members])
     yield from _plot(plots, "curves", "held-out loss during training")
+
+
+def _columns(summary: Summary) -> Iterator[str]:
+    """What the columns of growths are, of those that the page has."""
+    yield (
+        "Same-size: FLOPs of scratch runs of the target, with the same optimizer and the best of its schedules, at the "
+        "growth's loss, divided by its own FLOPs. If nothing were lost: what the same-size ratio would be at the loss "
+        "of a scratch run with the same tokens; more only if a growth ends below that loss."
+    )
+    if summary.frontier:
+        yield ("Frontier: FLOPs of the best scratch run of any size at the growth's loss, divided by its own.")
+    if not summary.noise:
+        yield "No arm ran with several seeds, so the noise is not known and no ratio has an interval."
+    else:
+        if summary.frontier:
+            yield "Both have an interval of 95 % from the noise over seeds and the residuals of the fit;"
+        else:
+            yield "The ratio has an interval of 95 % from the noise over seeds;"
+        yield "'or more', 'or less': the other end of the interval lies outside the runs that were measured."
+    yield (
+        "'-': the loss lies outside them. Gain: the loss of a scratch run of the target with the same FLOPs, minus the "
+        "growth's own. Spike: the rise of the loss at the growth; recovered after: the tokens until it is gone."
+    )
 
 
 def _catch_up(summary: Summary, plots: dict[str, str]) -> Iterator[str]:
@@ -259,7 +272,8 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3f}"
 
 
-def _cells(row: GrownRow, several: bool, noise: float) -> list[str]:
+def _cells(row: GrownRow, summary: Summary) -> list[str]:
+    noise = summary.noise
     growths = row.result.growths()
     rises = ", ".join(f"{rise:+.3f}" for rise, _ in growths[: _per_run(row)])
     back = ", ".join("not" if math.isinf(tokens) else costs.count(tokens) for _, tokens in growths[: _per_run(row)])
@@ -271,8 +285,8 @@ def _cells(row: GrownRow, several: bool, noise: float) -> list[str]:
         "-" if row.gain is None else f"{row.gain:+.4f}",
         _shown(row.same_size, noise),
         "-" if row.equal_tokens is None else f"{row.equal_tokens:.2f}",
-        *([_shown(row.best_optimizer, noise)] if several else []),
-        _shown(row.frontier, noise),
+        *([_shown(row.best_optimizer, noise)] if len(summary.study.optimizers) > 1 else []),
+        *([_shown(row.frontier, noise)] if summary.frontier else []),
         rises,
         back,
     ]
@@ -300,14 +314,14 @@ def _second(second: Summary) -> Iterator[str]:
         ],
     )
     yield from _table(
-        ("plan", "loss", "gain", "same-size", "frontier"),
+        ("plan", "loss", "gain", "same-size", *(["frontier"] if second.frontier else [])),
         [
             [
                 row.name,
                 spread(row.result.losses),
                 "-" if row.gain is None else f"{row.gain:+.4f}",
                 _shown(row.same_size, second.noise),
-                _shown(row.frontier, second.noise),
+                *([_shown(row.frontier, second.noise)] if second.frontier else []),
             ]
             for row in second.rows
         ],
