@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import os
+import signal
 from pathlib import Path
 
 import gin
@@ -18,6 +20,7 @@ from flm_jax.data.json_lines import LineError
 from flm_jax.data.train_vocabulary import load_vocabulary
 from flm_jax.data.vocabulary import ByteVocabulary, TokenizerVocabulary
 from flm_jax.data.vocabulary_files import VocabularyError, to_files
+from flm_jax.data.workers import Workers
 from flm_jax.model import Transformer
 from flm_jax.selection import (
     Diversity,
@@ -181,6 +184,25 @@ def test_a_start_after_a_kill_goes_on(done, pool, tmp_path, monkeypatch):
     said = []
     select(ONE, [pool], tmp_path / "out", say=said.append)
     assert said == [f"{tmp_path / 'out'} holds this selection already."]
+
+
+@pytest.mark.integration
+def test_what_a_killed_process_did_not_finish_is_done_again(done, pool, tmp_path, monkeypatch, caplog):
+    killed = []
+
+    class OneDies(Workers):
+        def _submit(self, function, item):
+            future = super()._submit(function, item)
+            if not killed:
+                killed.extend(self._executor._processes)
+                os.kill(killed[0], signal.SIGKILL)
+            return future
+
+    monkeypatch.setattr("flm_jax.selection.select.Workers", OneDies)
+    select(dataclasses.replace(ONE, processes=2), [pool], tmp_path / "out")
+    assert killed and "is done again" in caplog.text
+    for name in RESULTS:
+        assert (tmp_path / "out" / name).read_bytes() == (done[0] / name).read_bytes(), name
 
 
 def test_scoring_goes_on_within_its_step(pool, tmp_path, monkeypatch):

@@ -66,13 +66,15 @@ def _begin() -> None:
 class Workers:
     """A number of processes, as a context manager; one means this process alone."""
 
-    def __init__(self, count: int = 0, part_bytes: int = PART_BYTES) -> None:
+    def __init__(self, count: int = 0, part_bytes: int = PART_BYTES, setting: str = "Workers.count") -> None:
         """Names the number of processes; they start with the first work.
 
         Args:
           count: their number; 0: one per core that this process may use.
           part_bytes: the size of a part, about.
+          setting: what a user sets the number by, for messages.
         """
+        self._setting = setting
         self.count, self.part_bytes = count or len(os.sched_getaffinity(0)), part_bytes
         self._executor: ProcessPoolExecutor | None = None
         self._deaths = 0
@@ -164,7 +166,6 @@ class Workers:
         if self._deaths == _DEATHS:
             raise OSError(
                 f"processes were killed {_DEATHS} times before one had finished a piece of its work: is there enough "
-                f"memory for {counted(self.count, 'process', 'processes')}? Give fewer (--workers of "
-                "prepare_data.py, which keeps finished parts; Selection.processes of select_sft.py)"
+                f"memory for {counted(self.count, 'process', 'processes')}? Give fewer ({self._setting})."
             ) from error
         _log.warning("A process was killed; what it had not finished is done again.")

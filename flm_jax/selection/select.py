@@ -120,7 +120,7 @@ def _select(
         say(f"{what} ({now - since:.1f} s)")
         since = now
 
-    with Workers(selection.processes) as workers:
+    with Workers(selection.processes, setting="Selection.processes") as workers:
         indexed = dedupe.index(base, pool, selection.duplicates.near, selection.most_faulty, workers)
         faulty = sum(fault["count"] for fault in indexed.facts()["faults"].values())
         read = counted(indexed.facts()["conversations"], "conversation")
