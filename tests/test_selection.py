@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import gin
@@ -198,7 +199,7 @@ def test_what_a_killed_process_did_not_finish_is_done_again(done, pool, tmp_path
                 os.kill(killed[0], signal.SIGKILL)
             return future
 
-    monkeypatch.setattr("flm_jax.selection.select.Workers", OneDies)
+    monkeypatch.setattr(sys.modules[select.__module__], "Workers", OneDies)
     select(dataclasses.replace(ONE, processes=2), [pool], tmp_path / "out")
     assert killed and "is done again" in caplog.text
     for name in RESULTS:
