@@ -40,7 +40,7 @@ PAGE = """# All benchmarks, side by side
     {command}
 
 {machine}, Python {python}, {versions}. Load average {before} at the start and {after} at the end of the last run, over
-a minute; all parts took {minutes:.0f} minutes. {note}
+a minute; all parts took {minutes:.0f} minutes.{note}
 
 Within each part, what is compared takes turns within one run. A figure is a median with the first and third quartile in
 parentheses; a ratio is taken between neighbours of one round, and its quartiles over the rounds. The figures of every
@@ -152,7 +152,7 @@ def written(records: Sequence[Mapping[str, Any]], before: float, target: Path | 
         "before": f"{before:.1f}",
         "after": f"{os.getloadavg()[0]:.1f}",
         "minutes": sum(record["seconds"] for record in records) / 60,
-        "note": "**The machine was busy with other work:** ratios hold roughly, times do not." if busy else "",
+        "note": " **The machine was busy with other work:** ratios hold roughly, times do not." if busy else "",
     }
     text = page(records, about, target.with_suffix(".json").name if target else "bench.json")
     if target:

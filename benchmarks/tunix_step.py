@@ -1,6 +1,8 @@
-"""The train step of tunix, another JAX trainer, as a server: a turn of three steps per line on standard input.
+"""The train step of tunix, another JAX trainer, as a server: a turn of steps per line on standard input.
 
-  .venv/tunix/bin/python benchmarks/tunix_step.py '{"embed": 160, ...}'      (`make .venv/tunix/installed` installs it)
+  .venv/tunix/bin/python benchmarks/tunix_step.py '{"embed": 160, ..., "timed": 2}'
+
+`make .venv/tunix/installed` installs it.
 
 It prints the loss of the first step of each turn, and the seconds per step of the others. It runs in tunix's own
 environment, which has none of flm_jax. The step is that of its `PeftTrainer` on all parameters of its Llama, with the
@@ -65,9 +67,9 @@ def main() -> None:
             # As `benchmarks.parts.trainers.turn`, which this environment cannot import.
             loss = float(done()[0])
             since = time.perf_counter()
-            done()
-            done()
-            print(json.dumps({"seconds": (time.perf_counter() - since) / 2, "loss": loss}), flush=True)
+            for _ in range(size["timed"]):
+                done()
+            print(json.dumps({"seconds": (time.perf_counter() - since) / size["timed"], "loss": loss}), flush=True)
 
 
 if __name__ == "__main__":

@@ -288,9 +288,9 @@ class Transformer(nn.Module):
         """Declares the embedding, the stacked blocks, the final norm and the head."""
         cfg = self.cfg
         self.embedding_VD = parameter(self, cfg, "embedding", "vocab -> embed")
-        # Without a loop, XLA would merge what is computed again with what was computed, and keep it.
-        unrolled, remat = cfg.scan_unroll >= cfg.layers, cfg.remat != "none"
-        block = nn.remat(Block, policy=remat_policy(cfg.remat), prevent_cse=unrolled) if remat else Block
+        # Without a loop (XLA also inlines one of a single iteration) what is computed again would be merged and kept.
+        merged, remat = cfg.layers < 2 * cfg.scan_unroll, cfg.remat != "none"
+        block = nn.remat(Block, policy=remat_policy(cfg.remat), prevent_cse=merged) if remat else Block
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},

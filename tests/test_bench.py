@@ -38,6 +38,17 @@ def test_a_part_that_is_measured_again_leaves_the_others_on_the_page(tmp_path):
     assert text.index("Failed: no luck") < text.index("## Planning")
 
 
+def test_the_first_step_of_a_turn_is_not_timed():
+    calls = []
+
+    def step():
+        time.sleep(0.01 if calls else 0.5)
+        calls.append(1)
+
+    assert 0.01 <= trainers.turn(step) < 0.2
+    assert len(calls) == 1 + trainers.TIMED
+
+
 @pytest.mark.integration
 def test_a_trainer_is_served_by_a_process_of_its_own():
     ours, plain = (trainers.Served(name, "tiny") for name in ("flm_jax", "plain JAX"))

@@ -84,8 +84,12 @@ def always_killed(number):
 @pytest.mark.integration
 def test_a_process_that_is_killed_again_and_again_ends_the_work():
     with (
-        pytest.raises(OSError, match="killed 3 times before one had finished a piece of its work: is there enough"),
-        Workers(2) as runner,
+        pytest.raises(
+            OSError,
+            match="killed 3 times before one had finished a piece of its work: is there enough memory for 2 processes. "
+            "Set --workers to fewer",
+        ),
+        Workers(2, setting="--workers") as runner,
     ):
         list(runner.map(always_killed, [1]))
 

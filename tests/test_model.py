@@ -82,15 +82,21 @@ def test_remat_products_computes_no_product_with_a_weight_twice(changes):
     assert products("products") == products("none") == products("inner") - 1
 
 
-@pytest.mark.parametrize("layers, scan_unroll", [(2, 2), (1, 1)])
-def test_what_an_unrolled_scan_computes_again_is_not_merged_with_what_was_computed(layers, scan_unroll):
+@pytest.mark.parametrize("layers, scan_unroll, looped", [(1, 1, False), (2, 2, False), (3, 2, False), (4, 2, True)])
+def test_only_a_loop_spares_what_is_computed_again_a_barrier(layers, scan_unroll, looped):
     params, tokens = small.params(small.config(layers=layers)), small.tokens((2, 9))
 
-    def products(remat):
+    def gradient(remat):
         cfg = small.config(layers=layers, remat=remat, scan_unroll=scan_unroll)
-        gradient = jax.jit(jax.grad(lambda p: jnp.sum(small.apply(cfg, p, tokens)[0])))
-        return gradient.lower(params).compile().as_text().count("dot_general")
+        return jax.jit(jax.grad(lambda p: jnp.sum(small.apply(cfg, p, tokens)[0]))).lower(params)
 
+    def barriers(remat):
+        return gradient(remat).as_text().count("optimization_barrier")
+
+    def products(remat):
+        return gradient(remat).compile().as_text().count("dot_general")
+
+    assert (barriers("full") == barriers("none")) == looped
     assert products("full") > products("none")
 
 

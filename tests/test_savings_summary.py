@@ -205,6 +205,12 @@ def test_the_page_shows_every_arm_and_the_plots_are_drawn(summary, tmp_path):
     growths = [one[one.index("## Growths") :] for one in (text, alone)]
     assert [re.search(r"\| \d\.\d\d \(\d", one) is None for one in growths] == [False, True]
     assert "No arm ran with several seeds" in alone
+    assert "| frontier |" in text and "Frontier: FLOPs" in text
+    bare = "\n".join(page(dataclasses.replace(summary, frontier=None), "the command", {"scratch": "scratch.png"}))
+    assert "rontier" not in bare
+    for one in (text, alone, bare):
+        tables = re.findall(r"(?:^\|.*\n?)+", one, re.MULTILINE)
+        assert all(len({row.count("|") for row in table.splitlines()}) == 1 for table in tables)
     empty = "\n".join(page(summarise(study(), {}), "the command", {}))
     assert "# Does growing pay: planted" in empty
     assert "## Growths" not in empty

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.parts import program, table
-from benchmarks.parts.trainers import SIZES, TRAINERS, TUNIX, Served, Size, batch_of, program_of, turn
+from benchmarks.parts.trainers import SIZES, TIMED, TRAINERS, TUNIX, Served, Size, batch_of, program_of, turn
 from benchmarks.torch_step import REST
 from benchmarks.turns import Quartiles, turns
 from flm_jax import costs
@@ -20,10 +20,10 @@ from flm_jax import costs
 TITLE = "The train step"
 READING = (
     "A ratio above 1 says that the step of flm_jax is faster than the other one: it is the other step's time over "
-    "ours, in the same round, each in a process of its own, which does a step that is not timed and then two that are. "
-    "All but tunix start from the same parameters, and first losses must agree. The step of flm_jax also computes "
-    "three norms and leaves out updates that are not finite. Share of the matrix product: GFLOP/s of our step over "
-    "those of a jitted product of two 2,048 x 2,048 float32 matrices in the same round; FLOPs are counted by "
+    "ours, in the same round, each in a process of its own, which does a step that is not timed and then "
+    f"{TIMED} that are. All but tunix start from the same parameters, and first losses must agree. The step of flm_jax "
+    "also computes three norms and leaves out updates that are not finite. Share of the matrix product: GFLOP/s of our "
+    "step over those of a jitted product of two 2,048 x 2,048 float32 matrices in the same round; FLOPs are counted by "
     "`flm_jax.costs.train_flops_per_token`, all of attention's positions included."
 )
 # Sizes; rounds at each, and seconds after which no other one starts; width of the matrix product; sizes whose memory is

@@ -140,7 +140,7 @@ class Served:
     """A train step in a process of its own, as users have it: nothing of one trainer's memory or threads is another's.
 
     Attributes:
-      loss: that of the first step; that of tunix, which starts from parameters of its own, after its second.
+      loss: that of the first step; tunix starts from parameters of its own.
     """
 
     def __init__(self, trainer: str, size: str) -> None:
@@ -150,7 +150,11 @@ class Served:
             python = ROOT / ".venv" / "tunix" / "bin" / "python"
             if not python.exists():
                 raise FileNotFoundError("tunix is not installed; 'make .venv/tunix/installed' installs it")
-            command = [str(python), str(ROOT / "benchmarks" / "tunix_step.py"), json.dumps(SIZES[size]._asdict())]
+            command = [
+                str(python),
+                str(ROOT / "benchmarks" / "tunix_step.py"),
+                json.dumps({**SIZES[size]._asdict(), "timed": TIMED}),
+            ]
             environment.pop("PYTHONPATH", None)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # Closed with the process.
         self._process = subprocess.Popen(

@@ -41,7 +41,7 @@ def run_prepare(gin_files: Sequence[str], gin_bindings: Sequence[str], how: How,
         parse(gin_files, gin_bindings)
         recipe, _ = configured(configure.train)
         configure.check_used()
-        here, records = Workers(how.workers, how.part_bytes, "--workers; finished parts are kept"), []
+        here, records = Workers(how.workers, how.part_bytes, setting="--workers"), []
         runner: Runner = here
         if how.runner != LOCAL:
             load_beam()  # before anything is read

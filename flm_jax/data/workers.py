@@ -66,13 +66,13 @@ def _begin() -> None:
 class Workers:
     """A number of processes, as a context manager; one means this process alone."""
 
-    def __init__(self, count: int = 0, part_bytes: int = PART_BYTES, setting: str = "Workers.count") -> None:
+    def __init__(self, count: int = 0, part_bytes: int = PART_BYTES, setting: str = "their number") -> None:
         """Names the number of processes; they start with the first work.
 
         Args:
           count: their number; 0: one per core that this process may use.
           part_bytes: the size of a part, about.
-          setting: what a user sets the number by, for messages.
+          setting: the flag or binding that sets `count`, for an error's message.
         """
         self._setting = setting
         self.count, self.part_bytes = count or len(os.sched_getaffinity(0)), part_bytes
@@ -166,6 +166,7 @@ class Workers:
         if self._deaths == _DEATHS:
             raise OSError(
                 f"processes were killed {_DEATHS} times before one had finished a piece of its work: is there enough "
-                f"memory for {counted(self.count, 'process', 'processes')}? Give fewer ({self._setting})."
+                f"memory for {counted(self.count, 'process', 'processes')}? Set {self._setting} to fewer; what is "
+                "finished is kept."
             ) from error
         _log.warning("A process was killed; what it had not finished is done again.")

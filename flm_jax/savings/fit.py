@@ -1,6 +1,6 @@
 """Loss as a function of FLOPs: between measured budgets of one size, and at the best size for each budget.
 
-Savings are read from these. A ratio is given only inside the range of the data, and with an interval.
+Savings are read from these. A ratio is given only inside the range of the data, with what of its interval lies there.
 """
 
 from __future__ import annotations

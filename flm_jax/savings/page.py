@@ -228,19 +228,25 @@ def _columns(summary: Summary) -> Iterator[str]:
         "growth's loss, divided by its own FLOPs. If nothing were lost: what the same-size ratio would be at the loss "
         "of a scratch run with the same tokens; more only if a growth ends below that loss."
     )
+    ratios = ["same-size"]
+    if len(summary.study.optimizers) > 1:
+        ratios.append("against the best optimizer")
+        yield "Against the best optimizer: as same-size, but with the best scratch run of any optimizer."
     if summary.frontier:
-        yield ("Frontier: FLOPs of the best scratch run of any size at the growth's loss, divided by its own.")
-    if not summary.noise:
-        yield "No arm ran with several seeds, so the noise is not known and no ratio has an interval."
+        ratios.append("frontier")
+        yield "Frontier: FLOPs of the best scratch run of any size at the growth's loss, divided by its own."
+    if summary.noise:
+        residuals = ", of the frontier from the residuals of its fit where they are larger" if summary.frontier else ""
+        yield (
+            f"In parentheses: an interval of 95 % of {', '.join(ratios)}, from the noise over seeds{residuals}; 'or "
+            "more', 'or less': the other end lies outside the runs that were measured; 'no interval': both ends do."
+        )
     else:
-        if summary.frontier:
-            yield "Both have an interval of 95 % from the noise over seeds and the residuals of the fit;"
-        else:
-            yield "The ratio has an interval of 95 % from the noise over seeds;"
-        yield "'or more', 'or less': the other end of the interval lies outside the runs that were measured."
+        yield "No arm ran with several seeds, so the noise is not known and no ratio has an interval."
     yield (
-        "'-': the loss lies outside them. Gain: the loss of a scratch run of the target with the same FLOPs, minus the "
-        "growth's own. Spike: the rise of the loss at the growth; recovered after: the tokens until it is gone."
+        "'-' as a ratio: the growth's loss lies outside the runs that were measured; as a gain: its FLOPs do. Gain: "
+        "the loss of a scratch run of the target with the same FLOPs, minus the growth's own. Spike: the rise of the "
+        "loss at the growth; recovered after: the tokens until it is gone."
     )
 
 
