@@ -166,7 +166,6 @@ class Workers:
         if self._deaths == _DEATHS:
             raise OSError(
                 f"processes were killed {_DEATHS} times before one had finished a piece of its work: is there enough "
-                f"memory for {counted(self.count, 'process', 'processes')}? Set {self._setting} to fewer; what is "
-                "finished is kept."
+                f"memory for {counted(self.count, 'process', 'processes')}? Set {self._setting} to fewer."
             ) from error
         _log.warning("A process was killed; what it had not finished is done again.")
