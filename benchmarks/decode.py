@@ -215,10 +215,13 @@ as long, while reading took little longer.
 - The cache is carried through the scan over layers and written in place, and both products of attention read it in the
   order in which it lies: keys as (head_dim, positions), values as (positions, head_dim). With the cache as input and
   output of the scan, XLA copies all of it in every step.
-- At batch 1 the products are matrix times vector, which XLA's CPU backend divides among threads if they are large; each
-  layer's weights are sliced out of the stacked array first, into the processor's cache. Weights as an array per layer,
-  with the layers unrolled, were no faster at batch 1, somewhat faster at batch 16, and took three times as long to
-  compile; they would also be in memory twice.
+- At batch 1 the products are matrix times vector, which XLA's CPU backend divides among threads if they are large. In a
+  loop over layers it copies a layer's part of every stacked array before it multiplies, so that each weight is read
+  twice and written once per token. On a single CPU device, layers of at least 8 MiB are therefore arrays of their own, in the memory of
+  the stacked ones (`generation/layers.py`); reading a prompt has the loop, as what is copied serves many tokens there. The
+  program takes a tenth of a second per layer more to compile, which some hundred tokens are worth.
+- Axes that a product sums over are paired in their order in memory (`kernels/products.py`). `jnp.einsum` pairs them backwards, and
+  XLA then transposes the weight that follows attention, for every token. A tied head is multiplied as it lies.
 - At batch 16 a step is bound by arithmetic, not by memory.
 - Sampling finds the border of top-k and top-p bit by bit, in 32 passes over the logits each, instead of sorting them.
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from flm_jax.attention import (
     Cache,
@@ -36,7 +35,8 @@ from flm_jax.attention import (
 from flm_jax.config import ModelConfig
 from flm_jax.kernels import ATTENDED
 from flm_jax.kernels.products import product, recomputed
-from flm_jax.sharding import constrain, fitting_spec, mesh_axes
+from flm_jax.kernels.table import look_up
+from flm_jax.sharding import constrain
 from flm_jax.signature import Declared, Signature, draw
 
 Params = Any
@@ -102,30 +102,6 @@ def parameter(module: nn.Module, cfg: ModelConfig, name: str, text: str) -> jax.
 
     value: Any = module.param(name, init)
     return value.astype(jnp.promote_types(cfg.compute, jnp.float32) if signature.gains else cfg.compute)
-
-
-def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The rows of a table for token ids, (B, T, D).
-
-    If the vocabulary is split over devices, every device looks up the rows that it holds, and the results are summed.
-    The sum is exact, because all devices but one add zeros. Without this, the compiler gathers the whole table, and its
-    whole gradient too.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    names = mesh_axes("vocab")
-    if mesh.empty or math.prod(mesh.shape[name] for name in names) == 1:
-        return table_VD[tokens_BT]
-
-    def local(table_vD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        row_BT = tokens_BT - jax.lax.axis_index(names) * table_vD.shape[0]
-        mine_BT = (row_BT >= 0) & (row_BT < table_vD.shape[0])
-        found_BTD = table_vD[jnp.where(mine_BT, row_BT, 0)]
-        return jax.lax.psum(jnp.where(mine_BT[..., None], found_BTD, jnp.zeros((), found_BTD.dtype)), names)
-
-    # The specs keep the table's width whole on each device (it is gathered), so the result is split like the batch.
-    rows = fitting_spec(tokens_BT.shape, ("batch", "time"))
-    split = jax.shard_map(local, in_specs=(PartitionSpec(names), rows), out_specs=rows)
-    return split(table_VD, tokens_BT)
 
 
 def normalised(x: jax.Array, width: Any, eps: float, mask: jax.Array | None) -> jax.Array:
@@ -311,6 +287,7 @@ class Transformer(nn.Module):
         masks: Masks | None = None,
         cache: Cache | None = None,
         positions_BT: jax.Array | None = None,
+        layers: Sequence[Params] | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The residual stream after the final norm, (B, T, D), and the cache, extended by T positions.
 
@@ -320,6 +297,8 @@ class Transformer(nn.Module):
           masks: growth masks; with None, the compiled program contains no masks.
           cache: keys and values of the earlier positions; None: these positions are the first.
           positions_BT: int32, what heads are rotated by; None: 0 to T - 1 in each row. Ignored if there is a cache.
+          layers: the parameters of each block, in the place of those that are stacked: nothing of a stacked array has
+            to be copied then, and the program is as many times as long; it keeps no intermediates of blocks.
         """
         cfg, masks = self.cfg, masks or Masks()
         time = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
@@ -336,8 +315,12 @@ class Transformer(nn.Module):
         x_BTD = constrain(x_BTD, "batch", "stream", "residual")
         self.sow("intermediates", "embedded_BTD", x_BTD)
         shared = Shared(rotary, seen, masks)
+        if layers is not None:
+            for index, own in enumerate(layers):
+                of_layer = jax.tree.map(lambda x_L, at=index: x_L[at], (masks.layers_L, layers_L))
+                (x_BTD, cache), _ = Block(cfg, parent=None).apply({"params": own}, (x_BTD, cache), *of_layer, shared)
         # A block is traced even where there is none, and cannot write into a cache without layers.
-        if cfg.layers or cache is None:
+        elif cfg.layers or cache is None:
             (x_BTD, cache), _ = self.blocks((x_BTD, cache), masks.layers_L, layers_L, shared)
         if cache is not None:
             cache = cache._replace(length=cache.length + tokens_BT.shape[1])
@@ -346,8 +329,9 @@ class Transformer(nn.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits (B, T, V) of hidden states, in at least float32."""
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        head_DV = self.embedding_VD.T if self.cfg.tied else self.head_DV
-        return product("BTD,DV->BTV", x_BTD, head_DV, wide) * self.cfg.logits_mult
+        if self.cfg.tied:
+            return product("BTD,VD->BTV", x_BTD, self.embedding_VD, wide) * self.cfg.logits_mult
+        return product("BTD,DV->BTV", x_BTD, self.head_DV, wide) * self.cfg.logits_mult
 
     def __call__(
         self,

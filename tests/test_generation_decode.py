@@ -1,6 +1,7 @@
 """Generation through the cache: what the whole forward pass gives, for any prompt, in a batch and on a mesh."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,25 @@ def test_padded_prompts_and_single_tokens_have_the_logits_of_the_whole_forward_p
         logits, cache = forward({"params": params}, next_B1, masks=masks, cache=cache)
         for row, length in enumerate(LENGTHS):
             np.testing.assert_allclose(logits[row, 0], whole[row, length + ahead], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "no layers"])
+def test_layers_apart_compute_what_stacked_ones_do(name):
+    cfg = small.config(init_std_vector=1.0, **{"layers": 3, **VARIANTS[name]})
+    params, masks = small.params(cfg), None
+    if "ramp" in name:
+        before = small.config(init_std_vector=1.0, qkv_bias=True, **BEFORE)
+        masks = masks_at(before, cfg, Growth("mask", ramp_steps=4), 2)
+    layers = tuple(jax.tree.map(lambda x_L, at=index: x_L[at], params["blocks"]) for index in range(cfg.layers))
+    forward = jax.jit(functools.partial(model.Transformer(cfg).apply, method="hidden"))
+    cache = empty_cache(cfg, 2, 16, np.array([0, 3], np.int32))
+    _, cache = forward({"params": params}, small.tokens((2, 6)), masks=masks, cache=cache)
+    given = {"masks": masks, "cache": cache}
+    stacked = forward({"params": params}, small.tokens((2, 2), seed=1), **given)
+    # Without the stacked ones, so that nothing can come from them.
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    found = forward({"params": rest}, small.tokens((2, 2), seed=1), **given, layers=layers)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, stacked)
 
 
 def greedy(cfg, params, prompt, steps, penalty=1.0):

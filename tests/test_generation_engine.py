@@ -9,6 +9,7 @@ import pytest
 from flm_jax import model
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.generation import Answer, Generator, Sampling, decode
+from flm_jax.generation.layers import layers_apart
 from flm_jax.sharding import param_shardings
 from tests import small
 from tests.scores import EIGHT, ONE, mesh_of
@@ -125,3 +126,28 @@ def test_what_cannot_be_asked_is_said(one):
     ):
         with pytest.raises(ValueError, match=message):
             one.generate(*arguments)
+
+
+def test_a_cpu_decodes_with_layers_apart_that_use_no_memory_if_they_are_large(one, monkeypatch):
+    assert layers_apart(one.params, one.mesh) is None, "small layers would take longer to compile than is gained"
+    whole = one.generate(PROMPTS, SAMPLED, 20, ends=())
+    monkeypatch.setattr("flm_jax.generation.layers.LEAST_BYTES", 1)
+    used = []
+    extend = decode.extend
+    monkeypatch.setattr(decode, "extend", lambda *given, layers: used.append(layers) or extend(*given, layers=layers))
+    generator = Generator(one.cfg, one.params, VOCABULARY, one.mesh, rows=4)
+    assert generator.generate(PROMPTS, SAMPLED, 20, ends=()) == whole
+    assert used and all(len(layers) == one.cfg.layers for layers in used)
+    for index, layer in enumerate(used[0]):
+        for mine, stacked in zip(jax.tree.leaves(layer), jax.tree.leaves(one.params["blocks"]), strict=True):
+            np.testing.assert_array_equal(mine, stacked[index])
+            start = stacked.unsafe_buffer_pointer() + index * mine.nbytes
+            # JAX takes memory over that begins at a multiple of 64 bytes; what does not is copied.
+            assert mine.unsafe_buffer_pointer() == start or start % 64
+
+
+def test_layers_stay_stacked_on_several_devices_and_where_there_are_none(one, eight, monkeypatch):
+    monkeypatch.setattr("flm_jax.generation.layers.LEAST_BYTES", 0)
+    assert layers_apart(eight.params, eight.mesh) is None
+    cfg = small.shape(layers=0)
+    assert layers_apart(small.params(cfg), one.mesh) is None

@@ -1,16 +1,20 @@
 """Products with weights have JAX's own values and gradients; what is recomputed is not kept."""
 
+import re
+
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flm_jax.kernels import products
-from flm_jax.kernels.products import product, recomputed
+from flm_jax.kernels.products import contracted, product, recomputed
 
 SHAPES = {"B": 2, "T": 3, "D": 4, "F": 9, "N": 2, "H": 6, "V": 40}
-EQUATIONS = ["BTD,DF->BTF", "BTF,FD->BTD", "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DV->BTV"]
+EQUATIONS = ["BTD,DF->BTF", "BTF,FD->BTD", "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DV->BTV", "BTD,VD->BTV"]
 
 
 def drawn(equation):
@@ -24,9 +28,35 @@ def test_values_and_gradients_are_those_of_einsum(equation):
     x, w, dy = drawn(equation)
     y, back = jax.vjp(lambda x, w: product(equation, x, w), x, w)
     expected, of_einsum = jax.vjp(lambda x, w: jnp.einsum(equation, x, w), x, w)
-    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
     for mine, its in zip(back(dy), of_einsum(dy), strict=True):
         np.testing.assert_allclose(mine, its, rtol=1e-5, atol=1e-5)
+
+
+AXES = st.lists(st.sampled_from("BTDFNHV"), unique=True, max_size=3)
+
+
+@given(order=st.permutations("BTDFNHV"), batch=AXES, summed=AXES, seed=st.randoms(use_true_random=False))
+def test_a_contraction_has_the_value_of_einsum_for_any_axes_in_any_order(order, batch, summed, seed):
+    common = set(batch) | set(summed)
+    rest = [axis for axis in order if axis not in common]
+    of_x, of_y = ([*common, *rest[side::2]] for side in (0, 1))
+    of_result = [axis for axis in order if axis not in set(summed) - set(batch)]
+    for axes in (of_x, of_y, of_result):
+        seed.shuffle(axes)
+    equation = f"{''.join(of_x)},{''.join(of_y)}->{''.join(of_result)}"
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=[1 + "BTDFNHV".index(axis) % 3 for axis in axes]) for axes in (of_x, of_y))
+    found = contracted(equation, jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    np.testing.assert_allclose(found, np.einsum(equation, x, y), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", ["BTNH,NHD->BTD", "BTD,VD->BTV", "BTD,DNH->BTNH"])
+def test_no_weight_is_transposed_in_memory(equation):
+    """`jnp.einsum` pairs the axes that are summed over backwards: heads and their width would change places."""
+    x, w, _ = drawn(equation)
+    compiled = jax.jit(lambda x, w: product(equation, x, w)).lower(x[:1, :1], w).compile().as_text()
+    assert "dot" in compiled and not re.search(r" (transpose|copy)\(%?\w*w", compiled), compiled
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

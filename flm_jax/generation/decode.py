@@ -28,6 +28,8 @@ SHORTEST_PROMPT, SMALLEST_CACHE = 16, 64
 MOST = 64
 # In place of a token: the row ended before.
 ENDED = -1
+# The parameters of each block.
+Layers = tuple[Params, ...]
 
 
 class Rows(NamedTuple):
@@ -84,12 +86,19 @@ def _replicated(x: jax.Array) -> jax.Array:
 
 
 def _next(
-    cfg: ModelConfig, params: Params, tokens_BT: jax.Array, rows: Rows, form: Form, values: Values, masks: Masks | None
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    rows: Rows,
+    form: Form,
+    values: Values,
+    masks: Masks | None,
+    layers: Layers | None = None,
 ) -> Rows:
     """The batch after reading `tokens_BT`, with the token that comes next in each row."""
     # Only the last position's logits are computed: those of a whole prompt would take gigabytes.
     model = Transformer(cfg.replace(remat="none"))
-    out: Any = model.apply({"params": params}, tokens_BT, masks=masks, cache=rows.cache, method="hidden")
+    out: Any = model.apply({"params": params}, tokens_BT, masks=masks, cache=rows.cache, layers=layers, method="hidden")
     x_BTD, cache = out
     logits_B1V: Any = model.apply({"params": params}, x_BTD[:, -1:], method="logits")
     token_B = choose(_whole_rows(logits_B1V[:, 0]), rows.keys_B, rows.made, rows.seen_BV, form, values)
@@ -150,6 +159,7 @@ def extend(
     masks: Masks | None,
     form: Form,
     most: int = MOST,
+    layers: Layers | None = None,
 ) -> tuple[jax.Array, Rows]:
     """The next tokens of every row, (B, most) int32, and the batch after them.
 
@@ -164,6 +174,7 @@ def extend(
       masks: growth masks, during their ramp.
       form: the filters.
       most: the width of the result; places without a token hold `ENDED`.
+      layers: the parameters of each block, if they are apart (`layers_apart`); None: those in `params`.
     """
 
     def goes_on(carry: tuple[jax.Array, jax.Array, jax.Array, Rows]) -> jax.Array:
@@ -172,7 +183,7 @@ def extend(
 
     def step(carry: tuple[jax.Array, jax.Array, jax.Array, Rows]) -> tuple[jax.Array, jax.Array, jax.Array, Rows]:
         done, ended_B, out_BM, rows = carry
-        rows = _next(cfg, params, rows.token_B[:, None], rows, form, values, masks)
+        rows = _next(cfg, params, rows.token_B[:, None], rows, form, values, masks, layers)
         out_BM = jax.lax.dynamic_update_slice(
             out_BM, jnp.where(ended_B, ENDED, rows.token_B)[:, None], (jnp.zeros((), jnp.int32), done)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ from flm_jax.config import ModelConfig
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.distributed import fetch
 from flm_jax.generation import decode
+from flm_jax.generation.layers import layers_apart
 from flm_jax.generation.sampling import GREEDY, Sampling
 from flm_jax.generation.text import StopStrings, TextStream
 from flm_jax.model import Masks, Params
@@ -163,6 +165,10 @@ class Generator:
         self.rows = -(-rows // self._shards) * self._shards
         self.speed = Speed()
 
+    @functools.cached_property
+    def _layers(self) -> decode.Layers | None:
+        return layers_apart(self.params, self.mesh)
+
     def prompt_ids(self, text: str) -> list[int]:
         """The tokens of a prompt, begun as the vocabulary begins a text; at least one."""
         special = self.vocabulary.special
@@ -283,7 +289,7 @@ class Generator:
             ended_B = np.array([row.answer is not None for row in rows] + [True] * (count - len(rows)))
             given: Any = (batch, ended_B, ends_E, np.int32(limit), values, self.masks)
             with jax.set_mesh(self.mesh):
-                return decode.extend(self.cfg, self.params, *given, form)
+                return decode.extend(self.cfg, self.params, *given, form, layers=self._layers)
 
         with jax.set_mesh(self.mesh):
             given: Any = (prompt_BT, start_B, sampling.keys(jnp.asarray(numbers, jnp.uint32)), values, self.masks)
