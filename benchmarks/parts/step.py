@@ -30,7 +30,7 @@ READING = (
 # measured; depths that are compiled; where torch.compile is tried.
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": dict(
-        sizes=("34 M", "6.9 M", "3.4 M"), rounds=12, most_seconds=240, product=2048, memory=("34 M", "6.9 M", "3.4 M")
+        sizes=("34 M", "6.9 M", "3.4 M"), rounds=12, most_seconds=360, product=2048, memory=("34 M", "6.9 M", "3.4 M")
     ),
     "quick": dict(
         sizes=("34 M", "6.9 M", "3.4 M"), rounds=3, most_seconds=30, product=2048, memory=(), depths=(2, 8), compiled=()

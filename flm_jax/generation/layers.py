@@ -9,19 +9,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flm_jax.generation.decode import Layers
 from flm_jax.model import Params
 
-# A layer needs a tenth of a second to compile, and less is read and written for every token: 2 ms for every 64 MiB,
-# on two cores. Below this size it would take more than some hundred tokens to be worth it.
+# A layer takes a tenth of a second to compile, and saves 2 ms per token for every 64 MiB, on two cores: one of this size
+# is worth it after some 400 tokens.
 LEAST_BYTES = 8 * 2**20
 
 
 def layers_apart(params: Params, mesh: Mesh) -> Layers | None:
-    """The parameters of each block, which share the memory of `params`; None where a loop over layers is as good.
+    """The parameters of each block, which share the memory of `params`; None where they stay stacked.
 
     As long as they exist, the memory of `params` is neither freed nor given to what it would be donated to.
 
     Args:
       params: the parameters of a model, the blocks' stacked.
-      mesh: where they lie. On several devices, or on accelerators, a loop copies nothing: None.
+      mesh: where they lie: several devices hold no layer whole, and accelerators read slices without a copy, so both
+        keep the loop.
     """
     stacked = jax.tree.leaves(params["blocks"])
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or not all(len(x) for x in stacked):
