@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -133,16 +134,23 @@ def reading_seconds(arrays: list[Any]) -> float:
 
 
 def measured(theirs: Callable[..., Any], ours: Any, rows: int, length: int, rounds: int, tokens: int) -> dict[str, Any]:
-    """The figures of one case."""
+    """The figures of one case; ours are those of answers that are long enough for layers apart, and of the loop."""
     import jax
     import numpy as np
 
-    generator = ours.generator(rows)
+    generator, looping = (ours.generator(rows, apart=apart) for apart in (True, False))
     ids = generator.prompt_ids(TEXT)
     prompts = [(ids * length)[-length:] for _ in range(rows)]
     arrays = [np.asarray(x).reshape(-1) for x in jax.tree.leaves(ours.params)]
     param_bytes, cfg = sum(x.nbytes for x in arrays), ours.cfg
     cache_bytes = rows * (length + tokens / 2) * 2 * cfg.layers * cfg.k_heads * cfg.h_dim * cfg.compute.itemsize
+    looping.generate(prompts, max_tokens=1, ends=())  # compiles what reads the prompts, for both
+
+    def begun(each: Any) -> float:
+        our_steps(each, prompts, tokens)
+        return float(each.speed.begin_seconds)
+
+    compiling = {"loop": begun(looping), "apart": begun(generator)}
     same = True
     ours_now: list[list[int]] = []
     seconds_now = 0.0
@@ -156,6 +164,9 @@ def measured(theirs: Callable[..., Any], ours: Any, rows: int, length: int, roun
         seconds_now, ours_now = our_steps(generator, prompts, tokens)
         return seconds_now
 
+    def loop() -> float:
+        return our_steps(looping, prompts, tokens)[0]
+
     def other() -> float:
         nonlocal same
         seconds, ids = theirs(prompts, tokens)
@@ -165,14 +176,16 @@ def measured(theirs: Callable[..., Any], ours: Any, rows: int, length: int, roun
     def streamed() -> float:
         return streamed_steps(generator, prompts[0], tokens) if rows == 1 else seconds_now
 
-    timings = turns({"floor": floor, "ours": mine, "theirs": other, "streamed": streamed}, rounds)
-    pairs = {"times_theirs": ("theirs", "ours"), "of_floor": ("floor", "ours"), "streamed": ("ours", "streamed")}
+    timings = turns({"floor": floor, "ours": mine, "theirs": other, "streamed": streamed, "loop": loop}, rounds)
+    pairs = {"times_theirs": ("theirs", "ours"), "times_loop": ("loop", "ours")}
+    pairs |= {"of_floor": ("floor", "ours"), "streamed": ("ours", "streamed")}
     ratios = {name: timings.ratio(*pair) for name, pair in pairs.items()}
     return {
         "rows": rows,
         "prompt_tokens": length,
         "tokens": tokens,
         "rounds": rounds,
+        "compile_seconds": compiling,
         "bytes_per_step": param_bytes + cache_bytes,
         "fastest": {name: min(seconds) for name, seconds in timings.seconds.items()},
         "median": {name: timings.of(name).median for name in timings.seconds},
@@ -212,17 +225,20 @@ as long, while reading took little longer.
 
 ## What decides the speed
 
-- The cache is carried through the scan over layers and written in place, and both products of attention read it in the
-  order in which it lies: keys as (head_dim, positions), values as (positions, head_dim). With the cache as input and
-  output of the scan, XLA copies all of it in every step.
-- At batch 1 the products are matrix times vector, which XLA's CPU backend divides among threads if they are large. In a
-  loop over layers it copies a layer's part of every stacked array before it multiplies, so that each weight is read
-  twice and written once per token. On a single CPU device, layers of at least 8 MiB are therefore arrays of their own, in the memory of
-  the stacked ones (`generation/layers.py`); reading a prompt has the loop, as what is copied serves many tokens there. The
-  program takes a tenth of a second per layer more to compile, which some hundred tokens are worth.
-- Axes that a product sums over are paired in their order in memory (`kernels/products.py`). `jnp.einsum` pairs them backwards, and
-  XLA then transposes the weight that follows attention, for every token. A tied head is multiplied as it lies.
-- At batch 16 a step is bound by arithmetic, not by memory.
+- The cache is carried through the layers and written in place, and both products of attention read it in the order in
+  which it lies: keys as (head_dim, positions), values as (positions, head_dim). As input and output of a scan over
+  layers, XLA would copy all of it in every step.
+- At batch 1 the products are matrix times vector, which XLA's CPU backend divides among threads if they are large.
+- A loop over layers copies each layer's part of every stacked array before it multiplies. "Times the loop" is what is
+  gained without it, by parameters of each layer as arrays of their own, in the memory of the stacked ones. To compile
+  {apart}
+  Every number of rows and size of the cache is a program. So a call of a `Generator` does it if its answers may be long
+  enough: if the bytes of a layer times the tokens come to 3 GiB, for this model {steps} tokens
+  (`generation/layers.py`); the figures above are those of such answers. Prompts are read with the loop, as what is
+  copied serves many tokens there. Accelerators and several devices have the loop.
+- Axes that a product sums over are paired in their order in memory (`kernels/products.py`). `jnp.einsum` pairs them
+  backwards, and XLA then transposes attention's output weight for every token. A tied head is multiplied as it lies.
+- At batch 16 a step is bound mostly by arithmetic, not by memory.
 - Sampling finds the border of top-k and top-p bit by bit, in 32 passes over the logits each, instead of sorting them.
 """
 
@@ -240,19 +256,26 @@ def _fastest(case: dict[str, Any]) -> str:
     )
 
 
-def page(found: list[dict[str, Any]], params: int, hardware: str) -> str:
-    """The page in Markdown."""
+def page(found: list[dict[str, Any]], ours: Any, hardware: str) -> str:
+    """The page in Markdown; `ours` is the loaded model."""
+    import jax
+
     from flm_jax import costs
+    from flm_jax.generation.layers import WORTH_BYTES
+
+    params = sum(x.size for x in jax.tree.leaves(ours.params))
+    layer = sum(x.nbytes for x in jax.tree.leaves(ours.params["blocks"])) / ours.cfg.layers
+    compiling = found[0]["compile_seconds"]
 
     rows = [
         *_table("batch", "prompt", "flm_jax", "transformers", "times transformers", "floor", "of the floor"),
         *(_fastest(case) for case in found),
     ]
     medians = [
-        *_table("batch", "prompt", "times transformers", "of the floor", "streamed"),
+        *_table("batch", "prompt", "times transformers", "of the floor", "times the loop", "streamed"),
         *(
             f"| {case['rows']} | {case['prompt_tokens']} tokens | {case['times_theirs']:.2f} | {case['of_floor']:.2f} "
-            f"| {format(case['streamed'], '.2f') if case['rows'] == 1 else ''} |"
+            f"| {case['times_loop']:.2f} | {format(case['streamed'], '.2f') if case['rows'] == 1 else ''} |"
             for case in found
         ),
     ]
@@ -269,6 +292,8 @@ def page(found: list[dict[str, Any]], params: int, hardware: str) -> str:
         rows="\n".join(rows),
         medians="\n".join(medians),
         verdict=verdict(first),
+        apart=f"it takes {compiling['apart']:.1f} s, and {compiling['loop']:.1f} s with the loop (batch 1, 5 tokens).",
+        steps=math.ceil(WORTH_BYTES / layer),
     )
 
 
@@ -288,8 +313,6 @@ def main(argv: list[str]) -> None:
     """Measures, and writes the page."""
     if len(argv) > 1:
         app.usage(shorthelp=True, detailed_error=f"unexpected argument {argv[1]!r}", exitcode=2)
-    import jax
-
     from benchmarks.disk import machine
 
     logging.set_verbosity(logging.ERROR)  # orbax logs a lot
@@ -310,10 +333,9 @@ def main(argv: list[str]) -> None:
         for rows, length in CASES:
             found.append(measured(theirs, ours, rows, length, _ROUNDS.value, _TOKENS.value))
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-        params = sum(shape.size for shape in jax.tree.leaves(ours.params))
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
-    text = page(found, params, machine())
+    text = page(found, ours, machine())
     if _WRITE.value:
         Path(_WRITE.value).write_text(text)
     else:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +39,8 @@ from flm_jax.sharding import constrain
 from flm_jax.signature import Declared, Signature, draw
 
 Params = Any
+# The parameters of each block, apart.
+Layers = tuple[Params, ...]
 
 # Whether a model is traced for the shapes of its parameters: their draws are three quarters of that trace.
 _SHAPES_ALONE = contextvars.ContextVar("_SHAPES_ALONE", default=False)
@@ -221,7 +222,7 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], layer_mask: Any, layer: Any, shared: Shared
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        """One step of the scan over layers: the residual stream and the cache are carried, masks and index scanned."""
+        """One step over layers: a scan carries the residual stream and the cache; masks and index are the layer's."""
         x_BTD, cache = carry
         attended_BTD, cache = Attention(self.cfg, name="attention")(
             RMSNorm(self.cfg, name="attention_norm")(x_BTD, shared.masks), cache, layer, shared
@@ -287,7 +288,7 @@ class Transformer(nn.Module):
         masks: Masks | None = None,
         cache: Cache | None = None,
         positions_BT: jax.Array | None = None,
-        layers: Sequence[Params] | None = None,
+        layers: Layers | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The residual stream after the final norm, (B, T, D), and the cache, extended by T positions.
 
@@ -297,10 +298,15 @@ class Transformer(nn.Module):
           masks: growth masks; with None, the compiled program contains no masks.
           cache: keys and values of the earlier positions; None: these positions are the first.
           positions_BT: int32, what heads are rotated by; None: 0 to T - 1 in each row. Ignored if there is a cache.
-          layers: the parameters of each block, in the place of those that are stacked: nothing of a stacked array has
-            to be copied then, and the program is as many times as long; it keeps no intermediates of blocks.
+          layers: the parameters of each block, which are then applied without a loop in the place of the stacked ones;
+            no `intermediates` of blocks are kept.
+
+        Raises:
+          ValueError: `layers` are not as many as the model has.
         """
         cfg, masks = self.cfg, masks or Masks()
+        if layers is not None and len(layers) != cfg.layers:
+            raise ValueError(f"Parameters of {len(layers)} layers were given to a model with {cfg.layers}.")
         time = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         layers_L = None
         if cache is None:

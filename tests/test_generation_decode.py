@@ -59,9 +59,11 @@ def test_padded_prompts_and_single_tokens_have_the_logits_of_the_whole_forward_p
             np.testing.assert_allclose(logits[row, 0], whole[row, length + ahead], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "no layers"])
+@pytest.mark.parametrize("name", [*VARIANTS, "bfloat16"])
 def test_layers_apart_compute_what_stacked_ones_do(name):
-    cfg = small.config(init_std_vector=1.0, **{"layers": 3, **VARIANTS[name]})
+    narrow = dict(compute_dtype="bfloat16", param_dtype="bfloat16")
+    cfg = small.config(init_std_vector=1.0, **{"layers": 3, **VARIANTS.get(name, narrow)})
+    close = dict(rtol=1e-5, atol=1e-5) if name in VARIANTS else dict(rtol=0.05, atol=0.05)
     params, masks = small.params(cfg), None
     if "ramp" in name:
         before = small.config(init_std_vector=1.0, qkv_bias=True, **BEFORE)
@@ -75,7 +77,9 @@ def test_layers_apart_compute_what_stacked_ones_do(name):
     # Without the stacked ones, so that nothing can come from them.
     rest = {name: value for name, value in params.items() if name != "blocks"}
     found = forward({"params": rest}, small.tokens((2, 2), seed=1), **given, layers=layers)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, stacked)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), **close), found, stacked)
+    with pytest.raises(ValueError, match=f"of 4 layers were given to a model with {cfg.layers}"):
+        forward({"params": rest}, small.tokens((2, 2)), **given, layers=({},) * 4)
 
 
 def greedy(cfg, params, prompt, steps, penalty=1.0):

@@ -1,6 +1,7 @@
 """The generator: batches and streams give the same answers, on one device and on eight, without compiling again."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from flm_jax import model
 from flm_jax.data.vocabulary import ByteVocabulary
 from flm_jax.generation import Answer, Generator, Sampling, decode
-from flm_jax.generation.layers import layers_apart
+from flm_jax.generation.layers import layers_apart, worth_apart
 from flm_jax.sharding import param_shardings
 from tests import small
 from tests.scores import EIGHT, ONE, mesh_of
@@ -128,26 +129,41 @@ def test_what_cannot_be_asked_is_said(one):
             one.generate(*arguments)
 
 
-def test_a_cpu_decodes_with_layers_apart_that_use_no_memory_if_they_are_large(one, monkeypatch):
-    assert layers_apart(one.params, one.mesh) is None, "small layers would take longer to compile than is gained"
-    whole = one.generate(PROMPTS, SAMPLED, 20, ends=())
-    monkeypatch.setattr("flm_jax.generation.layers.LEAST_BYTES", 1)
-    used = []
-    extend = decode.extend
-    monkeypatch.setattr(decode, "extend", lambda *given, layers: used.append(layers) or extend(*given, layers=layers))
-    generator = Generator(one.cfg, one.params, VOCABULARY, one.mesh, rows=4)
-    assert generator.generate(PROMPTS, SAMPLED, 20, ends=()) == whole
-    assert used and all(len(layers) == one.cfg.layers for layers in used)
-    for index, layer in enumerate(used[0]):
-        for mine, stacked in zip(jax.tree.leaves(layer), jax.tree.leaves(one.params["blocks"]), strict=True):
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+def test_layers_apart_give_the_same_answers_and_streams(one, sampling):
+    apart = Generator(one.cfg, one.params, VOCABULARY, one.mesh, rows=4, apart=True)
+    assert apart.generate(PROMPTS, sampling, 20, ends=()) == one.generate(PROMPTS, sampling, 20, ends=())
+    streams = [[piece.text for piece in x.stream(PROMPTS[1], sampling, 9, ends=())] for x in (apart, one)]
+    assert streams[0] == streams[1]
+
+
+def test_layers_apart_lie_in_the_memory_of_the_stacked_ones():
+    params, mesh = small.params(small.shape(embed=16)), mesh_of(ONE)
+    for index, layer in enumerate(layers_apart(params, mesh)):
+        for mine, stacked in zip(jax.tree.leaves(layer), jax.tree.leaves(params["blocks"]), strict=True):
             np.testing.assert_array_equal(mine, stacked[index])
-            start = stacked.unsafe_buffer_pointer() + index * mine.nbytes
-            # JAX takes memory over that begins at a multiple of 64 bytes; what does not is copied.
-            assert mine.unsafe_buffer_pointer() == start or start % 64
+            assert mine.unsafe_buffer_pointer() == stacked.unsafe_buffer_pointer() + index * mine.nbytes
+    doubled = jax.jit(lambda x: 2 * x, donate_argnums=0)(stacked)
+    np.testing.assert_array_equal(2 * mine, doubled[-1], "what is donated meanwhile is not written over")
 
 
-def test_layers_stay_stacked_on_several_devices_and_where_there_are_none(one, eight, monkeypatch):
-    monkeypatch.setattr("flm_jax.generation.layers.LEAST_BYTES", 0)
-    assert layers_apart(eight.params, eight.mesh) is None
-    cfg = small.shape(layers=0)
-    assert layers_apart(small.params(cfg), one.mesh) is None
+def test_layers_are_apart_on_one_cpu_alone_and_where_it_saves_more_than_it_costs(monkeypatch):
+    cfg, mesh = small.shape(embed=16), mesh_of(ONE)
+    params = small.params(cfg)
+    layer = sum(x.nbytes for x in jax.tree.leaves(params["blocks"])) // cfg.layers
+    monkeypatch.setattr("flm_jax.generation.layers.WORTH_BYTES", 50 * layer)
+    assert [worth_apart(params, mesh, steps) for steps in (49, 50)] == [False, True]
+    assert not worth_apart(params, mesh_of(EIGHT), 50)
+    gpu = SimpleNamespace(size=1, devices=np.array([SimpleNamespace(platform="gpu")]))
+    assert not worth_apart(params, gpu, 50)
+    for other in (dict(layers=0), dict(embed=18)):  # no layers; parts that would have to be copied
+        assert not worth_apart(small.params(small.shape(**other)), mesh, 10**6)
+
+
+def test_a_call_counts_the_tokens_of_all_its_batches(one, monkeypatch):
+    asked = []
+    monkeypatch.setattr("flm_jax.generation.engine.worth_apart", lambda params, mesh, steps: asked.append(steps))
+    one.generate(PROMPTS, max_tokens=[1, 2, 3, 4, 5], ends=())
+    list(one.stream(PROMPTS[0], max_tokens=7, ends=()))
+    # Batches of four, the longest prompts first: 3, 1, 5 and 4 tokens (or 2), then the rest.
+    assert asked == [7, 7]

@@ -52,9 +52,9 @@ class LoadedModel(NamedTuple):
         """What scores windows of tokens with the model, `rows` per batch."""
         return Scorer(self.cfg, self.params, self.mesh, self.length, rows, self.masks)
 
-    def generator(self, rows: int = 16) -> Generator:
-        """What answers prompts with the model, `rows` per batch."""
-        return Generator(self.cfg, self.params, self.vocabulary, self.mesh, self.masks, rows)
+    def generator(self, rows: int = 16, apart: bool | None = None) -> Generator:
+        """What answers prompts with the model, `rows` per batch; `apart` is that of `Generator`."""
+        return Generator(self.cfg, self.params, self.vocabulary, self.mesh, self.masks, rows, apart)
 
     def record(self) -> dict[str, Any]:
         """What was evaluated, and how, JSON-able."""

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from flm_jax.attention import Cache, empty_cache
 from flm_jax.config import ModelConfig
 from flm_jax.generation.sampling import GREEDY, Form, Sampling, Values, choose
-from flm_jax.model import Masks, Params, Transformer
+from flm_jax.model import Layers, Masks, Params, Transformer
 from flm_jax.sharding import fitting_spec
 
 # Prompts are padded to 16, 32, 64, ... tokens, and caches have 64, 128, 256, ... slots.
@@ -28,8 +28,6 @@ SHORTEST_PROMPT, SMALLEST_CACHE = 16, 64
 MOST = 64
 # In place of a token: the row ended before.
 ENDED = -1
-# The parameters of each block.
-Layers = tuple[Params, ...]
 
 
 class Rows(NamedTuple):
@@ -174,7 +172,7 @@ def extend(
       masks: growth masks, during their ramp.
       form: the filters.
       most: the width of the result; places without a token hold `ENDED`.
-      layers: the parameters of each block, if they are apart (`layers_apart`); None: those in `params`.
+      layers: the parameters of each block (`layers_apart`), to be used in the place of those in `params`; or None.
     """
 
     def goes_on(carry: tuple[jax.Array, jax.Array, jax.Array, Rows]) -> jax.Array:

@@ -16,10 +16,10 @@ from flm_jax.config import ModelConfig
 from flm_jax.data.vocabulary import Vocabulary
 from flm_jax.distributed import fetch
 from flm_jax.generation import decode
-from flm_jax.generation.layers import layers_apart
+from flm_jax.generation.layers import layers_apart, worth_apart
 from flm_jax.generation.sampling import GREEDY, Sampling
 from flm_jax.generation.text import StopStrings, TextStream
-from flm_jax.model import Masks, Params
+from flm_jax.model import Layers, Masks, Params
 from flm_jax.records import counted
 
 Reason = Literal["end", "stop", "length"]
@@ -149,6 +149,7 @@ class Generator:
         mesh: Mesh,
         masks: Masks | None = None,
         rows: int = 16,
+        apart: bool | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -159,14 +160,22 @@ class Generator:
           mesh: the mesh.
           masks: growth masks, during their ramp.
           rows: prompts per batch; rounded up to a multiple of data x fsdp.
+          apart: whether tokens are made with each layer's parameters as arrays of their own, which is for one CPU;
+            None: in calls that are long enough (`worth_apart`).
         """
         self.cfg, self.params, self.vocabulary, self.mesh, self.masks = cfg, params, vocabulary, mesh, masks
+        self._apart = apart
         self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.rows = -(-rows // self._shards) * self._shards
         self.speed = Speed()
 
+    def _layers(self, steps: int) -> Layers | None:
+        """The parameters of each block for a call that makes so many tokens per row at most; None: stacked ones do."""
+        apart = worth_apart(self.params, self.mesh, steps) if self._apart is None else self._apart
+        return self._layers_apart if apart else None
+
     @functools.cached_property
-    def _layers(self) -> decode.Layers | None:
+    def _layers_apart(self) -> Layers:
         return layers_apart(self.params, self.mesh)
 
     def prompt_ids(self, text: str) -> list[int]:
@@ -219,10 +228,11 @@ class Generator:
         rows = [self._row(prompt, most[i], stops, ends, numbers[i], in_context) for i, prompt in enumerate(prompts)]
         # Prompts of similar length go together; the longest first, so that too little memory shows at once.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for start in range(0, len(order), self.rows):
-            batch = order[start : start + self.rows]
+        batches = [order[start : start + self.rows] for start in range(0, len(order), self.rows)]
+        layers = self._layers(sum(max(most[i] for i in batch) for batch in batches))
+        for batch in batches:
             chosen = [rows[i] for i in batch]
-            for tokens_BM in self._tokens(chosen, sampling, MOST_WITH_STOPS if stops else decode.MOST):
+            for tokens_BM in self._tokens(chosen, sampling, MOST_WITH_STOPS if stops else decode.MOST, layers):
                 # A batch is filled up with rows that belong to no prompt.
                 for row, tokens in zip(chosen, tokens_BM[: len(chosen)].tolist(), strict=True):
                     for token in tokens:
@@ -247,7 +257,7 @@ class Generator:
         """
         self.speed = Speed()
         row = self._row(prompt, max_tokens, stops, ends, number)
-        for tokens_BM in self._tokens([row], sampling, 1):
+        for tokens_BM in self._tokens([row], sampling, 1, self._layers(max_tokens)):
             for token in tokens_BM[0].tolist():
                 if row.answer is None and token != decode.ENDED:
                     text = row.push(token)
@@ -272,7 +282,9 @@ class Generator:
         ends = self.vocabulary.special.stop_ids if ends is None else ends
         return _Row(prompt, number, text, StopStrings(stops), frozenset(ends), most)
 
-    def _tokens(self, rows: Sequence[_Row], sampling: Sampling, piece: int) -> Iterator[np.ndarray]:
+    def _tokens(
+        self, rows: Sequence[_Row], sampling: Sampling, piece: int, layers: Layers | None
+    ) -> Iterator[np.ndarray]:
         """Yields the next tokens of a batch, (B, some) int32, until all `rows` have their answers; `piece` per call."""
         since = time.perf_counter()
         count = min(decode.bucket(len(rows), self._shards), self.rows)
@@ -289,7 +301,7 @@ class Generator:
             ended_B = np.array([row.answer is not None for row in rows] + [True] * (count - len(rows)))
             given: Any = (batch, ended_B, ends_E, np.int32(limit), values, self.masks)
             with jax.set_mesh(self.mesh):
-                return decode.extend(self.cfg, self.params, *given, form, layers=self._layers)
+                return decode.extend(self.cfg, self.params, *given, form, layers=layers)
 
         with jax.set_mesh(self.mesh):
             given: Any = (prompt_BT, start_B, sampling.keys(jnp.asarray(numbers, jnp.uint32)), values, self.masks)

@@ -1,4 +1,8 @@
-"""The parameters of each layer as arrays of their own, with which a CPU decodes faster."""
+"""The parameters of each layer as arrays of their own, with which a CPU decodes faster.
+
+A loop over layers copies each layer's part of every stacked array before it multiplies. Without the loop, and with an
+array per layer, nothing is copied, and the program takes longer to compile.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,41 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flm_jax.generation.decode import Layers
-from flm_jax.model import Params
+from flm_jax.model import Layers, Params
 
-# A layer takes a tenth of a second to compile, and saves 2 ms per token for every 64 MiB, on two cores: one of this size
-# is worth it after some 400 tokens.
-LEAST_BYTES = 8 * 2**20
+# What has to be copied less for the compilation to be worth it. On two cores a layer takes a tenth of a second more to
+# compile, which 3 GiB take to copy; `benchmarks/decode.py` measures both.
+WORTH_BYTES = 3 * 2**30
+# JAX takes memory over, and does not copy it, that begins at a multiple of so many bytes.
+ALIGNED = 64
 
 
-def layers_apart(params: Params, mesh: Mesh) -> Layers | None:
-    """The parameters of each block, which share the memory of `params`; None where they stay stacked.
-
-    As long as they exist, the memory of `params` is neither freed nor given to what it would be donated to.
+def worth_apart(params: Params, mesh: Mesh, steps: int) -> bool:
+    """Whether layers apart save more time in `steps` steps of decoding than they take to compile.
 
     Args:
       params: the parameters of a model, the blocks' stacked.
-      mesh: where they lie: several devices hold no layer whole, and accelerators read slices without a copy, so both
-        keep the loop.
+      mesh: where they lie. One CPU; accelerators were not measured, and of several devices none holds a layer whole.
+      steps: how many tokens each row gets at most.
     """
-    stacked = jax.tree.leaves(params["blocks"])
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or not all(len(x) for x in stacked):
-        return None
-    if sum(x.nbytes for x in stacked) < LEAST_BYTES * len(stacked[0]):
-        return None
-    device = NamedSharding(mesh, PartitionSpec())
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return False
+    blocks = jax.tree.leaves(params["blocks"])
+    copied = sum(x.nbytes // len(x) for x in blocks if len(x))
+    shared = all(x.nbytes // len(x) % ALIGNED == 0 for x in blocks if len(x))
+    return shared and copied * steps >= WORTH_BYTES
+
+
+def layers_apart(params: Params, mesh: Mesh) -> Layers:
+    """The parameters of each block, on a mesh of one CPU.
+
+    They share the memory of `params` where a layer's part of an array has a multiple of 64 bytes. While they exist,
+    that memory is not freed, and a program that `params` are donated to has to take other memory.
+    """
+    on_mesh = NamedSharding(mesh, PartitionSpec())
     views = jax.tree.map(np.asarray, params["blocks"])
 
     def layer(index: int) -> Params:
-        return jax.tree.map(lambda x: jax.device_put(x[index], device, may_alias=True), views)
+        return jax.tree.map(lambda x: jax.device_put(x[index], on_mesh, may_alias=True), views)
 
-    return tuple(layer(index) for index in range(len(stacked[0])))
+    return tuple(layer(index) for index in range(len(jax.tree.leaves(views)[0])))
