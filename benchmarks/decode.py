@@ -230,12 +230,12 @@ as long, while reading took little longer.
   layers, XLA would copy all of it in every step.
 - At batch 1 the products are matrix times vector, which XLA's CPU backend divides among threads if they are large.
 - A loop over layers copies each layer's part of every stacked array before it multiplies. "Times the loop" is what is
-  gained without it, by parameters of each layer as arrays of their own, in the memory of the stacked ones. To compile
-  {apart}
-  Every number of rows and size of the cache is a program. So a call of a `Generator` does it if its answers may be long
-  enough: if the bytes of a layer times the tokens come to 3 GiB, for this model {steps} tokens
-  (`generation/layers.py`); the figures above are those of such answers. Prompts are read with the loop, as what is
-  copied serves many tokens there. Accelerators and several devices have the loop.
+  gained without it, by parameters of each layer as arrays of their own, in the memory of the stacked ones. Such a
+  program takes {apart:.1f} s to compile, one with the loop {loop:.1f} s (batch 1, 5 tokens), and every number of rows
+  and size of the cache has its own. So a call of a `Generator` leaves the loop only if its answers may be long enough:
+  if the bytes of a layer times the tokens come to 3 GiB, for this model {steps} tokens (`generation/layers.py`). The
+  figures above are those of such answers. Prompts are read with the loop, as what is copied serves many tokens there.
+  Accelerators and several devices have the loop.
 - Axes that a product sums over are paired in their order in memory (`kernels/products.py`). `jnp.einsum` pairs them
   backwards, and XLA then transposes attention's output weight for every token. A tied head is multiplied as it lies.
 - At batch 16 a step is bound mostly by arithmetic, not by memory.
@@ -292,7 +292,7 @@ def page(found: list[dict[str, Any]], ours: Any, hardware: str) -> str:
         rows="\n".join(rows),
         medians="\n".join(medians),
         verdict=verdict(first),
-        apart=f"it takes {compiling['apart']:.1f} s, and {compiling['loop']:.1f} s with the loop (batch 1, 5 tokens).",
+        **compiling,
         steps=math.ceil(WORTH_BYTES / layer),
     )
 
