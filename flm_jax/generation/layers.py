@@ -27,7 +27,7 @@ def worth_apart(params: Params, mesh: Mesh, steps: int) -> bool:
       mesh: where they lie. One CPU; accelerators were not measured, and of several devices none holds a layer whole.
       steps: how many tokens each row gets at most.
     """
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+    if not _one_cpu(mesh):
         return False
     blocks = jax.tree.leaves(params["blocks"])
     copied = sum(x.nbytes // len(x) for x in blocks if len(x))
@@ -35,12 +35,24 @@ def worth_apart(params: Params, mesh: Mesh, steps: int) -> bool:
     return shared and copied * steps >= WORTH_BYTES
 
 
+def _one_cpu(mesh: Mesh) -> bool:
+    return bool(mesh.size == 1 and mesh.devices.flat[0].platform == "cpu")
+
+
 def layers_apart(params: Params, mesh: Mesh) -> Layers:
     """The parameters of each block, on a mesh of one CPU.
 
     They share the memory of `params` where a layer's part of an array has a multiple of 64 bytes. While they exist,
     that memory is not freed, and a program that `params` are donated to has to take other memory.
+
+    Raises:
+      ValueError: the mesh is another one.
     """
+    if not _one_cpu(mesh):
+        raise ValueError(
+            f"Layers apart need a mesh of one CPU, and this one has devices of the platform "
+            f"{mesh.devices.flat[0].platform!r}, {mesh.size} in number; leave apart=None, or set it to False."
+        )
     on_mesh = NamedSharding(mesh, PartitionSpec())
     views = jax.tree.map(np.asarray, params["blocks"])
 

@@ -24,7 +24,7 @@ def contracted(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> 
       equation: every axis of an operand is in the other operand or in the result, and all axes have one letter.
       x: an operand.
       y: the other one.
-      dtype: of the result; None: that of the operands.
+      dtype: of the result; None: that of the operands, the wider one of two.
     """
     operands, of_result = equation.split("->")
     of_x, of_y = operands.split(",")
