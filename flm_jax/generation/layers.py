@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flm_jax.model import Layers, Params
 
-# What has to be copied less for the compilation to be worth it. On two cores a layer takes a tenth of a second more to
-# compile, which 3 GiB take to copy; `benchmarks/decode.py` measures both.
+# What has to be copied less for the compilation to be worth it. On two cores compiling takes 0.1 s longer per layer,
+# the time in which 3 GiB are copied; `benchmarks/decode.py` measures both.
 WORTH_BYTES = 3 * 2**30
 # JAX takes memory over, and does not copy it, that begins at a multiple of so many bytes.
 ALIGNED = 64
